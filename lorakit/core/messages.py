@@ -96,6 +96,13 @@ def join(separator: str, parts: Iterable[str]) -> str:
     return every[0] if len(every) == 1 else Joined(separator, *every)
 
 
+def some(parts: Iterable[str], limit: int) -> str:
+    """The first `limit` parts, and the number of the remaining ones: `a, b and 3 more`."""
+    every = list(parts)
+    names, rest = join(", ", every[:limit]), len(every) - limit
+    return Message("{names} and {count} more", names, rest) if rest > 0 else names
+
+
 def key_of(message: object) -> dict[str, Any]:
     """`to_json` of a message, for the table that has its text; nothing of what is only a text."""
     return message.to_json() if isinstance(message, Message) else {}

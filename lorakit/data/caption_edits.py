@@ -72,7 +72,7 @@ class CaptionWriter:
             self._note({"file": name, "before": before, "after": content})
             atomic.write(target, content)
         except OSError as error:
-            raise LorakitError(f"{target}: cannot be written ({error.strerror or error})") from None
+            raise LorakitError("{file}: cannot be written ({reason})", target, error.strerror or error) from None
         self.count += 1
         return target
 
@@ -116,10 +116,10 @@ def undo(folder: Path) -> Undone:
         LorakitError: there is no change, its file is damaged, or a caption cannot be written.
     """
     if not folder.is_dir():
-        raise LorakitError(f"folder {folder} does not exist")
+        raise LorakitError("folder {folder} does not exist", folder)
     journals = changes(folder)
     if not journals:
-        raise LorakitError(f"{folder}: there is no change of captions to undo")
+        raise LorakitError("{folder}: there is no change of captions to undo", folder)
     result = Undone(remaining=len(journals) - 1)
     try:
         for target, before, after in reversed(_rows(folder, journals[-1])):
@@ -134,7 +134,9 @@ def undo(folder: Path) -> Undone:
                 result.restored.append(name)
         journals[-1].rename(journals[-1].with_name(journals[-1].name + UNDONE))
     except OSError as error:
-        raise LorakitError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from None
+        raise LorakitError(
+            "{file}: cannot be written ({reason})", error.filename or folder, error.strerror or error
+        ) from None
     result.restored.reverse()
     return result
 
@@ -153,7 +155,7 @@ def _rows(folder: Path, journal: Path) -> list[tuple[Path, bytes | None, bytes]]
             if after is None or not is_inside:
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise LorakitError(f"{journal} line {number}: damaged; no caption was changed") from None
+            raise LorakitError("{file} line {line}: damaged; no caption was changed", journal, number) from None
         result.append((target, before, after))
     return result
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 
 METADATA = "metadata.jsonl"
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
@@ -30,11 +31,18 @@ def decode(raw: bytes, name: str, warn: Callable[[str], object]) -> str:
     """
     text, guess = _decode(raw)
     if text is None or "\0" in text:
-        raise LorakitError(f"{name}: not text in an encoding that lorakit reads; save it as UTF-8")
+        raise LorakitError("{file}: not text in an encoding that lorakit reads; save it as UTF-8", name)
     if guess:
         excerpt = " ".join(text.split())
         excerpt = excerpt if len(excerpt) <= MAX_EXCERPT else excerpt[:MAX_EXCERPT] + "…"
-        warn(f'{name}: not UTF-8, read as {guess}: "{excerpt}"; if that is wrong, save it as UTF-8')
+        warn(
+            Message(
+                '{file}: not UTF-8, read as {encoding}: "{text}"; if that is wrong, save it as UTF-8',
+                name,
+                guess,
+                excerpt,
+            )
+        )
     return text
 
 
@@ -110,10 +118,10 @@ def rows(name: str, content: str) -> Iterator[tuple[int, str, str]]:
         row = row if isinstance(row, Mapping) else {}
         file = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str)), None)
         if file is None:
-            raise LorakitError(f'{name} line {number}: needs "file_name", the name of a picture beside it')
+            raise LorakitError('{file} line {line}: needs "file_name", the name of a picture beside it', name, number)
         text = _text(row)
         if text is None:
-            raise LorakitError(f"{name} line {number}: needs one of {', '.join(TEXT_KEYS)}")
+            raise LorakitError("{file} line {line}: needs one of {keys}", name, number, ", ".join(TEXT_KEYS))
         yield number, file, text
 
 
@@ -123,7 +131,9 @@ def _json_lines(name: str, content: str) -> Iterator[tuple[int, object]]:
             try:
                 yield number, foreign_json.loads(line)
             except json.JSONDecodeError as error:
-                raise LorakitError(f"{name} line {number}: not JSON ({error.msg}); each line is one object") from None
+                raise LorakitError(
+                    "{file} line {line}: not JSON ({why}); each line is one object", name, number, error.msg
+                ) from None
 
 
 def _table(name: str, content: str) -> Iterator[tuple[int, object]]:
@@ -133,7 +143,7 @@ def _table(name: str, content: str) -> Iterator[tuple[int, object]]:
     try:
         table = foreign_json.loads(content)
     except json.JSONDecodeError as error:
-        raise LorakitError(f"{name} line {error.lineno}: not JSON ({error.msg})") from None
+        raise LorakitError("{file} line {line}: not JSON ({problem})", name, error.lineno, error.msg) from None
     if isinstance(table, Mapping) and not any(isinstance(table.get(key), str) for key in FILE_KEYS):
         # kohya's metadata: {"folder/photo": {"caption": ..., "tags": ...}}; or {"photo.jpg": "text"}.
         table = [

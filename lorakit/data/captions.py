@@ -12,6 +12,7 @@ from lorakit.config import DataConfig, SampleConfig
 from lorakit.config.sample_prompts import parse_all
 from lorakit.core import foreign_json, prompt_syntax
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import shorten
 from lorakit.data import concepts
 
@@ -325,8 +326,9 @@ def prompt_findings(sample: SampleConfig, base: Base) -> list[str]:
         if tokenizer is not None and not base.chunked_texts:
             counter = TokenCounter(tokenizer, base.max_tokens)
             count, cut = counter.count("".join(part.text for group in prompt_syntax.parse(prompt) for part in group))
-            lines += [f'CLIP reads {counter.limit} of {count} tokens; cut off: "{shorten(cut, 60)}"'] if cut else []
-        findings += [f'prompt "{shorten(prompt, 60)}": {line}' for line in lines]
+            template = 'CLIP reads {limit} of {count} tokens; cut off: "{cut}"'
+            lines += [Message(template, counter.limit, count, shorten(cut, 60))] if cut else []
+        findings += [Message('prompt "{prompt}": {what}', shorten(prompt, 60), line) for line in lines]
     return findings
 
 
@@ -339,7 +341,7 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer.no_truncation()
         return tokenizer
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
-        raise LorakitError(f"{folder}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt)")
+        raise LorakitError("{folder}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt)", folder)
     return _clip_tokenizer(folder)
 
 

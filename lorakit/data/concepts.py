@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.config import DataConfig
+from lorakit.core.messages import Message
 
 if TYPE_CHECKING:
     from lorakit.data.photo_folder import Photo
@@ -80,9 +81,11 @@ def problem(photos: Sequence[Photo], config: DataConfig) -> str | None:
         return None
     names = ", ".join(f"{name}/" for name in others)
     name = f'"{config.name}"' if config.name else "any data.name (none is set)"
-    return (
-        f"{names}: the name of the folder is not {name}; data.concepts = 'folders' trains each folder under its own "
-        "name, data.concepts = 'one' trains all photos under data.name"
+    return Message(
+        "{folders}: the name of the folder is not {name}; data.concepts = 'folders' trains each folder under "
+        "its own name, data.concepts = 'one' trains all photos under data.name",
+        names,
+        name,
     )
 
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import printable
 
 # Pillow's decoders of the formats that `photo_folder.FORMATS` lists. Pillow has many more, of which one runs another
@@ -64,7 +65,7 @@ class Unreadable(LorakitError):
 
     def __init__(self, name: str, reason: str):
         self.reason = reason
-        super().__init__(f"{name}: {reason}")
+        super().__init__("{file}: {problem}", name, reason)
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ def decode_mask(path: Path, size: tuple[int, int], edit: PhotoEdit = NO_EDIT) ->
     name = printable(path.name)
     picture = decode(path, name, edit=edit)
     if picture.size != size:
-        raise Unreadable(name, "mask is {} x {}, its photo {} x {}: make them equal".format(*picture.size, *size))
+        own, other = (f"{width} x {height}" for width, height in (picture.size, size))
+        raise Unreadable(name, Message("mask is {size}, its photo {other}: make them equal", own, other))
     return np.array(picture.image.convert("L"))
 
 
@@ -178,9 +180,9 @@ def read(path: Path, name: str) -> bytes:
     try:
         raw = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
     except OSError as error:
-        raise Unreadable(name, f"cannot be read ({error.strerror or error})") from None
+        raise Unreadable(name, Message("cannot be read ({why})", error.strerror or error)) from None
     if raw is None:
-        raise Unreadable(name, f"larger than {MAX_BYTES >> 20} MiB; save it smaller, as jpg or png")
+        raise Unreadable(name, Message("larger than {size} MiB; save it smaller, as jpg or png", MAX_BYTES >> 20))
     return raw
 
 
@@ -199,7 +201,7 @@ def _open(source: Path | bytes, name: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise Unreadable(name, _too_large_reason())
     if max(image.size) > MAX_SIDE:
-        raise Unreadable(name, f"more than {MAX_SIDE} pixels on a side; save it smaller")
+        raise Unreadable(name, Message("more than {count} pixels on a side; save it smaller", MAX_SIDE))
     return image
 
 
@@ -216,26 +218,26 @@ def _errors_of(name: str) -> Iterator[None]:
         raise Unreadable(name, "needs more memory than there is; save it smaller") from None
     except Exception as error:
         why = printable(str(error)) or type(error).__name__
-        raise Unreadable(name, f"damaged or cut off ({why}); copy it again from where it came") from None
+        raise Unreadable(name, Message("damaged or cut off ({why}); copy it again from where it came", why)) from None
 
 
 def _register_heif(name: str) -> None:
     try:
         import pillow_heif
     except ImportError:
-        raise Unreadable(name, f"HEIC needs pillow-heif; {install.hint('heic')}") from None
+        raise Unreadable(name, Message("HEIC needs pillow-heif; {hint}", install.hint("heic"))) from None
     pillow_heif.register_heif_opener()
 
 
 def _too_large_reason() -> str:
-    return f"more than {MAX_PIXELS // 10**6} megapixels; save it smaller"
+    return Message("more than {count} megapixels; save it smaller", MAX_PIXELS // 10**6)
 
 
 def _not_a_picture_reason(raw: bytes) -> str:
     head = raw[:512]
     for start, kind in OTHER_FORMATS.items():
         if head.startswith(start):
-            return f"{kind}, whatever its name says; save it as jpg or png"
+            return Message("{kind}, whatever its name says; save it as jpg or png", kind)
     if b"\0" not in head:
         try:
             head.decode("utf-8")
@@ -257,8 +259,9 @@ def _note_frames(image: Image.Image) -> list[str]:
         return []  # the damage is named when the pixels are loaded
     if count < 2:
         return []
-    noun = "page" if image.format == "TIFF" else "picture"
-    return [f"holds {count} {noun}s: the first is used"]
+    is_tiff = image.format == "TIFF"
+    template = f"holds {{count}} {'pages' if is_tiff else 'pictures'}: the first is used"
+    return [Message(template, count)]
 
 
 def _pages(image: Image.Image) -> int:
@@ -351,7 +354,7 @@ def _convert_by_profile(image: Image.Image, profile: bytes, notes: list[str]) ->
         if image.mode == "L" and space == "RGB":
             image = image.convert("RGB")  # grey files saved with a colour profile are common
         if COLOUR_SPACES.get(image.mode) != space:
-            notes.append(f"its colour profile is for {space}, not for this picture: left out")
+            notes.append(Message("its colour profile is for {space}, not for this picture: left out", space))
             return None
         if space == "RGB" and (source.profile.profile_description or "").startswith("sRGB"):
             return None  # already there; a pass through the tables would only round

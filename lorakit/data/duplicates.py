@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lorakit.core.messages import Message
+
 # Two photos look the same within this many bits of a 256-bit difference hash and this mean colour difference (of 255)
 # of 16 x 16 thumbnails. Copies saved at quality 50 or cropped by 1 % had up to 23 bits and 3.5. Four drawings of one
 # figure in other poses on white had 13 bits, and colours that differ by 5 or more. Flat pictures all have similar
@@ -75,5 +77,9 @@ def some_lines(lines: list[str], limit: int = 5) -> list[str]:
     """The first `limit` lines; where there are more, the last says how many, so that they bury nothing else."""
     if len(lines) <= limit + 1:
         return lines
-    cause = lines[-1].partition(": ")[2]
-    return [*lines[:limit], f"{len(lines) - limit} more lines like the last are in lorakit check --json: {cause}"]
+    last = lines[-1]
+    cause = last.values["cause"] if isinstance(last, Message) and "cause" in last.values else last.partition(": ")[2]
+    return [
+        *lines[:limit],
+        Message("{count} more lines like the last are in lorakit check --json: {cause}", len(lines) - limit, cause),
+    ]

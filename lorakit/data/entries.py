@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lorakit.core.messages import some
 from lorakit.core.names import printable
 
 # Folders that operating systems create and do not show.
@@ -94,6 +95,4 @@ def _fold(name: str) -> str:
 
 def some_names(names: Iterable[str], limit: int = 4) -> str:
     """The first `limit` names, and the number of the remaining ones."""
-    items = list(names)
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    return some(names, limit)

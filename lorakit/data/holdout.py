@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from lorakit.core.messages import Message
 from lorakit.data.photo_folder import Photo
 
 # With fewer photos, training misses a photo more than its measurement is worth.
@@ -27,7 +28,11 @@ def split(photos: Sequence[Photo], share: float, seed: int) -> tuple[list[Photo]
 def describe_split(count: int, validation_count: int, share: float) -> str:
     """One line for the user: how many of `count` photos are for validation."""
     if validation_count:
-        return f"validation: {validation_count} of {count} photos are kept back and never trained on"
+        return Message(
+            "validation: {count} of {all} photos are kept back and never trained on",
+            validation_count,
+            count,
+        )
     if share == 0:
         return "validation: no photo is kept back (train.holdout = 0); it looks at training photos"
-    return f"validation: fewer than {MIN_PHOTOS} photos, none is kept back; it looks at training photos"
+    return Message("validation: fewer than {count} photos, none is kept back; it looks at training photos", MIN_PHOTOS)

@@ -20,6 +20,7 @@ from lorakit.config.photo_edits import PhotoEdit
 from lorakit.core import atomic, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.data import augment, buckets, captions, concepts, decode, holdout, masks
 from lorakit.data.augment import Variant
 from lorakit.data.dataset import Dataset, LatentBucket
@@ -160,13 +161,18 @@ class _Encoder:
     def describe(self, photo_count: int, config: DataConfig) -> str:
         """One line for the user: how many rows were read from disk and how many were encoded."""
         rows = self.hits + self.encoded
-        sizes = f" at {len(config.resolutions)} resolutions" if config.lower_resolutions else ""
+        sizes = Message(" at {count} resolutions", len(config.resolutions)) if config.lower_resolutions else ""
         variants = " with their variants" if config.variants > 1 else ""
-        of = f" ({photo_count} photos{variants}{sizes})" if rows > photo_count else ""
+        of = Message(" ({count} photos{variants}{sizes})", photo_count, variants, sizes) if rows > photo_count else ""
         if self.folder is None:
-            return f"latents: {self.encoded} encoded{of}"
-        suffix = f"; {len(self.damaged)} on disk were damaged and are encoded again" if self.damaged else ""
-        return f"latents: {self.hits} hits, {self.encoded} encoded{of}, kept in {self.folder}{suffix}"
+            return Message("latents: {encoded} encoded{of}", self.encoded, of)
+        suffix = (
+            Message("; {count} on disk were damaged and are encoded again", len(self.damaged)) if self.damaged else ""
+        )
+        return Message(
+            "latents: {hits} hits, {encoded} encoded{of}, kept in {folder}{suffix}",
+            *(self.hits, self.encoded, of, self.folder, suffix),
+        )
 
     def prepare(self, photo: Photo) -> list[_VariantRow]:
         """All variants of a photo at each resolution. The photo is decoded only if one of them is not on disk or the
@@ -174,7 +180,9 @@ class _Encoder:
         try:
             raw = photo.path.read_bytes()
         except OSError as error:
-            raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
+            raise LorakitError(
+                "{file}: cannot be read any more ({why})", photo.relative, error.strerror or error
+            ) from None
         size = decode.measure(raw, photo.relative, photo.edit)
         of_photo = partial(augment.of_photo, size, config=self.config, seed=self.train.seed, name=photo.relative)
         numbered = [
@@ -221,7 +229,9 @@ class _Encoder:
                 mean, std = (part.float().cpu() for part in latent)
                 if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all())):
                     name = photos[index].relative
-                    raise LorakitError(f"{name}: its latent is not finite; the base's VAE cannot encode this photo")
+                    raise LorakitError(
+                        "{photo}: its latent is not finite; the base's VAE cannot encode this photo", name
+                    )
                 self.encoded += 1
                 if self.folder is not None:
                     _save(_cache_path(self.folder, row.key), mean, std)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.core.messages import Message
 from lorakit.core.names import printable
 from lorakit.data.entries import Names, some_names, usable
 
@@ -30,7 +31,7 @@ def problems(items: Sequence[Item]) -> list[str]:
     readable = [item for item in items if item.readable]
     if not any(item.photo.mask or item.transparent for item in readable):
         return [NO_MASK]
-    return [BLACK_MASK.format(photo=item.relative) for item in readable if item.black_mask]
+    return [Message(BLACK_MASK, item.relative) for item in readable if item.black_mask]
 
 
 @dataclass
@@ -78,5 +79,5 @@ def find(photos: list[Photo], root: Path) -> Masks:
     orphans = [file for folder in sorted(masks.folders) for file in levels.get(folder, []) if file not in matched]
     if orphans:
         names = some_names(printable(file.relative_to(root).as_posix()) for file in orphans)
-        masks.warnings.append(f"no photo has the name of {names}: not used")
+        masks.warnings.append(Message("no photo has the name of {names}: not used", names))
     return masks

@@ -14,6 +14,7 @@ from pathlib import Path
 from lorakit.config import DataConfig, photo_edits
 from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message, join
 from lorakit.core.names import printable
 from lorakit.data import caption_files, concepts, masks
 from lorakit.data.entries import Names, is_hidden, some_names, usable
@@ -99,7 +100,7 @@ def scan(
     metadata: dict[str, tuple[str, str]] = {}
     try:
         if concepts.is_run(path):
-            raise LorakitError(f"{path} holds pictures of a run of lorakit; give the folder of the photos")
+            raise LorakitError("{path} holds pictures of a run of lorakit; give the folder of the photos", path)
         below = [entry for entry in usable(path, path, []) if entry.is_dir()]
         below = _read_class_folders(result, _pass_over(result, below), class_folder)
         for level in (path, *below):
@@ -107,29 +108,31 @@ def scan(
         mask_folders = _take_masks(result)
         deep_folders = _deep_folders(path, [folder for folder in below if folder not in mask_folders])
     except OSError as error:
-        raise LorakitError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+        raise LorakitError("{file}: cannot be read ({why})", error.filename or path, error.strerror or error) from None
     deep_folders = {name: count for name, count in deep_folders.items() if path / name not in mask_folders}
     photo_names = {photo.relative for photo in result.photos}
     _read_more_folders(result, more_folders or {})
     _edit(result, edits or {})
     _leave_out(result, exclude)
     if not result.photos:
-        refused = "".join(f"; {line}" for line in result.warnings)
+        refused = [_no_photos_message(path, other_files, deep_folders), *result.warnings]
         if result.class_photos:
-            refused += f"; {len(result.class_photos)} class images are no photos of the subject"
-        raise LorakitError(_no_photos_message(path, other_files, deep_folders) + refused)
+            refused.append(Message("{count} class images are no photos of the subject", len(result.class_photos)))
+        raise LorakitError(join("; ", refused))
     photo_names |= {name.rpartition(".")[0] for name in photo_names}
     for source in dict.fromkeys(source for source, _ in metadata.values()):
         absent = [name for name, (own, _) in metadata.items() if own == source and name not in photo_names]
         if absent:
-            result.warnings.append(f"{source} names files that are not there: {some_names(absent)}")
+            result.warnings.append(
+                Message("{file} names files that are not there: {names}", source, some_names(absent))
+            )
     if deep_folders:
         folders = ", ".join(f"{name}/ ({count})" for name, count in deep_folders.items())
-        result.warnings.append(f"pictures more than one folder down are not read: {folders}")
+        result.warnings.append(Message("pictures more than one folder down are not read: {names}", folders))
     _describe_folders(result)
     ignored = {kind: count for kind, count in other_files.items() if kind not in TEXT_KINDS}
     if ignored:
-        result.notes.append(f"not pictures, left alone: {_count_kinds(ignored)}")
+        result.notes.append(Message("not pictures, left alone: {kinds}", _count_kinds(ignored)))
     return result
 
 
@@ -144,12 +147,12 @@ def _leave_out(result: Folder, exclude: Sequence[str]) -> None:
     """Take the photos of `data.exclude` away, and say which."""
     for name in exclude:
         if not excluded(result.photos, [name]):
-            result.warnings.append(f"data.exclude: no photo is called {printable(name)}")
+            result.warnings.append(Message("data.exclude: no photo is called {name}", printable(name)))
     if absent := excluded(result.photos, exclude):
         result.photos = [photo for photo in result.photos if photo.relative not in absent]
-        result.notes.append(f"left out by data.exclude: {some_names(sorted(absent))}")
+        result.notes.append(Message("left out by data.exclude: {names}", some_names(sorted(absent))))
         if not result.photos:
-            raise LorakitError(f"data.exclude leaves out every photo of {result.path}")
+            raise LorakitError("data.exclude leaves out every photo of {folder}", result.path)
 
 
 def _read_more_folders(result: Folder, more_folders: Mapping[str, str]) -> None:
@@ -157,10 +160,12 @@ def _read_more_folders(result: Folder, more_folders: Mapping[str, str]) -> None:
     for name, place in more_folders.items():
         repeats, subject = concepts.split_name(name)
         if (result.path / name).exists():
-            raise LorakitError(f"data.more_folders: {result.path} has {printable(name)} already; give another name")
+            raise LorakitError(
+                "data.more_folders: {folder} has {name} already; give another name", result.path, printable(name)
+            )
         if repeats == 0 or concepts.is_class_folder(Path(name)):
             why = "0 repeats" if repeats == 0 else "class images; name their folder in data.class_folder"
-            raise LorakitError(f"data.more_folders: {printable(name)}/ would not be trained ({why})")
+            raise LorakitError("data.more_folders: {name}/ would not be trained ({why})", printable(name), why)
         part = scan(place)
         result.photos += [
             replace(photo, relative=f"{name}/{photo.relative}", subject=subject, repeats=repeats)
@@ -175,9 +180,9 @@ def _edit(result: Folder, edits: Mapping[str, str]) -> None:
     names = [photo.relative for photo in result.photos if photo.relative in parsed]
     result.photos = [replace(photo, edit=parsed.get(photo.relative, photo.edit)) for photo in result.photos]
     absent = [printable(name) for name in parsed if name not in names]
-    result.warnings += [f"data.edits: no photo is called {some_names(absent)}"] if absent else []
+    result.warnings += [Message("data.edits: no photo is called {name}", some_names(absent))] if absent else []
     if names:
-        result.notes.append(f"turned or cropped by data.edits: {some_names(names)}")
+        result.notes.append(Message("turned or cropped by data.edits: {names}", some_names(names)))
 
 
 def versions(photos: Sequence[Photo]) -> dict[str, list[int]]:
@@ -198,7 +203,9 @@ def digest(photos: Iterable[Photo]) -> str:
             try:
                 total.update(hashlib.sha256(part.read_bytes() if part else b"").digest())
             except OSError as error:
-                raise LorakitError(f"{photo.relative}: cannot be read any more ({error.strerror or error})") from None
+                raise LorakitError(
+                    "{file}: cannot be read any more ({why})", photo.relative, error.strerror or error
+                ) from None
         edit = f"{photo.edit}\0" if str(photo.edit) else ""
         total.update(f"{photo.relative}\0{photo.caption}\0{edit}".encode("utf-8", "surrogatepass"))
     return total.hexdigest()
@@ -210,7 +217,8 @@ def _pass_over(result: Folder, below: list[Path]) -> list[Path]:
     zero = [entry for entry in below if concepts.split_name(entry.name)[0] == 0]
     for names, reason in ((runs, "a run of lorakit, not photos"), (zero, "0 repeats")):
         if names:
-            result.notes.append(f"passed over ({reason}): {some_names(f'{printable(entry.name)}/' for entry in names)}")
+            folders = some_names(f"{printable(entry.name)}/" for entry in names)
+            result.notes.append(Message("passed over ({reason}): {names}", reason, folders))
     return [entry for entry in below if entry not in runs and entry not in zero]
 
 
@@ -220,9 +228,8 @@ def _read_class_folders(result: Folder, below: list[Path], class_folder: str) ->
     if class_folder:
         _require_folder(Path(class_folder).expanduser())
         if folders:
-            result.notes.append(
-                f"passed over (data.class_folder is set): {some_names(f'{printable(f.name)}/' for f in folders)}"
-            )
+            names = some_names(f"{printable(folder.name)}/" for folder in folders)
+            result.notes.append(Message("passed over ({reason}): {names}", "data.class_folder is set", names))
     for path in [Path(class_folder).expanduser()] if class_folder else folders:
         part, others = Folder(path), Counter[str]()
         for level in (path, *(entry for entry in usable(path, path, []) if entry.is_dir())):
@@ -230,9 +237,9 @@ def _read_class_folders(result: Folder, below: list[Path], class_folder: str) ->
         result.class_photos += [
             replace(photo, relative=f"{printable(path.name)}/{photo.relative}") for photo in part.photos
         ]
-        result.warnings += [f"{printable(path.name)}/: {warning}" for warning in part.warnings]
+        result.warnings += [Message("{folder}/: {problem}", printable(path.name), warning) for warning in part.warnings]
         if not part.photos:
-            result.warnings.append(f"{printable(path.name)}/: no class images in it")
+            result.warnings.append(Message("{folder}/: no class images in it", printable(path.name)))
     own = Path(class_folder).expanduser().resolve() if class_folder else None
     return [entry for entry in below if entry not in folders and entry.resolve() != own]
 
@@ -253,13 +260,13 @@ def _require_folder(path: Path) -> None:
         matches: list[str] = []
         if path.parent.is_dir():
             matches = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
-        hint = f" (did you mean {path.parent / matches[0]}?)" if matches else ""
-        raise LorakitError(f"folder {path} does not exist{hint}")
+        hint = Message(" (did you mean {name}?)", path.parent / matches[0]) if matches else ""
+        raise LorakitError("folder {path} does not exist{hint}", path, hint)
     if path.is_dir():
         return
     if _kind(path) in FORMATS:
-        raise LorakitError(f"{path} is one picture; give the folder it is in: {path.parent}")
-    raise LorakitError(f"{path} is a file; give a folder of photos")
+        raise LorakitError("{path} is one picture; give the folder it is in: {folder}", path, path.parent)
+    raise LorakitError("{path} is a file; give a folder of photos", path)
 
 
 def _kind(entry: Path) -> str:
@@ -297,7 +304,7 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
     orphans = [file for file in entries if file.name.lower().endswith((*CAPTIONS, MASK)) and file not in matches]
     if paths and orphans:
         labels = some_names(inside + printable(file.name) for file in orphans)
-        result.warnings.append(f"no photo has the name of {labels}: not used")
+        result.warnings.append(Message("no photo has the name of {names}: not used", labels))
     other_files.update(
         _kind(entry) or "without an ending" for entry in entries if not _is_photo(entry) and not _is_mask(entry)
     )
@@ -325,12 +332,17 @@ def _choose_caption(result: Folder, relative: str, candidates: list[tuple[str, s
     nonempty = [(source, caption) for source, caption in candidates if caption]
     if not nonempty:
         if candidates:
-            result.warnings.append(f"{relative}: its caption in {candidates[0][0]} is empty")
+            result.warnings.append(Message("{photo}: its caption in {file} is empty", relative, candidates[0][0]))
         return None, None
     source, caption = nonempty[0]
     for other_source, text in nonempty[1:]:
         if text.split() != caption.split():
-            result.warnings.append(f"{relative}: {source} and {other_source} say different things; {source} is used")
+            result.warnings.append(
+                Message(
+                    "{photo}: {file} and {other} say different things; {used} is used",
+                    *(relative, source, other_source, source),
+                )
+            )
     return source, caption
 
 
@@ -364,23 +376,31 @@ def _read_tables(
             if path.suffix.lower() == ".json" and stem in stems:
                 text = caption_files.of_one_photo(content)
                 if text is None:
-                    result.notes.append(f"{source}: not read, it has no caption ({', '.join(caption_files.TEXT_KEYS)})")
+                    result.notes.append(
+                        Message(
+                            "{file}: not read, it has no caption ({keys})", source, ", ".join(caption_files.TEXT_KEYS)
+                        )
+                    )
                 else:
                     own[stem] = (printable(path.name), " ".join(text.split()))
                 continue
             table = list(caption_files.rows(source, content))
             if not table:
-                raise LorakitError(f"{source}: no row of it has a picture and a text")
+                raise LorakitError("{source}: no row of it has a picture and a text", source)
         except LorakitError as error:
             if path.name.lower() == caption_files.METADATA:
                 raise
-            result.notes.append(f"not read as captions: {error}")
+            result.notes.append(Message("not read as captions: {problem}", error))
             continue
         for number, file, text in table:
             name = inside + caption_files.photo_key(file, path.parent)
             entry = (source, " ".join(text.split()))
             if metadata.setdefault(name, entry)[1] != entry[1]:
-                result.warnings.append(f"{name}: {source} line {number} says something else than before; not used")
+                result.warnings.append(
+                    Message(
+                        "{name}: {file} line {line} says something else than before; not used", name, source, number
+                    )
+                )
     return own
 
 
@@ -407,19 +427,24 @@ def _describe_folders(result: Folder) -> None:
     counts = Counter(photo.relative.partition("/")[0] for photo in result.photos if "/" in photo.relative)
     if not counts:
         return
-    result.notes.append(f"subfolders: {', '.join(f'{name}/ ({count})' for name, count in sorted(counts.items()))}")
+    names = ", ".join(f"{name}/ ({count})" for name, count in sorted(counts.items()))
+    result.notes.append(Message("subfolders: {names}", names))
     repeats = {photo.relative.partition("/")[0]: photo.repeats for photo in result.photos if photo.repeats > 1}
     if repeats:
         counts_by_name = ", ".join(f"{name}/ {count} times" for name, count in repeats.items())
-        result.notes.append(f"repeats: an epoch shows each photo of {counts_by_name}")
+        result.notes.append(Message("repeats: an epoch shows each photo of {names}", counts_by_name))
 
 
 def _no_photos_message(path: Path, other_files: Counter[str], deep_folders: dict[str, int]) -> str:
     parts = [_count_kinds(other_files)] if other_files else []
-    parts += [f"{count} in {name}/ (only one level of subfolders is read)" for name, count in deep_folders.items()]
-    return f"0 images in {path}; looked for {', '.join(FORMATS)}; found {'; '.join(parts) or 'nothing'}"
+    parts += [
+        Message("{count} in {name}/ (only one level of subfolders is read)", count, name)
+        for name, count in deep_folders.items()
+    ]
+    kinds, content = ", ".join(FORMATS), join("; ", parts or ["nothing"])
+    return Message("0 images in {path}; looked for {kinds}; found {content}", path, kinds, content)
 
 
 def _count_kinds(kinds: dict[str, int]) -> str:
     pairs = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count} {kind if ' ' in kind else '.' + kind}" for kind, count in pairs)
+    return join(", ", (Message("{count} without an ending", n) if " " in kind else f"{n} .{kind}" for kind, n in pairs))

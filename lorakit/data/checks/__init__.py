@@ -14,6 +14,7 @@ import numpy as np
 
 from lorakit.config import DataConfig
 from lorakit.config.option import suggest
+from lorakit.core.messages import Message, some
 from lorakit.core.names import printable
 from lorakit.core.protocols import Base
 from lorakit.data import captions, concepts, decode, duplicates, photo_folder, time_limit
@@ -52,7 +53,7 @@ def check(
     items = [Item(photo) for photo in files.photos]
     multiple = base.bucket_multiple
     report = Report(files.path, multiple, base.downscale, items, [], files.warnings, files.notes, files.class_photos)
-    late = f"takes longer than {time_limit.SECONDS:.0f} s to read; save it again"
+    late = Message("takes longer than {seconds:.0f} s to read; save it again", time_limit.SECONDS)
     pairs = time_limit.for_each(
         items,
         lambda item: measure(replace(item, findings=[]), config, multiple, cache),  # a copy
@@ -80,7 +81,7 @@ def check(
     for item, measurement in zip(report.items, measurements, strict=True):
         for note in measurement.notes:
             by_note.setdefault(note, []).append(item)
-    report.notes += [f"{names(group)}: {note}" for note, group in by_note.items()]
+    report.notes += [Message("{names}: {cause}", names(group), note) for note, group in by_note.items()]
     return report
 
 
@@ -99,7 +100,7 @@ def _check_readable(report: Report, measurements: Sequence[Measurement]) -> None
         if measurement.problem:
             item.findings.append(measurement.problem)
             causes.setdefault(measurement.problem, []).append(item)
-    report.errors += [f"{names(items)}: {cause}" for cause, items in causes.items()]
+    report.errors += [Message("{names}: {cause}", names(items), cause) for cause, items in causes.items()]
 
 
 def _check_duplicates(report: Report, pairs: Sequence[tuple[Item, Measurement]]) -> None:
@@ -108,11 +109,11 @@ def _check_duplicates(report: Report, pairs: Sequence[tuple[Item, Measurement]])
         by_digest.setdefault(item.digest, []).append(item)
     copies = [items for items in by_digest.values() if len(items) > 1]
     report.warnings += duplicates.some_lines(
-        [f"{names(items)}: the same file, counted {len(items)} times" for items in copies]
+        [Message("{names}: the same file, counted {count} times", names(items), len(items)) for items in copies]
     )
     for items in copies:
         for item in items[1:]:
-            item.findings.append(f"same as {items[0].relative}")
+            item.findings.append(Message("same as {photo}", items[0].relative))
     distinct = [(item, measurement) for item, measurement in pairs if by_digest[item.digest][0] is item]
     matches = duplicates.first_matches(
         np.array([measurement.hash for _, measurement in distinct]),
@@ -122,9 +123,11 @@ def _check_duplicates(report: Report, pairs: Sequence[tuple[Item, Measurement]])
     roots: dict[int, int] = {}  # a copy of a copy belongs to the group of the first
     for at, original in matches.items():
         root = roots[at] = roots.get(original, original)
-        distinct[at][0].findings.append(f"almost the same as {distinct[original][0].relative}")
+        distinct[at][0].findings.append(Message("almost the same as {photo}", distinct[original][0].relative))
         groups.setdefault(root, [distinct[root][0]]).append(distinct[at][0])
-    report.warnings += duplicates.some_lines([f"{names(items)}: look almost the same" for items in groups.values()])
+    report.warnings += duplicates.some_lines(
+        [Message("{names}: look almost the same", names(items)) for items in groups.values()]
+    )
 
 
 def _check_twins(report: Report, pairs: Sequence[tuple[Item, Measurement]]) -> None:
@@ -142,8 +145,11 @@ def _check_twins(report: Report, pairs: Sequence[tuple[Item, Measurement]]) -> N
             item.findings.append("grey, beside a photo in colour")
     if twins:
         report.warnings.append(
-            f"{names(twins)}: grey, with the name and size of a photo in colour; name.mask.png is read as a mask, "
-            "this is trained as a photo"
+            Message(
+                "{names}: grey, with the name and size of a photo in colour; name.mask.png is read as a mask, "
+                "this is trained as a photo",
+                names(twins),
+            )
         )
 
 
@@ -153,12 +159,12 @@ def _check_sizes(report: Report) -> None:
     kinds: tuple[tuple[Callable[[Item], bool], Callable[[Item], str], str], ...] = (
         (
             lambda item: item.scale > 1,
-            lambda item: f"scaled up {item.scale:.3g}x",
+            lambda item: Message("scaled up {times:.3g}x", item.scale),
             "smaller than the size they are trained at",
         ),
         (
             lambda item: item.cropped > MAX_CROP,
-            lambda item: f"{item.cropped:.0%} cropped away",
+            lambda item: Message("{share:.0%} cropped away", item.cropped),
             "lose much to the crop; crop them yourself to choose what stays",
         ),
         (
@@ -172,36 +178,42 @@ def _check_sizes(report: Report) -> None:
         for item in items:
             item.findings.append(detail(item))
         if items:
-            report.warnings.append(f"{names(items, detail)}: {meaning}")
+            report.warnings.append(Message("{names}: {cause}", names(items, detail), meaning))
 
 
 def _check_folder(report: Report, config: DataConfig) -> None:
     readable = [item for item in report.items if item.readable]
     if 0 < len(report.items) < MIN_PHOTOS:
         photos = "1 photo" if len(report.items) == 1 else f"{len(report.items)} photos"
-        report.warnings.append(f"only {photos}: 5 to 20 from different sides and places teach more")
+        report.warnings.append(Message("only {photos}: 5 to 20 from different sides and places teach more", photos))
     folders = {item.relative.partition("/")[0] for item in report.items if "/" in item.relative}
     report.errors += [
-        f"data.folder_resolutions: no photo is in a folder {printable(name)}/{suggest(name, folders)}"
+        Message(
+            "data.folder_resolutions: no photo is in a folder {name}/{hint}", printable(name), suggest(name, folders)
+        )
         for name in config.folder_resolutions
         if name not in folders
     ]
     counts = [f"{bucket} ({count})" for bucket, count in report.buckets.items()]
-    sizes = ", ".join(counts[:8]) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
+    sizes = some(counts, 8)
     if config.lower_resolutions:
         sides = ", ".join(map(str, config.resolutions))
-        report.notes.append(f"each photo is trained at {sides}: as {sizes}; a batch holds one size")
+        report.notes.append(
+            Message("each photo is trained at {sides}: as {sizes}; a batch holds one size", sides, sizes)
+        )
     elif len(report.buckets) > 1:
-        mixed = "sizes" if config.folder_resolutions else "aspect ratios"
-        report.notes.append(f"mixed {mixed}: trained at {sizes}; a batch holds one size")
+        what = "mixed sizes" if config.folder_resolutions else "mixed aspect ratios"
+        report.notes.append(Message("{what}: trained at {sizes}; a batch holds one size", what, sizes))
     rotated = [item for item in readable if item.orientation]
     if rotated:
-        report.notes.append(f"set upright by their EXIF tag: {names(rotated)}")
+        report.notes.append(Message("set upright by their EXIF tag: {names}", names(rotated)))
     transparent = [item for item in readable if item.transparent]
     if transparent:
-        report.notes.append(f"transparent parts are shown on white: {names(transparent)}")
+        report.notes.append(Message("transparent parts are shown on white: {names}", names(transparent)))
     masks = sum(item.photo.mask is not None for item in report.items)
     if masks:
-        report.notes.append(f"{masks} of {len(report.items)} photos have a mask; train.masked_loss = true uses it")
+        report.notes.append(
+            Message("{some} of {count} photos have a mask; train.masked_loss = true uses it", masks, len(report.items))
+        )
     if config.flip and config.kind == "subject":
         report.notes.append("data.flip: the subject is learned mirrored too; leave it off where its sides differ")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorakit.core.messages import Message, some
 from lorakit.core.names import shorten
 from lorakit.data.buckets import Bucket
 from lorakit.data.photo_folder import Photo
@@ -137,9 +138,8 @@ def _round(value: Any) -> Any:
 
 def names(items: Iterable[Item], detail: Callable[[Item], str] | None = None, limit: int = 5) -> str:
     """The first `limit` names, each with a detail, and the number of the remaining ones."""
-    labels = [item.relative if detail is None else f"{item.relative} ({detail(item)})" for item in items]
-    more = f" and {len(labels) - limit} more" if len(labels) > limit else ""
-    return ", ".join(labels[:limit]) + more
+    labels = (Message("{name} ({detail})", item.relative, detail(item)) if detail else item.relative for item in items)
+    return some(labels, limit)
 
 
 def _table(report: Report) -> list[str]:

@@ -45,7 +45,7 @@ class Sentences:
 
     def _value(self, value: Value, how: str) -> str:
         text = str(value)
-        if isinstance(value, Message):
+        if isinstance(value, Message) or text in self._keys:
             return self.by_key(text) or self.translated(text) or text
         return {"said": self.translated, "words": self._with_phrases}.get(how, str)(text) or text
 
@@ -92,7 +92,10 @@ class Sentences:
 
     @cached_property
     def _keys(self) -> dict[str, str]:
-        return {re.sub(r"(?<!{)({\w+):\w+}", r"\1}", english): other for english, other in self._sentences.items()}
+        return {
+            re.sub(r"(?<!{)({\w+):\w+}", r"\1}", english): other
+            for english, other in {**self._sentences, **self._phrases}.items()
+        }
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], str]]:
@@ -110,6 +113,9 @@ def _compiled(table: Mapping[str, str], hole: str) -> list[tuple[re.Pattern[str]
     for english, template in table.items():
         parts = list(string.Formatter().parse(english))
         text = "".join(re.escape(literal) + (hole.format(name) if name else "") for literal, name, *_ in parts)
+        for name in {name for _, name, *_ in parts if name}:  # twice the same
+            first, *others = text.split(hole.format(name))
+            text = first + "".join([hole.format(name), f"(?P={name})".join(others)] if others else [])
         # One of them is "1 step" and not "1 steps".
         text = re.sub(r"(?<=\\ )(step|epoch|batch)(e?s)\b", r"\1(?:\2)?", text)
         # "1 photo" is no part of "11 photos".

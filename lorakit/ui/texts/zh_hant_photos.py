@@ -1,6 +1,11 @@
 """繁體中文：資料夾、說明文字與提示詞的各種訊息；見 `zh_hant_sentences.py`。"""
 
 PHOTOS = {
+    "nothing": "什麼都沒有",
+    "{names} and {count} more": "{names} 等，另有 {count} 個",
+    "{name} ({detail})": "{name}（{detail}）",
+    "{count} without an ending": "{count} 個沒有副檔名",
+    "{count} in {name}/ (only one level of subfolders is read)": "{name}/ 中有 {count} 張（只讀取一層子資料夾）",
     "{file}: no photo of this name came with it": "{file}：沒有一起上傳同名的照片",
     "data.exclude: no photo is called {name}": "data.exclude：沒有名為 {name} 的照片",
     "data.edits: no photo is called {name:words}": "data.edits：沒有名為 {name:words} 的照片",
@@ -48,9 +53,9 @@ PHOTOS = {
     "clip skip {skip}: texts are read at layer {layer} of {layers}": (
         "CLIP skip {skip}：在第 {layer} 層（共 {layers} 層）讀取文字"
     ),
-    "{count} of {all} texts have more than {room} tokens: they are read in up to {chunks} chunks of {same}, as web UIs "
+    "{count} of {all} texts have more than {room} tokens: they are read in up to {chunks} chunks of {room}, as web UIs "
     "read them": (
-        "{all} 段文字中有 {count} 段超過 {room} 個 token：會像網頁介面那樣，以每段 {same} 個分成最多 {chunks} 段讀取"
+        "{all} 段文字中有 {count} 段超過 {room} 個 token：會像網頁介面那樣，以每段 {room} 個分成最多 {chunks} 段讀取"
     ),
     "texts: all are filled up to {tokens} tokens, as the longest needs; a pass of the UNet computes {share} more than "
     "with {few}; data.max_tokens = 75 would cut them": (

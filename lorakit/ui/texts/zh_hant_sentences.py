@@ -114,8 +114,8 @@ SENTENCES = {
     "{path} is one picture; give the folder it is in: {folder}": "{path} 是一張圖；請指定它所在的資料夾：{folder}",
     "{path} is a file; give a folder of photos": "{path} 是檔案；請指定照片資料夾",
     "0 images in {path}; looked for {kinds}; found nothing": "{path} 是空的；可用的格式：{kinds}",
-    "0 images in {path}; looked for {kinds}; found {found:words}": (
-        "{path} 中沒有圖片；可用的格式：{kinds}；只找到：{found:words}"
+    "0 images in {path}; looked for {kinds}; found {content:words}": (
+        "{path} 中沒有圖片；可用的格式：{kinds}；只找到：{content:words}"
     ),
     "{file}: cannot be read ({why})": "{file}：無法讀取（{why}）",
     "{file}: cannot be read any more ({why})": "{file}：已無法讀取（{why}）",
