@@ -11,7 +11,7 @@ import functools
 import io
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,13 @@ from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.data import augment, buckets, decode
 from lorakit.runs import charts
+from lorakit.runs.lessons import sentences
 from lorakit.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import jinja2
 
-    from lorakit.data.checks import Report
+    from lorakit.data.checks import Item, Report
     from lorakit.runs.plan import Plan
     from lorakit.training.selfcheck import Finding
 
@@ -45,18 +46,20 @@ def write(
     photos: Report,
     history: Sequence[dict[str, Any]],
     findings: Iterable[Finding],
+    lessons: Sequence[str] = (),
 ) -> Path:
     """Write curves.svg, contact-sheet.png and report.html of a run; the page's path.
 
     Args:
         history: the validations, one dict for each.
         findings: of the self-check.
+        lessons: of `lesson_lines`.
     """
     atomic.write(folder.curves_file, charts.sheet(_charts(folder)))
     sheet = contact_sheet(folder)
     if sheet is not None:
         image_grid.save(sheet, folder.contact_sheet_file)
-    page = html(folder, config, plan, photos, history, findings)
+    page = html(folder, config, plan, photos, history, findings, lessons)
     atomic.write(folder.html_file, page)
     return folder.html_file
 
@@ -80,11 +83,12 @@ def html(
     photos: Report,
     history: Sequence[dict[str, Any]],
     findings: Iterable[Finding],
+    lessons: Sequence[str] = (),
 ) -> str:
     """The page: verdict, samples, curves, photos as they were trained, plan, environment, options."""
     findings = list(findings)
     rows = _samples(folder)
-    photo_rows, left_out = _photos(config, photos)
+    photo_rows, left_out = _photos(config, photos, history[-1].get("gains", {}) if history else {})
     return _template().render(
         title=config.data.name or folder.path.name,
         method=config.adapter.method,
@@ -92,6 +96,7 @@ def html(
         photo_count=len(photos.photos),
         run=folder.path.name,
         findings=findings,
+        lessons=lessons,
         failed=sum(not finding.passed for finding in findings),
         samples=rows,
         prompts=[sample["prompt"] for sample in max((row["samples"] for row in rows), key=len, default=[])],
@@ -156,20 +161,35 @@ def _charts(folder: RunFolder) -> list[str]:
     return charts.run_charts(folder.events("step", "validation"))
 
 
-def _photos(config: Config, report: Report) -> tuple[list[dict[str, str]], int]:
-    """Each photo cut and scaled as it was trained, with its text; and how many are not shown."""
-    rows = []
-    items = [item for item in report.items if item.readable]
-    for item in items[:PHOTOS]:
+def lesson_lines(folder: RunFolder, config: Config, photos: Report, history: Sequence[dict[str, Any]]) -> list[str]:
+    """What is not as it should be in what the run has learned, in sentences."""
+    last = max(folder.sample_grids(), default=None)
+    pictures = [] if last is None else [image_grid.read(file) for file in folder.sample_pictures(last)]
+    samples = {_prompt(picture): picture for picture in pictures}
+    crops = {item.relative: image for item, image in _crops(config, photos)} if samples else {}
+    return sentences(samples, crops, history[-1].get("gains", {}) if history else {})
+
+
+def _crops(config: Config, report: Report) -> Iterator[tuple[Item, Image.Image]]:
+    """The first photos, each cut and scaled as it was trained."""
+    for item in [item for item in report.items if item.readable][:PHOTOS]:
         try:
             decoded = decode.decode(item.photo.path, item.relative, edit=item.photo.edit)
         except LorakitError:
             continue  # gone or changed since it was trained on; the report is not the place to fail for it
         crop = buckets.placements(decoded.size, config.data, report.multiple, item.relative)[0]
-        image = Image.fromarray(augment.render(decoded.pixels, augment.Variant(crop.bucket, crop.box)))
+        yield item, Image.fromarray(augment.render(decoded.pixels, augment.Variant(crop.bucket, crop.box)))
+
+
+def _photos(config: Config, report: Report, gains: Mapping[str, float]) -> tuple[list[dict[str, str]], int]:
+    """Each photo as it was trained, with its text and what it taught; and how many are not shown."""
+    rows = []
+    for item, image in _crops(config, report):
         size = f"{image.width}x{image.height}" + (f", {item.cropped:.0%} cropped" if item.cropped >= 0.005 else "")
+        if item.relative in gains:
+            size += f"; error {gains[item.relative]:.1%} below the base's"
         rows.append({"source": _source(image, PHOTO_SIDE), "text": item.text, "size": size})
-    return rows, max(0, len(items) - PHOTOS)
+    return rows, max(0, sum(item.readable for item in report.items) - PHOTOS)
 
 
 def _options(config: Config) -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lorakit.config import Config
     from lorakit.core.protocols import Map
     from lorakit.families import Family
+    from lorakit.families.conditioning import Conditioning
     from lorakit.runs.preflight import Ready
     from lorakit.runs.run_folder import RunFolder
     from lorakit.training.precompute import Precomputed, SampleInputs
@@ -340,16 +341,23 @@ class Milestones:
         poll = functools.partial(self.run.stop.poll, "the validation is not finished")
         with polled(model.family.modules().values(), poll), model.adapter.averaged():
             metrics = out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, self._measure)
+            if step == self.run.ready.plan.steps:
+                metrics["gains"] = model.photo_validation.gains(model.adapter, self._conditions())
         self.history.append({"step": step, **metrics})
         events.emit("validation", step, **metrics)
 
     def _measure(self) -> dict[str, Any]:
-        """The figures of the weights as they are; trained text encoders read the texts again."""
-        tokens, class_tokens, family = self.inputs.tokens, self.inputs.class_tokens, self.model.family
-        if tokens is None or class_tokens is None:
-            return self.model.validation.run(self.model.adapter)
-        conditions, condition = embed(family, tokens), embed(family, [table[:1] for table in class_tokens])
-        return self.model.validation.run(self.model.adapter, conditions=conditions, class_condition=condition)
+        """The figures of the weights as they are."""
+        model, class_tokens = self.model, self.inputs.class_tokens
+        conditions = self._conditions()
+        if conditions is None or class_tokens is None:
+            return model.validation.run(model.adapter)
+        condition = embed(model.family, [table[:1] for table in class_tokens])
+        return model.validation.run(model.adapter, conditions=conditions, class_condition=condition)
+
+    def _conditions(self) -> Conditioning | None:
+        """What trained text encoders make of the texts now; None where none is trained."""
+        return None if self.inputs.tokens is None else embed(self.model.family, self.inputs.tokens)
 
     def export(self, step: int, left: list[str]) -> None:
         """Write the adapter of this step, which stays beside that of the end."""

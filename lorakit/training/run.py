@@ -336,7 +336,11 @@ def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Resu
         findings = _self_check(result, run, load)
     with run.optional("the report"):
         folder.write_report([vars(finding) for finding in findings])
-        report.write(folder, config, run.ready.plan, run.ready.report, result.state.history, findings)
+        photos, history = run.ready.report, result.state.history
+        lessons = report.lesson_lines(folder, config, photos, history)
+        report.write(folder, config, run.ready.plan, photos, history, findings, lessons)
+        for line in lessons:
+            run.events.say(line, warning=True)
     failed = selfcheck.failures(findings)
     if failed:
         causes = "; ".join(f"{finding.name}: {finding.detail}" for finding in failed)

@@ -38,6 +38,7 @@ class Model:
         loss_step: computes the loss of a batch.
         optimizer_step: does a whole step.
         validation: examines the weights as they are.
+        photo_validation: the same on photos that are trained on.
     """
 
     family: Family
@@ -45,6 +46,7 @@ class Model:
     loss_step: LossStep
     optimizer_step: OptimizerStep
     validation: Validation
+    photo_validation: Validation
 
 
 def trainable(
@@ -95,12 +97,8 @@ def trainable(
     if optimizer_builder.has_average(optimizer_step.optimizer):
         adapter.average = OptimizerAverage(adapter.parameters(), optimizer_step.optimizer)
         say(f"{config.optimizer.name} keeps an average of the weights: it is exported, drawn and validated")
-    validation = Validation(
-        family,
-        inputs.holdout or inputs.dataset.unaugmented(),
-        inputs.conditions,
-        inputs.class_conditions.index(torch.zeros(1, dtype=torch.int64, device=family.device)),
-        config.train.seed,
-        from_holdout=inputs.holdout is not None,
-    )
-    return Model(family, adapter, loss_step, optimizer_step, validation)
+    class_condition = inputs.class_conditions.index(torch.zeros(1, dtype=torch.int64, device=family.device))
+    parts = inputs.conditions, class_condition, config.train.seed
+    photo_validation = Validation(family, inputs.dataset.unaugmented(), *parts)
+    validation = Validation(family, inputs.holdout, *parts, from_holdout=True) if inputs.holdout else photo_validation
+    return Model(family, adapter, loss_step, optimizer_step, validation, photo_validation)

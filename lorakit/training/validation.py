@@ -108,6 +108,31 @@ class Validation:
         overall = _figures(totals.sum(1))
         return {**overall, "prior_drift": drift, "bands": bands, "photos": self.photo_count, "source": self.source}
 
+    def gains(self, adapter: Trainable, conditions: Conditioning | None = None) -> dict[str, float]:
+        """The share of the base's squared error that the adapter takes away, of each photo by its name.
+
+        Args:
+            adapter, conditions: as for `run`.
+        """
+        with inference(self.family.modules().values()):
+            with adapter.disabled():
+                before = self._errors(self.conditions)
+            after = self._errors(self.conditions if conditions is None else conditions)
+        names = [self.dataset.names(bucket)[row] for bucket, row, _ in self.places]
+        errors = {name: [0.0, 0.0] for name in names}
+        for name, *pair in zip(names, before, after, strict=True):
+            errors[name] = [total + error for total, error in zip(errors[name], pair, strict=True)]
+        return {name: 1 - trained / max(base, 1e-30) for name, (base, trained) in errors.items()}
+
+    def _errors(self, conditions: Conditioning) -> list[float]:
+        """The squared error at each place."""
+        errors = []
+        for number in range(len(self.places)):
+            noisy, timesteps, target, text, sizes = self._point(number)
+            prediction = self.family.predict(noisy, timesteps, conditions.index(text).with_rows(**sizes))
+            errors.append((prediction - target).square().mean())
+        return [float(error) for error in torch.stack(errors).cpu()]
+
     def _follow_the_base(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Draw pictures of the class in a few DDIM steps (Song et al. 2020, arXiv 2010.02502), and keep what the base
         was shown and said in the middle of each band. Photos would not do: they are of the subject, on which the

@@ -212,3 +212,24 @@ def test_a_real_family_is_examined_to_the_bit_twice(base, request):
     assert first["prior_drift"] > 1e-6 and first["mse"] != untouched["mse"]
     repeat = evaluate.Validation(family, data, texts, prompt, 0).run(adapter)
     assert repeat == first
+
+
+def test_gains_are_the_share_of_the_bases_error_that_is_gone():
+    """The adapter makes the text's part right for one photo and worse for another."""
+    data, family = dataset(2), Family(factor=0.0)
+    data.names = lambda bucket: ["good.png", "bad.png"]
+    validation = evaluate.Validation(family, data, conditions(2), CLASS, seed=0)
+    adapter = Adapter(family, 0.0)
+    after = Conditioning(values=torch.tensor([0.0, 2.0]))
+    gains = validation.gains(adapter, after)
+    expected = {}
+    for photo, name in enumerate(("good.png", "bad.png")):
+        errors = [0.0, 0.0]
+        for number in (n for n, place in enumerate(validation.places) if place[1] == photo):
+            _, _, target, _, _ = validation._point(number)
+            for side, value in enumerate((photo * 0.01, after["values"][photo])):
+                errors[side] += float((value - target).square().mean())
+        expected[name] = 1 - errors[1] / errors[0]
+    assert gains == pytest.approx(expected, rel=1e-5)
+    assert gains["good.png"] == 0 and gains["bad.png"] < -1
+    assert validation.gains(adapter) == {"good.png": 0, "bad.png": 0}

@@ -1,6 +1,15 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "the sample {sample} is a copy of {photo}, edge by edge ({match}): the run has learned that photo by heart; "
+    "train fewer steps, or use more photos": (
+        "樣本圖 {sample} 是照片 {photo} 的翻版（邊緣相符 {match}）：模型把這張照片背了下來；請減少步數，或增加照片"
+    ),
+    "{photo} taught least: the adapter takes {gain} off the base's error on it, and {middle} off that on the middle "
+    "photo; look whether it shows what the others show, and whether its text says what it shows": (
+        "{photo} 教得最少：adapter 在它上面只減少基礎模型誤差的 {gain}，居中的照片則減少 {middle}；"
+        "請看它拍的是否與其他照片相同，文字是否說出它的內容"
+    ),
     "{name} keeps an average of the weights: it is exported, drawn and validated": (
         "{name} 自己保留權重的平均：匯出、作圖與驗證都用它"
     ),

@@ -1,0 +1,73 @@
+"""What a run has learned, in sentences: copies of photos are found, pictures of the same thing elsewhere are not."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from lorakit.families.pocket import subjects
+from lorakit.runs import lessons
+from lorakit.ui import texts
+
+
+@pytest.fixture(scope="module")
+def photos() -> dict[str, Image.Image]:
+    return {
+        f"{number}.png": image
+        for number, (image, _) in enumerate(subjects.pictures("oz", 6, seed=0, scenes=["table", "beach"]))
+    }
+
+
+def worse(image: Image.Image) -> Image.Image:
+    """As a model draws a photo that it has by heart: blurred, shifted by a pixel, in other colours and noisy."""
+    small = image.resize((40, 40), Image.Resampling.LANCZOS).resize(image.size, Image.Resampling.BICUBIC)
+    shift = np.roll(np.asarray(ImageEnhance.Color(small).enhance(0.7), np.float32), 1, 0)
+    noise = np.random.default_rng(0).normal(0, 6, shift.shape)
+    return Image.fromarray(np.clip(shift + noise + 12, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda image: image, worse, ImageOps.mirror, lambda image: worse(image.resize((96, 96)))]
+)
+def test_a_copy_is_found_with_its_photo(photos, change):
+    result = list(lessons.copies({"a": change(photos["3.png"])}, photos))
+    assert [(prompt, name) for prompt, name, _ in result] == [("a", "3.png")]
+
+
+def test_the_subject_elsewhere_another_picture_and_a_grey_one_are_no_copies(photos):
+    new = {
+        str(n): image
+        for n, (image, _) in enumerate(subjects.pictures("oz", 12, seed=7, scenes=["snow", "city", "floor"]))
+    }
+    other = {"other": subjects.pictures("zib", 1, seed=3)[0][0], "grey": Image.new("RGB", (64, 64), (90, 90, 90))}
+    assert list(lessons.copies(new | other, photos)) == []
+    assert list(lessons.copies(new, {})) == []
+
+
+def test_photos_that_resemble_one_another_raise_the_limit(photos):
+    """Two frames of a film differ by less than any copy: a third frame is none."""
+    frames = {"first": photos["0.png"], "second": worse(photos["0.png"])}
+    third = worse(worse(photos["0.png"]))
+    assert list(lessons.copies({"third": third}, frames)) == []
+    assert [name for _, name, _ in lessons.copies({"third": frames["first"]}, frames)] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("gains", "name"),
+    [
+        ({"a": 0.10, "b": 0.09, "c": 0.11, "d": 0.02}, "d"),
+        ({"a": 0.10, "b": 0.09, "c": 0.11, "d": -0.05}, "d"),
+        ({"a": 0.10, "b": 0.09, "c": 0.11, "d": 0.07}, None),
+        ({"a": 0.10, "b": 0.09, "d": 0.0}, None),
+        ({}, None),
+    ],
+)
+def test_least_names_a_photo_far_below_the_others(gains, name):
+    assert lessons.least(gains) == name
+
+
+def test_sentences_say_what_to_do_and_are_translated(photos):
+    sentences = lessons.sentences({"a 'b'": photos["1.png"]}, photos, {"a": 0.1, "b": 0.1, "c": 0.1, "d.png": 0.01})
+    assert len(sentences) == 2
+    assert "1.png" in sentences[0] and "fewer steps" in sentences[0] and "100%" in sentences[0]
+    assert sentences[1].startswith("d.png taught least") and "1.0%" in sentences[1] and "10.0%" in sentences[1]
+    assert all(texts.sayer("zh-Hant").translate(line) != line for line in sentences)
