@@ -33,9 +33,9 @@ def find(adapter: Path, metadata: Mapping[str, str]) -> str:
         except LorakitError:
             continue
     if not title:
-        raise LorakitError(f"{adapter.name} does not say what base it was trained on: give it with --base")
+        raise LorakitError("{file} does not say what base it was trained on: give it with --base", adapter.name)
     where = f"--base {quote(source)}" if source else "--base and its path"
-    raise LorakitError(f"{adapter.name} was trained on {title}, which is not found here: give {where}")
+    raise LorakitError("{file} was trained on {base}, which is not found here: give {how}", adapter.name, title, where)
 
 
 def _candidates(adapter: Path, title: str, source: str) -> Iterator[str]:

@@ -19,13 +19,17 @@ from pathlib import Path
 from lorakit.core import atomic, foreign_json
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 
 REPOSITORY = "openai/clip-vit-large-patch14"
 REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 FILES = ("vocab.json", "merges.txt")
 WORDS, MERGES = 49_408, 48_894
-FROM_HUB = f"tokenizer: CLIP's, {REPOSITORY}@{REVISION[:7]} on the hub"
-TO_FETCH = f"{FROM_HUB}: it is not on this machine and is fetched once, 1.5 MB"
+_SOURCE = f"{REPOSITORY}@{REVISION[:7]}"
+FROM_HUB = Message("tokenizer: CLIP's, {name} on the hub", _SOURCE)
+TO_FETCH = Message(
+    "tokenizer: CLIP's, {name} on the hub: it is not on this machine and is fetched once, 1.5 MB", _SOURCE
+)
 WAYS = (
     "set model.tokenizer to a folder with vocab.json and merges.txt, or to that of ComfyUI or Forge; or install "
     "clip-anytorch, which brings the vocabulary"
@@ -63,18 +67,19 @@ def find(setting: str, file: Path, words: int) -> tuple[Path | None, str]:
     if setting:
         folder = Path(setting).expanduser()
         if not folder.exists():
-            raise LorakitError(f"model.tokenizer: {folder} does not exist")
+            raise LorakitError("model.tokenizer: {folder} does not exist", folder)
         below = [folder / "tokenizer", folder, *(folder for _, folder in _of_host(folder))]
         folder = next((path for path in below if _fits(path, words)), below[0] if below[0].is_dir() else folder)
         require(folder, words, "model.tokenizer must name a folder with both, or a base's")
-        return folder, f"tokenizer: {folder}, as model.tokenizer says"
+        return folder, Message("tokenizer: {folder}, as model.tokenizer says", folder)
     neighbour = file.parent / "tokenizer"
     if neighbour.is_dir():
         require(neighbour, words)
-        return neighbour, f"tokenizer: {neighbour}"
+        return neighbour, Message("tokenizer: {folder}", neighbour)
     for place, folder in [("the base's folder", file.parent), *_on_this_machine()]:
         if _fits(folder, words):
-            return folder, FROM_HUB if folder.name == REVISION else f"tokenizer: CLIP's, from {place} ({folder})"
+            line = Message("tokenizer: CLIP's, from {place} ({folder})", place, folder)
+            return folder, FROM_HUB if folder.name == REVISION else line
     return None, TO_FETCH
 
 
@@ -83,8 +88,14 @@ def missing(base: str, words: int) -> str | None:
     from huggingface_hub import is_offline_mode
 
     if words != WORDS:
-        return f"base {base} reads {words} words where CLIP's tokenizer has {WORDS}: set model.tokenizer"
-    return f"base {base} has no tokenizer with it, and HF_HUB_OFFLINE is set: {WAYS}" if is_offline_mode() else None
+        return Message(
+            "base {file} reads {words} words where CLIP's tokenizer has {count}: set model.tokenizer",
+            base,
+            words,
+            WORDS,
+        )
+    line = Message("base {file} has no tokenizer with it, and HF_HUB_OFFLINE is set: {ways}", base, WAYS)
+    return line if is_offline_mode() else None
 
 
 def fetch(base: str, words: int) -> Path:
@@ -116,7 +127,8 @@ def from_hub(base: str, repository: str, revision: str, files: Sequence[str], wo
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:  # type: ignore[attr-defined]
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LorakitError(
-            f"base {base} has {words[0]} cannot be fetched from {constants.ENDPOINT} ({reason}): {words[1]}"
+            "base {file} has {what} cannot be fetched from {hub} ({reason}): {ways}",
+            *(base, words[0], constants.ENDPOINT, reason, words[1]),
         ) from error
     return folder
 
@@ -130,15 +142,21 @@ def require(folder: Path, words: int, advice: str = OWN) -> None:
     if not (folder / "tokenizer.json").is_file():
         for name in FILES:
             if not (folder / name).is_file():
-                raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: {advice}")
+                file = f"{folder.name}/{name}"
+                raise LorakitError("{file} is missing in {folder}: {advice}", file, folder.parent, advice)
     try:
         count, merges = _counts(folder, (folder / FILES[0]).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise LorakitError(f"tokenizer {folder} is damaged: {OWN}") from None
+        raise LorakitError("tokenizer {folder} is damaged: {advice}", folder, OWN) from None
     if count != words:
-        raise LorakitError(f"tokenizer {folder} knows {count} words where its text encoder has {words}: {OWN}")
+        raise LorakitError(
+            "tokenizer {folder} knows {count} words where its text encoder has {words}: {advice}",
+            *(folder, count, words, OWN),
+        )
     if words == WORDS and merges != MERGES:
-        raise LorakitError(f"tokenizer {folder} has {merges} merges where CLIP's has {MERGES}: {OWN}")
+        raise LorakitError(
+            "tokenizer {folder} has {count} merges where CLIP's has {merges}: {advice}", folder, merges, MERGES, OWN
+        )
 
 
 def require_fit(base: Path, folder: Path, rows: int) -> None:
@@ -150,10 +168,11 @@ def require_fit(base: Path, folder: Path, rows: int) -> None:
     try:
         count, _ = _counts(folder, (folder / FILES[0]).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise LorakitError(f"{folder.name} of base {base} is damaged: get the base again") from None
+        raise LorakitError("{name} of base {path} is damaged: get the base again", folder.name, base) from None
     if not 256 <= count <= rows:
         raise LorakitError(
-            f"{folder.name} of base {base} knows {count} words where its text encoder has {rows}: get the base again"
+            "{name} of base {path} knows {count} words where its text encoder has {rows}: get the base again",
+            *(folder.name, base, count, rows),
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from lorakit.core.messages import Message
+
 
 class Conditioning:
     """Encoded texts: name -> tensor `[B, ...]`, a row for each text. It never changes: methods return a new one.
@@ -19,7 +21,7 @@ class Conditioning:
     def __init__(self, **tensors: torch.Tensor):
         if len({len(tensor) for tensor in tensors.values()}) != 1:
             counts = {name: len(tensor) for name, tensor in tensors.items()}
-            raise ValueError(f"tensors of one conditioning need equally many rows, not {counts}")
+            raise ValueError(Message("tensors of one conditioning need equally many rows, not {counts}", counts))
         self._tensors = tensors
 
     def __len__(self) -> int:
@@ -62,7 +64,9 @@ class Conditioning:
             ValueError: their names differ.
         """
         if len({frozenset(part._tensors) for part in parts}) != 1:
-            raise ValueError(f"conditionings of one batch need the same names, not {[[*p._tensors] for p in parts]}")
+            raise ValueError(
+                Message("conditionings of one batch need the same names, not {parts}", [[*p._tensors] for p in parts])
+            )
         return Conditioning(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]._tensors})
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:

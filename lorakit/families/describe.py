@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.config import Config, ModelConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message, some
 from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, text_encoders, vae_source, weight_files
 from lorakit.families.facts import distilled, fit, noise_schedule, other_models
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
@@ -28,6 +29,14 @@ BUNDLED = "pocket"
 # `model.base` of a run that trains a pipeline in memory.
 IN_MEMORY = "<pipeline>"
 INPAINTING = "inpainting model: trained and drawn with the whole picture masked, that is from text alone"
+NO_FLOW = "train.{name} = {value!r} is not defined for base {base}, which predicts the flow: leave it at {usual!r}"
+OWN_PARTS = "base {path} has its own {kind}: model.{option} is for bases in a single file"
+NO_ENCODER = "base {base} is a {name} without {encoder}, as SDXL's refiner is: give the base model instead"
+NO_VAE = "base {path} lacks {parts}: get the base again, or give a VAE by model.vae (--vae)"
+NO_INDEX = "base {path} is not a folder in diffusers layout: no model_index.json; {content}"
+NO_SNR = "train.min_snr_gamma is not defined for base {name}, which predicts the flow: leave it unset"
+NO_WORDS = "adapter.new_tokens: base {name} reads texts by {encoder} too, which learns no words; set it to 0"
+GUESS = "prediction type: {kind}, {why}; if that is wrong, set model.prediction_type (`lorakit probe` measures it)"
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,7 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
     if model.base == BUNDLED:
         return _of_folder(pocket.path(), model, title=BUNDLED)
     if model.base == IN_MEMORY:
-        raise LorakitError(f"base {IN_MEMORY} is a pipeline in memory: give it to train or resume, by pipeline=")
+        raise LorakitError("base {name} is a pipeline in memory: give it to train or resume, by pipeline=", IN_MEMORY)
     path = Path(model.base).expanduser()
     if path.is_file():
         return _of_file(path, model)
@@ -189,19 +198,12 @@ def unsuited(info: BaseInfo, config: Config) -> list[str]:
     is_uniform = config.train.timestep_sampling == "uniform"  # then the shift is all that moves them
     for name, usual in {} if not info.spec.predicts_flow else usual_values.items():
         if getattr(config.train, name) != usual and not (is_uniform and name.startswith("timestep")):
-            problems.append(
-                f"train.{name} = {getattr(config.train, name)!r} is not defined for base {info.title}, which predicts "
-                f"the flow: leave it at {usual!r}"
-            )
+            problems.append(Message(NO_FLOW, name, getattr(config.train, name), info.title, usual))
     if info.spec.predicts_flow and config.train.min_snr_gamma is not None:
-        problems.append(
-            f"train.min_snr_gamma is not defined for base {info.title}, which predicts the flow: leave it unset"
-        )
+        problems.append(Message(NO_SNR, info.title))
     frozen = [e.kind for e in info.spec.text_encoders if not e.trainable and e.name in info.configs]
     if frozen and config.adapter.new_tokens:
-        problems.append(
-            f"adapter.new_tokens: base {info.title} reads texts by {frozen[0]} too, which learns no words; set it to 0"
-        )
+        problems.append(Message(NO_WORDS, info.title, frozen[0]))
     return problems
 
 
@@ -232,12 +234,12 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     subfolders = (spec.denoiser, *own_vae, "scheduler", *encoders, *tokenizers)
     missing = [name for name in subfolders if not (path / name).is_dir()]
     if missing:
-        hint = ", or give a VAE by model.vae (--vae)" if "vae" in missing else ""
-        raise LorakitError(f"base {path} lacks {', '.join(f'{name}/' for name in missing)}: get the base again{hint}")
+        template = NO_VAE if "vae" in missing else "base {path} lacks {parts}: get the base again"
+        raise LorakitError(template, path, ", ".join(f"{name}/" for name in missing))
     for option in ("tokenizer", "text_encoders"):
         if getattr(model, option):
             kind = option.replace("_", " ")
-            raise LorakitError(f"base {path} has its own {kind}: model.{option} is for bases in a single file")
+            raise LorakitError(OWN_PARTS, path, kind, option)
     configs = {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
     if model.vae:
         folders.pop("vae", None)
@@ -251,8 +253,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     # With the same weights, another prediction type or schedule makes another base.
     config_files = [folders[name] / "config.json" for name in ("unet", "vae") if name in folders]
     config_files.append(path / "scheduler" / "scheduler_config.json")
-    notes = [f"from the hub: {source}"] if source else []
-    notes += [f"without {name}{'' if model.t5 else ', as model.t5 says'}" for name in absent]
+    notes = _notes(source, model, absent)
     return base_info(
         model,
         tensors,
@@ -291,7 +292,7 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
     try:
         configs = single_file.configs(checkpoint, shapes) | text_encoders.configs(others)
     except LorakitError as error:
-        raise LorakitError(f"base {path.name}: {error}") from error
+        raise LorakitError("base {path}: {problem}", path.name, error) from error
     layers: dict[str, tuple[int, ...]] = {}
     for component in [name for name in shapes if name != "vae"]:
         layers |= weight_files.layers(component, shapes[component])
@@ -300,16 +301,15 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
         lengths = {slot.key: header.tensors[slot.key] for slot in slots.values() if slot.key}
         sizes[component] = sum(info.end - info.start for info in lengths.values())
     prediction = checkpoint.prediction
-    zero = " with zero terminal SNR" if prediction.zero_snr else ""
     is_guess = not prediction.certain and model.prediction_type == "auto"
-    unsure = "; if that is wrong, set model.prediction_type (`lorakit probe` measures it)" if is_guess else ""
-    notes = [f"from the hub: {source}"] if source else []
-    notes += [f"prediction type: {prediction.type}{zero}, {prediction.evidence}{unsure}"]
+    kind = noise_schedule.name(prediction.type, prediction.zero_snr)
+    notes = _notes(source, model, [])
+    notes += [Message(GUESS if is_guess else "prediction type: {kind}, {why}", kind, prediction.evidence)]
     if checkpoint.ignored:
-        notes.append(f"keys that are not of such a model, ignored: {_summary(checkpoint.ignored)}")
-    notes += [f"{name}: {encoder.source.path}" for name, encoder in others.items()]
+        notes.append(Message("keys that are not of such a model, ignored: {keys}", _summary(checkpoint.ignored)))
+    notes += [Message("{name}: {path}", name, encoder.source.path) for name, encoder in others.items()]
     absent = [encoder.name for encoder in spec.text_encoders if encoder.name not in configs]
-    notes += [f"without {name}{'' if model.t5 else ', as model.t5 says'}" for name in absent]
+    notes += _notes("", model, absent)
     tokenizers, tokenizer_notes = text_encoders.tokenizers(path, model, others, configs)
     notes += tokenizer_notes
     return base_info(
@@ -334,11 +334,18 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
     )
 
 
+def _notes(source: str, model: ModelConfig, absent: Iterable[str]) -> list[str]:
+    """Lines for the plan: where a base is from, and which of its text encoders are left out."""
+    notes: list[str] = [Message("from the hub: {source}", source)] if source else []
+    without = "without {name}" if model.t5 else "without {name}, as model.t5 says"
+    return notes + [Message(without, name) for name in absent]
+
+
 def _summary(keys: Collection[str]) -> str:
     """Where keys stand, and how many there are in each place."""
     places = Counter(".".join(key.split(".")[:-1][:2]) or key for key in keys)
     words = [f"{place}.* ({count})" if place not in keys else place for place, count in sorted(places.items())]
-    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+    return some(words, 4)
 
 
 def base_info(
@@ -355,9 +362,9 @@ def base_info(
     if configs["unet"].get("in_channels", 4) != channels:
         facts["notes"] = (*facts["notes"], INPAINTING)
     if not model.t5 and not any(encoder.kind == "T5" for encoder in spec.text_encoders):
-        raise LorakitError(f"base {path} has no T5: leave model.t5")
+        raise LorakitError("base {path} has no T5: leave model.t5", path)
     if spec.predicts_flow and model.prediction_type != "auto":
-        raise LorakitError(f"base {path} predicts the flow: leave model.prediction_type")
+        raise LorakitError("base {path} predicts the flow: leave model.prediction_type", path)
     configs["scheduler"], note = noise_schedule.override(configs["scheduler"], model.prediction_type)
     if note:
         facts["notes"] = (*facts["notes"], note)
@@ -366,7 +373,8 @@ def base_info(
     noise_schedule.check(path, configs["scheduler"], flow=spec.predicts_flow)
     prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
     if prediction not in (*PREDICTIONS, FLOW):
-        raise LorakitError(f"base {path} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
+        kinds = " and ".join(PREDICTIONS)
+        raise LorakitError("base {path} predicts {kind!r}: only {kinds} can be trained", path, prediction, kinds)
     clip = min(
         _max_tokens(facts["tokenizers"].get(name.replace("text_encoder", "tokenizer")), config)
         for name, config in configs.items()
@@ -376,8 +384,8 @@ def base_info(
     depth = min(config.get("num_hidden_layers", 12) for config in encoders)
     facts["clip_skip"] = spec.text_layer(facts["title"], model.clip_skip, depth)
     if model.clip_skip:
-        at = f"texts are read at layer {depth - model.clip_skip + 1} of {depth}"
-        facts["notes"] = (*facts["notes"], f"clip skip {model.clip_skip}: {at}")
+        template, layer = "clip skip {skip}: texts are read at layer {layer} of {layers}", depth - model.clip_skip + 1
+        facts["notes"] = (*facts["notes"], Message(template, model.clip_skip, layer, depth))
     if prediction == EPSILON and model.prediction_type == "auto":
         facts["warnings"] = (*facts.get("warnings", ()), *noise_schedule.velocity_warning(model.base, names, metadata))
     kind = distilled.find(names, metadata, configs["unet"], configs["scheduler"])
@@ -408,13 +416,14 @@ def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Ite
 def _index(path: Path) -> dict[str, Any]:
     """The folder's model_index.json, or what is there instead."""
     if not path.is_dir():
-        raise LorakitError(f"base {path} does not exist")
+        raise LorakitError("base {path} does not exist", path)
     if not (path / "model_index.json").is_file():
         if what := other_models.what_folder(path):
-            raise LorakitError(f"base {path} {what}")
+            raise LorakitError("base {path} {what}", path, what)
         inside = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
-        content = f"it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "it is empty"
-        raise LorakitError(f"base {path} is not a folder in diffusers layout: no model_index.json; {content}")
+        names = ", ".join(inside[:5]) + (" ..." if len(inside) > 5 else "")
+        content = Message("it holds {names}", names) if inside else "it is empty"
+        raise LorakitError(NO_INDEX, path, content)
     return weight_files.read_json(path / "model_index.json")
 
 
@@ -431,7 +440,7 @@ def _check_configs(title: str, folder: Path) -> None:
     """Refuse by its configs, as far as they are there, a model that is not trained."""
     if not (folder / "model_index.json").is_file():
         if what := other_models.what_folder(folder):
-            raise LorakitError(f"base {title} {what}")
+            raise LorakitError("base {path} {what}", title, what)
         return
     spec = family_of_index(title, _index(folder))
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -443,14 +452,12 @@ def family_of_index(base: Path | str, index: dict[str, Any]) -> FamilySpec:
     name = str(index.get("_class_name", "unknown"))
     spec = of_pipeline(name)
     if spec is None:
-        raise LorakitError(f"base {base} {other_models.what_pipeline(name)}")
+        raise LorakitError("base {path} {what}", base, other_models.what_pipeline(name))
     for encoder in spec.text_encoders:
         if other := other_models.what_encoder(index, encoder.name, encoder.kind):
-            raise LorakitError(f"base {base} {other}")
+            raise LorakitError("base {path} {what}", base, other)
         if not encoder.optional and index.get(encoder.name, [None, "there"]) == [None, None]:
-            raise LorakitError(
-                f"base {base} is a {name} without {encoder.name}, as SDXL's refiner is: give the base model instead"
-            )
+            raise LorakitError(NO_ENCODER, base, name, encoder.name)
     return spec
 
 
@@ -472,7 +479,8 @@ def _check_fit(model: ModelConfig, facts: dict[str, Any], tensors: Mapping[str, 
 def _check_tokenizer(base: Path, folder: Path, encoder: fit.Config) -> None:
     for name in clip_tokenizer.FILES if not (folder / "tokenizer.json").is_file() else ():
         if not (folder / name).is_file():
-            raise LorakitError(f"{folder.name}/{name} is missing in {folder.parent}: get the base again")
+            file = f"{folder.name}/{name}"
+            raise LorakitError("{file} is missing in {folder}: get the base again", file, folder.parent)
     if base.is_dir() and encoder.get("model_type") == "clip_text_model":
         clip_tokenizer.require_fit(base, folder, int(encoder["vocab_size"]))
 

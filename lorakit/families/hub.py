@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 from lorakit.core import install, registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.families import weight_files
 
 # Half precision is half the download and all that a frozen base needs.
@@ -83,8 +84,10 @@ def refuse_link(link: str) -> None:
     if "://" not in link:
         return
     if inside := _LINK.fullmatch(unquote(link)):
-        raise LorakitError(f"base {link} is a part of a model: give {inside[1]} for the whole model")
-    raise LorakitError(f"base {link} is a link: download the model and give its path, or give a hub id, owner/name")
+        raise LorakitError("base {link} is a part of a model: give {name} for the whole model", link, inside[1])
+    raise LorakitError(
+        "base {link} is a link: download the model and give its path, or give a hub id, owner/name", link
+    )
 
 
 def find(hub_id: HubId, checks: Checks, without: Collection[str] = ()) -> tuple[Path, str]:
@@ -151,8 +154,9 @@ def find_vae(hub_id: HubId) -> tuple[Path, str]:
             return there, there.relative_to(_repository(hub_id) / "snapshots").parts[0]
         if is_offline_mode():
             raise LorakitError(
-                f"model.vae: {hub_id.title} is not in the cache and HF_HUB_OFFLINE is set: unset it once; "
-                "or give a folder or a file"
+                "model.vae: {name} is not in the cache and HF_HUB_OFFLINE is set: unset it once; or give a "
+                "folder or a file",
+                hub_id.title,
             )
         info = HfApi().model_info(hub_id.name, revision=hub_id.revision)
         place, files = _vae_files(hub_id.title, [sibling.rfilename for sibling in info.siblings or []])
@@ -160,9 +164,9 @@ def find_vae(hub_id: HubId) -> tuple[Path, str]:
         return folder / place, folder.name
     except LorakitError as error:
         why = str(error).removeprefix("base ").removeprefix("model.vae: ").removesuffix("; or give a folder or a file")
-        raise LorakitError(f"model.vae: {why}; or give a folder or a file") from error
+        raise LorakitError("model.vae: {name}; or give a folder or a file", why) from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
-        raise LorakitError(f"model.vae: {refusal(hub_id, error)}; or give a folder or a file") from error
+        raise LorakitError("model.vae: {problem}; or give a folder or a file", refusal(hub_id, error)) from error
 
 
 def _vae_files(title: str, names: list[str]) -> tuple[str, list[str]]:
@@ -176,7 +180,8 @@ def _vae_files(title: str, names: list[str]) -> tuple[str, list[str]]:
     if len(single) == 1:
         return single[0], single
     raise LorakitError(
-        f"model.vae: {title} has no VAE in diffusers layout: give {title}/FILE.safetensors; or give a folder or a file"
+        "model.vae: {name} has no VAE in diffusers layout: give {name}/FILE.safetensors; or give a folder or a file",
+        title,
     )
 
 
@@ -198,8 +203,8 @@ def _fetch(hub_id: HubId, checks: Checks, without: Collection[str]) -> Path:
 
     if is_offline_mode():
         raise LorakitError(
-            f"base {hub_id.title} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a "
-            "file"
+            "base {name} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file",
+            hub_id.title,
         )
     title = hub_id.title
     try:
@@ -215,7 +220,7 @@ def _fetch(hub_id: HubId, checks: Checks, without: Collection[str]) -> Path:
         checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
         folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
-        raise LorakitError(f"base {refusal(hub_id, error)}; or give a folder or a file") from error
+        raise LorakitError("base {problem}; or give a folder or a file", refusal(hub_id, error)) from error
     return Path(folder)
 
 
@@ -225,13 +230,16 @@ def _fetch_file(hub_id: HubId, commit: str, names: list[str], checks: Checks) ->
     if hub_id.file not in names:
         others = sorted(name for name in names if name.lower().endswith(".safetensors"))
         there = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "") or "none"
-        raise LorakitError(f"base {hub_id.title}: {hub_id.name} has no such file; its .safetensors files: {there}")
+        raise LorakitError(
+            "base {name}: {repository} has no such file; its .safetensors files: {files}",
+            *(hub_id.title, hub_id.name, there),
+        )
     tensors, metadata = {}, {}
     if hub_id.file.lower().endswith(".safetensors"):
         try:
             remote = HfApi().parse_safetensors_file_metadata(hub_id.name, hub_id.file, revision=commit)
         except (errors.SafetensorsParsingError, struct.error):
-            raise LorakitError(f"base {hub_id.title} is not a safetensors file: give another file") from None
+            raise LorakitError("base {name} is not a safetensors file: give another file", hub_id.title) from None
         metadata = remote.metadata
         for name, info in remote.tensors.items():
             tensors[name] = safetensors_header.TensorInfo(info.dtype, tuple(info.shape), *info.data_offsets)
@@ -243,33 +251,41 @@ def refusal(hub_id: HubId, error: Exception) -> str:
     """Why the hub does not give a model, for a person."""
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{hub_id.name}"
+    title, page = hub_id.title, f"{constants.ENDPOINT}/{hub_id.name}"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", 0)
     message = response.headers.get("X-Error-Message", "") if response is not None else ""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if isinstance(error, ImportError) and "socksio" in reason:
-        reason = f"the environment names a SOCKS proxy, which needs: {install.command('socksio')}"
+        reason = Message("the environment names a SOCKS proxy, which needs: {command}", install.command("socksio"))
     absent = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
     if status == 401 and (
         re.search(r"credential|token|expired", message, re.I) or not isinstance(error, errors.RepositoryNotFoundError)
     ):
-        why = (
-            f"cannot be fetched: the hub refuses this machine's token ({message or 'it is wrong or expired'}); log in "
-            "again with: hf auth login, or unset HF_TOKEN"
+        why = Message(
+            "{name} cannot be fetched: the hub refuses this machine's token ({why}); log in again with: hf auth login, "
+            "or unset HF_TOKEN",
+            *(title, message or "it is wrong or expired"),
         )
     elif isinstance(error, errors.GatedRepoError):
-        why = f"is gated: accept its terms at {page} and log in with: hf auth login"
+        why = Message("{name} is gated: accept its terms at {page} and log in with: hf auth login", title, page)
     elif absent:
-        here = "is not a file on this machine, and its repository " if hub_id.file else ""
-        why = f"{here}is not on the hub, or is private: look at {page}, and log in with: hf auth login"
+        here = "{name} is not a file on this machine, and its repository" if hub_id.file else "{name}"
+        line = f"{here} is not on the hub, or is private: look at {{page}}, and log in with: hf auth login"
+        why = Message(line, title, page)
     elif isinstance(error, errors.RevisionNotFoundError):
-        why = f"has no revision {hub_id.revision!r}: look at {page}"
+        why = Message("{name} has no revision {revision!r}: look at {page}", title, hub_id.revision, page)
     elif status in (403, 451):
-        why = f"cannot be fetched: the hub refuses it ({message or reason}): look at {page} and the token's permissions"
+        why = Message(
+            "{name} cannot be fetched: the hub refuses it ({why}): look at {page} and the token's permissions",
+            *(title, message or reason, page),
+        )
     else:
-        why = f"is not in the cache and cannot be fetched from {constants.ENDPOINT} ({reason}): try again later"
-    return f"{hub_id.title} {why}"
+        why = Message(
+            "{name} is not in the cache and cannot be fetched from {hub} ({why}): try again later",
+            *(title, constants.ENDPOINT, reason),
+        )
+    return why
 
 
 def _folders() -> set[str]:
@@ -288,7 +304,7 @@ def base_files(title: str, names: Iterable[str]) -> list[str]:
         single = next((name for name in sorted(names) if name.endswith(".safetensors") and "/" not in name), None)
         repository, _, revision = title.partition("@")
         instead = f"; give {HubId(repository, revision or 'main', single).title}" if single else ""
-        raise LorakitError(f"base {title} is not in diffusers layout (no model_index.json){instead}")
+        raise LorakitError("base {title} is not in diffusers layout (no model_index.json){instead}", title, instead)
     files = ["model_index.json", *(name for name in names if name.startswith(tuple(f"{f}/" for f in _folders())))]
     for part, stem in registry.weight_stems().items():
         inside = [name for name in names if name.startswith(f"{part}/")]
@@ -310,8 +326,18 @@ def _unread(title: str, missing: str, names: Iterable[str]) -> str:
     """Why a part of a repository that has no .safetensors file cannot be used, and the ways out."""
     pickle = next((name for name in sorted(names) if name.endswith((".bin", ".ckpt"))), None)
     if pickle is None:
-        return f"base {title} has no {missing}, only weights that are not read here"
+        return Message("base {name} has no {file}, only weights that are not read here", title, missing)
     repository, _, revision = title.partition("@")
     tried = revision.startswith("refs/pr/")
-    offer = "" if tried else f"try {repository}@refs/pr/1, where the hub's bot often offers .safetensors, or "
-    return f"base {title} has no {missing}, only pickles ({pickle}): {offer}download it and run: lorakit convert FOLDER"
+    offer = (
+        ""
+        if tried
+        else Message("try {repository}@refs/pr/1, where the hub's bot often offers .safetensors, or ", repository)
+    )
+    return Message(
+        "base {title} has no {missing}, only pickles ({pickle}): {offer}download it and run: lorakit convert FOLDER",
+        title,
+        missing,
+        pickle,
+        offer,
+    )

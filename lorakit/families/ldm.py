@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.families import weight_files
 from lorakit.families.facts import other_models
 from lorakit.families.spec import FLOW, FileLayout, FilePart
@@ -142,7 +143,7 @@ def read(header: safetensors_header.Header, *, vae_needed: bool = True) -> Check
         rest -= {key for slot in slots.values() for key in (slot.key, slot.scale) if key}
     lost = sorted(key for key in rest if weight_files.SCALE.search(key) and not key.startswith(AVERAGE))
     if lost:
-        raise LorakitError(f"{name} has {lost[0]}, a scale that belongs to no weight: get the file in fp16")
+        raise LorakitError("{file} has {key}, a scale that belongs to no weight: get the file in fp16", name, lost[0])
     # A layer that a published model has and does not read, and what is so usual that nothing is said of it.
     unused = any(part.used_layers for part in layout_of(family).parts.values())
     ignored = (key for key in sorted(rest) if not USUAL.fullmatch(key) and not (unused and ".resblocks." in key))
@@ -159,7 +160,10 @@ def read_part(header: safetensors_header.Header, component: str, part: FilePart)
     prefix = next((p for p in part.prefixes if any(key.startswith(p) for key in shapes)), part.prefixes[0])
     if not any(key.startswith(prefix) for key in shapes):
         hint = ", or give one by model.vae (--vae)" if component == "vae" else ""
-        raise LorakitError(f"{name} lacks its {component} ({part.prefixes[0]}*): get the whole checkpoint{hint}")
+        raise LorakitError(
+            "{name} lacks its {component} ({prefixes}*): get the whole checkpoint{hint}",
+            *(name, component, part.prefixes[0], hint),
+        )
     return component_slots(header, part, component, prefix)
 
 
@@ -174,7 +178,8 @@ def component_slots(header: safetensors_header.Header, part: FilePart, component
     for key, info in inside.items():
         if key.endswith("weight") and info.dtype not in weight_files.READABLE:
             raise LorakitError(
-                f"{name} has {prefix}{key} in {info.dtype}, a quantization not read here: get it in fp16"
+                "{name} has {prefix}{key} in {dtype}, a quantization not read here: get it in fp16",
+                *(name, prefix, key, info.dtype),
             )
     slots = _slots(name, part, component, prefix, {key: info.shape for key, info in inside.items()})
     _require_complete(name, component, slots, part.partial)
@@ -195,7 +200,8 @@ def _require_complete(file: str, component: str, slots: Mapping[str, Slot], part
     for (block, group), leaves in members.items():
         if missing := groups[block.split(".")[-3], group] - leaves:
             raise LorakitError(
-                f"{file} lacks {component}.{block}{min(missing)}, which its other blocks have: get the whole checkpoint"
+                "{file} lacks {component}.{block}{missing}, which its other blocks have: get the whole checkpoint",
+                *(file, component, block, min(missing)),
             )
 
 
@@ -226,7 +232,9 @@ def place(family: str, parts: Mapping[str, Shapes]) -> dict[str, dict[str, Slot]
                 continue
             head, tail = _longest(name, inverse) if part.names else (name, "")
             if head is None:
-                raise LorakitError(f"{component} has a tensor {name} that has no name in a single file: write a folder")
+                raise LorakitError(
+                    "{component} has a tensor {name} that has no name in a single file: write a folder", component, name
+                )
             theirs, count, third, form = inverse.get(head, (head, 1, 0, str))
             slots[name] = Slot(part.prefixes[0] + theirs + tail, shape, third if count > 1 else None, _form(form, tail))
         placed[component] = slots
@@ -295,11 +303,13 @@ def prediction(header: safetensors_header.Header, family: str) -> Prediction:
     value = metadata.get("modelspec.prediction_type", "").lower()
     for kind, words in {"v_prediction": ("v", "v_prediction", "v-prediction"), "epsilon": ("epsilon", "eps")}.items():
         if value in words:
-            return Prediction(kind, "ztsnr" in shapes, f"as its metadata says ({value})", certain=True)
+            return Prediction(kind, "ztsnr" in shapes, Message("as its metadata says ({value})", value), certain=True)
     if any(word in value for word in ("flow", "edm", "sample")):
-        raise LorakitError(f"{header.path.name} predicts {value!r}, as its metadata says, which lorakit does not train")
+        raise LorakitError(
+            "{file} predicts {kind!r}, as its metadata says, which lorakit does not train", header.path.name, value
+        )
     if "768-v" in metadata.get("modelspec.architecture", ""):
-        return Prediction("v_prediction", False, "as its metadata says (768-v)", certain=True)
+        return Prediction("v_prediction", False, Message("as its metadata says ({value})", "768-v"), certain=True)
     if guess := layout_of(family).guess:
         return guess(header)
     return Prediction("epsilon", False, NOTHING_SAYS, certain=False)
@@ -319,16 +329,16 @@ def detect_family(shapes: Shapes, name: str) -> str:
     """
     for start, what in _OTHERS.items():
         if any(key.startswith(start) for key in shapes):
-            raise LorakitError(f"{name} is {what}; in one file lorakit reads {titles()}")
+            raise LorakitError("{name} is {what}; in one file lorakit reads {titles}", name, what, titles())
     counts = {family: sum(key.startswith(layout.marks) for key in shapes) for family, layout in layouts().items()}
     family = max(counts, key=lambda family: counts[family])
     if not counts[family]:
         raise LorakitError(
-            f"{name} lacks its text encoder (cond_stage_model.*, conditioner.*): get the whole checkpoint"
+            "{name} lacks its text encoder (cond_stage_model.*, conditioner.*): get the whole checkpoint", name
         )
     for start, what in layout_of(family).others.items():
         if any(key.startswith(start) for key in shapes):
-            raise LorakitError(f"{name} is {what}")
+            raise LorakitError("{name} is {what}", name, what)
     return family
 
 
@@ -345,11 +355,13 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
         targets = [(third, ours) for third, ours in enumerate(group) if pattern.fullmatch(ours + tail)]
         # Programs read the other parts without a look at what else is there.
         if not targets and component == "unet":
-            raise LorakitError(f"{file} has a tensor {prefix}{name} that Stable Diffusion does not have")
+            raise LorakitError("{file} has a tensor {name} that Stable Diffusion does not have", file, prefix + name)
         scale = weight_files.scale_of(name, shapes) if name.endswith(".weight") else None
         if len(group) > 1 and shape[0] % len(group):
-            rows = f"{shape[0]} rows, which are not {len(group)} equal shares"
-            raise LorakitError(f"{file} has {prefix}{name} in {rows}: get the whole checkpoint")
+            rows = Message("{shape} rows, which are not {count} equal shares", shape[0], len(group))
+            raise LorakitError(
+                "{file} has {prefix}{name} in {rows}: get the whole checkpoint", file, prefix, name, rows
+            )
         for third, ours in targets:
             form = _form(type(ours), tail)
             own = (shape[0] // len(group), *shape[1:]) if len(group) > 1 else shape
@@ -360,7 +372,7 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
     if part.identity and slots:
         name, like = part.identity
         if like not in slots:
-            raise LorakitError(f"{file} lacks {component}.{like}: get the whole checkpoint")
+            raise LorakitError("{file} lacks {component}.{like}: get the whole checkpoint", file, component, like)
         slots[name] = Slot("", (slots[like].shape[0],) * 2)
     if part.used_layers is None:
         return slots
@@ -403,6 +415,6 @@ def check_header(head: safetensors_header.Header) -> safetensors_header.Header:
         LorakitError: it is something else, which is named.
     """
     if kind := other_models.what_file(head):
-        raise LorakitError(f"base {head.path.name} {kind}")
+        raise LorakitError("base {path} {what}", head.path.name, kind)
     detect_family(head.shapes(), head.path.name)
     return head

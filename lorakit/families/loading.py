@@ -16,6 +16,7 @@ from torch import nn
 
 from lorakit.core import prompt_syntax, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.engine import quantized_weight
 from lorakit.families import ldm, tiled_vae
 from lorakit.families.describe import BaseInfo
@@ -74,7 +75,7 @@ def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) ->
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         where = f"of base {info.path}" if component not in info.sources else info.sources[component].path
-        raise LorakitError(f"cannot load {component} {where}: {reason[:200]}") from error
+        raise LorakitError("cannot load {part} {path}: {why}", component, where, reason[:200]) from error
     return module.eval().requires_grad_(False)
 
 
@@ -105,7 +106,7 @@ def _from_file(source: Source, config: dict[str, Any], component: str, cls: Any,
     )
     wrong = sorted(loading_info["missing_keys"] | loading_info["unexpected_keys"])
     if wrong:
-        raise ValueError(f"{wrong[0]} is missing or unknown")
+        raise ValueError(Message("{wrong} is missing or unknown", wrong[0]))
     return module
 
 
@@ -178,7 +179,9 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: PreTrainedModel) -> 
     if not 256 <= words <= rows or (in_file and words != rows):
         whose = f"tokenizer {folder}" if in_file else f"{component} of base {info.path}"
         what = "set model.tokenizer to the folder of the base's own" if in_file else "get the base again"
-        raise LorakitError(f"{whose} knows {words} words where its text encoder has {rows}: {what}")
+        raise LorakitError(
+            "{folder} knows {words} words where its text encoder has {rows}: {hint}", whose, words, rows, what
+        )
     if in_file:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(encoder.config.pad_token_id)
     tokenizer.model_max_length = info.max_tokens

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+from lorakit.core.messages import Message
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Prediction(ABC):
         """
         if gamma is None:
             return None
-        raise ValueError(f"min-SNR weights are not defined for {self.name!r}")
+        raise ValueError(Message("min-SNR weights are not defined for {name!r}", self.name))
 
     def loss_weights(self, timesteps: torch.Tensor, kind: str, gamma: float | None) -> torch.Tensor | None:
         """Factors of the loss `[B]`, or None: `min_snr_weights` where `kind` is "min".
@@ -75,7 +76,7 @@ class Prediction(ABC):
         """
         if kind == "min":
             return self.min_snr_weights(timesteps, gamma)
-        raise ValueError(f"{kind} weights are not defined for {self.name!r}")
+        raise ValueError(Message("{kind} weights are not defined for {name!r}", kind, self.name))
 
     @abstractmethod
     def default_sampler(self, scheduler: SchedulerMixin) -> tuple[Any, str]:
@@ -306,5 +307,7 @@ def of_schedule(prediction_type: str, alphas_cumprod: torch.Tensor) -> Predictio
     """
     types: dict[str, type[_Diffusion]] = {cls.name: cls for cls in (Epsilon, VPrediction)}
     if prediction_type not in types:
-        raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(types)}")
+        raise ValueError(
+            Message("unknown prediction type {prediction_type!r}; known: {types}", prediction_type, ", ".join(types))
+        )
     return types[prediction_type](alphas_cumprod)

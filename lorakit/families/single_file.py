@@ -56,7 +56,7 @@ def configs(checkpoint: ldm.Checkpoint, shapes: Mapping[str, Shapes] | None = No
     try:
         return ldm.layout_of(checkpoint.family).configs(named, prediction.type, prediction.zero_snr)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise LorakitError(f"{reads[-1]} has a shape that no such model has: get the whole checkpoint") from error
+        raise LorakitError("{key} has a shape that no such model has: get the whole checkpoint", reads[-1]) from error
 
 
 # What programs take from the kind of model, as no file in LDM layout says it; and what it is where a config is silent.
@@ -91,7 +91,7 @@ class NamedShapes(dict[str, tuple[int, ...]]):
     def __getitem__(self, name: str) -> tuple[int, ...]:
         self.reads.append(f"{self.part}.{name}")
         if name not in self:
-            raise LorakitError(f"{self.reads[-1]} is missing: get the whole checkpoint")
+            raise LorakitError("{key} is missing: get the whole checkpoint", self.reads[-1])
         return super().__getitem__(name)
 
 

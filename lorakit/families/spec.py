@@ -265,10 +265,16 @@ class FamilySpec:
         own = self.clip_skip
         if clip_skip is not None and own is None:
             raise LorakitError(
-                f"base {title}: no program reads its texts at another layer: leave model.clip_skip unset"
+                "base {name}: no program reads its texts at another layer: leave model.clip_skip unset", title
             )
         if clip_skip is not None and own is not None and not own <= clip_skip <= layers:
-            raise LorakitError(f"base {title}: model.clip_skip must be {own} (its own) to {layers}, not {clip_skip}")
+            raise LorakitError(
+                "base {name}: model.clip_skip must be {own} (its own) to {layers}, not {skip}",
+                title,
+                own,
+                layers,
+                clip_skip,
+            )
         return clip_skip or own or 0
 
     def version(self, cross_dim: int | None) -> ModelVersion:

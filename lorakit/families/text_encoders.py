@@ -17,6 +17,7 @@ from lorakit.config import ModelConfig
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
+from lorakit.core.messages import Message
 from lorakit.families import clip_tokenizer, hub, ldm, single_file, weight_files
 from lorakit.families.spec import Configs, FilePart, TextEncoder
 from lorakit.families.vae_source import Source
@@ -29,8 +30,11 @@ T5_TOKENIZERS = ("tokenizer_3", "comfy/text_encoders/t5_tokenizer", "ComfyUI/com
 T5_REPOSITORY, T5_REVISION = "google-t5/t5-small", "fddaf69ffcbe0185b8c5fdbf2156048e52bb3ed0"
 # Rows of every published T5; the tokenizer has 28 words less.
 T5_ROWS = 32_128
-T5_FROM_HUB = f"tokenizer_3: T5's, {T5_REPOSITORY}@{T5_REVISION[:7]} on the hub"
-T5_TO_FETCH = f"{T5_FROM_HUB}: it is not on this machine and is fetched once, 1.4 MB"
+_T5_SOURCE = f"{T5_REPOSITORY}@{T5_REVISION[:7]}"
+T5_FROM_HUB = Message("tokenizer_3: T5's, {name} on the hub", _T5_SOURCE)
+T5_TO_FETCH = Message(
+    "tokenizer_3: T5's, {name} on the hub: it is not on this machine and is fetched once, 1.4 MB", _T5_SOURCE
+)
 T5_WAYS = (
     "set model.tokenizer to a folder with tokenizer_3/tokenizer.json in it, or to that of ComfyUI; or set model.t5 = "
     "false, which leaves T5 out"
@@ -76,15 +80,17 @@ def find(option: str, base: Path, checkpoint: ldm.Checkpoint, checks: hub.Checks
     missing = [encoder for encoder in missing if t5 or encoder.kind != "T5"]
     needed = [encoder.name for encoder in missing if not encoder.optional]
     if not missing and option:
-        raise LorakitError(f"base {base.name} has its own text encoders: leave model.text_encoders")
+        raise LorakitError("base {file} has its own text encoders: leave model.text_encoders", base.name)
     if not option and not needed:
         return {}
     for place in [option] if option else _places(base):
         if sources := _from_place(place, checkpoint, missing, checks):
             return sources
     if option:
-        raise LorakitError(f"model.text_encoders: {option} has no text encoders that fit base {base.name}: {WAY}")
-    raise LorakitError(f"base {base.name} has no text encoders in it, and none are beside it: {WAY}")
+        raise LorakitError(
+            "model.text_encoders: {place} has no text encoders that fit base {file}: {way}", option, base.name, WAY
+        )
+    raise LorakitError("base {file} has no text encoders in it, and none are beside it: {way}", base.name, WAY)
 
 
 def configs(encoders: Mapping[str, Encoder]) -> Configs:
@@ -111,7 +117,8 @@ def tokenizers(
     for name in rest.keys() - {*clips}:
         t5_folder = _t5_tokenizer(model.tokenizer, base, others.get(name), configs[name]["vocab_size"])
         is_from_hub = t5_folder is not None and t5_folder.name == T5_REVISION
-        notes.append(T5_FROM_HUB if is_from_hub else f"{_of(name)}: {t5_folder}" if t5_folder else T5_TO_FETCH)
+        local = Message("{name}: {path}", _of(name), t5_folder) if t5_folder else T5_TO_FETCH
+        notes.append(T5_FROM_HUB if is_from_hub else local)
         result |= {_of(name): t5_folder} if t5_folder else {}
     return result, notes
 
@@ -129,7 +136,13 @@ def tokenizer_problem(base: str, config: Mapping[str, Any]) -> str | None:
     if config["model_type"] != "t5":
         return clip_tokenizer.missing(base, rows)
     if rows != T5_ROWS:
-        return f"base {base} has a T5 of {rows} words where the published have {T5_ROWS}: {T5_WAYS}"
+        return Message(
+            "base {file} has a T5 of {rows} words where the published have {count}: {ways}",
+            base,
+            rows,
+            T5_ROWS,
+            T5_WAYS,
+        )
     why = "has T5 and no tokenizer for it on this machine, and HF_HUB_OFFLINE is set"
     return f"base {base} {why}: {T5_WAYS}" if is_offline_mode() else None
 
@@ -147,7 +160,7 @@ def fetch_tokenizer(base: str, config: Mapping[str, Any]) -> Path:
     words = ("T5 and no tokenizer for it on this machine, and T5's", T5_WAYS)
     folder = clip_tokenizer.from_hub(base, T5_REPOSITORY, T5_REVISION, ["tokenizer.json"], words)
     if not _is_t5_tokenizer(folder, int(config["vocab_size"])):
-        raise LorakitError(f"tokenizer {folder} is not T5's: {T5_WAYS}")
+        raise LorakitError("tokenizer {folder} is not T5's: {ways}", folder, T5_WAYS)
     return folder
 
 
@@ -242,7 +255,9 @@ def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[T
         best = min(pairs, key=lambda pair: ["clip_l" not in _name(pair[0]), "clip_g" not in _name(pair[1])])
         result = dict(zip(("text_encoder", "text_encoder_2"), best, strict=True))
     for source in (source for source in read.get("text_encoder_3", []) if "shared.weight" not in source.shapes):
-        raise LorakitError(f"{source.source.path.name} lacks text_encoder_3.shared.weight: get the whole checkpoint")
+        raise LorakitError(
+            "{source} lacks text_encoder_3.shared.weight: get the whole checkpoint", source.source.path.name
+        )
     t5 = [source for source in read.get("text_encoder_3", []) if source.shapes["shared.weight"][-1] == wide]
     return result | ({"text_encoder_3": t5[0]} if t5 else {})
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.families import hub, ldm, single_file, weight_files
 from lorakit.families.facts import fit
 from lorakit.families.spec import Configs
@@ -68,17 +69,17 @@ def find(name: str, base: str, family: str, configs: Configs) -> Vae:
     Raises:
         LorakitError: it is not there, is something else, or its latents are not those of the base.
     """
-    path, note = Path(name).expanduser(), f"vae: {name}, as model.vae says"
+    path, note = Path(name).expanduser(), Message("vae: {place}, as model.vae says", name)
     if not path.exists():
         hub_id = hub.parse(name)
         if hub_id is None:
-            raise LorakitError(f"model.vae: {name} does not exist: give a folder, a .safetensors file or a hub id")
+            raise LorakitError("model.vae: {name} does not exist: give a folder, a .safetensors file or a hub id", name)
         path, _ = hub.find_vae(hub_id)
     layout = registry.version_of(family).layout
     own = configs.get("vae") or {"scaling_factor": layout.scaling_factor if layout else None}
     vae = _of_folder(path, note) if path.is_dir() else _of_file(path, note, family, own)
-    if problem := _misfit(vae.config, own, configs["unet"]):
-        raise LorakitError(f"model.vae: {name} {problem.format(base=base)}: give a VAE of its family")
+    if problem := _misfit(vae.config, own, configs["unet"], base):
+        raise LorakitError("model.vae: {name} {why}: give a VAE of its family", name, problem)
     slots, files = vae.source.slots, [path for path in vae.content if path.suffix != ".json"]
     tensors = {n: slot.shape for n, slot in slots.items()} if slots else weight_files.shapes(files)
     present = {current_name(key): shape for key, shape in tensors.items()}
@@ -118,7 +119,7 @@ def pin(name: str) -> str:
 def _of_folder(path: Path, note: str) -> Vae:
     folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
     if not (folder / "config.json").is_file():
-        raise LorakitError(f"model.vae: {path} has no config.json: give a folder in diffusers layout, or a file")
+        raise LorakitError("model.vae: {path} has no config.json: give a folder in diffusers layout, or a file", path)
     files, variant = weight_files.weight_files(folder, WEIGHTS)
     config = weight_files.read_json(folder / "config.json")
     return Vae(Source(folder, None, variant), config, (folder / "config.json", *files), note)
@@ -126,11 +127,15 @@ def _of_folder(path: Path, note: str) -> Vae:
 
 def _of_file(path: Path, note: str, family: str, own: _Config) -> Vae:
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        raise LorakitError(f"model.vae: {path.name} is a pickle, which can run code when it is read; {CONVERT}")
+        raise LorakitError(
+            "model.vae: {file} is a pickle, which can run code when it is read; {how}", path.name, CONVERT
+        )
     header = safetensors_header.read(path)
     slots = _slots(header)
     if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= slots.keys():
-        raise LorakitError(f"model.vae: {path.name} has no encoder and decoder of Stable Diffusion's VAE: give a VAE")
+        raise LorakitError(
+            "model.vae: {file} has no encoder and decoder of Stable Diffusion's VAE: give a VAE", path.name
+        )
     neighbor = path.parent / "config.json"
     if path.stem.startswith(WEIGHTS) and neighbor.is_file():
         return Vae(Source(path, slots), weight_files.read_json(neighbor), (neighbor, path), note)
@@ -143,7 +148,9 @@ def _of_file(path: Path, note: str, family: str, own: _Config) -> Vae:
     words = " ".join([path.name, header.metadata.get("modelspec.architecture", "")])
     called = [layout for layout in ldm.layouts().values() if re.search(layout.vae_names, words, re.IGNORECASE)]
     alien = called and not any(layout.scaling_factor == own.get("scaling_factor") for layout in called)
-    warning = f"model.vae: {path.name} is called like a VAE of another family than {family}: colors may be wrong"
+    warning = Message(
+        "model.vae: {file} is called like a VAE of another family than {family}: colors may be wrong", path.name, family
+    )
     return Vae(Source(path, slots), config, (path,), note, warning if alien else "")
 
 
@@ -165,22 +172,22 @@ def current_name(name: str) -> str:
     return _OLD_ATTENTION.sub(lambda match: f".attentions.0.{_OLD_WORDS[match[1]]}.", name)
 
 
-def _misfit(config: _Config, own: _Config, unet: _Config) -> str:
+def _misfit(config: _Config, own: _Config, unet: _Config, base: str) -> str:
     """Why the latents of an autoencoder are not those of a base, or "". Of the base's `own` as much as is known."""
     if config.get("_class_name", CLASS) != CLASS:
-        return f"is of class {config['_class_name']}, and only {CLASS} is read"
+        return Message("is of class {kind}, and only {own} is read", config["_class_name"], CLASS)
     channels, into = config.get("latent_channels", 4), unet.get("in_channels", 4)
     if into not in (channels, 2 * channels + 1):
-        return f"makes latents of {channels} channels, and base {{base}} takes {into}"
+        return Message("makes latents of {count} channels, and base {base} takes {into}", channels, base, into)
     if "block_out_channels" in own and len(own["block_out_channels"]) != len(config["block_out_channels"]):
-        return "makes latents of another size than those of base {base}"
+        return Message("makes latents of another size than those of base {base}", base)
     if own.get("scaling_factor", SCALING_FACTOR) is None:
         return ""
     before, after = (tuple(_scale(source, key) for key in SCALE_KEYS) for source in (own, config))
     if before != after:
         factors = [f"{source.get('scaling_factor', SCALING_FACTOR):g}" for source in (config, own)]
         factors[1] += ", with another offset" if factors[0] == factors[1] else ""
-        return f"has scaling factor {factors[0]}, and base {{base}} has {factors[1]}"
+        return Message("has scaling factor {one}, and base {base} has {two}", factors[0], base, factors[1])
     return ""
 
 

@@ -49,15 +49,17 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
             names = shards(index)
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
-                raise LorakitError(f"{folder.name}/{missing[0]} is missing: {index.name} speaks of it; get it again")
+                file = f"{folder.name}/{missing[0]}"
+                raise LorakitError("{file} is missing: {index} speaks of it; get it again", file, index.name)
             return [folder / name for name in names], variant
     pickled = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
     if pickled:
         raise LorakitError(
-            f"{folder.name}/{pickled[0]} is a pickle, which can run code when it is read; convert it once: "
-            f"lorakit convert {folder.parent}"
+            "{file} is a pickle, which can run code when it is read; convert it once: {how}",
+            *(f"{folder.name}/{pickled[0]}", f"lorakit convert {folder.parent}"),
         )
-    raise LorakitError(f"{folder.name}/{stem}.safetensors is missing in {folder.parent}: get the base again")
+    file = f"{folder.name}/{stem}.safetensors"
+    raise LorakitError("{file} is missing in {folder}: get the base again", file, folder.parent)
 
 
 def count_weights(source: Source) -> int:
@@ -82,7 +84,9 @@ def shards(index: Path) -> list[str]:
     names: list[Any] = list(table.values()) if isinstance(table, dict) else [None]
     if strange := [name for name in names if not isinstance(name, str) or not is_file_name(name)]:
         label = shorten(printable(str(strange[0])), 60)
-        raise LorakitError(f"{index}: lists {label!r}, which is no name of a file beside it: get the base again")
+        raise LorakitError(
+            "{index}: lists {label!r}, which is no name of a file beside it: get the base again", index, label
+        )
     return sorted(set(names))
 
 
@@ -95,11 +99,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = foreign_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LorakitError(f"{path.parent.name}/{path.name} is missing in {path.parent.parent}") from None
+        file = f"{path.parent.name}/{path.name}"
+        raise LorakitError("{file} is missing in {folder}", file, path.parent.parent) from None
     except ValueError:
-        raise LorakitError(f"{path} is not valid JSON: get the base again") from None
+        raise LorakitError("{file} is not valid JSON: get the base again", path) from None
     if not isinstance(value, dict):
-        raise LorakitError(f"{path} does not hold a JSON object: get the base again")
+        raise LorakitError("{file} does not hold a JSON object: get the base again", path)
     return value
 
 

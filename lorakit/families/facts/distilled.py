@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from lorakit.config import SampleConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
+from lorakit.core.units import count
 from lorakit.families.spec import EPSILON
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 STEPS = 30
 # The guidance that an LCM takes as a number, not by a second pass.
 EMBEDDED_GUIDANCE = 8.0
-GUIDANCE_INPUT = (
-    f"its UNet takes the guidance as an input: training gives it none, samples give it {EMBEDDED_GUIDANCE:g}"
+GUIDANCE_INPUT = Message(
+    "its UNet takes the guidance as an input: training gives it none, samples give it {guidance:g}", EMBEDDED_GUIDANCE
 )
 UNDONE = "the usual loss slowly undoes distillation: train on the model that it was made from, if you have it"
 
@@ -48,9 +50,11 @@ class Distilled:
 
     def notes(self) -> list[str]:
         """Lines for the plan."""
-        steps = f"{self.steps} step{'s'[: self.steps > 1]}"
-        line = f"distilled model ({self.kind}, {self.evidence}): samples take {steps} at guidance {self.guidance:g}"
-        line += " unless sample.steps and sample.guidance are set"
+        line = Message(
+            "distilled model ({kind}, {evidence}): samples take {steps} at guidance {guidance:g} unless sample.steps "
+            "and sample.guidance are set",
+            *(self.kind, self.evidence, count(self.steps, "step"), self.guidance),
+        )
         return [line, *([GUIDANCE_INPUT] if self.guidance == EMBEDDED_GUIDANCE else []), UNDONE]
 
 
@@ -107,9 +111,10 @@ def require_noise(base: str, names: Iterable[str], kind: Distilled, option: str)
     """
     if option == "auto" and kind.kind == "Lightning" and any(map(_PICTURE.search, names)):
         raise LorakitError(
-            f"base {base} is SDXL-Lightning's model for 1 step, as its name says, which predicts the picture (x0), as "
-            "lorakit does not train: give the model for 2, 4 or 8 steps; if the name is wrong, set "
-            "model.prediction_type"
+            "base {name} is SDXL-Lightning's model for 1 step, as its name says, which predicts the picture "
+            "(x0), as lorakit does not train: give the model for 2, 4 or 8 steps; if the name is wrong, set "
+            "model.prediction_type",
+            base,
         )
 
 

@@ -55,12 +55,12 @@ def require(base: str, component: str, config: Config, shapes: Shapes, reference
         return
     for name, shape in expected.items():
         if name not in inside:
-            raise LorakitError(f"{base} lacks {component}.{name}: get the base again")
+            raise LorakitError("{base} lacks {tensor}: get the base again", base, f"{component}.{name}")
         if inside[name] != shape:
             sizes = ["x".join(map(str, one)) for one in (inside[name], shape)]
             raise LorakitError(
-                f"{base} has {component}.{name} in the shape {sizes[0]} where {reference} has {sizes[1]}: get the base "
-                "again"
+                "{base} has {tensor} in the shape {shape} where {what} has {other}: get the base again",
+                *(base, f"{component}.{name}", sizes[0], reference, sizes[1]),
             )
 
 
@@ -73,7 +73,10 @@ def require_channels(path: Path, into: int, latent: int) -> None:
     """Refuse a UNet that takes something else than latents, or latents and what an inpainting model takes."""
     if into in (latent, 2 * latent + 1):
         return
-    raise LorakitError(f"base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained")
+    raise LorakitError(
+        "base {path}: its UNet takes {into} channels, its latents have {latent}; that is not trained",
+        *(path, into, latent),
+    )
 
 
 def require_widths(base: str, attended: int, configs: Mapping[str, Config]) -> None:
@@ -85,8 +88,9 @@ def require_widths(base: str, attended: int, configs: Mapping[str, Config]) -> N
     widths = [config.get("hidden_size", 0) for name, config in configs.items() if name.startswith("text_encoder")]
     if all(widths) and sum(widths) != attended:
         raise LorakitError(
-            f"{base}: its UNet attends to texts of width {attended}, and its text encoders make {sum(widths)}: get the "
-            "base again"
+            "{base}: its UNet attends to texts of width {width}, and its text encoders make {other}: get the "
+            "base again",
+            *(base, attended, sum(widths)),
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.families.spec import EPSILON
 
 _VELOCITY = re.compile(r"v[-_ ]?(pred|param)|zt?snr|zero[-_ ]?(terminal[-_ ]?)?snr|(?<![a-z])v_parameterization", re.I)
@@ -37,25 +38,36 @@ def override(scheduler: dict[str, Any], option: str) -> tuple[dict[str, Any], st
     if (prediction, zero) == before:
         return scheduler, ""
     changed = scheduler | {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
-    original = f"{before[0]}{' with zero terminal SNR' if before[1] else ''}"
-    return changed, f"prediction type: {option}, as model.prediction_type says; the base itself says {original}"
+    line = "prediction type: {kind}, as model.prediction_type says; the base itself says {own}"
+    return changed, Message(line, option, name(*before))
+
+
+def name(prediction: str, zero_snr: bool) -> str:
+    """A prediction type in words."""
+    return Message("{kind} with zero terminal SNR", prediction) if zero_snr else prediction
 
 
 def check(base: Path | str, scheduler: Mapping[str, object], *, flow: bool) -> None:
     """Refuse the noise schedule of another kind of model: an adapter trained on ours would not fit it."""
     name, schedule = str(scheduler.get("_class_name", "")), ""
     if name.startswith("EDM") or "sigma_data" in scheduler:
-        schedule = f"EDM's noise ({name})"
+        schedule = Message("EDM's noise ({name})", name)
     elif flow != (name.startswith("FlowMatch") or bool(scheduler.get("use_flow_sigmas"))):
-        schedule = f"{'diffusion' if flow else 'flow matching'} ({name})"
+        schedule = f"{'diffusion' if flow else 'flow matching'} ({name})"  # names of the field in every language
     elif not flow:
         other = {key: value for key in SCHEDULE if (value := scheduler.get(key)) != SCHEDULE[key]}
-        schedule = f"another noise schedule ({', '.join(f'{k} {v}' for k, v in other.items())})" if other else ""
+        facts = ", ".join(f"{key} {value}" for key, value in other.items())
+        schedule = Message("another noise schedule ({facts})", facts) if other else ""
     if schedule:
-        raise LorakitError(f"base {base} was trained with {schedule}, which lorakit does not do: give another base")
+        raise LorakitError(
+            "base {path} was trained with {schedule}, which lorakit does not do: give another base", base, schedule
+        )
     if not name or name not in _schedulers():
         version = importlib.metadata.version("diffusers")
-        raise LorakitError(f"base {base} names a scheduler {name!r} that diffusers {version} lacks: upgrade diffusers")
+        raise LorakitError(
+            "base {path} names a scheduler {name!r} that diffusers {version} lacks: upgrade diffusers",
+            *(base, name, version),
+        )
 
 
 @functools.cache
@@ -79,8 +91,9 @@ def velocity_hint(names: Iterable[str], metadata: Mapping[str, str]) -> str:
 def velocity_warning(base: str, names: tuple[str, ...], metadata: Mapping[str, str]) -> list[str]:
     """The warning of a base that is read as one that predicts epsilon, where something speaks for v-prediction."""
     evidence = velocity_hint(names, metadata)
-    line = (
-        f"base {names[0]} is trained as one that predicts epsilon, but {evidence} speaks of v-prediction: find out "
-        f"with `lorakit probe {base}`, and set model.prediction_type"
+    line = Message(
+        "base {name} is trained as one that predicts epsilon, but {evidence} speaks of v-prediction: find out with "
+        "`lorakit probe {base}`, and set model.prediction_type",
+        *(names[0], evidence, base),
     )
     return [line] if evidence else []

@@ -10,20 +10,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lorakit.core import registry, safetensors_header
+from lorakit.core.messages import Message
 from lorakit.families import weight_files
 from lorakit.families.facts import gguf
 from lorakit.families.facts.fit import Config
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"
-_WHOLE = "give the whole model"
 # What `safetensors_header.kind` calls a file -> what is said.
 KINDS = {
     "adapter": _ADAPTER,
     "lycoris": _ADAPTER,
-    "unet": f"is a UNet alone: {_WHOLE}",
+    "unet": "is a UNet alone: give the whole model",
     "vae": "is a VAE alone, not a base model",
-    "text encoder": f"is a text encoder alone: {_WHOLE}",
+    "text encoder": "is a text encoder alone: give the whole model",
     "embedding": "is a textual-inversion embedding, not a base model",
     "controlnet": "is a ControlNet, not a base model",
     "numbered": _ADAPTER,
@@ -78,13 +78,16 @@ _PARTS: dict[str, tuple[str, str]] = {
         r"^(taesd_)?decoder\.(layers\.)?\d+\.",
         r"AutoencoderTiny",
     ),
-    f"is a text encoder (T5) alone: {_WHOLE}": (r"^encoder\.block\.\d|^shared\.weight$", r"\w*T5\w*"),
-    f"is an image encoder alone: {_WHOLE}": (r"^(vision_model|visual)\.", r"CLIPVision\w+|Siglip\w+"),
+    "is a text encoder (T5) alone: give the whole model": (r"^encoder\.block\.\d|^shared\.weight$", r"\w*T5\w*"),
+    "is an image encoder alone: give the whole model": (r"^(vision_model|visual)\.", r"CLIPVision\w+|Siglip\w+"),
     "is a language model, not a base model": (r"^model\.layers\.\d+\.self_attn\.", r"\w+ForCausalLM|ChatGLM\w*"),
     KINDS["vae"]: (_NEVER, r"AutoencoderKL|\w*Autoencoder\w*|AsymmetricAutoencoderKL|VQModel"),
     KINDS["unet"]: (_NEVER, r"UNet\w+"),
-    f"is Stable Diffusion 3's transformer alone: {_WHOLE}": (r"^joint_blocks\.\d|^pos_embed\.pos_embed$", r"SD3Tr\w+"),
-    f"is a transformer alone: {_WHOLE}": (_NEVER, r"\w+Transformer\w*Model"),
+    "is Stable Diffusion 3's transformer alone: give the whole model": (
+        r"^joint_blocks\.\d|^pos_embed\.pos_embed$",
+        r"SD3Tr\w+",
+    ),
+    "is a transformer alone: give the whole model": (_NEVER, r"\w+Transformer\w*Model"),
     KINDS["text encoder"]: (_NEVER, r"CLIPText\w+|CLIPModel"),
 }
 # What the class of a text encoder begins with.
@@ -117,9 +120,10 @@ def _what_gguf(tensors: list[str]) -> str:
     if ours := gguf.title(tensors):
         encoders = any(re.search(r"(^|\.)(cond_stage_model|conditioner|text_encoders)\.", name) for name in tensors)
         part = "" if encoders else "'s denoiser alone"
-        return (
-            f"is a GGUF file of {ours}{part}, whose weights lorakit does not read: give the model's .safetensors file; "
-            "memory.base_storage = 'nf4' keeps it as small in memory"
+        return Message(
+            "is a GGUF file of {ours}{part}, whose weights lorakit does not read: give the model's "
+            ".safetensors file; memory.base_storage = 'nf4' keeps it as small in memory",
+            *(ours, part),
         )
     if any(re.search(r"(^|\.)(enc\.blk|encoder\.block)\.\d", name) for name in tensors):
         return next(what for what in _PARTS if "(T5)" in what)
@@ -140,7 +144,9 @@ def pipeline_title(name: str) -> str:
 def what_pipeline(name: str) -> str:
     """What a model_index.json that is not of a family is of; continues "base NAME ..."."""
     title = pipeline_title(name)
-    return _other(title) if title else f"is {with_article(name)}; lorakit trains {registry.version_titles()}"
+    if title:
+        return _other(title)
+    return Message("is {kind}; lorakit trains {families}", with_article(name), registry.version_titles())
 
 
 def what_encoder(index: Config, encoder: str, kind: str) -> str:
@@ -150,7 +156,8 @@ def what_encoder(index: Config, encoder: str, kind: str) -> str:
         return ""
     if name.startswith("ChatGLM"):
         return _other("Kolors")
-    return f"reads texts by a {name}, as no Stable Diffusion does; lorakit trains {registry.version_titles()}"
+    line = "reads texts by a {kind}, as no Stable Diffusion does; lorakit trains {families}"
+    return Message(line, name, registry.version_titles())
 
 
 def what_folder(folder: Path) -> str:
@@ -166,9 +173,9 @@ def what_folder(folder: Path) -> str:
 
 
 def _other(title: str) -> str:
-    return f"is {with_article(title)} model; lorakit trains {registry.version_titles()}"
+    return Message("is {kind} model; lorakit trains {families}", with_article(title), registry.version_titles())
 
 
 def with_article(title: str) -> str:
     """A model's title with "a" or "an", as it is spoken."""
-    return f"{'an' if title[0] in 'AIO' or title.startswith('LTX') else 'a'} {title}"
+    return Message("an {title}" if title[0] in "AIO" or title.startswith("LTX") else "a {title}", title)

@@ -60,12 +60,12 @@ def describe(pipeline: DiffusionPipeline, model: ModelConfig | None = None) -> B
     """
     model = replace(model or ModelConfig(), base=IN_MEMORY)
     if named := [name for name in _PARTS if getattr(model, name)]:
-        raise LorakitError(f"model.{named[0]} is for bases on the disk: put the part into the pipeline instead")
+        raise LorakitError("model.{named} is for bases on the disk: put the part into the pipeline instead", named[0])
     if not model.t5:
         raise LorakitError("model.t5 is for bases on the disk: set the pipeline's text_encoder_3 to None instead")
     parts = getattr(pipeline, "components", None)
     if not isinstance(parts, dict):
-        raise LorakitError(f"{type(pipeline).__name__} is no pipeline of diffusers: give one, as pipeline=pipe")
+        raise LorakitError("{name} is no pipeline of diffusers: give one, as pipeline=pipe", type(pipeline).__name__)
     title, source = _names(pipeline)
     index: dict[str, object] = {**pipeline.config, "_class_name": type(pipeline).__name__}
     index |= {name: [None, None] if part is None else ["", type(part).__name__] for name, part in parts.items()}
@@ -75,7 +75,7 @@ def describe(pipeline: DiffusionPipeline, model: ModelConfig | None = None) -> B
     encoders = [encoder for encoder in spec.text_encoders if encoder.name in modules]
     needed = (spec.denoiser, "vae", *(encoder.tokenizer for encoder in encoders))
     if lacking := [name for name in needed if parts.get(name) is None]:
-        raise LorakitError(f"base {title}: the pipeline has no {lacking[0]}")
+        raise LorakitError("base {title}: the pipeline has no {lacking}", title, lacking[0])
     folder = tempfile.mkdtemp(prefix="lorakit-tokenizers-")
     weakref.finalize(modules["unet"], shutil.rmtree, folder, ignore_errors=True)
     tokenizers = {}
@@ -120,7 +120,7 @@ def with_pipeline(config: Config, pipeline: DiffusionPipeline) -> Config:
     import torch
 
     if config.model.base not in (ModelConfig().base, IN_MEMORY):
-        raise LorakitError(f"model.base = {config.model.base!r} and a pipeline in memory: give one of them")
+        raise LorakitError("model.base = {base!r} and a pipeline in memory: give one of them", config.model.base)
     config = replace(config, model=replace(config.model, base=IN_MEMORY))
     on_card = config.memory.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
     if not on_card or config.memory.mixed_precision != "auto":
@@ -154,12 +154,18 @@ def _module(title: str, name: str, part: object) -> nn.Module:
     """
     module = cast("nn.Module", getattr(part, "_orig_mod", part))
     if getattr(module, "peft_config", None):
-        raise LorakitError(f"base {title}: {name} carries an adapter: take it out first (unload_lora_weights)")
+        raise LorakitError(
+            "base {title}: {name} carries an adapter: take it out first (unload_lora_weights)", title, name
+        )
     if any(hasattr(each, "_hf_hook") or hasattr(each, "_diffusers_hook") for each in module.modules()):
-        raise LorakitError(f"base {title}: hooks move or cast {name}: load it without offloading and layerwise casting")
+        raise LorakitError(
+            "base {title}: hooks move or cast {name}: load it without offloading and layerwise casting", title, name
+        )
     for weight in module.parameters():
         if weight.is_meta or not weight.is_floating_point() or weight.itemsize < 2:
             raise LorakitError(
-                f"base {title}: {name} has no weights in full or half precision: load it without quantization"
+                "base {title}: {name} has no weights in full or half precision: load it without quantization",
+                title,
+                name,
             )
     return module

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lorakit.core import safetensors_header
+from lorakit.core.messages import Message
 from lorakit.families import ldm, single_file, unet
 from lorakit.families.spec import EPSILON, VELOCITY, Configs, FileLayout, Shapes
 
@@ -58,7 +59,8 @@ def _sd2_guess(header: safetensors_header.Header) -> ldm.Prediction:
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
     kind, side = (VELOCITY, "above") if spread > 0.09 else (EPSILON, "not above")
-    return ldm.Prediction(kind, False, f"as its last norm1.bias spreads by {spread:.3f}, {side} 0.09", certain=False)
+    evidence = Message(f"as its last norm1.bias spreads by {{spread:.3f}}, {side} 0.09", spread)
+    return ldm.Prediction(kind, False, evidence, certain=False)
 
 
 SD1_FILE = FileLayout(
