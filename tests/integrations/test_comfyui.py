@@ -302,9 +302,7 @@ def test_cancel_saves_and_the_same_again_goes_on(
 def test_the_bundled_base_is_trained(nodes: ModuleType, host: Host, photos: Path) -> None:
     """ComfyUI does not load that base: the models that come out are the ones that went in, adapted."""
     base = nodes.NODE_CLASS_MAPPINGS["LorakitTrain"].INPUT_TYPES()["required"]["base"][0][-1]
-    options = (
-        "train.prior_loss_weight=0\n[train]\nbatch_size=1\nholdout=0\nvalidate_at_end=false\n[sample]\nat_start=false\n"
-    )
+    options = "train.prior=none\n[train]\nbatch_size=1\nholdout=0\nvalidate_at_end=false\n[sample]\nat_start=false\n"
     options += "at_end=false\n[memory]\ndevice=cpu\n[adapter]\nrank=2\ntrain_text_encoder=false"
     inputs = RUN | {"base": base, "options": options, "steps": 2, "prompts": "a sks toy"}
     node = nodes.NODE_CLASS_MAPPINGS["LorakitTrain"]()
