@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 from waiting import SECONDS, wait_for
 
 from lorakit.cli import demo
@@ -199,29 +200,27 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     run = room / "runs" / name
     person.sees("running")
     wait_for(lambda: run_folder.read(run).step >= 10 and list(run.glob("checkpoints/*/complete")))
-    # The program is closed. The run goes on, and another front end shows it.
-    first.stop()
-    assert run_folder.status(run) == "running"
-    person.open(served.address)
-    person.tab("runs")
-    person.sees("running")
-    assert person.page.locator("[data-run][aria-current]").get_attribute("data-run") == name
-    # The log stays at its end.
-    person.page.wait_for_function(
-        "(() => { const log = document.querySelector('#run-log pre'); "
-        "return log && log.scrollHeight - log.scrollTop - log.clientHeight < 8; })()"
-    )
-    # Held still in mid-run, it is at the same step before a reload, after it, and in a second browser.
+    # Held still in mid-run, it is at the same step before the program is closed, in another one, and in a second
+    # browser.
     with suspended(run_folder.read(run).pid):
         step = str(run_folder.read(run).step)
         person.sees("running", step)
+        first.stop()
         person.open(served.address)
         person.tab("runs")
         person.sees("running", step)
+        assert person.page.locator("[data-run][aria-current]").get_attribute("data-run") == name
         other = Person(chromium, served.address, locale="zh-TW")
         other.page.get_by_role("tab", name="執行紀錄", exact=True).click()
         other.sees("running", step)
         other.page.locator("#run-status").get_by_text("執行中", exact=True).wait_for()
+    # The program that began it is closed, and the run goes on. The log stays at its end.
+    wait_for(lambda: run_folder.read(run).step > int(step))
+    assert run_folder.status(run) == "running"
+    person.page.wait_for_function(
+        "(() => { const log = document.querySelector('#run-log pre'); "
+        "return log && log.scrollHeight - log.scrollTop - log.clientHeight < 8; })()"
+    )
     os.kill(run_folder.read(run).pid, signal.SIGKILL)
     person.sees("interrupted")
     other.sees("interrupted")
@@ -236,16 +235,14 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     assert (run / "checkpoints" / names.step_name(stopped.step) / "complete").is_file()
     assert inspect.inspect(run / stopped.adapter).trigger == "sks toy"
     person.page.locator("#run-resume").wait_for()
-    # Any run of the list can be looked at, and is what a reload shows.
+    # Any run of the list can be looked at.
     oldest = min(person.runs())
     person.page.locator(f'[data-run="{oldest}"]').click()
     person.page.locator("#run-status h3").get_by_text(oldest).wait_for()
     person.page.wait_for_url(lambda url: "tab=runs" in url and f"run={oldest}" in url)
-    person.open(person.page.url)
-    person.page.locator("#run-status h3").get_by_text(oldest).wait_for()
-    # The address is a link to a run, for another browser too.
-    other.open(f"{served.address}/?tab=runs&run={name}")
-    other.page.locator("#run-status h3").get_by_text(name).wait_for()
+    # The address is a link to that run, for another browser too.
+    other.open(person.page.url)
+    other.page.locator("#run-status h3").get_by_text(oldest).wait_for()
 
 
 @contextmanager
@@ -256,6 +253,29 @@ def suspended(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def test_a_caption_stays_with_its_photo_when_another_folder_comes(person: Person, room: Path):
+    """It belongs to the photo that it was typed for, whatever the page shows by the time it is saved."""
+    for name, colour in (("A", "red"), ("B", "blue")):
+        (room / name).mkdir()
+        Image.new("RGB", (64, 64), colour).save(room / name / "00.png")
+    field = person.page.locator("textarea[data-photo='00.png']")
+    person.choose("photos-folder", room / "A")
+    field.wait_for()
+    field.fill("written for A")
+    person.choose("photos-folder", room / "B")
+    person.page.locator(f"textarea[data-file='{room}/B/00.png']").wait_for()
+    assert field.input_value() == ""
+    assert person.page.locator(".lk-save").is_hidden()
+    person.choose("photos-folder", room / "A")
+    person.page.locator(f"textarea[data-file='{room}/A/00.png']").wait_for()
+    assert field.input_value() == "written for A"
+    # The folder's field has the other folder, but its cards have not come yet.
+    person.page.locator("#photos-folder input").fill(str(room / "B"))
+    person.page.locator(".lk-save").click()
+    person.says("photos-message", "Caption of A/00.png saved.")
+    assert (room / "A" / "00.txt").read_text() == "written for A\n" and not (room / "B" / "00.txt").exists()
 
 
 def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, room: Path):
