@@ -53,13 +53,10 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    # Python 3.11 takes 1.4 times as long while lines are counted: of a slow test only the first case is.
-    functions: set[str] = set()
+    # Python 3.11 takes 1.4 times as long while lines are counted: those of slow tests are not.
     for item in items:
-        function = item.nodeid.partition("[")[0]
-        if item.get_closest_marker("slow") and (function in functions or item.path.name == "test_quality.py"):
+        if item.get_closest_marker("slow"):
             item.add_marker("no_cover")
-        functions.add(function)
 
 
 def pytest_collection_finish() -> None:
