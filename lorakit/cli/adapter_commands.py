@@ -261,7 +261,7 @@ def run_combine(args: argparse.Namespace) -> int:
 def run_merge(args: argparse.Namespace) -> int:
     """`lorakit merge`."""
     from lorakit import families, formats
-    from lorakit.families import adapter_base
+    from lorakit.families import adapter_base, single_file
     from lorakit.formats.edit.merge import merge
     from lorakit.formats.edit.precision import Precision
 
@@ -273,6 +273,11 @@ def run_merge(args: argparse.Namespace) -> int:
     info = families.describe(configuration.load(None, {"train.steps": 1, **overrides}).model)
     if weights.family != info.family:
         raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
+    if args.output.lower().endswith(".safetensors") and (untold := single_file.untold(info)):
+        raise LorakitError(
+            f"one file does not tell {untold} of base {info.title}, so that no program would read it right: --output "
+            "must be a new folder"
+        )
     for word in weights.embeddings:
         remark(f"the embedding of {word!r} is no part of a model: keep it beside the merged one")
     precision = Precision(keep_fp8=args.keep_fp8)

@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 the run or the check failed or a file is not there, 2 wron
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -39,6 +40,8 @@ from lorakit.runs import launch
 
 # Kept for one release under their old names.
 ALIASES = {"options": ["knobs"]}
+# How like an option a flag is that was meant for one.
+NEAR = 0.8
 # Where it is more than the report of what was done.
 JSON_HELP = dict.fromkeys(
     ("train", "resume", "caption"), "every event of the run as a line of JSON on stdout, the result last"
@@ -106,9 +109,9 @@ class Parser(argparse.ArgumentParser):
             message += suggest(match[1], re.split(r"[', ]+", match[2].strip("'")))
         if match := re.search(r"unrecognized arguments: --([\w-]+)", message):
             name = match[1].replace("-", "_")
-            message += "".join(
-                f"; say --set {option.key}=..." for option in configuration.options() if option.name == name
-            )
+            keys = [option.key for option in configuration.every_option()]
+            near = difflib.get_close_matches(name, [key.partition(".")[2] for key in keys], n=1, cutoff=NEAR)
+            message += "".join(f"; say --set {key}=..." for key in keys if key.partition(".")[2] in near)
         super().error(message)
 
 

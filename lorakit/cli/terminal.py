@@ -26,6 +26,8 @@ from lorakit.core.units import duration
 # The bar is drawn at most this often, in seconds, and in a pipe once for this share of the run.
 REDRAW_SECONDS = 0.1
 SHARE_OF_A_LINE = 0.05
+# Said once, beside the first validation.
+VALIDATION = "the mse is of the same noise each time; the loss is of other noise and weights at each step"
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -136,6 +138,7 @@ class Terminal:
         self.clock = clock
         self.in_place = bool(getattr(self.stream, "isatty", lambda: False)()) and os.environ.get("TERM") != "dumb"
         self.bar: Bar | None = None
+        self._explanation = f" ({VALIDATION})"
         self._is_open = True
 
     def __call__(self, event: Event) -> None:
@@ -152,7 +155,8 @@ class Terminal:
             self.bar.advance(event.step or 0, **event.facts)
         elif event.kind == "validation":
             mse, drift = event.facts["mse"], event.facts["prior_drift"]
-            self.say(f"step {event.step}: validation mse {mse:.4f}, prior drift {drift:.2%}")
+            self.say(f"step {event.step}: validation mse {mse:.4f}, prior drift {drift:.2%}{self._explanation}")
+            self._explanation = ""
 
     def _work(self, doing: str, position: int, total: int) -> None:
         """How far something before or after training is."""

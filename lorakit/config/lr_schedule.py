@@ -28,6 +28,13 @@ def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape if config.min_lr_ratio else shape
 
 
+def text_rates(config: OptimizerConfig) -> str:
+    """A line on the text encoders' learning rates, or "" where they have that of the rest."""
+    rates = {"": config.text_encoder_learning_rate, " 2": config.text_encoder_2_learning_rate}
+    own = [f"text encoder{name} {rate:g}" for name, rate in rates.items() if rate not in (None, config.learning_rate)]
+    return f"learning rate: {config.learning_rate:g}, {', '.join(own)}" if own else ""
+
+
 def problem(config: OptimizerConfig, steps: int) -> str | None:
     """What a warm-up does that leaves too little of the run, or None."""
     warmup = warmup_of(config, steps)

@@ -82,7 +82,7 @@ class Plan:
         first_step: 0, or the step that a run goes on from.
         prior: what keeps the rest of the model as it was, or "".
         notes: how what the base does not say was decided, a line each.
-        layers: those with a rank, an alpha or a learning rate of their own, a line for each size and rate.
+        layers: parts and layers with a rank, an alpha or a learning rate of their own, a line for each size and rate.
         host, ram: bytes of the host's memory that keep the base's weights from the device, and all that it has, as far
             as it is known; else 0.
     """
@@ -271,11 +271,12 @@ def _averaging(decay: float, steps: int) -> str:
 
 
 def _layer_lines(config: Config, selected: Sequence[str]) -> tuple[str, ...]:
-    """How many layers have which rank, alpha and multiple of the learning rate, where patterns choose them."""
+    """The text encoders' own learning rates; how many layers have which rank, alpha and multiple of the rate, where
+    patterns choose them."""
     own = [targets.layer_config(config.adapter, name) for name in selected]
     sizes = Counter((layer.rank, layer.effective_alpha, layer.scale) for layer in own)
     multiples = Counter(float(targets.last_match(config.optimizer.rates, name, 1.0)) for name in selected)
-    lines = []
+    lines = [*filter(None, [lr_schedule.text_rates(config.optimizer)])]
     if config.adapter.ranks or config.adapter.alphas:
         lines += [
             f"layers: {count} of rank {rank}, alpha {alpha:g}, effective scale {scale:g}"

@@ -17,9 +17,10 @@ from typing import Any
 
 from lorakit import families
 from lorakit.config import Config
-from lorakit.core import atomic
+from lorakit.core import atomic, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, photo_folder
+from lorakit.formats import identify
 from lorakit.runs import run_folder
 from lorakit.runs.preflight import Preflight, preflight
 from lorakit.runs.queue import Queue
@@ -69,6 +70,11 @@ class Workspace:
         folders = {path.parent for folder in self.base_folders for path in folder.glob("**/model_index.json")}
         single = [path for path in files if folders.isdisjoint(path.parents) and ".vae" not in path.name]
         return sorted([*single, *folders])[:MAX_BASES]
+
+    def adapters(self) -> list[Path]:
+        """Adapters of all runs, newest first; a whole model that a run wrote is none."""
+        files = [path for path in self.runs.glob("*/*.safetensors") if is_adapter(path)]
+        return sorted(files, key=lambda path: -path.stat().st_mtime)
 
     def report(self, config: Config, progress: Progress | None = None) -> Future[checks.Report]:
         """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed.
@@ -210,6 +216,16 @@ class Workspace:
 
 def _as_state(state: str, updated: float, message: str = "") -> run_folder.State:
     return run_folder.State(state=state, updated=updated, message=message)  # type: ignore[arg-type]
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a run's file is no model of its own; only the header of one that is called so is read."""
+    if not path.stem.endswith("-model"):
+        return True
+    try:
+        return identify.kind(safetensors_header.read(path).shapes()) == "adapter"
+    except LorakitError:
+        return False
 
 
 def _fingerprint(path: Path) -> tuple[Any, ...]:

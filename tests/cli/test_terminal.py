@@ -146,6 +146,7 @@ def test_the_events_of_a_run_are_lines_and_a_bar() -> None:
         Event("progress", 10, facts),
         Event("validation", 10, {"mse": 0.25, "prior_drift": 0.01}),
         Event("warning", None, {"message": "no room for samples"}),
+        Event("validation", 20, {"mse": 0.2, "prior_drift": 0.02}),
         Event("progress", 20, facts),
         Event("phase", 20, {"phase": "checking the exported file"}),
         Event("progress", 20, facts),
@@ -154,8 +155,10 @@ def test_the_events_of_a_run_are_lines_and_a_bar() -> None:
     assert stream.getvalue().splitlines() == [
         "device: cpu",
         "training 10/20  loss 0.5000  lr 1.0e-03  2.0 images/s  64 MiB  30 s left",
-        "step 10: validation mse 0.2500, prior drift 1.00%",
+        "step 10: validation mse 0.2500, prior drift 1.00% (the mse is of the same noise each time; the loss is of other "
+        "noise and weights at each step)",
         "warning: no room for samples",
+        "step 20: validation mse 0.2000, prior drift 2.00%",
         "training 20/20  loss 0.5000  lr 1.0e-03  2.0 images/s  64 MiB",
     ]
 

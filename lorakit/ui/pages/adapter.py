@@ -74,8 +74,7 @@ class AdapterPage:
 
     def adapters(self) -> list[str]:
         """Adapters of all runs, newest first."""
-        files = sorted(self.workspace.runs.glob("*/*.safetensors"), key=lambda path: -path.stat().st_mtime)
-        return [str(path) for path in files]
+        return [str(path) for path in self.workspace.adapters()]
 
     def look(self, path: str, upload: str | None, say: Say) -> list[Any]:
         """Say what a file below the roots, or one that was uploaded, is."""
@@ -110,7 +109,11 @@ def report_card(report: inspect.Report, say: Say) -> str:
     rank = ", ".join(sorted({f"{r:g}" for component in report.components.values() for r in component.ranks}))
     figures = widgets.facts(
         [
-            (say("file.family"), report.family or "", say.translate(report.family_evidence)),
+            (
+                say("file.family"),
+                say.translate(report.only) or report.family or "",
+                say.translate(report.family_evidence),
+            ),
             (say("file.method"), report.method, ""),
             (say("file.rank"), rank, ""),
             (say("file.trigger"), report.trigger, ""),

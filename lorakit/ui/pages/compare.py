@@ -30,7 +30,7 @@ from lorakit.ui.pages import viewer
 from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
-from lorakit.ui.workspace import Workspace
+from lorakit.ui.workspace import Workspace, is_adapter
 
 CELL = 320
 # Photos among which the nearest is looked for, and the side (pixels) at which they are compared.
@@ -132,7 +132,7 @@ class ComparePage:
             hidden = gr.update(visible=False)
             return [widgets.problem(say("error.gone")), hidden, gr.skip(), gr.skip(), "", "", hidden]
         steps = [step for step in run.sample_grids() if step and file_of_step(run, step)]
-        files = [path.name for path in sorted(run.path.glob("*.safetensors"))]
+        files = [path.name for path in sorted(run.path.glob("*.safetensors")) if is_adapter(path)]
         files += [path.parent.name for path in sorted(run.checkpoints.glob("step-*/complete"))]
         marked, adapter = marked_step(run), run_folder.read(run.path).adapter
         recipes = _recipes(run, max(run.sample_grids()))

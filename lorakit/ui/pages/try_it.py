@@ -74,10 +74,9 @@ class TryPage:
 
     def adapters(self) -> list[str]:
         """Adapters of all runs, newest first, then their checkpoints."""
-        files = list(self.workspace.runs.glob("*/*.safetensors"))
         checkpoints = [path.parent for path in self.workspace.runs.glob("*/checkpoints/step-*/complete")]
-        newest = [sorted(paths, key=lambda path: -path.stat().st_mtime) for paths in (files, checkpoints)]
-        return [path.relative_to(self.workspace.runs).as_posix() for paths in newest for path in paths]
+        newest = sorted(checkpoints, key=lambda path: -path.stat().st_mtime)
+        return [path.relative_to(self.workspace.runs).as_posix() for path in (*self.workspace.adapters(), *newest)]
 
     def start(
         self, name: str, prompts: str, strengths: Sequence[float], base: str, settings: dict[str, int | None], say: Say

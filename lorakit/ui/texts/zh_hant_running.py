@@ -32,6 +32,11 @@ RUNNING = {
     "layers: {count} of rank {rank}, alpha {alpha}, effective scale {scale}": (
         "層：{count} 層的秩 {rank}，alpha {alpha}，實際縮放 {scale}"
     ),
+    "learning rate: {rate}, text encoder {own}": "學習率：{rate}，文字編碼器 {own}",
+    "learning rate: {rate}, text encoder {own}, text encoder 2 {other}": (
+        "學習率：{rate}，文字編碼器 {own}，文字編碼器 2 {other}"
+    ),
+    "learning rate: {rate}, text encoder 2 {other}": "學習率：{rate}，文字編碼器 2 {other}",
     "rates: {count} layers at {multiple} of the learning rate": "學習率：{count} 層為 {multiple} 倍",
     "{option}: {pattern} has no effect, as later patterns match all of its {count} layers": (
         "{option}：{pattern} 沒有作用，後面的樣式涵蓋了它的 {count} 層"

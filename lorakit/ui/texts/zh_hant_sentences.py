@@ -375,6 +375,8 @@ SENTENCES = {
     "{path}: cannot be read as a JSON object": "{path}：無法讀作 JSON 物件",
     "{path}: this is {what:said}": "{path}：這是{what:said}",
     "an adapter": "adapter",
+    "lorakit's bundled base": "lorakit 內附的基礎模型",
+    "a base that attends to text of width {width}, not {usual}": "文字寬度為 {width} 而非 {usual} 的基礎模型",
     "a whole model (a checkpoint), not an adapter": "完整的模型（checkpoint），不是 adapter",
     "a whole model (a checkpoint), not an adapter; it predicts {kind:words}, {why:said}": (
         "完整的模型（checkpoint），不是 adapter；預測 {kind:words}，{why:said}"

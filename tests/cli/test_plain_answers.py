@@ -1,0 +1,66 @@
+"""Answers to what beginners type and ask: unknown flags, one file of a base that no program knows, rates of the text."""
+
+from pathlib import Path
+
+import pytest
+
+from lorakit import config, formats
+from lorakit.adapters.weights import AdapterWeights, LoraLayer
+from lorakit.cli import main as cli
+from lorakit.config import lr_schedule
+from lorakit.families import describe
+
+
+@pytest.mark.parametrize(
+    ("flag", "hints"),
+    [
+        ("--rank", ["adapter.rank"]),
+        ("--outputs", ["adapter.outputs"]),  # of one method alone
+        ("--batch-size=4", ["train.batch_size"]),
+        ("--learning_rat", ["optimizer.learning_rate"]),
+        ("--stepz", ["train.steps", "sample.steps"]),
+        ("--nothing-like-it", []),
+    ],
+)
+def test_a_flag_that_is_an_option_is_named_as_one(
+    flag: str, hints: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", flag])
+    error = capsys.readouterr().err
+    assert [f"say --set {hint}=..." in error for hint in hints] == [True] * len(hints)
+    assert error.count("say --set") == len(hints)
+
+
+def test_a_base_that_one_file_does_not_tell_is_merged_into_a_folder_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = describe("pocket").layers
+    name = next(name for name in layers if name.endswith("attn1.to_q"))
+    rows, columns = layers[name]
+    import torch
+
+    weights = AdapterWeights("sd1", "lora", {name: LoraLayer(torch.ones(2, columns), torch.ones(rows, 2) / 100, 2.0)})
+    file = formats.save(weights, tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
+    merge = ["merge", str(file), "--base", "pocket", "--output"]
+    assert cli.main([*merge, str(tmp_path / "whole.SafeTensors")]) == 1
+    assert "does not tell unet's attention_head_dim of base pocket" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.json", "toy.safetensors"]
+    assert cli.main([*merge, str(tmp_path / "whole")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rates", "line"),
+    [
+        ({}, ""),
+        ({"text_encoder_learning_rate": 1e-3}, ""),
+        ({"text_encoder_learning_rate": 3e-3}, "learning rate: 0.001, text encoder 0.003"),
+        (
+            {"text_encoder_learning_rate": 3e-3, "text_encoder_2_learning_rate": 2e-3},
+            "learning rate: 0.001, text encoder 0.003, text encoder 2 0.002",
+        ),
+        ({"text_encoder_2_learning_rate": 2e-3}, "learning rate: 0.001, text encoder 2 0.002"),
+    ],
+)
+def test_the_plan_says_what_text_encoders_learn_at(rates: dict[str, float], line: str) -> None:
+    assert lr_schedule.text_rates(config.OptimizerConfig(learning_rate=1e-3, **rates)) == line
