@@ -68,7 +68,7 @@ _ADAPTER_PART = re.compile(
 )
 # The parts by which ComfyUI, OneTrainer and LyCORIS call them, where the module's name has dots.
 _DOTTED_PARTS = (
-    r"lora_(?:down|up|mid)\.weight|lora_[AB](?:\.default)?(?:\.weight)?|lora_B\.bias|lora(?:_linear_layer)?\.(?:down|up)"
+    r"scalar|lora_(?:down|up|mid)\.weight|lora_[AB](?:\.default)?(?:\.weight)?|lora_B\.bias|lora(?:_linear_layer)?\.(?:down|up)"
     r"\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_(?:blocks|diag)|oft_R\.\w+|rescale"
     r"|(?:hada|lokr)_\w+|[ab][12m]\.weight"
 )
@@ -100,10 +100,10 @@ UNKNOWN = "unknown"  # the method of parts that are of none known here
 PARTS: dict[str, set[str]] = {
     UNKNOWN: set(),
     "T-LoRA": set(),
-    "lora": {"down", "up"},
-    "LoCon (tucker)": {"down", "up", "mid"},
-    "loha": {f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    "lokr": {f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "lora": {"down", "up", "scalar"},
+    "LoCon (tucker)": {"down", "up", "mid", "scalar"},
+    "loha": {f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | {"scalar"},
+    "lokr": {f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | {"scalar"},
     "full difference": {"diff"},
     "norm": {"w_norm"},
     "IA3": {"weight", "on_input", "ia3_l"},

@@ -320,6 +320,10 @@ def _adapter(
     readers = compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder)
     notes = health.contradictions(metadata, ranks, scales.values() or [1.0])
     notes += list(filter(None, [compatibility.import_note(readers["invokeai"], modules)]))
+    if scalars := sum("scalar" in module.parts for module in modules.values()):
+        notes.append(
+            f"{scalars} modules have a scalar, which other programs pass over: lorakit export writes it into them"
+        )
     if strange := [name for module in modules.values() for name in module.strange_parts]:
         notes.append(f"lorakit does not read {len(strange)} of its tensors, e.g. {shorten(printable(strange[0]), 120)}")
     return Report(

@@ -163,6 +163,11 @@ def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:
 
 def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tensor], scaling: Scaling) -> AnyLayer:
     parts = {part: tensors[name].float() for part, name in module.parts.items() if part not in ("alpha", *_BIASES)}
+    if "scalar" in parts:  # LyCORIS' `use_scalar`, as `state_dict` gives it
+        first = next((part for part in ("up", "hada_w1_a", "lokr_w1", "lokr_w1_a") if part in parts), "")
+        if not first or parts["scalar"].numel() != 1:
+            raise LorakitError(f"{path}: the scalar of {module.stem} is not one number beside factors")
+        parts[first] = parts[first] * parts.pop("scalar").flatten()
     rows = parts.pop("row_magnitude", None)
     flat = parts.get("magnitude")
     if flat is not None and flat.ndim == 1:  # as diffusers' converter to kohya's names leaves PEFT's

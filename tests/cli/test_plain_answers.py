@@ -1,4 +1,4 @@
-"""Answers to what beginners type and ask: unknown flags, one file of a base that no program knows, rates of the text."""
+"""Answers to what beginners type and ask: unknown flags, one file of an odd base, rates of the text."""
 
 from pathlib import Path
 

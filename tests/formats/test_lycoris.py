@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from lorakit.core.errors import LorakitError
 from lorakit.formats import read
 from lorakit.formats.edit.resize_combine import combine, resize
+from lorakit.formats.inspect import inspect
 
 STEM, NAME = "lora_unet_mid_block_resnets_0_conv1", "unet.mid_block.resnets.0.conv1"
 LINEAR, TO_Q = (
@@ -53,6 +54,31 @@ def test_delta_is_that_of_the_package(tmp_path: Path, method: str, tucker: bool,
         delta = module.get_weight(weight.shape).detach()
     assert layer.method == ("lora" if method == "locon" else method)
     np.testing.assert_allclose(layer.delta().reshape(weight.shape).numpy(), delta.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("method", CLASSES)
+def test_a_scalar_multiplies_the_change(tmp_path: Path, method: str, conv: bool) -> None:
+    module = theirs(method, conv, use_scalar=True)
+    scalar = float(module.scalar.detach())
+    assert abs(scalar) > 0.01
+    # Of LoCon's the package has it in already.
+    shape = module.org_module[0].weight.shape
+    delta = module.get_diff_weight()[0] if method == "locon" else scalar * module.get_weight(shape)
+    raw = {name: tensor for name, tensor in module.named_parameters() if not name.startswith("org_")}
+    raw |= {"alpha": torch.tensor(3.0)}
+    file = tmp_path / "theirs.safetensors"
+    save_file({f"{module.lora_name}.{name}": tensor.detach().contiguous() for name, tensor in raw.items()}, file)
+    layer = read(file).layers[NAME if conv else TO_Q]
+    np.testing.assert_allclose(layer.delta().reshape(delta.shape).numpy(), delta.detach().numpy(), atol=1e-6)
+    report = inspect(file)
+    np.testing.assert_allclose(report.strength.modules[module.lora_name], float(layer.delta().norm()), rtol=1e-4)
+    assert "1 modules have a scalar" in report.to_text()
+    raw["scalar"] = torch.ones(2)
+    save_file({f"{module.lora_name}.{name}": tensor.detach().contiguous() for name, tensor in raw.items()}, file)
+    with pytest.raises(LorakitError, match=r"the scalar of .* is not one number beside factors"):
+        read(file)
+    assert inspect(file).strength.modules
 
 
 @pytest.mark.parametrize("options", [{"factor": 4}, {"decompose_both": True}, {"full_matrix": True}])

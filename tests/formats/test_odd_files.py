@@ -130,7 +130,7 @@ def test_text_projection_among_its_encoder_is_read_by_diffusers():
         # As the package of LyCORIS writes it.
         (("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha"), "T-LoRA", "3 tensors are of T-LoRA, which "),
         (("vera_lambda_b", "vera_lambda_d", "alpha"), "unknown", "2 tensors are of no method that lorakit reads"),
-        (("lora_down.weight", "lora_up.weight", "scalar"), "lora", "1 tensors are of no method that lorakit reads"),
+        (("lora_down.weight", "lora_up.weight", "gate"), "lora", "1 tensors are of no method that lorakit reads"),
     ],
 )
 def test_parts_of_methods_that_are_not_read_are_no_damage(tmp_path, parts, method, words):

@@ -76,7 +76,7 @@ def measure(modules: Mapping[str, Module], places: Places, scales: Mapping[str, 
     for stem in sorted(modules, key=lambda stem: _position(names[stem])):
         size = _size({part: numbers(*places[name]) for part, name in modules[stem].parts.items() if name in places})
         if size is not None:
-            sizes[stem] = size * scales.get(stem, 1.0)
+            sizes[stem] = size * scales.get(stem, 1.0) * _scalar(modules[stem], places)
             blocks.setdefault(block(names[stem]), []).append(sizes[stem])
             kinds.setdefault(_kind(names[stem]), []).append(sizes[stem])
     medians = {kind: statistics.median(values) for kind, values in kinds.items() if len(values) >= _KIND_SIZE}
@@ -85,6 +85,13 @@ def measure(modules: Mapping[str, Module], places: Places, scales: Mapping[str, 
     unreached = _unreached({names[stem] for stem in sizes}, zeros)
     dead = [stem for stem in sizes if names[stem] in zeros - unreached and not _may_be_zero(stem)]
     return Strength(sizes, blocks, dead, {stem: ratio for stem, ratio in times.items() if ratio > OUTLIER})
+
+
+def _scalar(module: Module, places: Places) -> float:
+    """What LyCORIS' `use_scalar` multiplies a change by."""
+    name = module.parts.get("scalar", "")
+    values = numbers(*places[name]).ravel() if name in places else np.ones(1)
+    return abs(float(values[0])) if len(values) == 1 else 1.0
 
 
 def _may_be_zero(stem: str) -> bool:
