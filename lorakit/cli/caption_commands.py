@@ -15,7 +15,7 @@ from lorakit.cli.train_commands import Command, add_set, read_overrides
 from lorakit.core import atomic
 from lorakit.core.errors import ConfigError, LorakitError
 from lorakit.core.events import Event
-from lorakit.core.names import quote
+from lorakit.core.names import expand, quote
 from lorakit.core.units import count
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def add(command: Command) -> None:
 def run_caption(args: argparse.Namespace) -> int:
     """`lorakit caption`: 1 where a photo got no caption, 130 where it was stopped."""
     config = _config(args)
-    place = Path(config.data.folder).expanduser()
+    place = expand(config.data.folder)
     if args.undo:
         return _undo(args, place)
     threads.use_idle_cores()

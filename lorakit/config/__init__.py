@@ -7,6 +7,7 @@ Used by: data, engine, adapters, families, formats, inference, runs, training, c
 from lorakit.config.loading import (
     DEFAULT_PRESET,
     as_tables,
+    clean_path,
     every_option,
     from_tables,
     load,
@@ -70,6 +71,7 @@ __all__ = [
     "SampleConfig",
     "TrainConfig",
     "as_tables",
+    "clean_path",
     "every_option",
     "from_tables",
     "load",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.config import contradictions, foreign, sample_prompts
-from lorakit.config.option import Option, check_value, label, suggest, to_text
+from lorakit.config.option import Option, check_value, label, suggest, to_text, unquote
 from lorakit.config.schema import (
     ADAPTER_SECTIONS,
     LENGTHS,
@@ -23,6 +23,7 @@ from lorakit.config.schema import (
 )
 from lorakit.core.errors import ConfigError, MissingFile
 from lorakit.core.messages import Message
+from lorakit.core.names import expand
 from lorakit.core.registry import METHODS, own_learning_rate
 
 DEFAULT_PRESET = "subject-pocket"
@@ -83,7 +84,7 @@ def _find_paths(tables: dict[str, dict[str, object]], place: Path) -> None:
 
 def _find(value: object, place: Path) -> object:
     """A path completed, see `_find_paths`; anything else as it is."""
-    if not isinstance(value, str) or not value or "\0" in value or Path(value).expanduser().exists():
+    if not isinstance(value, str) or not value or "\0" in value or expand(value).exists():
         return value
     candidates = (folder / value for folder in (place, *place.parents[:2]))
     return next((str(path) for path in candidates if path.exists()), value)
@@ -102,9 +103,18 @@ def with_absolute_paths(config: Config) -> Config:
     return dataclasses.replace(config, **sections)
 
 
+def clean_path(key: str, text: object) -> object:
+    """An option's path as it was meant: with a home folder for `~`, and without the quotes or spaces around it."""
+    if not isinstance(text, str) or not text or "\0" in text or Path(text).exists():
+        return text
+    if key == "model.base" and unquote(text).lower() == BUNDLED:
+        return BUNDLED
+    return str(expand(unquote(text))) if text.lstrip("\"' ").startswith("~") else unquote(text)
+
+
 def _absolute(text: str) -> str:
     """A path that is there, absolute; another as it is."""
-    path = Path(text).expanduser()
+    path = expand(text)
     return str(path.absolute()) if path.exists() else text
 
 
@@ -171,7 +181,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if key not in by_key:
             problems.append(_unknown_option(key, method, by_key))
             continue
-        problem, value = check_value(by_key[key], value)
+        problem, value = check_value(by_key[key], clean_path(key, value) if by_key[key].path else value)
         if problem:
             problems.append(problem)
         else:

@@ -28,6 +28,14 @@ def quote(path: str | Path) -> str:
     return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
+def expand(path: str | Path) -> Path:
+    """`path` with a home folder for `~`; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def unique_path(path: Path) -> Path:
     """`path`, or the first of `path-2`, `path-3` ... that does not exist."""
     candidate, number = path, 1

@@ -15,7 +15,7 @@ from lorakit.config import DataConfig, photo_edits
 from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message, join
-from lorakit.core.names import printable
+from lorakit.core.names import expand, printable
 from lorakit.data import caption_files, concepts, masks
 from lorakit.data.entries import Names, is_hidden, some_names, usable
 
@@ -93,7 +93,7 @@ def scan(
     Raises:
         LorakitError: the folder is missing, is a file, cannot be read, or holds no picture.
     """
-    path = Path(folder).expanduser()
+    path = expand(folder)
     _require_folder(path)
     result = Folder(path)
     other_files: Counter[str] = Counter()
@@ -226,11 +226,11 @@ def _read_class_folders(result: Folder, below: list[Path], class_folder: str) ->
     """Read the class images. Return the subfolders that have none."""
     folders = [entry for entry in below if concepts.is_class_folder(entry)]
     if class_folder:
-        _require_folder(Path(class_folder).expanduser())
+        _require_folder(expand(class_folder))
         if folders:
             names = some_names(f"{printable(folder.name)}/" for folder in folders)
             result.notes.append(Message("passed over ({reason}): {names}", "data.class_folder is set", names))
-    for path in [Path(class_folder).expanduser()] if class_folder else folders:
+    for path in [expand(class_folder)] if class_folder else folders:
         part, others = Folder(path), Counter[str]()
         for level in (path, *(entry for entry in usable(path, path, []) if entry.is_dir())):
             _read_level(part, level, {}, others)
@@ -240,7 +240,7 @@ def _read_class_folders(result: Folder, below: list[Path], class_folder: str) ->
         result.warnings += [Message("{folder}/: {problem}", printable(path.name), warning) for warning in part.warnings]
         if not part.photos:
             result.warnings.append(Message("{folder}/: no class images in it", printable(path.name)))
-    own = Path(class_folder).expanduser().resolve() if class_folder else None
+    own = expand(class_folder).resolve() if class_folder else None
     return [entry for entry in below if entry not in folders and entry.resolve() != own]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorakit import config as configuration
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import quote
+from lorakit.core.names import expand, quote
 from lorakit.families import hub
 from lorakit.families.describe import BUNDLED, describe
 
@@ -23,7 +23,7 @@ def find(adapter: Path, metadata: Mapping[str, str]) -> str:
     title, expected = metadata.get("ss_sd_model_name", ""), metadata.get("lorakit.base", "")
     source = metadata.get("lorakit.base_source", "") or (title if hub.parse(title) else "")
     for candidate in _candidates(adapter, title, source):
-        hub_id = None if Path(candidate).expanduser().exists() else hub.parse(candidate)
+        hub_id = None if expand(candidate).exists() else hub.parse(candidate)
         if hub_id is not None and not hub.cached(hub_id):
             continue
         try:

@@ -20,6 +20,7 @@ from lorakit.core import atomic, foreign_json
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
+from lorakit.core.names import expand
 
 REPOSITORY = "openai/clip-vit-large-patch14"
 REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
@@ -65,7 +66,7 @@ def find(setting: str, file: Path, words: int) -> tuple[Path | None, str]:
         LorakitError: what is named or lies beside the file is incomplete, or has another number of words.
     """
     if setting:
-        folder = Path(setting).expanduser()
+        folder = expand(setting)
         if not folder.exists():
             raise LorakitError("model.tokenizer: {folder} does not exist", folder)
         below = [folder / "tokenizer", folder, *(folder for _, folder in _of_host(folder))]
@@ -216,7 +217,7 @@ def _on_this_machine() -> Iterator[tuple[str, Path]]:
         for folder in (revision, revision / "tokenizer"):
             yield "Hugging Face's cache", folder
     for host in filter(None, os.environ.get("LORAKIT_HOSTS", "").split(os.pathsep)):
-        yield from _of_host(Path(host).expanduser())
+        yield from _of_host(expand(host))
     for module, package in PACKAGES.items():
         spec = importlib.util.find_spec(module)
         if spec is not None and spec.origin is not None:

@@ -14,6 +14,7 @@ from lorakit.config import Config, ModelConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message, some
+from lorakit.core.names import expand
 from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, text_encoders, vae_source, weight_files
 from lorakit.families.facts import distilled, fit, noise_schedule, other_models
 from lorakit.families.spec import EPSILON, FLOW, VELOCITY, FamilySpec
@@ -177,12 +178,12 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
         return _of_folder(pocket.path(), model, title=BUNDLED)
     if model.base == IN_MEMORY:
         raise LorakitError("base {name} is a pipeline in memory: give it to train or resume, by pipeline=", IN_MEMORY)
-    path = Path(model.base).expanduser()
+    path = expand(model.base)
     if path.is_file():
         return _of_file(path, model)
     hub_id = None if path.is_dir() else hub.parse(model.base)
     if hub_id is None:
-        hub.refuse_link(model.base)
+        hub.refuse_name(model.base)
         return _of_folder(path, model, title=path.resolve().name)
     place, commit = hub.find(hub_id, _CHECKS, _unused(model))
     source = hub_id.at(commit)
@@ -213,7 +214,7 @@ def pin(model: ModelConfig) -> ModelConfig:
     Raises:
         LorakitError: as `describe`, where a hub id cannot be found.
     """
-    hub_id = hub.parse(model.base) if model.base != BUNDLED and not Path(model.base).expanduser().exists() else None
+    hub_id = hub.parse(model.base) if model.base != BUNDLED and not expand(model.base).exists() else None
     if hub_id is not None:
         model = replace(model, base=hub_id.at(hub.find(hub_id, _CHECKS, _unused(model))[1]))
     return replace(model, vae=vae_source.pin(model.vae))
@@ -416,7 +417,7 @@ def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Ite
 def _index(path: Path) -> dict[str, Any]:
     """The folder's model_index.json, or what is there instead."""
     if not path.is_dir():
-        raise LorakitError("base {path} does not exist", path)
+        raise LorakitError(hub.absence(str(path)))
     if not (path / "model_index.json").is_file():
         if what := other_models.what_folder(path):
             raise LorakitError("base {path} {what}", path, what)

@@ -29,6 +29,10 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _FILE = re.compile(
     rf"([\w.-]+/[\w.-]+?)(?:@({_REVISION}))?/([^@]+\.(?:safetensors|ckpt|pt|pth|bin|gguf))(?:@({_REVISION}))?", re.I
 )
+# Nearly a hub id: with a word or a mark too much, a name of the cache, a folder inside, a revision behind another mark.
+_LIKE = re.compile(
+    r"(?:hf:/?|\w+@hf\.co:|models?/|models--)?([A-Za-z0-9][\w.-]*?) ?(?:/|--) ?([\w.-]+?)(?:\.git)?(?:[/:#?@ ].*)?"
+)
 # What a browser shows: a repository's page, a folder, or a file.
 _LINK = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/([\w.-]+/[\w.-]+)"
@@ -70,6 +74,7 @@ def parse(base: str) -> HubId | None:
     """The hub id that a base is, or None: a path whose first folder is there, and a file's name, are none."""
     if link := _LINK.fullmatch(unquote(base)):
         name, revision, file = link.groups()
+        name = name.removesuffix(".git")
         return HubId(name, revision or "main", file or "") if not file or _FILE.fullmatch(f"{name}/{file}") else None
     if base.startswith(".") or "\\" in base or Path(base.partition("/")[0]).is_dir():
         return None
@@ -79,10 +84,29 @@ def parse(base: str) -> HubId | None:
     return HubId(match[1], match[2] or "main") if match and not base.lower().endswith(".safetensors") else None
 
 
-def refuse_link(link: str) -> None:
-    """Raise for a link, none of which is a base but a repository's page and a model's file in it."""
+def absence(base: str) -> Message:
+    """What is said of a base that is nowhere, with what may have been meant by it."""
+    match = _LIKE.fullmatch(base)
+    if match and not re.search(r"\.(safetensors|ckpt|gguf)$", base, re.I):
+        return Message(
+            "base {path} does not exist; as a hub id it is {name}, and {name}@REVISION at another revision",
+            base,
+            f"{match[1]}/{match[2]}",
+        )
+    return Message(
+        "base {path} does not exist: give a .safetensors file, a folder in diffusers layout or a hub id, owner/name",
+        base,
+    )
+
+
+def refuse_name(link: str) -> None:
+    """Raise for no name, and for a link, none of which is a base but a repository's page and a model's file in it."""
+    if not link.strip():
+        raise LorakitError("model.base is empty: name a base, or leave it out for the bundled one")
     if "://" not in link:
         return
+    if link.startswith("file://"):
+        raise LorakitError("base {link} is a link: give its path, {path}", link, unquote(link[len("file://") :]))
     if inside := _LINK.fullmatch(unquote(link)):
         raise LorakitError("base {link} is a part of a model: give {name} for the whole model", link, inside[1])
     raise LorakitError(

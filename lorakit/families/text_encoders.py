@@ -18,6 +18,7 @@ from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
 from lorakit.core.messages import Message
+from lorakit.core.names import expand
 from lorakit.families import clip_tokenizer, hub, ldm, single_file, weight_files
 from lorakit.families.spec import Configs, FilePart, TextEncoder
 from lorakit.families.vae_source import Source
@@ -175,7 +176,7 @@ def _t5_tokenizer(place: str, base: Path, own: Encoder | None, rows: int) -> Pat
     from huggingface_hub import constants
 
     above = own.source.path.parent if own is not None else base.parent
-    roots = [*([Path(place).expanduser()] if place else []), above, base.parent, *_hosts()]
+    roots = [*([expand(place)] if place else []), above, base.parent, *_hosts()]
     folders = [root / below for root in roots for below in T5_TOKENIZERS]
     revisions = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"))
     folders += [revision / below for below in (".", "tokenizer_3", "tokenizer_2") for revision in revisions]
@@ -193,7 +194,7 @@ def _is_t5_tokenizer(folder: Path, rows: int) -> bool:
 
 
 def _hosts() -> list[Path]:
-    return [Path(host).expanduser() for host in os.environ.get("LORAKIT_HOSTS", "").split(os.pathsep) if host]
+    return [expand(host) for host in os.environ.get("LORAKIT_HOSTS", "").split(os.pathsep) if host]
 
 
 def _places(base: Path) -> Iterator[str]:
@@ -210,7 +211,7 @@ def _from_place(
 ) -> dict[str, Encoder]:
     """Those of `missing` that a folder of files, a folder in diffusers layout or a hub id has; {} where a needed one is
     not there."""
-    folder = Path(place).expanduser()
+    folder = expand(place)
     hub_id = None if folder.exists() else hub.parse(place)
     if hub_id is not None:
         folder, _ = hub.find(hub_id, checks, without=("unet", "transformer", "vae", "scheduler", *_unused(missing)))

@@ -16,6 +16,7 @@ from typing import Any
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
+from lorakit.core.names import expand
 from lorakit.families import hub, ldm, single_file, weight_files
 from lorakit.families.facts import fit
 from lorakit.families.spec import Configs
@@ -69,7 +70,7 @@ def find(name: str, base: str, family: str, configs: Configs) -> Vae:
     Raises:
         LorakitError: it is not there, is something else, or its latents are not those of the base.
     """
-    path, note = Path(name).expanduser(), Message("vae: {place}, as model.vae says", name)
+    path, note = expand(name), Message("vae: {place}, as model.vae says", name)
     if not path.exists():
         hub_id = hub.parse(name)
         if hub_id is None:
@@ -112,7 +113,7 @@ def pin(name: str) -> str:
     Raises:
         LorakitError: as `find`, where a hub id cannot be found.
     """
-    hub_id = hub.parse(name) if name and not Path(name).expanduser().exists() else None
+    hub_id = hub.parse(name) if name and not expand(name).exists() else None
     return name if hub_id is None else hub_id.at(hub.find_vae(hub_id)[1])
 
 

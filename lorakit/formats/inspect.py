@@ -319,13 +319,7 @@ def _adapter(
     ranks = {rank for component in components.values() for rank in component.ranks}
     readers = compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder)
     notes = health.contradictions(metadata, ranks, scales.values() or [1.0])
-    notes += list(filter(None, [compatibility.import_note(readers["invokeai"], modules)]))
-    if scalars := sum("scalar" in module.parts for module in modules.values()):
-        notes.append(
-            f"{scalars} modules have a scalar, which other programs pass over: lorakit export writes it into them"
-        )
-    if strange := [name for module in modules.values() for name in module.strange_parts]:
-        notes.append(f"lorakit does not read {len(strange)} of its tensors, e.g. {shorten(printable(strange[0]), 120)}")
+    notes += [*filter(None, [compatibility.import_note(readers["invokeai"], modules)]), *_part_notes(modules)]
     return Report(
         name,
         "adapter",
@@ -342,6 +336,18 @@ def _adapter(
         notes=notes,
         **common,
     )
+
+
+def _part_notes(modules: Mapping[str, identify.Module]) -> list[str]:
+    """The parts that other programs, or lorakit, do not read."""
+    notes = []
+    if scalars := sum("scalar" in module.parts for module in modules.values()):
+        notes.append(
+            f"{scalars} modules have a scalar, which other programs pass over: lorakit export writes it into them"
+        )
+    if strange := [name for module in modules.values() for name in module.strange_parts]:
+        notes.append(f"lorakit does not read {len(strange)} of its tensors, e.g. {shorten(printable(strange[0]), 120)}")
+    return notes
 
 
 def _components(

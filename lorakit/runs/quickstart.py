@@ -10,6 +10,7 @@ from typing import Any, cast
 from lorakit import config as configuration, families
 from lorakit.config import LENGTHS, Config, ModelConfig
 from lorakit.core import registry
+from lorakit.core.names import expand
 from lorakit.families import BaseInfo, hub
 
 # The options that everybody has to answer for; all others have a preset's value.
@@ -52,6 +53,7 @@ def config_for_answers(
 def model_of(options: Mapping[str, object]) -> ModelConfig:
     """The section `model` as far as some options (key -> value) say it. Values are not checked."""
     values = {field.name: options[key] for field in fields(ModelConfig) if (key := f"model.{field.name}") in options}
+    values |= {name: configuration.clean_path(f"model.{name}", value) for name, value in values.items()}
     return ModelConfig(**cast("dict[str, Any]", values))
 
 
@@ -73,7 +75,7 @@ def describe(base: str | ModelConfig) -> BaseInfo:
 
 def is_hub_id(base: str) -> bool:
     """Whether a base is `owner/name[@revision]` on the hub and nothing on this machine."""
-    return not Path(base).expanduser().exists() and hub.parse(base) is not None
+    return not expand(base).exists() and hub.parse(base) is not None
 
 
 def must_be_fetched(name: str, *, vae: bool = False) -> bool:

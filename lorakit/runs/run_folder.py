@@ -40,7 +40,7 @@ from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event, json_value
 from lorakit.core.messages import from_json, key_of
-from lorakit.core.names import quote, slug, step_name, unique_path
+from lorakit.core.names import expand, quote, slug, step_name, unique_path
 
 States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
 # An event as the log has it.
@@ -451,7 +451,7 @@ def output_problem(path: Path, data_folder: str = "") -> str | None:
             return f"{path} is not empty and nothing in it is overwritten; give another --output{hint}"
         if path.exists() and not path.is_dir():
             return f"{path} is a file; give --output a folder"
-        if data_folder and path.resolve().is_relative_to(Path(data_folder).expanduser().resolve()):
+        if data_folder and path.resolve().is_relative_to(expand(data_folder).resolve()):
             return f"{path} is inside the folder of photos, where nothing is written; give another --output"
         reason = atomic.refusal(path)
     except OSError as error:

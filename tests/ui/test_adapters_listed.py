@@ -14,7 +14,7 @@ from lorakit.ui.pages.adapter import report_card  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 
-def test_a_whole_model_is_not_offered_as_an_adapter(tmp_path: Path) -> None:
+def test_the_pages_list_adapters_without_models(tmp_path: Path) -> None:
     workspace, run = Workspace(tmp_path, []), tmp_path / "run"
     run.mkdir()
     layer = "lora_unet_mid_block_attentions_0_proj_in"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.names import expand
 from lorakit.families import hub, weight_files
 from lorakit.inference.captioners.spec import CaptionerSpec, kind_of
 
@@ -19,7 +20,7 @@ def find(model: str, fetch: bool) -> tuple[Path, CaptionerSpec]:
     Raises:
         LorakitError: it is no captioner, is not complete, or is not here and must not or cannot be fetched.
     """
-    path = Path(model).expanduser()
+    path = expand(model)
     if path.is_file():
         raise LorakitError(f"captioner {model} is a file: give the folder it is in: {path.parent}")
     if path.is_dir():

@@ -30,7 +30,16 @@ BASES = {
     "as its UNet says": "依其 UNet",
     "as its metadata says": "依檔案的中繼資料",
     "as its name says": "依其名稱",
-    "base {path} does not exist": "基礎模型 {path} 不存在",
+    "base {path} does not exist: give a .safetensors file, a folder in diffusers layout or a hub id, owner/name": (
+        "基礎模型 {path} 不存在：請指定 .safetensors 檔、diffusers 格式的資料夾，或 hub 識別名 owner/name"
+    ),
+    "base {path} does not exist; as a hub id it is {name}, and {name}@REVISION at another revision": (
+        "基礎模型 {path} 不存在；作為 hub 識別名是 {name}，其他版本則是 {name}@REVISION"
+    ),
+    "base {link} is a link: give its path, {path}": "基礎模型 {link} 是連結：請指定它的路徑 {path}",
+    "model.base is empty: name a base, or leave it out for the bundled one": (
+        "model.base 是空的：請指定基礎模型，或省略它以使用內附的"
+    ),
     "base {path} is not a folder in diffusers layout: no model_index.json; it is empty": (
         "{path} 不是 diffusers 格式的資料夾：沒有 model_index.json；資料夾是空的"
     ),
