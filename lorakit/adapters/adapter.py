@@ -19,6 +19,7 @@ from lorakit.config import ADAPTER_SECTIONS, AdapterConfig
 from lorakit.core import registry, rng
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
+from lorakit.core.messages import join
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -36,7 +37,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     layer_names = targets.adapted(family, paths, config)
     selected = targets.select(family, paths, config.target_modules, config.train_text_encoder)
     if problems := targets.adapter_pattern_problems(config, selected, layer_names):
-        raise LorakitError("\n".join(problems))
+        raise LorakitError(join("\n", problems))
     if not layer_names:
         raise LorakitError(targets.no_layer(config))
     layers = _inject(
@@ -58,18 +59,25 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
     modules = _modules(target)
     family = _family(target, modules)
     if weights.family != family:
-        raise LorakitError(f"the adapter is for {weights.family}, the base is {family}")
+        raise LorakitError("the adapter is for {family}, the base is {other}", weights.family, family)
     paths = _layer_paths(modules)
     method = weights_fit.method(weights)
     missing = [name for name in weights.layers if name not in paths]
     if missing:
-        raise LorakitError(f"the base has no layer {missing[0]}, which the adapter adapts ({len(missing)} such)")
+        raise LorakitError(
+            "the base has no layer {missing}, which the adapter adapts ({count} such)", missing[0], len(missing)
+        )
     for name, layer in weights.layers.items():
         component, path = paths[name]
         expected = tuple(modules[component].get_submodule(path).weight.shape)
         if not weights_fit.fits(layer, expected):
             actual = weights_fit.size_text(layer)
-            raise LorakitError(f"{name} is {expected} in the base, {actual} in the adapter: it is for another base")
+            raise LorakitError(
+                "{name} is {expected} in the base, {actual} in the adapter: it is for another base",
+                name,
+                expected,
+                actual,
+            )
     # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
     config = ADAPTER_SECTIONS[method](method=method, rank=rank)
@@ -151,12 +159,14 @@ class Adapter:
             LorakitError: vectors for a second word, or of another width than the encoder's.
         """
         if self._learned_tokens:
-            raise LorakitError(f"the adapter has vectors for {self._word!r} and {word!r}: only one word can be applied")
+            raise LorakitError(
+                "the adapter has vectors for {word!r} and {other!r}: only one word can be applied", self._word, word
+            )
         for part, tokenizer in tokenizers.items():
             initial = None if vectors is None else vectors.get(part)
             width = self._modules[part].get_input_embeddings().weight.shape[1]
             if vectors is not None and (initial is None or initial.shape[1] != width):
-                raise LorakitError(f"the embedding of {word!r} does not fit {part}: it is for another base")
+                raise LorakitError("the embedding of {word!r} does not fit {part}: it is for another base", word, part)
             self._learned_tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, initial)
         self._word = word
         self._reserve(word, max((len(token.vectors) for token in self._learned_tokens.values()), default=0))
@@ -320,10 +330,14 @@ def _modules(target: Any) -> dict[str, Any]:
     else:
         modules = target.modules() if hasattr(target, "info") else {}
     if "unet" not in modules:
-        raise LorakitError(f"{type(target).__name__} has no UNet: give a pipeline of {registry.version_titles()}")
+        raise LorakitError(
+            "{name} has no UNet: give a pipeline of {families}", type(target).__name__, registry.version_titles()
+        )
     for component, module in modules.items():
         if getattr(module, "peft_config", None):
-            raise LorakitError(f"{component} already carries an adapter: take it out first (unload_lora_weights)")
+            raise LorakitError(
+                "{component} already carries an adapter: take it out first (unload_lora_weights)", component
+            )
     return modules
 
 

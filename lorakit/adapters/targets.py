@@ -18,6 +18,7 @@ from typing import TypeVar
 from lorakit.adapters.weights import factorization
 from lorakit.config import AdapterConfig, Config
 from lorakit.core import registry
+from lorakit.core.messages import Message
 from lorakit.core.registry import METHODS, resolve
 
 Value = TypeVar("Value")
@@ -41,7 +42,7 @@ def no_layer(adapter: AdapterConfig) -> str:
     """What is said where an adapter enters nothing."""
     if adapter.ranks:
         return "adapter.ranks leaves out every layer"
-    return f"adapter.target_modules = {adapter.target_modules!r} selects no layer of this base"
+    return Message("adapter.target_modules = {which!r} selects no layer of this base", adapter.target_modules)
 
 
 def last_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
@@ -82,11 +83,19 @@ def _unmatched(option: str, patterns: Mapping[str, float], layers: Sequence[str]
         matches = {name for name in layers if fnmatchcase(name, pattern)}
         if matches and not matches & left:
             problems.append(
-                f"{option}: {pattern!r} has no effect, as later patterns match all of its {len(matches)} layers"
+                Message(
+                    "{option}: {pattern!r} has no effect, as later patterns match all of its {count} layers",
+                    option,
+                    pattern,
+                    len(matches),
+                )
             )
         elif not matches:
             problems.append(
-                f"{option}: {pattern!r} matches none of the {len(layers)} adapted layers; {near(pattern, layers)}"
+                Message(
+                    "{option}: {pattern!r} matches none of the {count} adapted layers; {hint}",
+                    *(option, pattern, len(layers), near(pattern, layers)),
+                )
             )
         left -= matches
     return problems[::-1]
@@ -97,15 +106,15 @@ def near(pattern: str, layers: Sequence[str]) -> str:
     word = pattern.strip("*.")
     inside = sum(word in name for name in layers)
     if word and inside:
-        return f"'*{word}*' matches {inside}"
+        return Message("{pattern} matches {count}", f"'*{word}*'", inside)
     parts = {part: name for name in layers for part in name.lower().split(".")}
     for word in re.findall("[a-z0-9_]{3,}", pattern.lower()):
         if word not in parts and (close := difflib.get_close_matches(word, parts, n=1)):
-            return f"layers are such as {parts[close[0]]}"
+            return Message("layers are such as {names}", parts[close[0]])
     by_letters = {re.sub("[^a-z0-9]", "", name.lower()): name for name in layers}
     letters = re.sub("[^a-z0-9]", "", pattern.lower().removeprefix("lora_"))
     names = [by_letters[match] for match in difflib.get_close_matches(letters, by_letters, n=2, cutoff=0)]
-    return f"layers are such as {' and '.join(names)}" if names else "there are none"
+    return Message("layers are such as {names}", " and ".join(names)) if names else "there are none"
 
 
 def select(family: str, layers: Iterable[str], target_modules: str, train_text_encoder: bool) -> list[str]:

@@ -244,8 +244,9 @@ class ForeignLayer:
         is_full = self.parts.get("diff", self.parts.get("w_norm"))
         if is_full is None:
             raise LorakitError(
-                f"{self.method} is computed from the weights of a base and has no change without it: merge it into its "
-                "base first, then extract a LoRA from the merged model"
+                "{method} is computed from the weights of a base and has no change without it: merge it into "
+                "its base first, then extract a LoRA from the merged model",
+                self.method,
             )
         return is_full.float()
 

@@ -31,19 +31,21 @@ def require(
     spec = registry.METHODS[config.method]
     if spec.begins_from_base:
         raise LorakitError(
-            f"{config.method} begins from the base's own weights and not from an adapter: set adapter.method = 'lora'"
+            "{method} begins from the base's own weights and not from an adapter: set adapter.method = 'lora'",
+            config.method,
         )
     if weights.family != family:
-        raise LorakitError(f"the adapter to start from is for {weights.family}, this base is {family}")
+        raise LorakitError("the adapter to start from is for {theirs}, this base is {family}", weights.family, family)
     theirs = method(weights)
     if theirs != spec.layers:
-        raise LorakitError(f"the adapter to start from is {theirs}: set adapter.method = {theirs!r}")
+        raise LorakitError("the adapter to start from is {theirs}: set adapter.method = {method!r}", theirs, theirs)
     missing = [name for name in shapes if name not in weights.layers]
     extra = [name for name in weights.layers if name not in shapes]
     if missing or extra:
         raise LorakitError(
-            f"the adapter to start from has other layers: {len(missing)} lacking, {len(extra)} too many, "
-            f"e.g. {(missing or extra)[0]}; set adapter.target_modules and train_text_encoder as it was made"
+            "the adapter to start from has other layers: {count} lacking, {more} too many, e.g. "
+            "{missing}; set adapter.target_modules and train_text_encoder as it was made",
+            *(len(missing), len(extra), (missing or extra)[0]),
         )
     for name, shape in shapes.items():
         layer, own = weights.layers[name], targets.layer_config(config, name)
@@ -55,17 +57,22 @@ def require(
             alike = [other for other in shapes if targets.layer_config(config, other).rank == own.rank]
             if len(ranks := sorted({weights.layers[other].rank for other in alike})) > 1:
                 raise LorakitError(
-                    f"the adapter to start from has ranks {', '.join(map(str, ranks))}: make them one with "
-                    f"lorakit resize FILE --rank {ranks[0]}"
+                    "the adapter to start from has ranks {ranks}: make them one with lorakit resize FILE --rank {rank}",
+                    ", ".join(map(str, ranks)),
+                    ranks[0],
                 )
-            raise LorakitError(f"the adapter to start from has rank {rank} in {name}: set adapter.rank = {rank}")
-        raise LorakitError(f"the adapter to start from has another shape in {name}: it is of another base")
+            raise LorakitError(
+                "the adapter to start from has rank {rank} in {name}: set adapter.rank = {rank}", rank, name
+            )
+        raise LorakitError("the adapter to start from has another shape in {name}: it is of another base", name)
     for word, vectors in weights.embeddings.items():
         count = len(next(iter(vectors.values())))
         if (word, count) != (trigger, config.new_tokens):
             raise LorakitError(
-                f"the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = {count} "
-                f"and begin data.name with {word!r}"
+                "the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = "
+                "{count} and begin data.name with {word!r}",
+                count,
+                word,
             )
 
 
@@ -80,7 +87,9 @@ def require_checkpoint(own: Mapping[str, torch.Tensor], state: Mapping[str, torc
     """
     wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if p.shape != state[n].shape]
     if wrong:
-        raise LorakitError(f"the checkpoint does not fit this {what}: {wrong[0]} ({len(wrong)} such)")
+        raise LorakitError(
+            "the checkpoint does not fit this {what}: {wrong} ({count} such)", what, wrong[0], len(wrong)
+        )
 
 
 def fits(layer: AnyLayer, shape: Sequence[int]) -> bool:
@@ -117,7 +126,7 @@ def method(weights: AdapterWeights) -> str:
     if rows or mixed or foreign or weights.biases:
         what = " and ".join(foreign) or ("DoRA per output row" if rows else "DoRA over LyCORIS" if mixed else "biases")
         raise LorakitError(
-            f"the adapter has {what}, which lorakit does not put into a model in use: merge it into a base"
+            "the adapter has {what}, which lorakit does not put into a model in use: merge it into a base", what
         )
     # Among DoRA's layers there may be plain ones.
     if any(layer.magnitude is not None for layer in weights.layers.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lorakit.config.schema import OptimizerConfig
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.core.units import count
 
 
@@ -31,8 +31,12 @@ def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
 def text_rates(config: OptimizerConfig) -> str:
     """A line on the text encoders' learning rates, or "" where they have that of the rest."""
     rates = {"": config.text_encoder_learning_rate, " 2": config.text_encoder_2_learning_rate}
-    own = [f"text encoder{name} {rate:g}" for name, rate in rates.items() if rate not in (None, config.learning_rate)]
-    return f"learning rate: {config.learning_rate:g}, {', '.join(own)}" if own else ""
+    own = [
+        Message(f"text encoder{name} {{rate:g}}", rate)
+        for name, rate in rates.items()
+        if rate not in (None, config.learning_rate)
+    ]
+    return Message("learning rate: {rate:g}, {rates}", config.learning_rate, join(", ", own)) if own else ""
 
 
 def problem(config: OptimizerConfig, steps: int) -> str | None:

@@ -88,3 +88,12 @@ def refusal(folder: Path) -> str:
     except OSError as error:
         code = error.errno or errno.EIO
     return os.strerror(code) if code else ""
+
+
+def end_last_line(log: Path) -> None:
+    """End the last line of a log: a kill may have cut it, and the next one must not be glued to it."""
+    if log.is_file() and log.stat().st_size:
+        with log.open("rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")

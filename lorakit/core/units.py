@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from lorakit.core.messages import Message
+
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: `45 s`, `3 min`, `2 h 5 min`."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} s"
+        return Message("{seconds} s", max(1, round(seconds)))
     minutes = round(seconds / 60)
     if minutes < 90:
-        return f"{minutes} min"
+        return Message("{minutes} min", minutes)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 24 else f"{hours / 24:.1f} days"
+    hours_and_minutes = Message("{hours} h {minutes} min", hours, minutes)
+    return hours_and_minutes if hours < 24 else Message("{days:.1f} days", hours / 24)
 
 
 def count(number: int, noun: str) -> str:
     """`1 step`, `2 steps`, `3 batches`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('tch') else 's'}"
+    nouns = noun if number == 1 else f"{noun}{'es' if noun.endswith('tch') else 's'}"
+    return Message(f"{{count}} {nouns}", number)
 
 
 def millions(count: int) -> str:

@@ -274,7 +274,7 @@ def _photo_mask(photo: Photo, picture: Picture) -> Pixels | None:
     else:
         mask = picture.alpha
     if mask is not None and int(mask.max()) == 0:
-        raise LorakitError(masks.BLACK_MASK.format(photo=photo.relative))
+        raise LorakitError(masks.BLACK_MASK, photo.relative)
     return mask
 
 
@@ -353,4 +353,4 @@ def _save(path: Path, mean: torch.Tensor, std: torch.Tensor) -> None:
         tensors = {"mean": mean.contiguous(), "std": std.contiguous()}
         atomic.write(path, safetensors.torch.save(tensors, {CHECKSUM: _checksum(mean, std)}))
     except OSError as error:
-        raise LorakitError(NO_LATENT_CACHE.format(folder=path.parent, reason=error.strerror)) from None
+        raise LorakitError(NO_LATENT_CACHE, path.parent, error.strerror) from None

@@ -45,7 +45,7 @@ def device(config: MemoryConfig) -> torch.device:
         return torch.device(next(name for name, is_available in available.items() if is_available))
     kind, _, number = config.device.partition(":")
     if not available[kind] or (number and int(number) >= torch.cuda.device_count()):
-        raise LorakitError(DEVICE_MISSING.format(device=config.device, version=torch.__version__))
+        raise LorakitError(DEVICE_MISSING, config.device, torch.__version__)
     return torch.device(config.device)
 
 
@@ -125,7 +125,7 @@ def streams(config: MemoryConfig, device: torch.device) -> bool:
         LorakitError: they are to, and are computed with there too.
     """
     if config.stream_base and device.type != "cuda":
-        raise LorakitError(OFFLOAD_NEEDS_CUDA.format(device=device.type))
+        raise LorakitError(OFFLOAD_NEEDS_CUDA, device.type)
     return config.stream_base
 
 
@@ -142,7 +142,7 @@ def attention(config: MemoryConfig, family: Family) -> str:
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError:
-        raise LorakitError(XFORMERS_MISSING.format(hint=install.hint("xformers"))) from None
+        raise LorakitError(XFORMERS_MISSING, install.hint("xformers")) from None
     problem = attention_problem(lambda q, k, v: memory_efficient_attention(q, k, v), family.device, family.dtype)
     if problem:
         return f"attention: sdpa, because xformers failed its self-test ({problem})"

@@ -91,7 +91,7 @@ def class_images(
                 image_grid.save(picture, files[number])
             events.advance(len(numbers))
     except OSError as error:
-        raise LorakitError(NO_CLASS_IMAGE_CACHE.format(folder=place, reason=error.strerror)) from None
+        raise LorakitError(NO_CLASS_IMAGE_CACHE, place, error.strerror) from None
     return [_open(file) for file in files]
 
 

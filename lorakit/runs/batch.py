@@ -25,6 +25,7 @@ from lorakit import config as configuration
 from lorakit.config import Config
 from lorakit.core import atomic, foreign_json
 from lorakit.core.errors import ConfigError, LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import slug
 from lorakit.core.units import duration
 from lorakit.data import photo_folder
@@ -85,14 +86,16 @@ def read(source: Path, preset: str | None, overrides: Mapping[str, object], runs
     rows, problems = dict[str, Row](), list[str]()
     for name, table in tables:
         if not (grid := list(_grid(table))):
-            problems.append(f"{name}: a list of values has none in it, which makes no run")
+            problems.append(Message("{name}: a list of values has none in it, which makes no run", name))
         for suffix, own_options in grid:
             own = slug(f"{name}{suffix}") or "run"
             options = {key: _named(value, name) for key, value in {**overrides, **own_options}.items()}
             if own in rows:
-                problems.append(f"{own}: two rows have this name; give each another `name`")
+                problems.append(Message("{own}: two rows have this name; give each another `name`", own))
             if "output.folder" in own_options:
-                problems.append(f"{own}: output.folder is where the batch puts it: give --output, and the run a `name`")
+                problems.append(
+                    Message("{own}: output.folder is where the batch puts it: give --output, and the run a `name`", own)
+                )
             try:
                 kind = str(options.get("data.kind", "subject"))
                 base = (
@@ -104,10 +107,10 @@ def read(source: Path, preset: str | None, overrides: Mapping[str, object], runs
                 output = replace(config.output, folder=str(runs / own))
                 rows[own] = Row(own, configuration.with_absolute_paths(replace(config, output=output)))
             except LorakitError as error:
-                problems += [f"{own}: {problem}" for problem in str(error).splitlines()]
+                problems += [Message("{name}: {problem}", own, problem) for problem in str(error).splitlines()]
     if problems or not rows:
         what = "batch takes a folder of folders of photos" if source.is_dir() else "it has no [[run]]"
-        raise ConfigError(problems or [f"{source}: there is no run in it: {what}"])
+        raise ConfigError(problems or [Message("{source}: there is no run in it: {what}", source, what)])
     return list(rows.values())
 
 
@@ -121,13 +124,13 @@ def _of_file(source: Path) -> Iterator[tuple[str, dict[str, object]]]:
     try:
         content = tomllib.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError([f"{source}: {getattr(error, 'strerror', None) or error}"]) from None
+        raise ConfigError("{file}: {problem}", source, getattr(error, "strerror", None) or error) from None
     runs, options = content.get("run", []), content.get("options", {})
     wrong = sorted(content.keys() - {"preset", "options", "run"})
     wrong += ["options"] * (not isinstance(options, dict))
     if wrong or not (isinstance(runs, list) and all(isinstance(run, dict) for run in runs)):
         what = (wrong or ["run"])[0]
-        raise ConfigError([f"{source}: {what}: a batch has preset, [options], and [[run]] for each run"])
+        raise ConfigError("{source}: {what}: a batch has preset, [options], and [[run]] for each run", source, what)
     shared = _flat(options) | ({"preset": content["preset"]} if "preset" in content else {})
     for number, run in enumerate(runs, 1):
         own = _flat(run)
@@ -181,7 +184,9 @@ def write_manifest(runs: Path, rows: Sequence[Row]) -> None:
             if not (runs / row.name).exists():
                 atomic.write(runs / f"{row.name}.toml", configuration.to_toml(row.config))
     except OSError as error:
-        raise LorakitError(f"cannot write to {runs}: {error.strerror or error}; give another --output") from None
+        raise LorakitError(
+            "cannot write to {path}: {why}; give another --output", runs, error.strerror or error
+        ) from None
 
 
 def command(runs: Path, name: str) -> tuple[str, ...] | None:
@@ -214,7 +219,7 @@ def status(runs: Path) -> list[Outcome]:
     try:
         names = foreign_json.loads((runs / MANIFEST).read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise LorakitError(f"{runs} has no batch: begin one with lorakit batch JOBS --output {runs}") from None
+        raise LorakitError("{runs} has no batch: begin one with lorakit batch JOBS --output {runs}", runs) from None
     return [outcome(runs / name) for name in names]
 
 

@@ -17,6 +17,7 @@ from lorakit import config as configuration
 from lorakit.config import Config
 from lorakit.core import units
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.runs import nvidia
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 MIN_STEPS_PER_PASS = 16
 THREADS = "OMP_NUM_THREADS"
 PARTS = "train.gradient_accumulation_steps"
+TOO_MANY = (
+    "{option} = {own} on each of {processes} processes makes {all} batches a step; the limit is {limit:g}: lower it"
+)
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,7 @@ def share(config: Config, processes: int) -> tuple[Config, str | None]:
     own = config.train.gradient_accumulation_steps
     limit = next(option.high for option in configuration.options() if option.key == PARTS)
     if limit is not None and own * processes > limit:
-        text = f"{PARTS} = {own} on each of {processes} processes makes {own * processes} batches a step; the limit is"
-        return config, f"{text} {limit:g}: lower it"
+        return config, Message(TOO_MANY, PARTS, own, processes, own * processes, limit)
     return replace(config, train=replace(config.train, gradient_accumulation_steps=own * processes)), None
 
 
@@ -83,9 +86,13 @@ def resume_problem(config: Config, processes: int) -> str | None:
     if parts % processes == 0:
         return None
     counts = [str(count) for count in range(1, parts + 1) if parts % count == 0]
-    return (
-        f"a step of this run has {parts} batches of {config.train.batch_size}, which {processes} processes cannot "
-        f"share evenly: go on with {' or '.join(counts)}"
+    return Message(
+        "a step of this run has {parts} batches of {batch_size}, which {processes} processes cannot share "
+        "evenly: go on with {counts}",
+        parts,
+        config.train.batch_size,
+        processes,
+        " or ".join(counts),
     )
 
 
@@ -97,9 +104,13 @@ def divide(plan: Plan | None, config: Config, processes: int, warn: Callable[[st
         warn(useless)
     parts = config.train.gradient_accumulation_steps
     photos = plan.rows / plan.batches * parts
-    line = (
-        f"processes: {processes}, each with {parts // processes} of the {parts} batches ({photos:.3g} photos) of a "
-        "step; length and learning rate are per optimizer step and stay as they are"
+    line = Message(
+        "processes: {processes}, each with {parts} of the {all} batches ({photos:.3g} photos) of a step; "
+        "length and learning rate are per optimizer step and stay as they are",
+        processes,
+        parts // processes,
+        parts,
+        photos,
     )
     seconds = None if plan.seconds is None else plan.seconds / processes
     return replace(plan, notes=(*plan.notes, line), seconds=seconds)
@@ -110,13 +121,18 @@ def _uselessness(plan: Plan, config: Config, processes: int) -> str | None:
     steps_per_pass = plan.batches / config.train.gradient_accumulation_steps
     if steps_per_pass >= MIN_STEPS_PER_PASS:
         return None
-    photos = "1 photo" if plan.photo_count == 1 else f"{plan.photo_count} photos"
+    photos = units.count(plan.photo_count, "photo")
     what = "processes" if config.memory.device == "cpu" else "GPUs"
-    steps = "a step goes" if steps_per_pass <= 1 else f"{steps_per_pass:.2g} steps go"
+    steps = "a step goes" if steps_per_pass <= 1 else Message("{count:.2g} steps go", steps_per_pass)
     same = "the run is as long as on one" if config.train.epochs is None else "few steps remain"
-    return (
-        f"{processes} {what} are of no use for {photos}: {steps} through all of them, and {same}; "
-        "train on one, and use the others for other runs"
+    return Message(
+        "{processes} {what} are of no use for {photos}: {steps} through all of them, and {same}; train on "
+        "one, and use the others for other runs",
+        processes,
+        what,
+        photos,
+        steps,
+        same,
     )
 
 
@@ -125,22 +141,24 @@ def _mpi_problem() -> str | None:
     size = next(filter(None, (os.environ.get(name) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))), "1")
     if world().count > 1 or not size.isdecimal() or int(size) == 1:
         return None
-    return f"mpirun has started {size} processes, which are not connected: start them with torchrun (docs/scale.md)"
+    return Message(
+        "mpirun has started {size} processes, which are not connected: start them with torchrun (docs/scale.md)", size
+    )
 
 
 def gpus_problem(config: Config, gpus: int) -> str | None:
     """Why `--gpus` cannot have so many processes on this machine, or None. With `memory.device = "cpu"` it can."""
     if gpus < 1:
-        return f"--gpus {gpus}: give the number of cards to train on"
+        return Message("--gpus {gpus}: give the number of cards to train on", gpus)
     if (count := world().count) not in (1, gpus):
-        return f"--gpus {gpus}: the launcher has started {count} processes; leave --gpus out"
+        return Message("--gpus {gpus}: the launcher has started {count} processes; leave --gpus out", gpus, count)
     if config.memory.device == "cpu" or gpus == 1 or count > 1:
         return None
     cards = len(nvidia.visible())
     if gpus <= cards:
         return None
     what = "no NVIDIA card" if cards == 0 else units.count(cards, "NVIDIA card")
-    return f"--gpus {gpus}: this machine has {what} that torch may use"
+    return Message("--gpus {gpus}: this machine has {what} that torch may use", gpus, what)
 
 
 def start(processes: int, arguments: Sequence[str]) -> int:
@@ -166,8 +184,10 @@ def start(processes: int, arguments: Sequence[str]) -> int:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if codes.get(0, 0) < 0:
             raise LorakitError(
-                f"process 0 of {processes} was killed (signal {-codes[0]}); checkpoints are intact, continue with: "
-                "lorakit resume"
+                "process 0 of {processes} was killed (signal {codes}); checkpoints are intact, continue "
+                "with: lorakit resume",
+                processes,
+                -codes[0],
             ) from None
         return max(1, *codes.values())
     return 0

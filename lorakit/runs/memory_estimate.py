@@ -17,6 +17,7 @@ from lorakit.config import Config, sample_prompts
 from lorakit.config.graphs import graphs_off
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message, join
 from lorakit.engine import weight_storage
 from lorakit.families.spec import LayerUse
 
@@ -179,8 +180,11 @@ def recomputed_blocks(config: Config, info: BaseInfo, modules: Mapping[str, tupl
     everything = dataclasses.replace(config.memory, limit_gib=None, gradient_checkpointing=True)
     unlimited = dataclasses.replace(config, memory=everything)
     raise LorakitError(
-        f"memory.limit_gib = {limit:g}: a step takes {size / GIB:.1f} GiB even if every block is computed again; "
-        f"raise it, or set {_ways(unlimited, device)}"
+        "memory.limit_gib = {limit:g}: a step takes {size:.1f} GiB even if every block is computed again; "
+        "raise it, or set {ways}",
+        limit,
+        size / GIB,
+        _ways(unlimited, device),
     )
 
 
@@ -231,13 +235,13 @@ def flop(use: LayerUse) -> float:
 
 def advice(doing: str, config: Config | None = None, device: str = "cuda") -> str:
     """What to change where memory of a device runs out: what costs least first; of a config what is still open only."""
-    return f"{doing}: not enough memory on the device; cheapest first, set {_ways(config, device)}"
+    return Message("{doing}: not enough memory on the device; cheapest first, set {ways}", doing, _ways(config, device))
 
 
 def _ways(config: Config | None, device: str) -> str:
-    ways = []
+    ways = list[str]()
     if config is not None and config.memory.limit_gib is not None:
-        ways.append(f"a lower memory.limit_gib (now {config.memory.limit_gib:g})")
+        ways.append(Message("a lower memory.limit_gib (now {gib:g})", config.memory.limit_gib))
     elif config is None or not config.memory.gradient_checkpointing:
         ways.append("memory.gradient_checkpointing = true")
     fused = config is None or not config.engine_is_off
@@ -247,9 +251,10 @@ def _ways(config: Config | None, device: str) -> str:
         ways.append("memory.stream_base = true")
     if config is None or config.train.batch_size > 1:
         pictures = "..." if config is None else config.train.batch_size * config.train.gradient_accumulation_steps
-        ways.append(f"train.batch_size = 1 with train.gradient_accumulation_steps = {pictures}")
-    ways.append("a lower data.resolution" + (f" (now {config.data.resolution})" if config else ""))
-    return ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
+        ways.append(Message("train.batch_size = 1 with train.gradient_accumulation_steps = {pictures}", pictures))
+    side = "a lower data.resolution"
+    ways.append(Message("a lower data.resolution (now {side})", config.data.resolution) if config else side)
+    return Message("{ways}, or {last}", join(", ", ways[:-1]), ways[-1]) if len(ways) > 1 else ways[-1]
 
 
 def _width(config: Config, device: str) -> int:

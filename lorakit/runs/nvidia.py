@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.core import install
+from lorakit.core.messages import Message
 
 # Where a driver shows: Linux, WSL 2, Windows.
 DRIVER_FILES = (
@@ -140,9 +141,11 @@ def unused() -> str | None:
     """A line for a person whose card this torch cannot use because it is a CPU build, or None."""
     if sys.platform == "darwin" or is_hidden() or not torch_version() or torch_has_cuda() or not has_driver():
         return None
-    return (
-        f"an NVIDIA driver is installed, but torch {torch_version()} is built without CUDA: it computes on the CPU, "
-        f"many times slower; for the card: {torch_command()}"
+    return Message(
+        "an NVIDIA driver is installed, but torch {version} is built without CUDA: it computes on the CPU, "
+        "many times slower; for the card: {command}",
+        torch_version(),
+        torch_command(),
     )
 
 

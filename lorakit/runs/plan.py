@@ -29,11 +29,12 @@ from lorakit.config import (
 )
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import shorten
+from lorakit.core.messages import Message, join
 from lorakit.core.units import count, duration, gibibytes, millions
 from lorakit.data import captions, holdout
 from lorakit.families.facts.distilled import complete
-from lorakit.runs import memory_estimate, nvidia, whole_model
+from lorakit.runs import memory_estimate, nvidia, plan_lines, whole_model
+from lorakit.runs.plan_lines import run_length
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Report
@@ -47,13 +48,24 @@ PASSES, PASSES_WITH_CHECKPOINTING = 2.2, 2.95
 CPU_SHARE, CPU_LAYER_SECONDS = 0.55, 1.4e-4
 # Steps below which a run is said to be short: what the bundled base took, as docs/pocket.md tells it.
 MIN_STEPS = 200
-SHORT_RUN = (
-    f"note: fewer than {MIN_STEPS} steps teach little (the bundled base needed 200 for 16 pictures, 400 for 5 "
-    "photos); make the run longer"
+SHORT_RUN = Message(
+    "note: fewer than {few} steps teach little (the bundled base needed 200 for 16 pictures, 400 for 5 "
+    "photos); make the run longer",
+    MIN_STEPS,
 )
 COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it"
 ASSUMED_STATE = (
     "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight"
+)
+SAME_SIZE = (
+    "data.lower_resolutions: {one} and {two} are one size in this base, whose sides are multiples of {multiple}: leave "
+    "one out"
+)
+STRENGTH = "strength: rank {rank}, alpha {alpha:g}, effective scale {scale:g}"
+MEMORY = "memory: about {total} on {device} ({parts}); {encoding} to encode the photos, {samples} to draw samples"
+LONG_TEXTS = (
+    "texts: all are filled up to {tokens} tokens, as the longest needs; a pass of the UNet computes {share:.1%} more "
+    "than with {short}; data.max_tokens = 75 would cut them"
 )
 # What is due every so often, such as sample grids, is due after each of so many parts of a run unless an option says.
 PARTS = 5
@@ -122,57 +134,60 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
-        trained = ", ".join(f"{part} {m} modules ({millions(p)} weights)" for part, (m, p) in self.modules.items())
-        memory = ", ".join(f"{part} {gibibytes(size)}" for part, size in self.memory.items())
-        validation = f", {self.holdout_count} held out for validation" if self.holdout_count else ", none held out"
-        left = self.steps - self.first_step
-        of = (
-            f", for the {count(left, 'step')} left of {self.steps}"
-            if self.first_step and self.seconds is not None
-            else ""
-        )
-        run_time = (
-            "measured in the first steps"
-            if self.seconds is None
-            else f"about {duration(self.seconds * left / self.steps)} (estimate){of}"
-        )
+        weights = "{part} {count} modules ({weights} weights)"
+        trained = join(", ", [Message(weights, part, m, millions(p)) for part, (m, p) in self.modules.items()])
+        holdout = "{count} to train on, {some} held out for validation"
+        validation = f"photos: {holdout if self.holdout_count else '{count} to train on, none held out'}"
+        photos = [self.photo_count, *([self.holdout_count] if self.holdout_count else [])]
+        strength = Message(STRENGTH, self.rank, self.alpha, self.scale)
         return [
-            f"base: {self.base} ({self.family}, predicts {self.prediction_type})",
+            Message("base: {name} ({family}, predicts {kind})", self.base, self.family, self.prediction_type),
             *self.notes,
-            f"photos: {self.photo_count} to train on{validation}",
-            f"adapter: {self.method}, {trained}",
-            *(
-                [f"strength: rank {self.rank}, alpha {self.alpha:g}, effective scale {self.scale:g}"]
-                if self.rank
-                else []
-            ),
+            Message(validation, *photos),
+            Message("adapter: {method}, {parts}", self.method, trained),
+            *([strength] if self.rank else []),
             *self.layers,
-            f"length: {self.length}",
+            Message("length: {length}", self.length),
             *([SHORT_RUN] if self.steps < MIN_STEPS else []),
-            *([f"prior: {self.prior}"] if self.prior else []),
-            f"memory: about {gibibytes(sum(self.memory.values()))} on {self.device} ({memory}); "
-            f"{gibibytes(self.peaks['encoding'])} to encode the photos, {gibibytes(self.peaks['samples'])} to draw "
-            "samples",
+            *([Message("prior: {prior}", self.prior)] if self.prior else []),
+            self._memory(),
             *self._limited(),
             *([self._on_host()] if self.host else []),
-            f"time: {run_time}",
+            self._time(),
         ]
+
+    def _memory(self) -> str:
+        total, encoding, samples = (
+            gibibytes(size) for size in (sum(self.memory.values()), self.peaks["encoding"], self.peaks["samples"])
+        )
+        parts = join(", ", [Message(f"{part} {{size}}", gibibytes(size)) for part, size in self.memory.items()])
+        return Message(MEMORY, total, self.device, parts, encoding, samples)
+
+    def _time(self) -> str:
+        if self.seconds is None:
+            return "time: measured in the first steps"
+        left = self.steps - self.first_step
+        line = Message("time: about {time} (estimate)", duration(self.seconds * left / self.steps))
+        return (
+            Message("{time}, for the {left} left of {all}", line, count(left, "step"), self.steps)
+            if self.first_step
+            else line
+        )
 
     def _limited(self) -> list[str]:
         if self.limit_gib is None:
             return []
-        blocks = count(self.recomputed, "block")
-        return [f"limit: {blocks} of the UNet computed again in the backward pass, for {self.limit_gib:g} GiB"]
+        line = "limit: {blocks} of the UNet computed again in the backward pass, for {limit:g} GiB"
+        return [Message(line, count(self.recomputed, "block"), self.limit_gib)]
 
     def _on_host(self) -> str:
         """What is asked of the host's memory."""
-        line = f"host: {gibibytes(self.host)} of memory for the base's weights"
+        line = Message("host: {size} of memory for the base's weights", gibibytes(self.host))
         if not self.ram:
             return line
-        many = (
-            "; that is much: keep them smaller with memory.base_storage" if self.host > MAX_RAM_SHARE * self.ram else ""
-        )
-        return f"{line}, of {gibibytes(self.ram)}{many}"
+        much = self.host > MAX_RAM_SHARE * self.ram
+        way = "; that is much: keep them smaller with memory.base_storage" if much else ""
+        return Message("{host}, of {ram}{way}", line, gibibytes(self.ram), way)
 
 
 def make(config: Config, info: BaseInfo, report: Report) -> Plan:
@@ -189,7 +204,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
     if not repeats:
         raise LorakitError("no photo can be used for training; the table of the check says what is wrong with each")
     if wrong := problems(config, info):
-        raise LorakitError("\n".join(wrong))
+        raise LorakitError(join("\n", wrong))
     text_tokens = info.text_tokens
     if report.chunks > 1:
         info = dataclasses.replace(info, text_tokens=text_tokens + (report.chunks - 1) * info.max_tokens)
@@ -206,7 +221,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
             *([_price(config, info, text_tokens)] if info.text_tokens > text_tokens else []),
             *([COMPILED_ON_A_CPU] if config.memory.compile and device == "cpu" else []),
             *filter(None, [lr_schedule.problem(config.optimizer, steps)]),
-            *([_averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),
+            *([plan_lines.averaging(config.train.ema_decay, steps)] if config.train.ema_decay else []),
             *limit_note,
             *(_assumed_state(config.optimizer.name) + whole_model.note(config)),
         ),
@@ -217,8 +232,8 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         alpha=config.adapter.effective_alpha,
         scale=config.adapter.scale,
         modules=modules,
-        layers=_layer_lines(config, selected),
-        prior=_prior(config, report),
+        layers=plan_lines.layers(config, selected),
+        prior=plan_lines.prior(config, report),
         photo_count=len(repeats),
         rows=len(sizes),
         holdout_count=holdout_count,
@@ -243,7 +258,7 @@ def _limited(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, in
     available = nvidia.free_bytes() if device == "cuda" and config.memory.limit_gib is None else None
     limited = memory_estimate.limit_to(available, config, info, modules, device)
     all_recomputed = limited.memory.gradient_checkpointing and not config.memory.gradient_checkpointing
-    return limited, device, [memory_estimate.TOO_LARGE.format(gib=gibibytes(available or 0))] if all_recomputed else []
+    return limited, device, [Message(memory_estimate.TOO_LARGE, gibibytes(available or 0))] if all_recomputed else []
 
 
 def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:
@@ -252,10 +267,7 @@ def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:
     long, short = (
         forward_flop(info.family, info.layers, side, side, count) for count in (info.text_tokens, text_tokens)
     )
-    return (
-        f"texts: all are filled up to {info.text_tokens} tokens, as the longest needs; a pass of the UNet computes "
-        f"{long / short - 1:.1%} more than with {text_tokens}; data.max_tokens = 75 would cut them"
-    )
+    return Message(LONG_TEXTS, info.text_tokens, long / short - 1, text_tokens)
 
 
 def _assumed_state(name: str) -> list[str]:
@@ -264,38 +276,13 @@ def _assumed_state(name: str) -> list[str]:
     return [ASSUMED_STATE.format(name=name, bytes=spec.state_bytes)] if spec.is_guess else []
 
 
-def _averaging(decay: float, steps: int) -> str:
-    """What `train.ema_decay` does."""
-    reach = round(1 / (1 - min(decay, steps / (9 + steps))))
-    return f"average: exported, drawn and validated is the average of about the last {reach} steps' weights"
-
-
-def _layer_lines(config: Config, selected: Sequence[str]) -> tuple[str, ...]:
-    """The text encoders' own learning rates; how many layers have which rank, alpha and multiple of the rate, where
-    patterns choose them."""
-    own = [targets.layer_config(config.adapter, name) for name in selected]
-    sizes = Counter((layer.rank, layer.effective_alpha, layer.scale) for layer in own)
-    multiples = Counter(float(targets.last_match(config.optimizer.rates, name, 1.0)) for name in selected)
-    lines = [*filter(None, [lr_schedule.text_rates(config.optimizer)])]
-    if config.adapter.ranks or config.adapter.alphas:
-        lines += [
-            f"layers: {count} of rank {rank}, alpha {alpha:g}, effective scale {scale:g}"
-            for (rank, alpha, scale), count in sorted(sizes.items())
-        ]
-    if config.optimizer.rates:
-        lines += [
-            f"rates: {count} layers at {each:g} of the learning rate" for each, count in sorted(multiples.items())
-        ]
-    return tuple(lines)
-
-
 def problems(config: Config, info: BaseInfo) -> list[str]:
     """Why there can be no plan for a base, whatever the photos are: the adapter would have no layer, a step cannot be
     kept within `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory."""
-    result = []
+    result = list[str]()
     device = guess_device(config.memory.device)
     if config.memory.stream_base and not may_be_cuda(config.memory.device):
-        result.append(OFFLOAD_NEEDS_CUDA.format(device=device))
+        result.append(Message(OFFLOAD_NEEDS_CUDA, device))
     if line := _resolution_problem(config, info):
         result.append(line)
     selected = targets.adapted(info.family, info.layers, config.adapter)
@@ -316,10 +303,7 @@ def _resolution_problem(config: Config, info: BaseInfo) -> str | None:
     for side in config.data.resolutions:
         square = max(1, round(side / multiple)) * multiple
         if other := by_square.setdefault(square, side) - side:
-            return (
-                f"data.lower_resolutions: {side + other} and {side} are one size in this base, whose sides are "
-                f"multiples of {multiple}: leave one out"
-            )
+            return Message(SAME_SIZE, side + other, side, multiple)
     return None
 
 
@@ -343,50 +327,6 @@ def count_weights(
             layers, weights = totals.get(component, (0, 0))
             totals[component] = layers, weights + adapter.new_tokens * shape[1]
     return totals
-
-
-def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[int, str]:
-    """Optimizer steps, and the arithmetic in words.
-
-    Args:
-        repeats: how often each photo is shown in a pass, at each resolution.
-        batches: the batches of a pass.
-    """
-    train, photo_count, resolutions = config.train, len(repeats), len(config.data.resolutions)
-    parts = train.gradient_accumulation_steps
-    # A batch has no more photos than there are of its size.
-    photos_per_step = sum(repeats) * resolutions / batches * parts
-    of = f" of {photos_per_step:.3g} photos" if photos_per_step > 1 else ""
-    photos = count(photo_count, "photo")
-    at = f" at {resolutions} resolutions" if resolutions > 1 else ""
-    if train.steps_per_image is not None:
-        own = train.steps_per_image * photo_count
-        steps = max(own, train.min_steps)
-        floor = f", raised to train.min_steps = {steps}" if steps > own else ""
-        return steps, f"{photos} x {count(train.steps_per_image, 'step')} each = {count(own, 'step')}{of}{at}{floor}"
-    if train.epochs is not None:
-        steps = math.ceil(train.epochs * batches / parts)
-        accumulated = f" / {parts} accumulated" if parts > 1 else ""
-        trained = f" ({steps * parts / batches:.4g} epochs)" if train.epochs * batches % parts else ""
-        words = f"{count(train.epochs, 'epoch')} x {count(batches, 'batch')} of {photos}{at}{accumulated}"
-        return steps, f"{words} = {count(steps, 'step')}{trained}"
-    assert train.steps is not None, "the config has exactly one length"
-    passes, at = train.steps * parts / batches, f" at each of {resolutions} resolutions" if resolutions > 1 else ""
-    times = " to ".join(f"{passes * number:.3g}" for number in sorted({min(repeats), max(repeats)}))
-    return train.steps, f"{count(train.steps, 'step')}{of}, each of {photos} seen {times} times{at}"
-
-
-def _prior(config: Config, report: Report) -> str:
-    """What keeps the rest of the model as it was, and what that costs; "" where nothing does."""
-    if config.train.prior == "images" and report.class_photos:
-        return f"{len(report.class_photos)} class images of your own, none is drawn"
-    if config.train.prior == "images":
-        text = shorten(captions.class_prompt(config.data), 60)
-        images = f'{config.train.class_images} class images, drawn by the base as "{text}"'
-        others = f", and for {len(config.train.prior_prompts)} other prompts," if config.train.prior_prompts else ""
-        return f"{images}{others} and kept for other runs"
-    is_teacher = config.train.prior == "teacher"
-    return "the base itself, asked in each step, which takes about twice as long" if is_teacher else ""
 
 
 def forward_flop(
@@ -458,7 +398,7 @@ def device_problem(option: str) -> str | None:
     no_cuda = option.startswith("cuda") and (_no_cuda() or beyond)
     if not no_cuda and not (option == "mps" and sys.platform != "darwin"):
         return None
-    return DEVICE_MISSING.format(device=option, version=nvidia.torch_version())
+    return Message(DEVICE_MISSING, option, nvidia.torch_version())
 
 
 def _no_cuda() -> bool:

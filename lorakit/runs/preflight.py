@@ -27,6 +27,7 @@ from lorakit.config import (
 from lorakit.core import atomic, install, registry, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message, join
 from lorakit.core.names import shorten
 from lorakit.data import captions, checks, concepts, masks, photo_folder
 from lorakit.families import BaseInfo
@@ -74,7 +75,7 @@ class Preflight:
             LorakitError: with every problem, a line each.
         """
         if self.problems or self.info is None or self.report is None or self.plan is None:
-            raise LorakitError("\n".join(self.problems))
+            raise LorakitError(join("\n", self.problems))
         return Ready(self.config, self.info, self.report, self.plan, (), self.warnings)
 
     def lines(self) -> list[str]:
@@ -208,11 +209,11 @@ def _with_base(config: Config, pipeline: DiffusionPipeline | None, fetch: bool) 
 
 def _without_quotes(config: Config) -> tuple[Config, list[str]]:
     """The config without quotes around whole texts, as cmd.exe passes `--subject 'sks dog'`, and a line for each."""
-    lines = []
+    lines = list[str]()
 
     def unquoted(key: str, text: str) -> str:
         if unquote(text) != text.strip():
-            lines.append(f"{key}: the quotes around {shorten(text.strip(), 60)} are left out")
+            lines.append(Message("{key}: the quotes around {text} are left out", key, shorten(text.strip(), 60)))
         return unquote(text)
 
     data = replace(
@@ -233,7 +234,7 @@ def _missing_packages(config: Config) -> list[str]:
     """The optional packages that the config needs beside the optimizer's, and this machine does not have."""
     problems = registry.missing_trackers(config.output.trackers)
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
-        problems.append(XFORMERS_MISSING.format(hint=install.hint("xformers")))
+        problems.append(Message(XFORMERS_MISSING, install.hint("xformers")))
     return problems
 
 
@@ -241,9 +242,10 @@ def _max_tokens_problem(config: Config, info: BaseInfo) -> str | None:
     """Why a base cannot read texts as long as the config has it, or None."""
     if (config.data.max_tokens or 0) <= captions.CHUNK or info.chunked_texts:
         return None
-    return (
-        f"data.max_tokens = {config.data.max_tokens}: CLIP reads {captions.CHUNK} tokens of a text in base "
-        f"{info.title}, as in other programs: leave it unset"
+    return Message(
+        "data.max_tokens = {tokens}: CLIP reads {few} tokens of a text in base {name}, as in other programs: leave it "
+        "unset",
+        *(config.data.max_tokens, captions.CHUNK, info.title),
     )
 
 
@@ -292,9 +294,12 @@ def _resolution_warning(data: DataConfig, info: BaseInfo) -> str | None:
     native = cells * info.downscale if isinstance(cells, int) else data.resolution
     if native / MAX_RESOLUTION_FACTOR < data.resolution < native * MAX_RESOLUTION_FACTOR:
         return None
-    return (
-        f"data.resolution = {data.resolution}: base {info.title} draws pictures of {native} pixels a side; at so "
-        "different a size what it draws falls apart"
+    return Message(
+        "data.resolution = {side}: base {base} draws pictures of {native} pixels a side; at so different a "
+        "size what it draws falls apart",
+        data.resolution,
+        info.title,
+        native,
     )
 
 
@@ -303,9 +308,11 @@ def _noun_warning(config: Config) -> str | None:
     noun = config.data.noun if config.data.kind == "subject" and config.model.base == BUNDLED else ""
     if not noun or noun.split()[-1].lower() in KINDS:
         return None
-    return (
-        f"the bundled base is for trying things and knows no {shorten(noun, 40)}, only {', '.join(KINDS[:4])} and the "
-        "like; for real pictures give --base a Stable Diffusion model"
+    return Message(
+        "the bundled base is for trying things and knows no {noun}, only {kinds} and the like; for real "
+        "pictures give --base a Stable Diffusion model",
+        shorten(noun, 40),
+        ", ".join(KINDS[:4]),
     )
 
 
@@ -318,16 +325,22 @@ def _rate_warning(config: Config) -> str | None:
     """A learning rate that was meant for another optimizer or method, or None."""
     optimizer, own = config.optimizer, registry.METHODS[config.adapter.method].learning_rate
     if own is not None and optimizer.learning_rate > MAX_RATE_FACTOR * own:
-        return (
-            f"optimizer.learning_rate = {optimizer.learning_rate:g}: for adapter.method = {config.adapter.method!r} "
-            f"{own:g} is usual; at so much a model forgets what it knew"
+        return Message(
+            "optimizer.learning_rate = {rate:g}: for adapter.method = {method!r} {usual:g} is usual; at so "
+            "much a model forgets what it knew",
+            optimizer.learning_rate,
+            config.adapter.method,
+            own,
         )
     usual = registry.own_learning_rate(optimizer.name)
     if usual is None or optimizer.learning_rate >= usual / 10:
         return None
-    return (
-        f"optimizer.learning_rate = {optimizer.learning_rate:g}: for {optimizer.name} it is a factor, {usual:g} is "
-        "usual; with so little the adapter hardly changes"
+    return Message(
+        "optimizer.learning_rate = {rate:g}: for {name} it is a factor, {usual:g} is usual; with so little "
+        "the adapter hardly changes",
+        optimizer.learning_rate,
+        optimizer.name,
+        usual,
     )
 
 
@@ -339,8 +352,9 @@ def _init_from_problem(config: Config) -> str | None:
     try:
         kind = identify.kind(safetensors_header.read(path).shapes())
     except LorakitError as error:
-        return f"train.init_from: {error}"
-    return None if kind == "adapter" else f"train.init_from: {path}: this is {identify.DESCRIPTIONS[kind]}"
+        return Message("train.init_from: {problem}", error)
+    line = Message("train.init_from: {path}: this is {kind}", path, identify.DESCRIPTIONS[kind])
+    return None if kind == "adapter" else line
 
 
 def _misfit(config: Config, info: BaseInfo) -> str | None:
@@ -376,8 +390,10 @@ def _prior_findings(config: Config, report: checks.Report) -> list[str]:
     if not report.class_photos or config.train.prior == "images":
         return []
     return [
-        f"{len(report.class_photos)} class images are not trained as the subject and not used: "
-        "train.prior = 'images' uses them"
+        Message(
+            "{count} class images are not trained as the subject and not used: train.prior = 'images' uses them",
+            len(report.class_photos),
+        )
     ]
 
 

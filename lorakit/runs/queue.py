@@ -107,7 +107,7 @@ class Queue:
         """
         states = {job.state for job in self.jobs() if Path(job.folder) == folder}
         if "waiting" in states or ("running" in states and not self._has_ended(folder)):
-            raise LorakitError(f"{folder.name} is in the queue already")
+            raise LorakitError("{name} is in the queue already", folder.name)
         more = ("--steps", str(steps)) if steps else ()
         return self._add(lambda _: ("resume", str(folder), *more), folder)
 

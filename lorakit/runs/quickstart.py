@@ -10,6 +10,7 @@ from typing import Any, cast
 from lorakit import config as configuration, families
 from lorakit.config import LENGTHS, Config, ModelConfig
 from lorakit.core import registry
+from lorakit.core.messages import Message
 from lorakit.core.names import expand
 from lorakit.families import BaseInfo, hub
 
@@ -64,7 +65,7 @@ def default_preset(model: ModelConfig, kind: str) -> tuple[str, str]:
     family = describe(model).family
     return (
         f"{kind}-{registry.version_of(family).preset}",
-        f"for a base of the family {family}; --preset chooses another",
+        Message("for a base of the family {family}; --preset chooses another", family),
     )
 
 

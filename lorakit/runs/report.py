@@ -22,6 +22,7 @@ from lorakit import __version__
 from lorakit.config import Config, without_paths
 from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.data import augment, buckets, decode
 from lorakit.runs import charts
 from lorakit.runs.lessons import sentences
@@ -187,7 +188,7 @@ def _photos(config: Config, report: Report, gains: Mapping[str, float]) -> tuple
     for item, image in _crops(config, report):
         size = f"{image.width}x{image.height}" + (f", {item.cropped:.0%} cropped" if item.cropped >= 0.005 else "")
         if item.relative in gains:
-            size += f"; error {gains[item.relative]:.1%} below the base's"
+            size += Message("; error {gains:.1%} below the base's", gains[item.relative])
         rows.append({"source": _source(image, PHOTO_SIDE), "text": item.text, "size": size})
     return rows, max(0, sum(item.readable for item in report.items) - PHOTOS)
 

@@ -23,7 +23,7 @@ class Results:
             self._system, self._path = fsspec.core.url_to_fs(url)
             self._system.makedirs(self._path, exist_ok=True)
         except Exception as error:  # of whatever library has the protocol
-            raise LorakitError(f"--results {url}: {_reason(error)}") from None
+            raise LorakitError("--results {url}: {reason}", url, _reason(error)) from None
 
     def send(self, runs: Path, name: str) -> None:
         """Copy all of a run but its checkpoints, and what it printed on a cluster; or a file of the batch.
@@ -38,7 +38,7 @@ class Results:
                 self._system.put_file(str(file), target)
         except Exception as error:
             raise LorakitError(
-                f"{name}: cannot be copied to {self.url} ({_reason(error)}); it stays in {runs}"
+                "{name}: cannot be copied to {url} ({reason}); it stays in {runs}", name, self.url, _reason(error), runs
             ) from None
 
 

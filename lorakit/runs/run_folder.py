@@ -39,7 +39,7 @@ from lorakit.config import Config, load, to_toml
 from lorakit.core import atomic, foreign_json, image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.core.events import Event, json_value
-from lorakit.core.messages import from_json, key_of
+from lorakit.core.messages import Message, from_json, key_of
 from lorakit.core.names import expand, quote, slug, step_name, unique_path
 
 States = Literal["waiting", "preparing", "running", "done", "failed", "stopped", "interrupted"]
@@ -51,6 +51,10 @@ LIVE = ("preparing", "running")
 SILENCE = 900
 # Progress (no change of state) is written at most so often, in seconds: an fsync is not free, and nobody looks faster.
 PROGRESS_EVERY = 0.5
+LOCKED = "{path} is being trained by process {pid}; stop that first"
+NO_WRITING = "cannot write to {path}: {why}; give another --output"
+NOT_EMPTY = "{path} is not empty and nothing in it is overwritten; give another --output{hint}"
+AMONG_PHOTOS = "{path} is inside the folder of photos, where nothing is written; give another --output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +154,11 @@ class RunFolder:
             run.lock()
             atomic.sweep(path, 0)  # what a kill left; nobody else writes here now
             if run.config_file.exists():
-                raise LorakitError(f"{path} was begun by another process just now; give another --output")
+                raise LorakitError("{path} was begun by another process just now; give another --output", path)
             atomic.write(run.config_file, to_toml(configuration.with_absolute_paths(config)))
             run._claim(State())
         except OSError as error:
-            raise LorakitError(f"cannot write to {path}: {error.strerror or error}; give another --output") from None
+            raise LorakitError(NO_WRITING, path, error.strerror or error) from None
         run.event("start", resumed=False)
         return run
 
@@ -163,7 +167,7 @@ class RunFolder:
         if not self.config_file.is_file():
             missing = "it is a file" if self.path.is_file() else "there is no such folder"
             why = "it has no config.toml" if self.path.is_dir() else missing
-            raise LorakitError(f"{self.path} is not a run folder: {why}")
+            raise LorakitError("{path} is not a run folder: {why}", self.path, why)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -178,7 +182,7 @@ class RunFolder:
         # Of another machine only the lock can tell: whoever resumes knows that it is gone.
         is_here = state.host in ("", platform.node())
         if state.state in LIVE and is_here and state.pid != _this_process()[0]:
-            raise LorakitError(f"{run.path} is being trained by process {state.pid}; stop that first")
+            raise LorakitError(LOCKED, run.path, state.pid)
         run.lock()
         run._state = replace(state, message="")
         return run
@@ -194,7 +198,7 @@ class RunFolder:
         self.samples.mkdir(exist_ok=True)
         for folder in (self.path, self.samples, *self.samples.glob("step-*/"), self.path / "tensorboard"):
             atomic.sweep(folder, 0)
-        _end_last_line(self.log_file)
+        atomic.end_last_line(self.log_file)
         self._claim(replace(self._state, step=step))
         self.event("start", resumed=True)
 
@@ -210,8 +214,7 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except Timeout:
             pid = _read_or_guess(self.path).pid
-            text = f"{self.path} is being trained by process {pid or 'unknown'}; stop that first"
-            raise LorakitError(text) from None
+            raise LorakitError(LOCKED, self.path, pid or "unknown") from None
 
     def unlock(self) -> None:
         """Let other processes in."""
@@ -386,9 +389,9 @@ def read(path: str | Path) -> State:
         status = file.stat()
         state = _parsed(file, status.st_mtime_ns, status.st_ino, status.st_size)
     except OSError:
-        raise LorakitError(f"{path} is not a run folder: it has no state.json") from None
+        raise LorakitError("{path} is not a run folder: it has no state.json", path) from None
     except (ValueError, AttributeError):
-        raise LorakitError(f"{file} is damaged; the checkpoints beside it are not touched by that") from None
+        raise LorakitError("{path} is damaged; the checkpoints beside it are not touched by that", file) from None
     if state.state in LIVE and not _is_alive(state):
         return replace(state, state="interrupted")
     return state
@@ -447,16 +450,16 @@ def output_problem(path: Path, data_folder: str = "") -> str | None:
     """
     try:
         if path.is_dir() and not _is_unused(path):
-            hint = f", or go on with: lorakit resume {quote(path)}" if (path / "config.toml").exists() else ""
-            return f"{path} is not empty and nothing in it is overwritten; give another --output{hint}"
+            hint = Message(", or go on with: lorakit resume {path}", quote(path))
+            return Message(NOT_EMPTY, path, hint if (path / "config.toml").exists() else "")
         if path.exists() and not path.is_dir():
-            return f"{path} is a file; give --output a folder"
+            return Message("{path} is a file; give --output a folder", path)
         if data_folder and path.resolve().is_relative_to(expand(data_folder).resolve()):
-            return f"{path} is inside the folder of photos, where nothing is written; give another --output"
+            return Message(AMONG_PHOTOS, path)
         reason = atomic.refusal(path)
     except OSError as error:
         reason = os.strerror(error.errno or errno.EIO)
-    return f"cannot write to {path}: {reason}; give another --output" if reason else None
+    return Message(NO_WRITING, path, reason) if reason else None
 
 
 def _is_unused(path: Path) -> bool:
@@ -485,15 +488,6 @@ def alive(pid: int, started: float) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2)
     except psutil.Error:
         return False
-
-
-def _end_last_line(log: Path) -> None:
-    """A kill may have cut the last line; the next one must not be glued to it."""
-    if log.is_file() and log.stat().st_size:
-        with log.open("rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
 
 
 def _step_of(path: Path) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.config import Config
 from lorakit.config.full import NO_BF16
+from lorakit.core.messages import Message
 from lorakit.families import single_file, weight_files
 from lorakit.runs import nvidia
 
@@ -27,9 +28,16 @@ def note(config: Config) -> list[str]:
         return []
     outputs = ", ".join(getattr(config.adapter, "outputs", ()))
     norm = config.train.max_grad_norm
-    clip = f"; each weight's gradient is clipped to the norm {norm:g} by itself" if norm else ""
+    clip = Message("; each weight's gradient is clipped to the norm {norm:g} by itself", norm) if norm else ""
     rate = config.optimizer.learning_rate
-    return [f"model: the base's own weights are trained at the rate {rate:g}{clip}; written: {outputs}"]
+    return [
+        Message(
+            "model: the base's own weights are trained at the rate {rate:g}{clip}; written: {outputs}",
+            rate,
+            clip,
+            outputs,
+        )
+    ]
 
 
 def problems(config: Config, info: BaseInfo) -> list[str]:
@@ -39,10 +47,17 @@ def problems(config: Config, info: BaseInfo) -> list[str]:
     outputs, method = getattr(config.adapter, "outputs", ()), config.adapter.method
     untold = single_file.untold(info) if "file" in outputs and not info.components else ""
     checks = {
-        f"adapter.method = {method!r} changes the base's own weights, and a pipeline in memory stays as it is: give "
-        "the base as a folder or a file": bool(info.components),
-        f"adapter.outputs: one file does not tell {untold} of base {info.title}, so that no program would read it "
-        "right: choose 'folder'": bool(untold),
+        Message(
+            "adapter.method = {method!r} changes the base's own weights, and a pipeline in memory stays as it "
+            "is: give the base as a folder or a file",
+            method,
+        ): bool(info.components),
+        Message(
+            "adapter.outputs: one file does not tell {what} of base {name}, so that no program would read it "
+            "right: choose 'folder'",
+            untold,
+            info.title,
+        ): bool(untold),
         NO_BF16.format(method=method): config.memory.mixed_precision == "auto"
         and nvidia.has_driver()
         and not config.memory.device.startswith(("cpu", "mps"))

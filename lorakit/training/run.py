@@ -21,6 +21,7 @@ from lorakit.config import AdapterConfig, Config, resuming
 from lorakit.core import image_grid
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, Listener, Stop, StopRequest
+from lorakit.core.messages import Message
 from lorakit.core.names import quote, step_name
 from lorakit.core.registry import FORMATS, METHODS, resolve
 from lorakit.data import photo_folder
@@ -359,7 +360,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
     findings: list[selfcheck.Finding] = []
     dropped = dropped_layers(result.weights, config.adapter)
     if dropped:
-        run.events.say(DROPPED.format(count=len(dropped), total=len(result.weights.layers)), warning=True)
+        run.events.say(Message(DROPPED, len(dropped), len(result.weights.layers)), warning=True)
     first, whole = next(iter(exports)), METHODS[config.adapter.method].whole_model
     examine = functools.partial(resolve(whole).examine, run) if whole else selfcheck.examine
     for name, file_findings, family in examine(

@@ -19,7 +19,7 @@ from lorakit.adapters import targets
 from lorakit.config import ConfigError
 from lorakit.core.errors import LorakitError
 from lorakit.formats.facts import peft_config
-from lorakit.runs import plan
+from lorakit.runs import plan, plan_lines
 from lorakit.training import optimizers
 
 RANKS = {"*.attn1.*": 1, "*.attn2.to_[kv]": 6, "unet.mid_block.*": 0}
@@ -181,7 +181,7 @@ def test_a_table_comes_from_a_file_and_from_the_command_line(tmp_path: Path) -> 
 def test_the_plan_counts_layers_by_size_and_rate(sd1: Any) -> None:
     config_of_run = settings(**BASE, **{"optimizer.rates": {"*.attn1.*": 0.25}})
     layers = targets.adapted("sd1", sd1.info.layers, config_of_run.adapter)
-    lines = plan._layer_lines(config_of_run, layers)
+    lines = plan_lines.layers(config_of_run, layers)
     assert sum(int(line.split()[1]) for line in lines if line.startswith("layers: ")) == len(layers)
     assert any("of rank 6, alpha 3, effective scale 0.5" in line for line in lines)
     assert any(line.startswith("rates: ") and line.endswith("at 0.25 of the learning rate") for line in lines)

@@ -18,7 +18,7 @@ from lorakit.adapters.weights import delta_norm
 from lorakit.config import ConfigError
 from lorakit.core.errors import LorakitError
 from lorakit.inference import sampling
-from lorakit.runs import memory_estimate, plan
+from lorakit.runs import memory_estimate, plan_lines
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint_export, run as train
 from lorakit.training.validation import Validation
@@ -135,7 +135,8 @@ def test_the_plan_counts_its_memory_and_says_what_it_is(tiny_sd1: Path) -> None:
     info, modules = families.describe(planned(0.0).model), {"unet": (10, 1000)}
     sizes = [memory_estimate.training(planned(decay), info, modules, "cpu") for decay in (0.0, 0.9)]
     assert sizes[1]["adapter and optimizer"] - sizes[0]["adapter and optimizer"] == 4000
-    assert "about the last 10 steps" in plan._averaging(0.9, 1000) and "last 12 steps" in plan._averaging(0.999, 100)
+    assert "about the last 10 steps" in plan_lines.averaging(0.9, 1000)
+    assert "about the last 12 steps" in plan_lines.averaging(0.999, 100)
     assert math.isclose(average.decay_at(0.999, 99), 100 / 109)
     with pytest.raises(ConfigError, match=r"train.ema_decay = 1.0: must be between 0 and 0.99999"):
         planned(1.0)

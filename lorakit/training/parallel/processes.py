@@ -31,6 +31,7 @@ import torch.distributed as dist
 from lorakit import __version__
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Event
+from lorakit.core.messages import Message
 from lorakit.runs import launch
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training.checkpoint import NotFinite
@@ -373,7 +374,7 @@ def _connect(world: launch.World) -> None:
 def card_problem(world: launch.World, cards: int, has_nccl: bool) -> str:
     """Why this process cannot compute on a card with the others; empty where it can."""
     if not has_nccl:
-        return NO_NCCL.format(version=torch.__version__)
+        return Message(NO_NCCL, torch.__version__)
     if world.local_rank >= cards:
         many = f"{cards} card{'s' * (cards > 1)}"
         return (

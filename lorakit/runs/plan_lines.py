@@ -1,0 +1,108 @@
+"""Lines of a plan that are put together from several facts: length, layers, prior."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lorakit.adapters import targets
+from lorakit.config import lr_schedule
+from lorakit.core.messages import Message
+from lorakit.core.names import shorten
+from lorakit.core.units import count
+from lorakit.data import captions
+
+if TYPE_CHECKING:
+    from lorakit.config import Config
+    from lorakit.data.checks import Report
+
+LAYERS = "layers: {count} of rank {rank}, alpha {alpha:g}, effective scale {scale:g}"
+
+
+def averaging(decay: float, steps: int) -> str:
+    """What `train.ema_decay` does."""
+    reach = round(1 / (1 - min(decay, steps / (9 + steps))))
+    return Message(
+        "average: exported, drawn and validated is the average of about the last {count} steps' weights", reach
+    )
+
+
+def layers(config: Config, selected: Sequence[str]) -> tuple[str, ...]:
+    """The text encoders' own learning rates; how many layers have which rank, alpha and multiple of the rate, where
+    patterns choose them."""
+    own = [targets.layer_config(config.adapter, name) for name in selected]
+    sizes = Counter((layer.rank, layer.effective_alpha, layer.scale) for layer in own)
+    multiples = Counter(float(targets.last_match(config.optimizer.rates, name, 1.0)) for name in selected)
+    lines = [*filter(None, [lr_schedule.text_rates(config.optimizer)])]
+    if config.adapter.ranks or config.adapter.alphas:
+        lines += [Message(LAYERS, number, rank, alpha, scale) for (rank, alpha, scale), number in sorted(sizes.items())]
+    if config.optimizer.rates:
+        lines += [
+            Message("rates: {count} layers at {multiple:g} of the learning rate", number, each)
+            for each, number in sorted(multiples.items())
+        ]
+    return tuple(lines)
+
+
+def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[int, str]:
+    """Optimizer steps, and the arithmetic in words.
+
+    Args:
+        repeats: how often each photo is shown in a pass, at each resolution.
+        batches: the batches of a pass.
+    """
+    train, resolutions = config.train, len(config.data.resolutions)
+    parts = train.gradient_accumulation_steps
+    # A batch has no more photos than there are of its size.
+    photos_per_step = sum(repeats) * resolutions / batches * parts
+    size = Message(" of {count:.3g} photos", photos_per_step) if photos_per_step > 1 else ""
+    photos = count(len(repeats), "photo")
+    at = Message(" at {count} resolutions", resolutions) if resolutions > 1 else ""
+    if train.steps_per_image is not None:
+        own = train.steps_per_image * len(repeats)
+        steps = max(own, train.min_steps)
+        floor = Message(", raised to train.min_steps = {steps}", steps) if steps > own else ""
+        each = count(train.steps_per_image, "step")
+        line = Message(
+            "{photos} x {each} each = {steps}{size}{at}{floor}", photos, each, count(own, "step"), size, at, floor
+        )
+        return steps, line
+    if train.epochs is not None:
+        steps = math.ceil(train.epochs * batches / parts)
+        accumulated = Message(" / {count} accumulated", parts) if parts > 1 else ""
+        epochs, rest = steps * parts / batches, train.epochs * batches % parts
+        trained = Message(" ({epochs:.4g} epochs)", epochs) if rest else ""
+        return steps, Message(
+            "{epochs} x {batches} of {photos}{at}{accumulated} = {steps}{trained}",
+            *(
+                count(train.epochs, "epoch"),
+                count(batches, "batch"),
+                photos,
+                at,
+                accumulated,
+                count(steps, "step"),
+                trained,
+            ),
+        )
+    assert train.steps is not None, "the config has exactly one length"
+    at = Message(" at each of {count} resolutions", resolutions) if resolutions > 1 else ""
+    low, high = (train.steps * parts / batches * number for number in (min(repeats), max(repeats)))
+    times = Message("{low:.3g} to {high:.3g}", low, high) if low < high else f"{low:.3g}"
+    template = "{steps}{size}, each of {photos} seen {times} times{at}"
+    return train.steps, Message(template, count(train.steps, "step"), size, photos, times, at)
+
+
+def prior(config: Config, report: Report) -> str:
+    """What keeps the rest of the model as it was, and what that costs; "" where nothing does."""
+    if config.train.prior == "images" and report.class_photos:
+        return Message("{count} class images of your own, none is drawn", len(report.class_photos))
+    if config.train.prior == "images":
+        text = shorten(captions.class_prompt(config.data), 60)
+        number, others = config.train.class_images, len(config.train.prior_prompts)
+        images = Message('{count} class images, drawn by the base as "{text}"', number, text)
+        more = Message(", and for {count} other prompts,", others) if others else ""
+        return Message("{images}{more} and kept for other runs", images, more)
+    is_teacher = config.train.prior == "teacher"
+    return "the base itself, asked in each step, which takes about twice as long" if is_teacher else ""
