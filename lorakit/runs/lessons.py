@@ -9,9 +9,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
+
+from lorakit.core.messages import Message
 
 # Side of the small pictures, pixels by which one is moved, and the radius of what is taken for a coarse shade.
 SIDE, SHIFT, RADIUS = 48, 2, 6.0
@@ -29,22 +32,41 @@ LEAST = (
     "{photo} taught least: the adapter takes {gain:.1%} off the base's error on it, and {middle:.1%} off that on the "
     "middle photo; look whether it shows what the others show, and whether its text says what it shows"
 )
+WORSE = (
+    "{photo}, held out, comes out worse than by the base (error {loss:.1%} above), the trained photos better (the "
+    "middle one {middle:.1%} below): it shows something else than they do, or its text does not say what it shows"
+)
+BY_HEART = (
+    "the held-out photos come out worse than by the base (error {loss:.1%} above), the trained ones better (the middle "
+    "one {middle:.1%} below): the run has learned its photos, not what they have in common; train fewer steps, or use "
+    "more photos"
+)
 
 
 def sentences(
-    samples: Mapping[str, Image.Image], photos: Mapping[str, Image.Image], gains: Mapping[str, float]
-) -> list[str]:
+    samples: Mapping[str, Image.Image], photos: Mapping[str, Image.Image], measured: Mapping[str, Any]
+) -> list[Message]:
     """Sentences on what is not as it should be.
 
     Args:
         samples: the last ones, by prompt.
         photos: as they were trained, by name.
-        gains: of `Validation.gains`; may be empty.
+        measured: the last validation, with "gains" and "holdout_gains" of `Validation.gains` where it has them.
     """
-    text = [COPIED.format(sample=prompt, photo=name, match=match) for prompt, name, match in copies(samples, photos)]
+    gains = measured.get("gains", {})
+    text = [Message(COPIED, *copy) for copy in copies(samples, photos)]
     if (name := least(gains)) is not None:
-        text.append(LEAST.format(photo=name, gain=gains[name], middle=statistics.median(gains.values())))
-    return text
+        text.append(Message(LEAST, name, gains[name], statistics.median(gains.values())))
+    return text + _of_holdout(gains, measured.get("holdout_gains", {}))
+
+
+def _of_holdout(gains: Mapping[str, float], holdout: Mapping[str, float]) -> list[Message]:
+    """What photos say that were not trained on, where the trained ones were learned."""
+    middle = statistics.median(gains.values()) if gains else 0.0
+    worse = {name: -gain for name, gain in holdout.items() if gain < 0 < middle}
+    if len(worse) > 1 and len(worse) == len(holdout):
+        return [Message(BY_HEART, statistics.median(worse.values()), middle)]
+    return [Message(WORSE, name, loss, middle) for name, loss in worse.items()]
 
 
 def least(gains: Mapping[str, float]) -> str | None:

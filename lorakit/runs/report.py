@@ -89,7 +89,7 @@ def html(
     """The page: verdict, samples, curves, photos as they were trained, plan, environment, options."""
     findings = list(findings)
     rows = _samples(folder)
-    photo_rows, left_out = _photos(config, photos, history[-1].get("gains", {}) if history else {})
+    photo_rows, left_out = _photos(config, photos, history[-1] if history else {})
     return _template().render(
         title=config.data.name or folder.path.name,
         method=config.adapter.method,
@@ -162,13 +162,13 @@ def _charts(folder: RunFolder) -> list[str]:
     return charts.run_charts(folder.events("step", "validation"))
 
 
-def lesson_lines(folder: RunFolder, config: Config, photos: Report, history: Sequence[dict[str, Any]]) -> list[str]:
+def lesson_lines(folder: RunFolder, config: Config, photos: Report, history: Sequence[dict[str, Any]]) -> list[Message]:
     """What is not as it should be in what the run has learned, in sentences."""
     last = max(folder.sample_grids(), default=None)
     pictures = [] if last is None else [image_grid.read(file) for file in folder.sample_pictures(last)]
     samples = {_prompt(picture): picture for picture in pictures}
     crops = {item.relative: image for item, image in _crops(config, photos)} if samples else {}
-    return sentences(samples, crops, history[-1].get("gains", {}) if history else {})
+    return sentences(samples, crops, history[-1] if history else {})
 
 
 def _crops(config: Config, report: Report) -> Iterator[tuple[Item, Image.Image]]:
@@ -182,13 +182,14 @@ def _crops(config: Config, report: Report) -> Iterator[tuple[Item, Image.Image]]
         yield item, Image.fromarray(augment.render(decoded.pixels, augment.Variant(crop.bucket, crop.box)))
 
 
-def _photos(config: Config, report: Report, gains: Mapping[str, float]) -> tuple[list[dict[str, str]], int]:
+def _photos(config: Config, report: Report, measured: Mapping[str, Any]) -> tuple[list[dict[str, str]], int]:
     """Each photo as it was trained, with its text and what it taught; and how many are not shown."""
-    rows = []
+    rows, gains = [], measured.get("gains", {}) | measured.get("holdout_gains", {})
     for item, image in _crops(config, report):
         size = f"{image.width}x{image.height}" + (f", {item.cropped:.0%} cropped" if item.cropped >= 0.005 else "")
         if item.relative in gains:
-            size += Message("; error {gains:.1%} below the base's", gains[item.relative])
+            gain, place = gains[item.relative], "held out; " * (item.relative in measured.get("holdout_gains", {}))
+            size += f"; {place}error {abs(gain):.1%} {'below' if gain >= 0 else 'above'} the base's"
         rows.append({"source": _source(image, PHOTO_SIDE), "text": item.text, "size": size})
     return rows, max(0, sum(item.readable for item in report.items) - PHOTOS)
 

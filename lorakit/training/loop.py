@@ -342,7 +342,7 @@ class Milestones:
         with polled(model.family.modules().values(), poll), model.adapter.averaged():
             metrics = out_of_memory.retry_after_freeing(model.optimizer_step.discard_graphs, self._measure)
             if step == self.run.ready.plan.steps:
-                metrics["gains"] = model.photo_validation.gains(model.adapter, self._conditions())
+                metrics |= self._gains()
         self.history.append({"step": step, **metrics})
         events.emit("validation", step, **metrics)
 
@@ -354,6 +354,14 @@ class Milestones:
             return model.validation.run(model.adapter)
         condition = embed(model.family, [table[:1] for table in class_tokens])
         return model.validation.run(model.adapter, conditions=conditions, class_condition=condition)
+
+    def _gains(self) -> dict[str, dict[str, float]]:
+        """What the adapter takes off the base's error on each photo, trained or held out."""
+        model, conditions = self.model, self._conditions()
+        gains = {"gains": model.photo_validation.gains(model.adapter, conditions)}
+        if model.validation is not model.photo_validation:
+            gains["holdout_gains"] = model.validation.gains(model.adapter, conditions)
+        return gains
 
     def _conditions(self) -> Conditioning | None:
         """What trained text encoders make of the texts now; None where none is trained."""

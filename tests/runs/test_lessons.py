@@ -66,8 +66,29 @@ def test_least_names_a_photo_far_below_the_others(gains, name):
 
 
 def test_sentences_say_what_to_do_and_are_translated(photos):
-    sentences = lessons.sentences({"a 'b'": photos["1.png"]}, photos, {"a": 0.1, "b": 0.1, "c": 0.1, "d.png": 0.01})
+    gains = {"a": 0.1, "b": 0.1, "c": 0.1, "d.png": 0.01}
+    sentences = lessons.sentences({"a 'b'": photos["1.png"]}, photos, {"gains": gains})
     assert len(sentences) == 2
     assert "1.png" in sentences[0] and "fewer steps" in sentences[0] and "100%" in sentences[0]
     assert sentences[1].startswith("d.png taught least") and "1.0%" in sentences[1] and "10.0%" in sentences[1]
     assert all(texts.sayer("zh-Hant").translate(line) != line for line in sentences)
+
+
+@pytest.mark.parametrize(
+    ("holdout", "parts"),
+    [
+        ({"x.png": 0.12, "y.png": -0.15}, [("y.png, held out", "15.0% above", "something else")]),
+        ({"x.png": -0.1, "y.png": -0.2}, [("the held-out photos", "15.0% above", "10.0% below", "fewer steps")]),
+        ({"x.png": 0.12, "y.png": 0.01}, []),
+        ({}, []),
+    ],
+)
+def test_photos_that_were_not_trained_on_tell_what_was_learned(holdout, parts):
+    gains = {"a": 0.1, "b": 0.1, "c": 0.1}
+    sentences = lessons.sentences({}, {}, {"gains": gains, "holdout_gains": holdout})
+    assert len(sentences) == len(parts)
+    for sentence, words in zip(sentences, parts, strict=True):
+        assert all(word in sentence for word in words)
+        assert texts.sayer("zh-Hant").translate(sentence) != sentence
+    # Where nothing was learned, held-out photos that are as the base has them say nothing.
+    assert lessons.sentences({}, {}, {"gains": dict.fromkeys("abc", -0.01), "holdout_gains": holdout}) == []

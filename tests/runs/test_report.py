@@ -169,7 +169,9 @@ def test_photos_are_shown_as_they_were_cut(run):
 
 def test_a_photo_that_is_gone_does_not_fail_the_report(run):
     gone = [
-        dataclasses.replace(item, photo=SimpleNamespace(path=Path("gone.png"), relative="gone.png"))
+        dataclasses.replace(
+            item, photo=SimpleNamespace(path=Path("gone.png"), relative="gone.png", edit=item.photo.edit)
+        )
         for item in run.photos.items[:1]
     ]
     photos = SimpleNamespace(**vars(run.photos) | {"items": [*gone, *run.photos.items[1:]]}, photos=run.photos.photos)

@@ -1,6 +1,17 @@
 """繁體中文：一次執行從開始到結束所說的話；見 `zh_hant_sentences.py`。"""
 
 RUNNING = {
+    "{photo}, held out, comes out worse than by the base (error {loss} above), the trained photos better (the middle "
+    "one {middle} below): it shows something else than they do, or its text does not say what it shows": (
+        "保留的照片 {photo} 比基礎模型更差（誤差高 {loss}），訓練過的照片較好（居中者低 {middle}）："
+        "它拍的與其他照片不同，或文字沒有說出它的內容"
+    ),
+    "the held-out photos come out worse than by the base (error {loss} above), the trained ones better (the middle one "
+    "{middle} below): the run has learned its photos, not what they have in common; train fewer steps, or use more "
+    "photos": (
+        "保留的照片比基礎模型更差（誤差高 {loss}），訓練過的較好（居中者低 {middle}）："
+        "模型學的是這些照片本身，而不是它們的共同點；請減少步數，或增加照片"
+    ),
     "the sample {sample} is a copy of {photo}, edge by edge ({match}): the run has learned that photo by heart; "
     "train fewer steps, or use more photos": (
         "樣本圖 {sample} 是照片 {photo} 的翻版（邊緣相符 {match}）：模型把這張照片背了下來；請減少步數，或增加照片"
