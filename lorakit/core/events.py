@@ -125,9 +125,9 @@ class Events:
             self._emitted = time.monotonic()
             self.emit("work", doing=self._work, position=self._position, total=self._total)
 
-    def say(self, line: str, *, warning: bool = False) -> None:
-        """One line for the person."""
-        self.emit("warning" if warning else "message", message=line)
+    def say(self, line: str, /, *values: object, warning: bool = False) -> None:
+        """One line for the person: a message, or its template and values."""
+        self.emit("warning" if warning else "message", message=Message(line, *values) if values else line)
 
 
 # Whether somebody wants the run to stop; asked again and again.
@@ -158,7 +158,7 @@ class StopRequest:
     def _note(self, requested: bool, consequence: str) -> bool:
         if requested and not self.requested:
             self.requested = True
-            self._events.say(Message("stopping: {consequence}", consequence))
+            self._events.say("stopping: {consequence}", consequence)
         return self.requested
 
     def poll(self, consequence: str) -> None:

@@ -96,11 +96,12 @@ def join(separator: str, parts: Iterable[str]) -> str:
     return every[0] if len(every) == 1 else Joined(separator, *every)
 
 
-def some(parts: Iterable[str], limit: int) -> str:
-    """The first `limit` parts, and the number of the remaining ones: `a, b and 3 more`."""
+def some(parts: Iterable[str], limit: int, separator: str = ", ") -> str:
+    """The first `limit` parts, and the number of the remaining ones: `a, b and 3 more`, `a; b; and 3 more`."""
     every = list(parts)
-    names, rest = join(", ", every[:limit]), len(every) - limit
-    return Message("{names} and {count} more", names, rest) if rest > 0 else names
+    names, rest = join(separator, every[:limit]), len(every) - limit
+    template = "{names} and {count} more" if separator == ", " else "{names}; and {count} more"
+    return Message(template, names, rest) if rest > 0 else names
 
 
 def key_of(message: object) -> dict[str, Any]:

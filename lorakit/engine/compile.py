@@ -22,6 +22,7 @@ from torch import nn
 
 from lorakit.config import Config
 from lorakit.core.cache_dir import cache_dir
+from lorakit.core.messages import Message
 from lorakit.engine import cuda_graphs
 from lorakit.engine.cuda_graphs import Compute
 
@@ -112,7 +113,10 @@ class CompiledBlocks:
                 self._shapes.add(shape)
                 if self._blocks and len(self._shapes) == cuda_graphs.MAX_GRAPHS:
                     self._say(
-                        f"batches of further shapes run uncompiled: at most {cuda_graphs.MAX_GRAPHS} are compiled"
+                        Message(
+                            "batches of further shapes run uncompiled: at most {MAX_GRAPHS} are compiled",
+                            cuda_graphs.MAX_GRAPHS,
+                        )
                     )
             # Layers that are not fused any more run one by one, which is not what was compiled.
             with self._on(shape in self._shapes and all(layers.is_valid() for layers in self._fused_qkv)):
@@ -136,11 +140,15 @@ class CompiledBlocks:
                 cuda_graphs.verified(self._parameters, compute, lambda: compiled, self._tolerance)
         except cuda_graphs.CaptureFailed as problem:
             self._blocks, self._forwards = [], []
-            self._say(f"the UNet's blocks are not compiled, training continues without: {problem}")
+            self._say(Message("the UNet's blocks are not compiled, training continues without: {problem}", problem))
         else:
             self._say(
-                f"compiled the UNet's blocks for this batch shape in {seconds:.0f} s; the code is stored in "
-                f"{folder()} for the next run"
+                Message(
+                    "compiled the UNet's blocks for this batch shape in {seconds:.0f} s; the code is stored in "
+                    "{folder} for the next run",
+                    seconds,
+                    folder(),
+                )
             )
 
     @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch
 
 from lorakit.config import Config
 from lorakit.config.graphs import graphs_off
+from lorakit.core.messages import Message
 
 if TYPE_CHECKING:
     from lorakit.data.dataset import Batch
@@ -47,8 +48,10 @@ def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]
     if device.type != "cuda":
         return None, ""
     if reason := graphs_off(config):
-        return None, f"CUDA graphs are off: {reason}. {SLOWER}"
-    return CudaCapturer(), f"CUDA graphs are on: each batch shape is captured at its first step, at most {MAX_GRAPHS}"
+        return None, Message("CUDA graphs are off: {problem}. {slower}", reason, SLOWER)
+    return CudaCapturer(), Message(
+        "CUDA graphs are on: each batch shape is captured at its first step, at most {max_graphs}", MAX_GRAPHS
+    )
 
 
 class CudaCapturer:
@@ -344,7 +347,12 @@ def _check_agreement(actual: list[torch.Tensor], expected: list[torch.Tensor], t
     loss, gradients, worst = torch.stack([differences[0] / norms[0], differences[1:].norm() / total, single]).tolist()
     if not (loss <= tolerance.loss and gradients <= tolerance.gradients and worst <= tolerance.single):
         raise ValueError(
-            f"its loss differs by {loss:.1e}, its gradients by {gradients:.1e}, a single gradient by {worst:.1e}"
+            Message(
+                "its loss differs by {loss:.1e}, its gradients by {gradients:.1e}, a single gradient by {worst:.1e}",
+                loss,
+                gradients,
+                worst,
+            )
         )
 
 

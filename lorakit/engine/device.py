@@ -23,6 +23,7 @@ from lorakit.config import (
 )
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.engine import device_memory, kernels
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def prepare(config: MemoryConfig, device: torch.device) -> list[str]:
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     if config.mixed_precision == "fp32":
-        lines.append(f"float32 products: {'in TF32 where the card has it' if config.tf32 else 'in full'}")
+        where = "in TF32 where the card has it" if config.tf32 else "in full"
+        lines.append(Message("float32 products: {where}", where))
     if "GTX 16" in torch.cuda.get_device_name(device):
         # Their convolutions in fp16 give NaN unless cuDNN tries its kernels (pytorch issue 58123).
         torch.backends.cudnn.benchmark = True
@@ -94,7 +96,7 @@ def deterministic(config: TrainConfig) -> Iterator[None]:
         if isinstance(error, LorakitError) or "deterministic" not in str(error):
             raise
         first = str(error).partition(". ")[0]
-        raise LorakitError(f"train.deterministic = true: {first}; set it to false") from None
+        raise LorakitError("train.deterministic = true: {problem}; set it to false", first) from None
     finally:
         torch.use_deterministic_algorithms(before)
         settings.fill_uninitialized_memory = fill
@@ -138,14 +140,14 @@ def attention(config: MemoryConfig, family: Family) -> str:
     """
     if config.attention == "sdpa":
         wrong = _switch_off_wrong_kernels(family.device, family.dtype) if family.device.type == "cuda" else ""
-        return f"attention: sdpa{wrong}"
+        return Message("attention: sdpa{without}", wrong)
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError:
         raise LorakitError(XFORMERS_MISSING, install.hint("xformers")) from None
     problem = attention_problem(lambda q, k, v: memory_efficient_attention(q, k, v), family.device, family.dtype)
     if problem:
-        return f"attention: sdpa, because xformers failed its self-test ({problem})"
+        return Message("attention: sdpa, because xformers failed its self-test ({problem})", problem)
     family.denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
     return "attention: xformers, which agrees with sdpa forward and backward"
 
@@ -164,13 +166,13 @@ def _switch_off_wrong_kernels(device: torch.device, dtype: torch.dtype) -> str:
         while problem := attention_problem(_sdpa, device, dtype):
             if not kernels:
                 raise LorakitError(
-                    f"every attention kernel fails its self-test ({problem}): update torch or the driver"
+                    "every attention kernel fails its self-test ({problem}): update torch or the driver", problem
                 )
             name = next(iter(kernels))
             kernels.pop(name)(False)
             wrong.append(name)
             first = first or problem
-    return f" without {', '.join(wrong)}, because its self-test failed ({first})" if wrong else ""
+    return Message(" without {wrong}, because its self-test failed ({first})", ", ".join(wrong), first) if wrong else ""
 
 
 def attention_problem(candidate: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -196,8 +198,8 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
         for name, right, got in zip(("output", "query", "key", "value"), expected, results, strict=True):
             off = ((got.float() - right).norm() / right.norm()).item()
             if not off <= allowed:
-                what = "output" if name == "output" else f"gradient of the {name}"
-                return f"{what} is off by {off:.0%} at head size {size}"
+                what = "output" if name == "output" else Message("gradient of the {name}", name)
+                return Message("{what} is off by {off:.0%} at head size {size}", what, off, size)
     return None
 
 

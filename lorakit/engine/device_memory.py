@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from lorakit.core.messages import Message
+
 GIB = 2**30
 # Variables in which a user sets up torch's allocator.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -30,7 +32,11 @@ def prepare(device: torch.device) -> str:
     available = free + torch.cuda.memory_reserved(device)
     torch.cuda.set_per_process_memory_fraction(min(available / total, 1.0), device)
     _limits[device.index or 0] = available
-    return f"device memory: {available / GIB:.1f} of {total / GIB:.1f} GiB are free, and the run stays within them"
+    return Message(
+        "device memory: {free:.1f} of {total:.1f} GiB are free, and the run stays within them",
+        available / GIB,
+        total / GIB,
+    )
 
 
 def available(device: torch.device) -> int | None:

@@ -138,8 +138,11 @@ def require_int8(device: torch.device) -> None:
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
     raise LorakitError(
-        f"memory.base_storage = 'w8a8': products in int8 do not work on {device} with torch {torch.__version__} "
-        f"({reason}): take 'int8', which is as small"
+        "memory.base_storage = 'w8a8': products in int8 do not work on {device} with torch {version} "
+        "({reason}): take 'int8', which is as small",
+        device,
+        torch.__version__,
+        reason,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.engine import quantized_kernels
 from lorakit.engine.weight_offload import WeightOffloader
 from lorakit.engine.weight_storage import BLOCK_SIZE, EIGHT_BITS, is_quantizable, weight_nbytes
@@ -90,7 +91,9 @@ class QuantizedWeight(torch.Tensor):
         if (product := _int8_product(function, args)) is not None:
             return product
         if function._schema.is_mutable and isinstance(args[0], QuantizedWeight):
-            raise LorakitError(f"{args[0].description} cannot be changed: load the base with its weights in full")
+            raise LorakitError(
+                "{description} cannot be changed: load the base with its weights in full", args[0].description
+            )
         return function(*_dequantized(args), **{name: _dequantized(value) for name, value in kwargs.items()})
 
     def dequantize(self) -> torch.Tensor:
@@ -168,7 +171,7 @@ def quantize(weight: torch.Tensor, scheme: str) -> QuantizedWeight:
         qdata = (values / _nonzero(scales)).round_().clamp_(-127, 127).to(torch.int8)
         return QuantizedWeight(qdata, scales, scheme, tuple(weight.shape))
     if weight.numel() % BLOCK_SIZE:
-        raise ValueError(f"{weight.numel()} values are not whole blocks of {BLOCK_SIZE}")
+        raise ValueError(Message("{weight} values are not whole blocks of {block_size}", weight.numel(), BLOCK_SIZE))
     blocks = values.reshape(-1, BLOCK_SIZE)
     scales = blocks.abs().amax(1, keepdim=True).to(weight.dtype)
     levels = torch.tensor(quantized_kernels.NF4, device=weight.device)

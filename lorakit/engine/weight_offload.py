@@ -235,6 +235,7 @@ def _host_memory(size: int, *, pinned: bool) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     except RuntimeError:
         raise LorakitError(
-            f"memory.stream_base: the host has no {size / 2**20:.0f} MiB of memory left for the base's weights; close "
-            "other programs, or keep the weights smaller with memory.base_storage"
+            "memory.stream_base: the host has no {size:.0f} MiB of memory left for the base's weights; close "
+            "other programs, or keep the weights smaller with memory.base_storage",
+            size / 2**20,
         ) from None

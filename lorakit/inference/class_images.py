@@ -18,6 +18,7 @@ from lorakit.config import NO_CLASS_IMAGE_CACHE, SampleConfig
 from lorakit.core import image_grid
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.families.facts.distilled import complete
 from lorakit.inference.sampling import Part, draw_part, sampling_pipeline
 
@@ -73,9 +74,14 @@ def class_images(
     files = [place / f"{number:05d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not _is_complete(file)]
     damaged = sum(files[number].exists() for number in missing)
-    suffix = f"; {damaged} in the cache were damaged and are drawn again" if damaged else ""
+    suffix = Message("; {count} in the cache were damaged and are drawn again", damaged) if damaged else ""
     cached = count - len(missing)
-    events.say(f"class images: {cached} of {count} in the cache, {len(missing)} to draw ({prompt!r}){suffix}")
+    events.say(
+        Message(
+            "class images: {cached} of {count} in the cache, {missing} to draw ({prompt!r}){suffix}",
+            *(cached, count, len(missing), prompt, suffix),
+        )
+    )
     events.advance(cached)
     try:
         place.mkdir(parents=True, exist_ok=True)

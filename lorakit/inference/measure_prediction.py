@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.families import loading
 from lorakit.families.prediction import of_schedule
 from lorakit.families.spec import EPSILON, VELOCITY
@@ -48,15 +49,20 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """What a person reads."""
-        errors = [f"read as {kind}: error {getattr(self, kind):.3f}" for kind in (EPSILON, VELOCITY)]
+        errors: list[str] = [
+            Message("read as {kind}: error {error:.3f}", kind, getattr(self, kind)) for kind in (EPSILON, VELOCITY)
+        ]
         if not self.prediction_type:
             return [*errors, "neither is clearly right: give photos of the kind that the model draws (--photo)"]
         if self.prediction_type == self.current:
-            return [*errors, f"it predicts {self.prediction_type}, as lorakit reads it"]
+            return [*errors, Message("it predicts {kind}, as lorakit reads it", self.prediction_type)]
+        value = f"{self.prediction_type!r}{_ZERO_SNR if self.prediction_type == VELOCITY else ''}"
         return [
             *errors,
-            f"it predicts {self.prediction_type}, and lorakit reads it as {self.current}: set model.prediction_type = "
-            f"{self.prediction_type!r}{_ZERO_SNR if self.prediction_type == VELOCITY else ''}",
+            Message(
+                "it predicts {kind}, and lorakit reads it as {other}: set model.prediction_type = {value}",
+                *(self.prediction_type, self.current, value),
+            ),
         ]
 
     def to_json(self) -> dict[str, object]:
@@ -72,7 +78,7 @@ def measure(family: Family, pictures: Sequence[Image.Image]) -> Verdict:
     """
     info = family.info
     if info.spec.predicts_flow:
-        raise LorakitError(f"base {info.title} predicts the flow, as every model of its family")
+        raise LorakitError("base {info} predicts the flow, as every model of its family", info.title)
     side = min(MAX_SIDE, int(info.configs["unet"].get("sample_size") or MAX_SIDE) * info.downscale)
     side = max(info.bucket_multiple, side // info.bucket_multiple * info.bucket_multiple)
     alphas = loading.noise_schedule(loading.load_scheduler(info), family.device)
@@ -93,7 +99,7 @@ def measure(family: Family, pictures: Sequence[Image.Image]) -> Verdict:
                 shares = (answer - target).square().mean((1, 2, 3)) / target.square().mean((1, 2, 3))
                 errors[kind] += float(shares.mean()) / len(pictures)
     if not all(np.isfinite(error) for error in errors.values()):
-        raise LorakitError(f"base {info.title} answers with NaN or infinity: it is damaged, or needs fp32")
+        raise LorakitError("base {info} answers with NaN or infinity: it is damaged, or needs fp32", info.title)
     right, wrong = sorted(errors, key=lambda kind: errors[kind])
     clear = errors[right] < min(CLEAR * errors[wrong], ERROR_OF_A_MODEL)
     return Verdict(errors[EPSILON], errors[VELOCITY], right if clear else "", info.prediction_type)

@@ -27,6 +27,7 @@ from lorakit.config.sample_prompts import default_size, parse_all
 from lorakit.core import foreign_json, registry
 from lorakit.core.errors import LorakitError
 from lorakit.core.image_grid import grid, save
+from lorakit.core.messages import Message
 from lorakit.core.names import unique_path
 from lorakit.data import captions
 from lorakit.engine import device as placement
@@ -225,7 +226,11 @@ def findings(adapter: str | Path, prompts: Sequence[str], *, base: str, override
     """What of the prompts `sample` leaves out or reads otherwise than web UIs do, a line each."""
     config = recorded(Path(adapter), overrides)
     settings = replace(config.sample, prompts=tuple(prompts) or config.sample.prompts)
-    skip = [f"clip skip {config.model.clip_skip}, as the adapter or --set says"] if config.model.clip_skip else []
+    skip = (
+        [Message("clip skip {clip_skip}, as the adapter or --set says", config.model.clip_skip)]
+        if config.model.clip_skip
+        else []
+    )
     return skip + captions.prompt_findings(settings, families.describe(replace(config.model, base=base)))
 
 
@@ -259,10 +264,10 @@ def from_file(
     config = _recorded(weights.metadata, {})
     prompts = list(prompts) or (captions.sample_prompts(config.data) if config.data.name else [])
     if not prompts:
-        raise LorakitError(f"{adapter.name} does not say what its trigger is; give a --prompt")
+        raise LorakitError("{adapter} does not say what its trigger is; give a --prompt", adapter.name)
     folder = folder or unique_path(Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{adapter.stem}-samples")
     if folder.is_dir() and any(folder.iterdir()):
-        raise LorakitError(f"{folder} is not empty and nothing in it is overwritten; give another --output")
+        raise LorakitError("{folder} is not empty and nothing in it is overwritten; give another --output", folder)
     side = (size, size) if size else default_size(sample, config.data.resolution)
     rows = draw_weights(weights, base, prompts, strengths, sample, side, name=adapter.stem, memory=memory)
     try:
@@ -275,7 +280,7 @@ def from_file(
                 files.append(folder / f"{number:02d}-strength-{strength:g}.png")
                 save(picture, files[-1])
     except OSError as error:
-        raise LorakitError(f"cannot write to {folder}: {error.strerror}; give another --output") from None
+        raise LorakitError("cannot write to {path}: {why}; give another --output", folder, error.strerror) from None
     return files
 
 
@@ -294,7 +299,13 @@ def draw_weights(
     where = memory or MemoryConfig()
     info = families.describe(base)
     if weights.family != info.family:
-        raise LorakitError(f"{name} was made for {weights.family} and {info.title} is {info.family}; give its --base")
+        raise LorakitError(
+            "{name} was made for {family} and {info} is {family_2}; give its --base",
+            name,
+            weights.family,
+            info.title,
+            info.family,
+        )
     device = placement.device(where)
     placement.prepare(where, device)
     # A file may come from a run on a card that streamed; elsewhere there is nowhere to, and the pictures are the same.

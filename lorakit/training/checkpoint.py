@@ -27,12 +27,17 @@ from safetensors.torch import load_file, save as serialise
 from lorakit.config import Config, as_tables, options, resuming
 from lorakit.core import atomic, foreign_json
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message, some
 from lorakit.core.names import quote, step_name, unique_path
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 MARKER = "complete"
 # Where a step is saved again, the earlier one is called so for the moment between two renames.
 REPLACED = ".replaced-"
+NO_ROOM = (
+    "step {step}: no checkpoint could be written to {folder} ({reason}); those before it are intact. Make {size} free "
+    "there and the folder writable, then continue with: lorakit resume {run}"
+)
 
 
 class NotFinite(LorakitError):
@@ -76,7 +81,9 @@ def save(
     tensors: dict[str, torch.Tensor] = {}
     tree = _take_tensors(optimizer, "optimizer", tensors)
     if name := _not_finite(adapter, tensors):
-        raise NotFinite(f"step {step}: {name} is not finite, so no checkpoint was written; lower the learning rate")
+        raise NotFinite(
+            "step {step}: {name} is not finite, so no checkpoint was written; lower the learning rate", step, name
+        )
     state = {
         "step": step,
         "adapter": list(adapter),
@@ -101,11 +108,8 @@ def save(
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
-        raise LorakitError(
-            f"step {step}: no checkpoint could be written to {folder} ({error.strerror or error}); those before it are "
-            f"intact. Make {_mib(adapter, tensors)} free there and the folder writable, then continue with: "
-            f"lorakit resume {quote(folder.parent)}"
-        ) from None
+        values = (step, folder, error.strerror or error, _mib(adapter, tensors), quote(folder.parent))
+        raise LorakitError(NO_ROOM, *values) from None
     return final
 
 
@@ -114,7 +118,7 @@ def require_finite(step: int, adapter: Mapping[str, torch.Tensor], optimizer: Ma
     tensors: dict[str, torch.Tensor] = {}
     _take_tensors(optimizer, "optimizer", tensors)
     if name := _not_finite(adapter, tensors):
-        raise NotFinite(f"step {step}: {name} is not finite; lower the learning rate")
+        raise NotFinite("step {step}: {name} is not finite; lower the learning rate", step, name)
 
 
 def _not_finite(*tables: Mapping[str, torch.Tensor]) -> str:
@@ -129,8 +133,10 @@ def _mib(*tables: Mapping[str, torch.Tensor]) -> str:
 def _require_folder(run: Path, step: int) -> None:
     if not run.is_dir():
         raise LorakitError(
-            f"step {step}: {run} is gone: it was deleted or moved while it was trained in, so nothing can be "
-            "saved; start it again"
+            "step {step}: {run} is gone: it was deleted or moved while it was trained in, so nothing can be "
+            "saved; start it again",
+            step,
+            run,
         )
 
 
@@ -156,24 +162,29 @@ def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str
         digests = foreign_json.loads((path / MARKER).read_text(encoding="utf-8"))
         for name in FILES:
             if _digest(path / name) != digests[name]:
-                raise LorakitError(f"{path / name} has changed since it was saved; resume from another checkpoint")
+                raise LorakitError("{path} has changed since it was saved; resume from another checkpoint", path / name)
         state = foreign_json.loads((path / FILES[2]).read_text(encoding="utf-8"))
         adapter, tensors = load_file(path / FILES[0]), load_file(path / FILES[1])
     except (OSError, ValueError, KeyError) as error:
-        raise LorakitError(f"{path} is not a complete checkpoint ({error}); resume from another one") from None
+        raise LorakitError(
+            "{path} is not a complete checkpoint ({problem}); resume from another one", path, error
+        ) from None
     _same_names(path / FILES[0], set(adapter), set(state["adapter"]))
     expected: set[str] = set()
     optimizer = _put_tensors(state["optimizer"], tensors, expected)
     _same_names(path / FILES[1], set(tensors), expected)
     if name := _not_finite(adapter, tensors):
-        raise LorakitError(f"{path}: {name} is not finite; resume from another checkpoint")
+        raise LorakitError("{path}: {name} is not finite; resume from another checkpoint", path, name)
     if config is not None and state["config"] is not None:
         _same_config(path, state["config"], _compared(config))
     for what, value in (identity or {}).items():
         if state["identity"].get(what, value) != value:
             raise LorakitError(
-                f"the {what} changed since {path.name} was saved, so the run cannot go on exactly where it stopped; "
-                f"start a new one from its weights with: {resuming.new_run(path)}"
+                "the {what} changed since {path} was saved, so the run cannot go on exactly where it "
+                "stopped; start a new one from its weights with: {command}",
+                what,
+                path.name,
+                resuming.new_run(path),
             )
     return Checkpoint(state["step"], {name: adapter[name] for name in state["adapter"]}, optimizer, state["extra"])
 
@@ -205,7 +216,7 @@ def newest_complete(folder: Path, say: Callable[[str], object]) -> Path | None:
             load(path)
             return path
         except LorakitError as error:
-            say(f"{error}; it is passed over")
+            say(Message("{problem}; it is passed over", error))
     return None
 
 
@@ -285,8 +296,8 @@ def _put_tensors(node: Any, tensors: Mapping[str, torch.Tensor], expected: set[s
 def _same_names(file: Path, actual: set[str], expected: set[str]) -> None:
     for what, names in (("lacks", expected - actual), ("has an unknown", actual - expected)):
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise LorakitError(f"{file} {what} tensor {min(names)}{more}; resume from another checkpoint")
+            template = f"{{file}} {what} tensor {{names}}; resume from another checkpoint"
+            raise LorakitError(template, file, some(sorted(names), 1))
 
 
 def _compared(config: Config) -> dict[str, Any]:
@@ -316,8 +327,11 @@ def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
             f"{key} (was {_value_text(before.get(key))}, is {_value_text(now.get(key))})" for key in changed
         )
         raise LorakitError(
-            f"{path.name} was saved with another config: {differences}; a resumed run goes on exactly as it began. "
-            f"Undo that, or start a new run from its weights with: {resuming.new_run(path)}"
+            "{path} was saved with another config: {differences}; a resumed run goes on exactly as it began. "
+            "Undo that, or start a new run from its weights with: {command}",
+            path.name,
+            differences,
+            resuming.new_run(path),
         )
 
 

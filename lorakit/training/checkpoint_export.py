@@ -36,7 +36,7 @@ def inspect(path: Path) -> Report:
         LorakitError: see `read`; the folder is no checkpoint of a run.
     """
     if not is_checkpoint(path):
-        raise LorakitError(f"{path}: not a checkpoint inside a run folder")
+        raise LorakitError("{path}: not a checkpoint inside a run folder", path)
     weights = read(path)
     kinds = adapter_math.kinds(weights)
     carriers = (n for n, spec in FORMATS.items() if not any(spec.check(kind, weights.family) for kind in kinds))
@@ -56,15 +56,18 @@ def read(path: Path) -> AdapterWeights:
     config, state = configuration.load(run.config_file), checkpoint.load(path)
     if config.adapter.whole_model:
         raise LorakitError(
-            f"{path}: a checkpoint of a whole model is no adapter: set train.export_every, and a run writes models as "
-            "it goes on"
+            "{path}: a checkpoint of a whole model is no adapter: set train.export_every, and a run writes "
+            "models as it goes on",
+            path,
         )
     info = families.describe(config.model)
     try:
         plan = foreign_json.loads(run.plan_file.read_text(encoding="utf-8"))
         photo_count, batches = int(plan["photos"]), int(plan["batches"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise LorakitError(f"{run.plan_file} is not there or damaged; the checkpoints beside it are not") from None
+        raise LorakitError(
+            "{plan_file} is not there or damaged; the checkpoints beside it are not", run.plan_file
+        ) from None
     changed = path.stat().st_mtime
     facts = metadata.build(
         config,

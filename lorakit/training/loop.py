@@ -17,6 +17,7 @@ from lorakit import formats
 from lorakit.config.sample_prompts import default_size
 from lorakit.core.errors import Stopped, StopRequested
 from lorakit.core.events import Events, StopRequest
+from lorakit.core.messages import Message
 from lorakit.core.names import step_name
 from lorakit.core.registry import METHODS, resolve
 from lorakit.engine import device_memory
@@ -122,7 +123,7 @@ class Run:
             parts = sampling.parts(family, inputs.prompts, sample, size, embeddings=embeddings, adapter=adapter)
             draw = functools.partial(sampling.draw_part, family)
             pictures: list[Image.Image] = [picture for (picture,) in map_parts(draw, parts)]
-        with self.optional(f"step {step}: the samples"):
+        with self.optional(Message("step {step}: the samples", step)):
             file = self.folder.save_samples(step, pictures, inputs.prompts)
             self.events.emit("sample", step, file=file.name)
 
@@ -133,7 +134,7 @@ class Run:
             yield
         except (OSError, files.Unwritable) as error:
             reason = getattr(error, "strerror", None) or error
-            line = f"{what} cannot be written ({reason}); the run goes on without: make room for it"
+            line = Message("{what} cannot be written ({why}); the run goes on without: make room for it", what, reason)
             self.events.say(line, warning=True)
 
 
@@ -171,7 +172,7 @@ def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None =
         readings.add(step, loss, norm)
         step += 1
         due = milestones.due(step)
-        if run.stop.together(f"step {step} is saved and exported") or due or step % READ_EVERY == 0:
+        if run.stop.together(Message("step {step} is saved and exported", step)) or due or step % READ_EVERY == 0:
             try:
                 readings.read(step)
                 milestones.reach(step, due)
@@ -252,8 +253,12 @@ class Readings:
         if scale is None or not math.isfinite(loss) or self.skipped_in_a_row > MAX_SKIPPED:
             raise NotFinite(self._problem(number, loss))
         self.skipped += 1
-        line = f"step {number + 1}: gradients overflow in fp16, so the step is skipped ({self.skipped} so far)"
-        self.run.events.say(f"{line}; their scale is {scale.scale.item():g} now", warning=True)
+        line = Message(
+            "step {number}: gradients overflow in fp16, so the step is skipped ({skipped} so far)",
+            number + 1,
+            self.skipped,
+        )
+        self.run.events.say("{line}; their scale is {scale:g} now", line, scale.scale.item(), warning=True)
 
     def _damaged_weight(self) -> str:
         """The first weight of the base that is not finite, or ""."""
@@ -269,7 +274,7 @@ class Readings:
     def _problem(self, number: int, loss: float) -> str:
         """What is wrong with step `number`, and what to do."""
         if name := self._damaged_weight():
-            return f"the base holds NaN or infinity in {name}: it is damaged; get the base again"
+            return Message("the base holds NaN or infinity in {name}: it is damaged; get the base again", name)
         figure = "gradient" if math.isfinite(loss) else "loss"
         parts = self.run.config.train.gradient_accumulation_steps
         names: set[str] = set()
@@ -277,10 +282,14 @@ class Readings:
             batch = self.model.loss_step.batch(index)
             names |= {self.dataset.names(batch.bucket)[i] for i in batch.entries.tolist()}
         latest = checkpoint.latest(self.run.folder.checkpoints)
-        intact = f"; {latest.name} is intact" if latest else ""
-        return (
-            f"step {number + 1}: the {figure} is not finite ({', '.join(sorted(names))}); "
-            f"lower optimizer.learning_rate or use memory.mixed_precision = 'fp32'{intact}"
+        intact = Message("; {checkpoint} is intact", latest.name) if latest else ""
+        return Message(
+            "step {number}: the {figure} is not finite ({names}); lower optimizer.learning_rate or use "
+            "memory.mixed_precision = 'fp32'{intact}",
+            number + 1,
+            figure,
+            ", ".join(sorted(names)),
+            intact,
         )
 
 
@@ -330,7 +339,7 @@ class Milestones:
         if stop.requested:
             self.save(step, [name for name in left if name != "save"])
             if step:
-                with self.run.optional(f"step {step}: the adapter"):
+                with self.run.optional(Message("step {step}: the adapter", step)):
                     self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
             raise Stopped(self.run.folder.path, step)
 
@@ -369,7 +378,7 @@ class Milestones:
 
     def export(self, step: int, left: list[str]) -> None:
         """Write the adapter of this step, which stays beside that of the end."""
-        with self.run.optional(f"step {step}: the adapter"):
+        with self.run.optional(Message("step {step}: the adapter", step)):
             self.run.export(self.model.adapter.weights(), f"{self.run.folder.adapter_name}-{step_name(step)}", step)
 
     def sample(self, step: int, left: list[str]) -> None:
@@ -384,7 +393,7 @@ class Milestones:
         except RuntimeError as error:
             if not out_of_memory.is_out_of_memory(error):
                 raise
-            line = f"step {step}: not enough memory to draw samples; training goes on without them"
+            line = Message("step {step}: not enough memory to draw samples; training goes on without them", step)
             self.run.events.say(line, warning=True)
         finally:
             model.family.release("vae")
@@ -420,7 +429,7 @@ class Milestones:
             config=config,
             identity=self.run.identity,
         )
-        with self.run.optional(f"step {step}: the list of checkpoints"):
+        with self.run.optional(Message("step {step}: the list of checkpoints", step)):
             checkpoint.rotate(folder.checkpoints, config.train.keep_checkpoints)
         self.run.events.emit("checkpoint", step)
 
@@ -457,5 +466,7 @@ class Milestones:
             raise problem
         self.retry += 1
         step, _ = self.restore(latest)
-        self.run.events.say(f"{problem}; going back to {latest.name} once, with other noise", warning=True)
+        self.run.events.say(
+            Message("{problem}; going back to {latest} once, with other noise", problem, latest.name), warning=True
+        )
         return step

@@ -13,6 +13,7 @@ from torch import nn
 from lorakit import adapters
 from lorakit.config import Config
 from lorakit.core import registry
+from lorakit.core.messages import Message
 from lorakit.engine import compile, cuda_graphs, flat_parameters
 from lorakit.training import optimizers
 from lorakit.training.loss_scale import LossScale
@@ -139,7 +140,7 @@ class OptimizerStep:
             except cuda_graphs.ReferenceNotFinite:
                 pass  # a later step is captured
             except cuda_graphs.CaptureFailed as problem:
-                self.say(f"CUDA graphs are off, training continues without them: {problem}")
+                self.say(Message("CUDA graphs are off, training continues without them: {problem}", problem))
                 self._graphed_backward = None
         return self._forward_backward(lambda: self.loss_step.loss(index))
 
@@ -158,7 +159,7 @@ class OptimizerStep:
             try:
                 return self._graphed_step()
             except cuda_graphs.CaptureFailed as problem:
-                self.say(f"the optimizer step runs without a CUDA graph: {problem}")
+                self.say(Message("the optimizer step runs without a CUDA graph: {problem}", problem))
                 self._graphed_step = None
         return self._clip_and_step()
 

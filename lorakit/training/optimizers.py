@@ -15,6 +15,7 @@ from lorakit.config import OptimizerConfig, lr_schedule, optimizer_builder
 from lorakit.config.optimizer_builder import Groups, construct
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 
 
 def rate_groups(
@@ -157,7 +158,7 @@ class Lion(torch.optim.Optimizer):
         self, groups: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0
     ):
         if len(betas) != 2 or not all(0 <= beta <= 1 for beta in betas):
-            raise ValueError(f"betas must be two numbers from 0 to 1, not {betas}")
+            raise ValueError(Message("betas must be two numbers from 0 to 1, not {betas}", betas))
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -21,9 +21,10 @@ from lorakit.config import AdapterConfig, Config, resuming
 from lorakit.core import image_grid
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Events, Listener, Stop, StopRequest
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.core.names import quote, step_name
 from lorakit.core.registry import FORMATS, METHODS, resolve
+from lorakit.core.units import count
 from lorakit.data import photo_folder
 from lorakit.engine import device as devices, quantized_weight
 from lorakit.formats import files
@@ -158,15 +159,15 @@ def resume(
             checkpoint.load(newest, config=ready.config, identity=_identity(ready))
             _compare_lengths(run, ready, checkpoint.step_of(newest), events)
             if later := checkpoint.options_since(newest, ready.config):
-                events.say(f"the run is older than {', '.join(later)}: it goes on with the default of each")
+                events.say("the run is older than {options}: it goes on with the default of each", ", ".join(later))
         if unused := checkpoint.set_aside(run.checkpoints, newest):
-            events.say(f"set aside, to be deleted when you like: {', '.join(unused)}", warning=True)
+            events.say("set aside, to be deleted when you like: {names}", ", ".join(unused), warning=True)
         run.begin(checkpoint.step_of(newest) if newest else 0, config if overrides else None)
     except OSError as error:
         run.unlock()
         raise LorakitError(
-            f"{run.path}: cannot be written ({error.strerror or error}); make room there, then continue with: "
-            f"lorakit resume {quote(run.path)}"
+            "{run}: cannot be written ({reason}); make room there, then continue with: lorakit resume {folder}",
+            *(run.path, error.strerror or error, quote(run.path)),
         ) from None
     except BaseException:
         run.unlock()
@@ -178,8 +179,10 @@ def resume(
     _say(ready, listeners)
     if newest is not None:
         at_end = checkpoint.step_of(newest) >= ready.plan.steps
-        more = f"all {ready.plan.steps} steps are done, the files are written again; --steps trains longer"
-        events.say(more if at_end else f"it goes on from {newest.name}")
+        more = Message(
+            "all {count} steps are done, the files are written again; --steps trains longer", ready.plan.steps
+        )
+        events.say(more if at_end else Message("it goes on from {checkpoint}", newest.name))
     return _run(ready, run, listeners, stop, newest)
 
 
@@ -189,9 +192,9 @@ def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
         return checkpoint.named(run.checkpoints, name)
     newest = checkpoint.newest_complete(run.checkpoints, functools.partial(events.say, warning=True))
     if newest is None and any(run.events("step")):
-        events.say(f"{run.path} has no whole checkpoint: the run starts again from step 0", warning=True)
+        events.say("{path} has no whole checkpoint: the run starts again from step 0", run.path, warning=True)
     elif newest is not None and newest != checkpoint.latest(run.checkpoints):
-        events.say(f"going on from {newest.name}, the newest whole checkpoint", warning=True)
+        events.say("going on from {newest}, the newest whole checkpoint", newest.name, warning=True)
     return newest
 
 
@@ -204,15 +207,19 @@ def _compare_lengths(run: RunFolder, ready: Ready, step: int, events: Events) ->
     before, after, optimizer = run.steps, ready.plan.steps, ready.config.optimizer
     if step > after:
         raise LorakitError(
-            f"{run.path} is at step {step} already, beyond {after}: give more steps, or go back with --from"
+            "{path} is at step {step} already, beyond {end}: give more steps, or go back with --from",
+            *(run.path, step, after),
         )
     if before in (0, after):
         return
     rates = [optimizers.learning_rate(optimizer, step, total) for total in (before, after)]
-    schedule = f"the learning rate at step {step} is {rates[1]:.3g}"
-    if rates[0] != rates[1]:
-        schedule += f", not {rates[0]:.3g}: {optimizer.lr_scheduler} now ends at step {after}"
-    events.say(f"the run now has {after} steps, not {before}; {schedule}", warning=rates[0] != rates[1])
+    old = f"{rates[0]:.3g}"
+    change = Message(", not {old}: {schedule} now ends at step {end}", old, optimizer.lr_scheduler, after)
+    line = "the run now has {after} steps, not {before}; the learning rate at step {step} is {rate:.3g}{change}"
+    events.say(
+        Message(line, after, before, step, rates[1], change if rates[0] != rates[1] else ""),
+        warning=rates[0] != rates[1],
+    )
 
 
 def _identity(ready: Ready) -> dict[str, str]:
@@ -313,8 +320,10 @@ def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state
     try:
         exports = run.export(weights, run.folder.adapter_name, run.ready.plan.steps)
     except files.Unwritable as error:
-        way = f"the last step is saved; make room, then continue with: lorakit resume {quote(run.folder.path)}"
-        raise LorakitError(f"{error}; {way}") from None
+        way = Message(
+            "the last step is saved; make room, then continue with: lorakit resume {folder}", quote(run.folder.path)
+        )
+        raise LorakitError("{problem}; {way}", error, way) from None
     model.optimizer_step.discard_graphs()
     prompt, size = samples.first, (run.config.data.resolution, run.config.data.resolution)
     with model.adapter.averaged():
@@ -344,8 +353,8 @@ def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Resu
             run.events.say(line, warning=True)
     failed = selfcheck.failures(findings)
     if failed:
-        causes = "; ".join(f"{finding.name}: {finding.detail}" for finding in failed)
-        raise LorakitError(f"self-check failed for {adapter}: {causes}")
+        causes = join("; ", [Message("{name}: {problem}", finding.name, finding.detail) for finding in failed])
+        raise LorakitError("self-check failed for {file}: {causes}", adapter, causes)
     folder.update(state="done", step=total, adapter=adapter.name, message="done and checked")
     run.events.emit("done", adapter=adapter.name)
     return Result(folder.path, adapter, result.exports, total, findings)
@@ -360,7 +369,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
     findings: list[selfcheck.Finding] = []
     dropped = dropped_layers(result.weights, config.adapter)
     if dropped:
-        run.events.say(Message(DROPPED, len(dropped), len(result.weights.layers)), warning=True)
+        run.events.say(DROPPED, len(dropped), len(result.weights.layers), warning=True)
     first, whole = next(iter(exports)), METHODS[config.adapter.method].whole_model
     examine = functools.partial(resolve(whole).examine, run) if whole else selfcheck.examine
     for name, file_findings, family in examine(
@@ -382,7 +391,8 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
                 write_previews(last, exports, run.events.say)
         del family  # the next one needs its room
     for finding in findings:
-        run.events.say(f"{'ok' if finding.passed else 'FAILED'}: {finding.name}: {finding.detail}")
+        verdict = "ok: {name}: {detail}" if finding.passed else "FAILED: {name}: {detail}"
+        run.events.say(Message(verdict, finding.name, finding.detail))
     return findings
 
 
@@ -405,7 +415,7 @@ def write_previews(sample: Path, exports: Mapping[str, Path], say: Callable[[str
         if name not in FORMATS or FORMATS[name].write_side_files is None or not sample.is_file():
             continue
         if preview.exists() and image_grid.read_software(preview) != "lorakit":
-            say(f"{preview.name} is there already and stays as it is")
+            say(Message("{preview} is there already and stays as it is", preview.name))
             continue
         picture = image_grid.read(sample)
         picture.info = {"Software": "lorakit"}
@@ -420,16 +430,18 @@ def _loader(run: Run) -> Callable[..., Family]:
     dtype = devices.dtype(memory, device)
     storage, streams = memory.base_storage, devices.streams(memory, device)
     places = [storage] * (storage != "full") + ["the host's memory"] * streams
-    placement = f" (the UNet's weights kept in {' in '.join(places)})" if places else ""
+    placement = Message(" (the UNet's weights kept in {places})", " in ".join(places)) if places else ""
     threads = torch.get_num_threads()
     run.folder.update(threads=threads)
-    where = f"cpu ({threads} thread{'s'[: threads > 1]})" if device.type == "cpu" else str(device)
+    where = Message("cpu ({threads})", count(threads, "thread")) if device.type == "cpu" else str(device)
     if device.type == "cpu" and memory.device == "auto" and nvidia.is_expected():
         run.events.say(
-            f"torch {torch.__version__} does not see the graphics card: `lorakit doctor` says why", warning=True
+            Message("torch {version} does not see the graphics card: `lorakit doctor` says why", torch.__version__),
+            warning=True,
         )
     trained = "trained in it" if run.config.adapter.whole_model else "adapter in float32"
-    run.events.say(f"device: {where}, base in {str(dtype).removeprefix('torch.')}{placement}, {trained}")
+    text, precision = "device: {device}, base in {dtype}{placement}, {adapter}", str(dtype).removeprefix("torch.")
+    run.events.say(Message(text, where, precision, placement, trained))
     for line in lines:
         run.events.say(line)
 
@@ -450,7 +462,7 @@ def _outcome(folder: RunFolder) -> Iterator[None]:
         except parallel.ProcessLost as loss:
             newest = checkpoint.latest(folder.checkpoints)
             intact = f"{newest.name} is intact" if newest else "there is no checkpoint yet"
-            text = f"{loss}; {intact}, continue with: lorakit resume {quote(folder.path)}"
+            text = Message("{loss}; {intact}, continue with: lorakit resume {folder}", loss, intact, quote(folder.path))
             raise LorakitError(text) from None
     except Stopped as stop:
         folder.update(state="stopped", message=str(stop))

@@ -23,6 +23,7 @@ from lorakit import adapters, formats
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core import rng
 from lorakit.core.layer_names import canonical
+from lorakit.core.messages import Message, join, some
 from lorakit.engine import device as devices
 from lorakit.formats import compatibility, verify
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
+RIGHT = "the file reproduces the trained adapter: effect {effect:.2%}, difference {error:.2%} of the effect"
 # How far the file may be from the model in memory, as a share of the adapter's own effect: rounding of its factors to
 # float16 or bfloat16, and the order of additions.
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
@@ -136,16 +138,14 @@ def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Seq
     """The exported file, opened again: is every announced layer there, finite, not nil and as trained?"""
     wrong = verify.verify_file(path, weights, announced)
     if not wrong:
-        return [
-            Finding(f"{name} file", True, f"{len(announced)} of {len(announced)} modules there, finite and not zero")
-        ]
+        text = "{some} of {count} modules there, finite and not zero"
+        return [Finding(f"{name} file", True, Message(text, len(announced), len(announced)))]
     zero = sum(finding.problem.startswith("zero") for finding in wrong)
     if zero == len(announced):
         return [
             Finding(f"{name} file", False, "the adapter has no effect: every module is zero; was the learning rate 0?")
         ]
-    detail = "; ".join(map(str, wrong[:3])) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    return [Finding(f"{name} file", False, detail)]
+    return [Finding(f"{name} file", False, some(map(str, wrong), 3, "; "))]
 
 
 def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWeights, tolerance: float) -> Finding:
@@ -159,7 +159,7 @@ def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWei
         for place, layer in module.named_modules()
         if "selfcheck" in getattr(layer, "lora_A", {})
     }
-    wrong = [f"{layer}: not applied" for layer in weights.layers if layer not in layers]
+    wrong: list[str] = [Message("{layer}: not applied", layer) for layer in weights.layers if layer not in layers]
     for layer in weights.layers.keys() & layers.keys():
         applied = layers[layer]
         down, up = (factors["selfcheck"].weight.detach() for factors in (applied.lora_A, applied.lora_B))
@@ -167,11 +167,11 @@ def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWei
         problem = verify.difference(weights.layers[layer], file_layer, tolerance + CAST[family.dtype])
         # What is zero in memory (a layer that no gradient reaches) is rightly zero here.
         if problem and torch.count_nonzero(weights.layers[layer].delta()):
-            wrong.append(f"{layer}: {problem}")
+            wrong.append(Message("{layer}: {problem}", layer, problem))
     pipeline.unload_lora_weights()
     count = len(weights.layers)
-    detail = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    return Finding(f"{name} in diffusers", not wrong, detail or f"{count} of {count} modules applied, each as trained")
+    right = Message("{some} of {count} modules applied, each as trained", count, count)
+    return Finding(f"{name} in diffusers", not wrong, some(wrong, 3, "; ") if wrong else right)
 
 
 @contextlib.contextmanager
@@ -206,8 +206,8 @@ def compare(
         wrong = verify.verify_effect({part: before}, {part: trained}, {part: read}, **bounds)
         effect = (trained - before).norm() / before.norm()
         error = (read - trained).norm() / (trained - before).norm().clamp_min(1e-30)
-        detail = f"the file reproduces the trained adapter: effect {effect:.2%}, difference {error:.2%} of the effect"
-        detail = "; ".join(finding.problem for finding in wrong) or detail
+        right = Message(RIGHT, effect, error)
+        detail = join("; ", [finding.problem for finding in wrong]) if wrong else right
         findings.append(Finding(f"{name} {part}", not wrong, detail))
     return findings
 

@@ -45,7 +45,7 @@ class Tracker:
         try:
             self.tracker = self._start(config, run)
         except Exception as error:  # any package may be behind it, with any error
-            raise LorakitError(f"output.trackers: {name} does not start: {_line(error)}") from None
+            raise LorakitError("output.trackers: {name} does not start: {problem}", name, _line(error)) from None
 
     def __call__(self, event: Event) -> None:
         """Take an event."""

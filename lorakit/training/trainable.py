@@ -12,6 +12,7 @@ import torch
 from lorakit import adapters, formats
 from lorakit.adapters.average import OptimizerAverage, WeightAverage
 from lorakit.config import optimizer_builder
+from lorakit.core.messages import Message
 from lorakit.core.registry import METHODS, resolve
 from lorakit.engine import device as devices, device_memory, fused_blocks
 from lorakit.engine.cuda_graphs import SLOWER
@@ -49,6 +50,12 @@ class Model:
     photo_validation: Validation
 
 
+TRAINED = "training {component}: {modules} modules, {parameters:,} parameters"
+UNKNOWN_BLOCK = "the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {slower}"
+RECOMPUTED = "memory: {count} blocks of the UNet are computed again in the backward pass, for what is free"
+AVERAGE = "{name} keeps an average of the weights: it is exported, drawn and validated"
+
+
 def trainable(
     family: Family,
     inputs: Precomputed,
@@ -72,10 +79,10 @@ def trainable(
         else adapters.attach(family, config.adapter, seed=config.train.seed, trigger=config.data.trigger)
     )
     for component, (modules, parameters) in adapter.describe().items():
-        say(f"training {component}: {modules} modules, {parameters:,} parameters")
+        say(Message(TRAINED, component, modules, parameters))
     if config.train.init_from:
         adapter.load(processes.first(lambda: formats.read(Path(config.train.init_from))))
-        say(f"starting from the weights of {Path(config.train.init_from).name}")
+        say(Message("starting from the weights of {init_from}", Path(config.train.init_from).name))
     if config.train.ema_decay:
         adapter.average = WeightAverage(adapter.parameters(), config.train.ema_decay)
     processes.copy_weights(adapter)
@@ -84,19 +91,19 @@ def trainable(
         adapters.optimize_blocks(family, save_less=save_less, channels_last=config.memory.channels_last)
     elif not config.engine_is_off:
         block = fused_blocks.unknown_block(family.denoiser)
-        say(f"the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {SLOWER}")
+        say(Message(UNKNOWN_BLOCK, block, SLOWER))
     config = memory_estimate.limit_to(
         device_memory.available(family.device), config, ready.info, ready.plan.modules, family.device.type
     )
     blocks = memory_estimate.recomputed_blocks(config, ready.info, ready.plan.modules, family.device.type)
     if len(blocks) != ready.plan.recomputed:
-        say(f"memory: {len(blocks)} blocks of the UNet are computed again in the backward pass, for what is free")
+        say(Message(RECOMPUTED, len(blocks)))
     devices.gradient_checkpointing(family, blocks, random=adapter.dropout > 0)
     loss_step = LossStep(family, adapter, inputs, config.train)
     optimizer_step = (whole.step if whole else OptimizerStep)(config, loss_step, ready.plan.steps, say, processes)
     if optimizer_builder.has_average(optimizer_step.optimizer):
         adapter.average = OptimizerAverage(adapter.parameters(), optimizer_step.optimizer)
-        say(f"{config.optimizer.name} keeps an average of the weights: it is exported, drawn and validated")
+        say(Message(AVERAGE, config.optimizer.name))
     class_condition = inputs.class_conditions.index(torch.zeros(1, dtype=torch.int64, device=family.device))
     parts = inputs.conditions, class_condition, config.train.seed
     photo_validation = Validation(family, inputs.dataset.unaugmented(), *parts)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lorakit.config import MemoryConfig
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.families import weight_files
 from lorakit.inference.captioners.spec import CaptionerSpec, CaptionOptions
 
@@ -95,13 +96,13 @@ def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> ImageTe
     config = weight_files.read_json(folder / "config.json")
     kind = str(config.get("model_type", ""))
     if kind not in KINDS:
-        raise LorakitError(f"captioner {folder}: {_other(kind, 'auto_map' in config)}")
+        raise LorakitError("captioner {model}: {problem}", folder, _other(kind, "auto_map" in config))
     device = devices.device(memory)
     devices.prepare(memory, device)
     try:
         if kind == SEPARATE:
             if options.prompt:
-                raise LorakitError(f"captioner {folder}: this model takes no --prompt; leave it out")
+                raise LorakitError("captioner {model}: this model takes no --prompt; leave it out", folder)
             processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         else:
@@ -115,30 +116,34 @@ def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> ImageTe
             output_loading_info=True,
         )
     except ImportError as error:
-        raise LorakitError(
-            f"captioner {folder}: needs more packages ({_first(error)}); {install.hint('vlm')}"
-        ) from None
+        text = "captioner {model}: needs more packages ({reason}); {hint}"
+        raise LorakitError(text, folder, _first(error), install.hint("vlm")) from None
     except LorakitError:
         raise
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise LorakitError(f"captioner {folder}: cannot be loaded ({_first(error)}); get the model again") from error
+        raise LorakitError(
+            "captioner {model}: cannot be loaded ({reason}); get the model again", folder, _first(error)
+        ) from error
     if info["missing_keys"]:
         absent = sorted(info["missing_keys"])
         raise LorakitError(
-            f"captioner {folder}: its weights lack {len(absent)} tensors, such as {absent[0]}; get the model again"
+            "captioner {model}: its weights lack {count} tensors, such as {name}; get the model again",
+            *(folder, len(absent), absent[0]),
         )
     return ImageTextModel(model.to(device).eval(), processor, tokenizer, options)
 
 
 def _other(kind: str, has_code: bool) -> str:
     if has_code:
-        return (
-            f"a model ({kind or 'of no type'}) that needs code of its own, which lorakit does not run; give one that "
-            "transformers has, such as florence-community/Florence-2-base"
+        return Message(
+            "a model ({kind}) that needs code of its own, which lorakit does not run; give one that transformers has, "
+            "such as florence-community/Florence-2-base",
+            kind or "of no type",
         )
-    return f"a model of the type {kind or '(none)'} is no captioner; give BLIP, Florence-2, SmolVLM or Qwen-VL"
+    text = "a model of the type {kind} is no captioner; give BLIP, Florence-2, SmolVLM or Qwen-VL"
+    return Message(text, kind or "(none)")
 
 
 def _first(error: Exception) -> str:

@@ -59,7 +59,9 @@ class Tagger:
         """The tags of a picture."""
         (probabilities,) = self.session.run(None, {self._input: self.pixels(image)})[0]
         if len(probabilities) != len(self.tags):
-            raise LorakitError(f"{TAGS} names {len(self.tags)} tags, and the network has {len(probabilities)}")
+            raise LorakitError(
+                "{tags} names {count} tags, and the network has {outputs}", TAGS, len(self.tags), len(probabilities)
+            )
         limits = {CHARACTER: self.options.character_threshold, GENERAL: self.options.threshold}
         order = sorted(range(len(self.tags)), key=lambda n: (self.tags[n].category != CHARACTER, -probabilities[n]))
         hits = (n for n in order if probabilities[n] >= limits.get(self.tags[n].category, np.inf))
@@ -81,11 +83,10 @@ def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> Tagger:
     Raises:
         LorakitError: ONNX Runtime is missing or has no such device, or the network or the table is damaged or another.
     """
-    title = f"captioner {folder}"
     if importlib.util.find_spec("onnxruntime") is None:
-        raise LorakitError(f"{title} needs onnxruntime; {install.hint('onnx')}")
+        raise LorakitError("captioner {model} needs onnxruntime; {hint}", folder, install.hint("onnx"))
     if options.prompt:
-        raise LorakitError(f"{title}: a tagger takes no --prompt; leave it out")
+        raise LorakitError("captioner {model}: a tagger takes no --prompt; leave it out", folder)
     import onnxruntime
 
     network = folder / files([path.name for path in folder.iterdir()])[0]
@@ -95,16 +96,21 @@ def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> Tagger:
         session = onnxruntime.InferenceSession(str(network), providers=providers)
     except Exception as error:  # its own exceptions have no common class but this
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise LorakitError(f"{title}: {network.name} cannot be loaded ({first}); get the model again") from None
+        text = "captioner {model}: {file} cannot be loaded ({reason}); get the model again"
+        raise LorakitError(text, folder, network.name, first) from None
     if memory.device != "auto" and providers[0] not in session.get_providers():
         raise LorakitError(
-            f"memory.device = {memory.device!r}: {providers[0]} does not start here; memory.device = 'cpu' "
-            "takes the processor"
+            "memory.device = {device!r}: {providers} does not start here; memory.device = 'cpu' takes the processor",
+            memory.device,
+            providers[0],
         )
     shape = session.get_inputs()[0].shape
     is_square = len(shape) == 4 and shape[3] == 3 and isinstance(shape[1], int) and shape[1] == shape[2]
     if len(session.get_inputs()) != 1 or not is_square:
-        raise LorakitError(f"{title}: {network.name} takes {shape}, a WD tagger takes one picture [1, side, side, 3]")
+        raise LorakitError(
+            "captioner {model}: {file} takes {shape}, a WD tagger takes one picture [1, side, side, 3]",
+            *(folder, network.name, shape),
+        )
     return Tagger(session, _tags(folder / TAGS), shape[1], options)
 
 
@@ -114,8 +120,10 @@ def _providers(memory: MemoryConfig, available: Sequence[str]) -> list[str]:
         return [name for name in PROVIDERS.values() if name in available]
     if PROVIDERS[kind] not in available:
         raise LorakitError(
-            f"memory.device = {memory.device!r}: onnxruntime has no {PROVIDERS[kind]} here; "
-            "memory.device = 'cpu' takes the processor"
+            "memory.device = {device!r}: onnxruntime has no {providers} here; memory.device = 'cpu' takes "
+            "the processor",
+            memory.device,
+            PROVIDERS[kind],
         )
     return [PROVIDERS[kind]]
 
@@ -127,7 +135,7 @@ def _tags(path: Path) -> list[Tag]:
     except (OSError, ValueError, KeyError, AttributeError, csv.Error):
         tags = []
     if not tags:
-        raise LorakitError(f"{path}: not a table with the columns name and category; get the model again")
+        raise LorakitError("{path}: not a table with the columns name and category; get the model again", path)
     return tags
 
 

@@ -22,12 +22,12 @@ def find(model: str, fetch: bool) -> tuple[Path, CaptionerSpec]:
     """
     path = expand(model)
     if path.is_file():
-        raise LorakitError(f"captioner {model} is a file: give the folder it is in: {path.parent}")
+        raise LorakitError("captioner {model} is a file: give the folder it is in: {folder}", model, path.parent)
     if path.is_dir():
         return path, _complete(model, path)
     hub_id = hub.parse(model)
     if hub_id is None or hub_id.file:
-        raise LorakitError(f"captioner {model}: no such folder; give a folder, or a hub id such as owner/name")
+        raise LorakitError("captioner {model}: no such folder; give a folder, or a hub id such as owner/name", model)
     if folder := _cached(hub_id):
         return folder, _complete(hub_id.title, folder)
     folder = _fetch(hub_id, fetch)
@@ -38,7 +38,7 @@ def _complete(title: str, folder: Path) -> CaptionerSpec:
     """The kind of a folder's model, all of whose weights are there."""
     spec, files = kind_of(title, _names(folder))
     if absent := _absent(folder, files):
-        raise LorakitError(f"captioner {title}: {absent[0]} is not there; get the model again")
+        raise LorakitError("captioner {model}: {file} is not there; get the model again", title, absent[0])
     return spec
 
 
@@ -76,7 +76,7 @@ def _fetch(hub_id: hub.HubId, allowed: bool) -> Path:
     title = hub_id.title
     if is_offline_mode():
         raise LorakitError(
-            f"captioner {title} is not in the cache and HF_HUB_OFFLINE is set: unset it, or give a folder"
+            "captioner {model} is not in the cache and HF_HUB_OFFLINE is set: unset it, or give a folder", title
         )
     try:
         info = HfApi().model_info(hub_id.name, revision=hub_id.revision, files_metadata=True)
@@ -85,8 +85,10 @@ def _fetch(hub_id: hub.HubId, allowed: bool) -> Path:
         if not allowed:
             megabytes = sum(sizes[file] for file in files) / 1e6
             raise LorakitError(
-                f"captioner {title} is not on this machine: {megabytes:,.0f} MB would be fetched; allow it with --fetch"
+                "captioner {model} is not on this machine: {size:,.0f} MB would be fetched; allow it with --fetch",
+                title,
+                megabytes,
             )
         return Path(snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files))
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
-        raise LorakitError(f"captioner {hub.refusal(hub_id, error)}; or give a folder") from error
+        raise LorakitError("captioner {problem}; or give a folder", hub.refusal(hub_id, error)) from error

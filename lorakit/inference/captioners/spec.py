@@ -56,6 +56,7 @@ def kind_of(title: str, names: Collection[str]) -> tuple[CaptionerSpec, list[str
         if files := spec.files(names):
             return spec, files
     raise LorakitError(
-        f"captioner {title}: no captioner there; give a folder or hub id with config.json and .safetensors weights, or "
-        "with a .onnx file and selected_tags.csv"
+        "captioner {model}: no captioner there; give a folder or hub id with config.json and .safetensors "
+        "weights, or with a .onnx file and selected_tags.csv",
+        title,
     )

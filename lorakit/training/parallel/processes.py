@@ -265,14 +265,16 @@ class Group(Processes):
         for rank, (other, own, words) in enumerate(versions):
             if words != arguments:
                 raise LorakitError(
-                    f"process {rank} on {other} was started with {words!r}, and process 0 on {host} with "
-                    f"{arguments!r}: give the same command on all machines"
+                    "process {rank} on {other} was started with {words!r}, and process 0 on {host} with "
+                    "{arguments!r}: give the same command on all machines",
+                    *(rank, other, words, host, arguments),
                 )
             if wrong := [name for name in expected if own[name] != expected[name]]:
                 name = wrong[0]
                 raise LorakitError(
-                    f"process {rank} on {other} has {name} {own[name]}, and process 0 on {host} has "
-                    f"{expected[name]}: install the same versions on all machines"
+                    "process {rank} on {other} has {name} {own}, and process 0 on {host} has {expected}: "
+                    "install the same versions on all machines",
+                    *(rank, other, name, own[name], host, expected[name]),
                 )
 
     def say_problem(self, text: str) -> None:
@@ -310,7 +312,7 @@ class Group(Processes):
             if self.rank == 0 and self._store.check([f"problem/{rank}"]):
                 return str(self._store.get(f"problem/{rank}"), "utf-8")
         which = f"process {self.lost[0]}" if self.lost else "a process"
-        return f"{which} of {self.count} was lost (killed, out of memory, or its machine is gone)"
+        return Message("{which} of {count} was lost (killed, out of memory, or its machine is gone)", which, self.count)
 
 
 class SilentFolder(RunFolder):
@@ -377,8 +379,11 @@ def card_problem(world: launch.World, cards: int, has_nccl: bool) -> str:
         return Message(NO_NCCL, torch.__version__)
     if world.local_rank >= cards:
         many = f"{cards} card{'s' * (cards > 1)}"
-        return (
-            f"process {world.rank} on {platform.node()} has no card of its own: there are {many}, start as many there"
+        return Message(
+            "process {rank} on {platform} has no card of its own: there are {many}, start as many there",
+            world.rank,
+            platform.node(),
+            many,
         )
     return ""
 
@@ -388,11 +393,12 @@ def _refuse(error: Exception) -> NoReturn:
     place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '29500')}"
     if "EADDRINUSE" in str(error) or "address already in use" in str(error):
         raise LorakitError(
-            f"the port of {place} is taken by another program: give another one with --master-port (torchrun) or "
-            "--main_process_port (accelerate launch)"
+            "the port of {place} is taken by another program: give another one with --master-port (torchrun) "
+            "or --main_process_port (accelerate launch)",
+            place,
         ) from None
     line = (str(error).splitlines() or [""])[0]
-    raise LorakitError(f"the processes cannot connect at {place} ({line}): see docs/scale.md") from None
+    raise LorakitError("the processes cannot connect at {place} ({line}): see docs/scale.md", place, line) from None
 
 
 @contextlib.contextmanager

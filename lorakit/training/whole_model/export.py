@@ -17,6 +17,7 @@ from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import atomic, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
+from lorakit.core.messages import Message, some
 from lorakit.formats import keys
 from lorakit.formats.edit import merge
 from lorakit.formats.edit.resize_combine import full_rank, resize
@@ -81,7 +82,7 @@ class TrainedModel(AdapterWeights):
                     part += float(layers[layer].delta().square().sum())
         if not layers:
             raise LorakitError("training changed no layer that a LoRA can hold: raise optimizer.learning_rate")
-        share = f"rank {self.rank} holds {part / total:.0%} of what training changed in its layers"
+        share = Message("rank {rank} holds {part:.0%} of what training changed in its layers", self.rank, part / total)
         return AdapterWeights(self.family, "lora", layers, {SHARE: share})
 
 
@@ -171,14 +172,13 @@ def _weights_finding(name: str, family: Family, weights: TrainedModel) -> Findin
         f"{layer}.{kind}": tensor for layer, parts in weights.layers.items() for kind, tensor in parts.factors().items()
     }
     there = dict(named_weights(family))
-    wrong = [f"{weight}: missing" for weight in expected.keys() - there.keys()]
+    wrong: list[str] = [Message("{weight}: missing", weight) for weight in expected.keys() - there.keys()]
     for weight in expected.keys() & there.keys():
         trained, copy = expected[weight].float(), there[weight].float()
         if trained.shape != copy.shape or not torch.allclose(copy, trained, rtol=rounding, atol=SMALLEST):
-            wrong.append(f"{weight}: not as trained")
-    detail = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    count = len(expected)
-    return Finding(f"{name} weights", not wrong, detail or f"{count} of {count} weights read again, each as trained")
+            wrong.append(Message("{weight}: not as trained", weight))
+    right = Message("{count} of {count} weights read again, each as trained", len(expected))
+    return Finding(f"{name} weights", not wrong, some(wrong, 3, "; ") if wrong else right)
 
 
 def _file_dtypes(info: BaseInfo) -> set[torch.dtype]:
