@@ -30,7 +30,8 @@ def prepare(device: torch.device) -> str:
         torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
     available = free + torch.cuda.memory_reserved(device)
-    torch.cuda.set_per_process_memory_fraction(min(available / total, 1.0), device)
+    # Unlike its neighbours this function does not take a device without an index.
+    torch.cuda.set_per_process_memory_fraction(min(available / total, 1.0), device.index or 0)
     _limits[device.index or 0] = available
     return Message(
         "device memory: {free:.1f} of {total:.1f} GiB are free, and the run stays within them",

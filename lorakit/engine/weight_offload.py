@@ -139,10 +139,12 @@ class WeightOffloader:
 
     def fetch(self, number: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the parts, as `put` returned them, on the device, ready for the current CUDA stream."""
-        current = None if self._copy_stream is None else torch.cuda.current_stream(self.device)
-        if current != self._compute_stream:
-            self.release_all()  # memory returns to the stream that allocated it, which must wait for the copies first
-            self._compute_stream = current
+        if self._copy_stream is not None:
+            current, before = torch.cuda.current_stream(self.device), self._compute_stream
+            if before is None or current != before:  # torch says of every stream that it does not differ from None
+                # Memory returns to the stream that allocated it, which must wait for the copies first.
+                self.release_all()
+                self._compute_stream = current
         self.requests += 1
         expected = self._order.observe(number)
         if number not in self._on_device:

@@ -91,7 +91,12 @@ def _play_cuda(torch: Any, card: Any) -> None:
 
     cuda._lazy_init = cuda.synchronize = lambda *_: None
     cuda.empty_cache, cuda.memory_snapshot = card.empty_cache, graphs.snapshot
-    cuda.set_per_process_memory_fraction = lambda fraction, *_: card.set_room(int(fraction * 2**34))
+
+    def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
+        cuda._utils._get_device_index(0 if device is None else device)  # refuses a device without an index
+        card.set_room(int(fraction * 2**34))
+
+    cuda.set_per_process_memory_fraction = set_per_process_memory_fraction
     cuda.set_sync_debug_mode, cuda.get_sync_debug_mode = graphs.set_sync_debug_mode, lambda: graphs.sync_debug_mode[0]
     torch._C._cuda_endAllocateToPool = lambda device, pool: card.end_allocation(pool)
     torch._C._cuda_releasePool = lambda device, pool: card.release_pool(pool)

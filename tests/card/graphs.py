@@ -28,6 +28,11 @@ class Stream:
     def __init__(self, device: Any = None, main: bool = False):
         self.main, self.number = main, 0 if main else next(numbers)
 
+    __hash__ = object.__hash__
+
+    def __ne__(self, other: object) -> bool:
+        return other is not None and self is not other  # as torch's streams compare with None
+
     def wait_stream(self, other: Stream) -> None:
         if not other.main:
             card.keep_promises(card.promised())

@@ -1,4 +1,8 @@
-"""Whole runs on the make-believe card (`card.py`): what they train, what they wait for, and what is on it when."""
+"""Whole runs on a card: what they train, what they wait for, and what is on it when.
+
+On the make-believe card (`card.py`) they equal runs on the CPU, whose kernels compute there. A real card draws other
+random numbers than a CPU: its runs are compared with runs on it without CUDA graphs, under deterministic kernels.
+"""
 
 import json
 import sys
@@ -23,8 +27,16 @@ from lorakit.families import loading
 from lorakit.training import loop, run as train
 from lorakit.training.optimizer_step import OptimizerStep
 
-pytestmark = pytest.mark.usefixtures("short_validation")
-card: Any = torch.cuda.card
+# The make-believe card counts and limits more than a real one.
+card: Any = getattr(torch.cuda, "card", None)
+counted = pytest.mark.skipif(card is None, reason="needs the make-believe card, which counts")
+pytestmark = [
+    pytest.mark.usefixtures("short_validation"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
+]
+# A real card multiplies in TF32, and AdamW makes whole steps of small gradients.
+CLOSE = 2e-3 if card is not None else 1e-2
+EXACT: dict[str, object] = {} if card is not None else {"train__deterministic": True}
 STEPS = 4
 PASS = "CUDA graphs are on: each batch shape is captured at its first step, at most 16"
 GRAPH = f"{PASS}, and clipping with the optimizer step"
@@ -55,7 +67,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """A cache for each test, and all the room there is on the card."""
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     yield
-    card.set_room(-1)
+    if card is not None:
+        card.set_room(-1)
 
 
 def run_config(base: Path, photos: Path, folder: Path, device: str = "cuda", **changes: object) -> Config:
@@ -99,17 +112,18 @@ CASES: list[tuple[str, dict[str, object], str]] = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "changes", "issued"), CASES)
-def test_a_run_on_a_card_trains_what_one_on_the_cpu_trains(
+def test_a_run_on_a_card_trains_what_one_without_its_tricks_trains(
     bases, photos, tmp_path, monkeypatch, family, changes, issued
 ):
-    there = train.train(run_config(bases[family], photos, tmp_path / "card", **changes))
+    there = train.train(run_config(bases[family], photos, tmp_path / "card", **EXACT, **changes))
     changes = {name: value for name, value in changes.items() if name != "memory__stream_base"}
     short_run.unchecked(monkeypatch)
-    here = train.train(run_config(bases[family], photos, tmp_path / "cpu", "cpu", **changes))
+    reference: dict[str, object] = {"device": "cpu"} if card is not None else {"memory__cuda_graphs": False, **EXACT}
+    here = train.train(run_config(bases[family], photos, tmp_path / "reference", **reference, **changes))
     one, two = load_file(there.adapter), load_file(here.adapter)
     assert one.keys() == two.keys()
     for name, right in two.items():
-        assert (one[name] - right).norm() <= 2e-3 * right.norm(), name
+        assert (one[name] - right).norm() <= CLOSE * right.norm(), name
     assert issued in log_values(there.folder)
     assert not any(text in line for line in log_values(there.folder) for text in FAILED)
     assert log_values(there.folder, "warning") == log_values(here.folder, "warning")
@@ -131,6 +145,7 @@ def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path, 
     assert len(log_values(result.folder, "step", "loss")) > 0
 
 
+@counted
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes",
@@ -219,6 +234,7 @@ def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatc
     assert batch_sizes == [5, 3]
 
 
+@counted
 @pytest.mark.gpu
 def test_a_card_that_is_full_is_reported_with_what_to_change(bases, photos, tmp_path):
     settings = run_config(bases["sd1"], photos, tmp_path / "run", sample__at_start=True)
@@ -233,7 +249,7 @@ def test_a_card_that_is_full_is_reported_with_what_to_change(bases, photos, tmp_
 @pytest.mark.gpu
 def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeypatch):
     short_run.unchecked(monkeypatch)
-    straight = train.train(run_config(bases["sd1"], photos, tmp_path / "straight"))
+    straight = train.train(run_config(bases["sd1"], photos, tmp_path / "straight", **EXACT))
     step = OptimizerStep.__call__
 
     def stopping(self, number):
@@ -244,7 +260,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(OptimizerStep, "__call__", stopping)
         with pytest.raises(train.Stopped):
-            train.train(run_config(bases["sd1"], photos, tmp_path / "cut"))
+            train.train(run_config(bases["sd1"], photos, tmp_path / "cut", **EXACT))
     resumed = train.resume(tmp_path / "cut")
     one, two = load_file(straight.adapter), load_file(resumed.adapter)
     assert all(torch.equal(one[name], two[name]) for name in one)
