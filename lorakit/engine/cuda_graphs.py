@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -125,7 +126,9 @@ class CudaCapturer:
 def _waiting_is_an_error() -> Iterator[None]:
     """Inside, an operation that makes the host wait for the device raises RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # torch says once that not all is noticed
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -149,6 +152,9 @@ class Tolerance:
 
 # Kernels that add in varying order differ in the last bits; a graph that reads a wrong tensor differs completely.
 SAME_KERNELS = Tolerance(1e-2, 1e-2, 0.2)
+# In half precision the last bits of some kernels come to more in the gradients. Where two passes without the graph
+# differ too, it may differ so many times as much, and at most so many times the tolerance.
+NOISE_FACTOR, NOISE_LIMIT = 3.0, 10.0
 # A gradient with less than this share of the norm of all gradients is mostly rounding.
 NEGLIGIBLE_SHARE = 1e-2
 
@@ -319,9 +325,16 @@ def verified(
         if not torch.stack(torch._foreach_norm(expected)).isfinite().all():
             raise ReferenceNotFinite("the step's gradients are not finite")
         compute = candidate()
-        torch._foreach_zero_(gradients)
-        begin()
-        _check_agreement([compute(), *gradients], expected, tolerance)
+
+        def difference(compute: Compute) -> Difference:
+            torch._foreach_zero_(gradients)
+            begin()
+            return _difference([compute(), *gradients], expected)
+
+        actual = difference(compute)
+        if not actual.is_within(tolerance) and not actual.is_within(tolerance, noise := difference(reference)):
+            values = actual.message(), noise.message()
+            raise ValueError(Message("{difference} (two passes without it: {noise})", *values))
     except ReferenceNotFinite:
         raise
     except (
@@ -333,27 +346,35 @@ def verified(
     return compute
 
 
-def _check_agreement(actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance: Tolerance) -> None:
-    """Compare a loss and gradients with the expected ones.
+class Difference(NamedTuple):
+    """How far a loss and gradients are from the expected ones; see `Tolerance`."""
 
-    Raises:
-        ValueError: they differ by more than `tolerance`.
-    """
+    loss: float
+    gradients: float
+    single: float
+
+    def is_within(self, tolerance: Tolerance, noise: Sequence[float] = (0.0, 0.0, 0.0)) -> bool:
+        """Whether each is within its tolerance, or explained by the difference of two references, `noise`."""
+        limits = (tolerance.loss, tolerance.gradients, tolerance.single)
+        return all(
+            value <= max(limit, min(NOISE_FACTOR * natural, NOISE_LIMIT * limit))
+            for value, limit, natural in zip(self, limits, noise, strict=True)
+        )
+
+    def message(self) -> Message:
+        """What differs by how much."""
+        template = "its loss differs by {loss:.1e}, its gradients by {gradients:.1e}, a single gradient by {worst:.1e}"
+        return Message(template, *self)
+
+
+def _difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> Difference:
+    """Compare a loss and gradients with the expected ones."""
     actual, expected = ([tensor.detach().float() for tensor in group] for group in (actual, expected))
     differences = torch.stack(torch._foreach_norm(torch._foreach_sub(actual, expected)))
     norms = torch.stack(torch._foreach_norm(expected))
     total = norms[1:].norm().clamp(min=torch.finfo(torch.float32).tiny)
     single = (differences[1:] / (norms[1:] + NEGLIGIBLE_SHARE * total)).max()
-    loss, gradients, worst = torch.stack([differences[0] / norms[0], differences[1:].norm() / total, single]).tolist()
-    if not (loss <= tolerance.loss and gradients <= tolerance.gradients and worst <= tolerance.single):
-        raise ValueError(
-            Message(
-                "its loss differs by {loss:.1e}, its gradients by {gradients:.1e}, a single gradient by {worst:.1e}",
-                loss,
-                gradients,
-                worst,
-            )
-        )
+    return Difference(*torch.stack([differences[0] / norms[0], differences[1:].norm() / total, single]).tolist())
 
 
 def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
