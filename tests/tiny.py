@@ -35,15 +35,18 @@ def byte_characters() -> list[str]:
 
 
 def save_tokenizer(folder: Path, pad_token: str = SPECIAL[1], size: int = 0) -> CLIPTokenizer:
-    """Write a byte-complete CLIP tokenizer as real checkpoints have it, and return it loaded again. With `size`, it is
-    filled up to so many words, as bases in one file want as many as their text encoder has."""
+    """Write a byte-complete CLIP tokenizer as real checkpoints have it, and return it loaded again. With `size`, merges
+    of letters that nobody writes fill it up to so many words: a base in one file wants those of its text encoder."""
     folder.mkdir(parents=True)
     letters = byte_characters()
-    words = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in MERGES)]
-    words += [*(f"unused{number}" for number in range(size - len(words) - len(SPECIAL))), *SPECIAL]
+    rare = [letter for letter in letters if ord(letter) > 127]
+    missing = max(0, size - 2 * len(letters) - len(MERGES) - len(SPECIAL))
+    unused = [f"{first} {second}{end}" for end in ("", "</w>") for first in rare for second in rare][:missing]
+    merges = [*MERGES, *unused]
+    words = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in merges), *SPECIAL]
     vocabulary = {word: number for number, word in enumerate(words)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "unk_token": SPECIAL[1], "pad_token": pad_token}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

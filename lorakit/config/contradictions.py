@@ -63,12 +63,12 @@ def _engine_problems(config: Config) -> list[str]:
     memory, problems = config.memory, list[str]()
     if memory.compile and (memory.base_storage != "full" or memory.stream_base):
         problems.append("memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'")
-    if memory.channels_last and (memory.base_storage != "full" or memory.stream_base):
+    if memory.channels_last == "on" and (memory.base_storage != "full" or memory.stream_base):
         problems.append(
-            "memory.channels_last needs the weights whole: no memory.stream_base, memory.base_storage = 'full'"
+            "memory.channels_last = 'on' needs the weights whole: no memory.stream_base, memory.base_storage = 'full'"
         )
-    if memory.channels_last and (memory.compile or config.engine_is_off):
-        problems.append("memory.channels_last needs memory.engine = 'fused' and no memory.compile")
+    if memory.channels_last == "on" and (memory.compile or config.engine_is_off):
+        problems.append("memory.channels_last = 'on' needs memory.engine = 'fused' and no memory.compile")
     if memory.engine == "plain" and memory.compile:
         problems.append("memory.compile compiles fused blocks: set memory.engine = 'fused'")
     if memory.engine == "plain" and (memory.base_storage != "full" or memory.stream_base):

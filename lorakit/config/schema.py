@@ -345,9 +345,7 @@ class TrainConfig:
     deterministic: bool = option(
         False, "On CUDA, kernels that give the same bits in each run; slower. A CPU does so anyway."
     )
-    on_nan: Literal["stop", "rollback"] = option(
-        "stop", "Non-finite loss: stop, or once go back to the last checkpoint."
-    )
+    on_nan: Literal["stop", "rollback"] = option("stop", "Non-finite loss: stop, or go back to a checkpoint once.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +386,9 @@ class MemoryConfig:
         "fused",
         "plain: diffusers and PEFT unchanged; no CUDA graphs, flat buffers, compile. Same within rounding, slower.",
     )
-    channels_last: bool = option(False, "Keep the UNet's pictures channels last, as cards read them in half precision.")
+    channels_last: Literal["auto", "on", "off"] = option(
+        "auto", "Keep the UNet's pictures channels last. auto: in half precision on a card with Triton."
+    )
     triton: bool = option(True, "Use Triton's kernels where a card has it and they agree with torch's; false: torch's.")
     cuda_graphs: bool = option(True, "Replay steps as CUDA graphs where possible; false: same training, slower.")
 

@@ -120,6 +120,16 @@ def dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
     return PRECISIONS[config.mixed_precision]
 
 
+def channels_last(config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether pictures inside the UNet are channels last, as convolutions in half precision read them on a card. Norms
+    keep that layout by kernels of Triton."""
+    if config.channels_last != "auto":
+        return config.channels_last == "on"
+    is_whole = config.base_storage == "full" and not config.stream_base
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and is_half and is_whole and not config.compile and kernels.uses_triton(device)
+
+
 def streams(config: MemoryConfig, device: torch.device) -> bool:
     """Whether the base's weights stay in the host's memory.
 

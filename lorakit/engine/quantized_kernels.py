@@ -1,7 +1,7 @@
 """What is computed with the codes of quantized weights: the values of NF4's, and products with those of int8.
 
-NF4 is dequantized by bitsandbytes' kernel where it is installed, else by a kernel of Triton on a card that has it, else
-by plain torch. The first two multiply in float32 and round once, and move 2.7 bytes for each weight in half precision;
+NF4 is dequantized by a kernel of Triton on a card that has it, else by bitsandbytes' where it is installed, else by
+plain torch. The first two multiply in float32 and round once, and move 2.7 bytes for each weight in half precision;
 plain torch rounds twice, so that a last bit may differ, and moves 10.5.
 
 Products in int8 (W8A8) quantize the other factor too, each row by its largest magnitude, and add in int32.
@@ -63,7 +63,7 @@ def _choose(dtype: torch.dtype, device: torch.device, triton: bool) -> Dequantiz
         return codes, torch.linspace(0.01, 4, len(codes) * 2 // BLOCK_SIZE, device=device).to(dtype)[:, None]
 
     compiled = [by_bitsandbytes] if device.type in ("cuda", "cpu") and _has_kernels_for(device) else []
-    return kernels.choose([*compiled, *([by_triton] if triton else [])], by_torch, sample)
+    return kernels.choose([*([by_triton] if triton else []), *compiled], by_torch, sample)
 
 
 def _has_kernels_for(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ the only functions that touch it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 # The attribute of a tensor that holds its `Recompute`.
 ATTRIBUTE = "_lorakit_recompute"
 # The overloads themselves: torch would search a packet of overloads at each call.
+_convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _norm_backward = torch.ops.aten.native_group_norm_backward.default
 _silu_backward = torch.ops.aten.silu_backward.default
@@ -112,9 +113,29 @@ def convolution_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, to_x: bool = False, to_weight: bool = False
 ) -> tuple[Any, Any]:
     """The gradients of a convolution's input and weight, each if requested, else None."""
-    mask = [to_x, to_weight, False]
-    gradients = _convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, mask)
-    return gradients[0], gradients[1]
+    to_x_alone = gradient.is_cuda and to_x
+    mask = [to_x and not to_x_alone, to_weight, False]
+    gradients: tuple[Any, ...] = (None, None)
+    if any(mask):
+        gradients = _convolution_backward(gradient, x, weight, None, *geometry, False, (0, 0), 1, mask)
+    return input_gradient(gradient, x.shape, weight, geometry) if to_x_alone else gradients[0], gradients[1]
+
+
+def input_gradient(gradient: Tensor, shape: Sequence[int], weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of a convolution's input `[B, in, h, w]`, in the layout of `gradient` `[B, out, h', w']`.
+
+    It is a transposed convolution. `convolution_backward` takes the layout from input and weight instead, and where
+    both leave it open, as at a kernel of one pixel, copies a gradient that is channels last.
+    """
+    stride, padding, dilation = geometry
+    left = [
+        size - ((out - 1) * step - 2 * pad + spread * (kernel - 1) + 1)
+        for size, out, kernel, step, pad, spread in zip(
+            shape[2:], gradient.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    result: Tensor = _convolution(gradient, weight, None, stride, padding, dilation, True, left, 1)
+    return result
 
 
 class FrozenLayerNorm(nn.LayerNorm):
@@ -193,7 +214,9 @@ def _choose_norm(
     norm = nn.GroupNorm(4, 24, device=device, dtype=dtype).requires_grad_(False)
 
     def sample() -> tuple[object, ...]:
-        x = torch.randn((2, 24, 6, 6), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        # On a card as many places as make a program loop over some of them.
+        shape = (2, 24, 6, 6) if device.type == "cpu" else (2, 24, 512, 512)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         return x.contiguous(memory_format=torch.channels_last), norm, True
 
     def both(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -32,17 +32,21 @@ def geglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
+# How many numbers a program of a norm's holds at once, and the programs for a picture that keep a card busy.
+TILE, PROGRAMS = 4096, 512
+
+
 def norm(x: torch.Tensor, module: torch.nn.GroupNorm, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The twin of `recompute.torch_norm` for x `[B, C, h, w]` that is channels last."""
-    (batch, channels, *_), groups, result = x.shape, module.num_groups, torch.empty_like(x)
-    grid, sizes = _places(x)
-    means, squares = x.new_empty(2, *grid, channels, dtype=torch.float32)
-    _moments[grid](x, means, squares, **sizes)
-    per_group = (batch, grid[1], groups, channels // groups)
-    variance, mean = torch.var_mean(means.view(per_group), (1, 3), correction=0)
-    variance.add_(squares.view(per_group).sum((1, 3)), alpha=groups / x[0].numel())
-    rstd = variance.add_(module.eps).rsqrt_()
-    _apply_norm[grid](x, mean, rstd, module.weight, module.bias, result, groups=groups, SILU=silu, **sizes)
+    result, groups = torch.empty_like(x), module.num_groups
+    grid, options = _tiles(x)
+    parts = x.new_empty(2, *grid, x.shape[1], dtype=torch.float32)
+    mean, rstd = x.new_empty(2, len(x), groups, dtype=torch.float32)
+    _moments[grid](x, parts[0], parts[1], **options)
+    finish, options_to_finish = _parts(x, groups, grid[1])
+    _finish_moments[finish](parts[0], parts[1], mean, rstd, options["rows"], module.eps, **options_to_finish)
+    grid, options = _tiles(x, 1)
+    _apply_norm[grid](x, mean, rstd, module.weight, module.bias, result, groups=groups, SILU=silu, **options)
     return result, mean, rstd
 
 
@@ -56,26 +60,38 @@ def norm_backward(
 ) -> torch.Tensor:
     """The twin of `recompute.torch_norm_backward` for x that is channels last."""
     gradient, result = gradient.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
-    (batch, channels, *_), groups = x.shape, module.num_groups
-    grid, sizes = _places(x)
-    parts = x.new_empty(2, *grid, channels, dtype=torch.float32)
+    grid, options = _tiles(x)
+    parts = x.new_empty(2, *grid, x.shape[1], dtype=torch.float32)
+    means = torch.empty_like(mean), torch.empty_like(mean)
     arguments = gradient, x, mean, rstd, module.weight, module.bias
-    more = {"groups": groups, "SILU": silu, **sizes}
+    more: dict[str, int] = {"groups": module.num_groups, "SILU": silu, **options}
     _norm_sums[grid](*arguments, parts[0], parts[1], **more)
-    means = parts.view(2, batch, grid[1], groups, -1).sum((2, 4)).mul_(groups / x[0].numel())
-    _norm_gradient[grid](*arguments, means[0], means[1], result, **more)
+    finish, options_to_finish = _parts(x, module.num_groups, grid[1])
+    _finish_sums[finish](parts[0], parts[1], *means, options["rows"], **options_to_finish)
+    grid, options = _tiles(x, 1)
+    _norm_gradient[grid](*arguments, *means, result, **more | options)
     return result
 
 
-def _places(x: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """A program for each picture and some of its places, and what it must know of their number."""
+def _tiles(x: torch.Tensor, limit: int = 8) -> tuple[tuple[int, int], dict[str, int]]:
+    """A program for each picture and some of its places (rows of channels), and what it must know of them: it holds
+    `ROWS` at once, `TILES` times; more than once where `PROGRAMS` are left for a picture, at most `limit` times.
+    """
     batch, channels, height, width = x.shape
-    rows = next(rows for rows in (16, 8, 4, 2, 1) if height * width % rows == 0)
-    return (batch, height * width // rows), {
-        "channels": channels,
-        "rows": rows,
-        "WIDTH": triton.next_power_of_2(channels),
-    }
+    places, wide = height * width, triton.next_power_of_2(channels)
+    size = next(rows for rows in (64, 32, 16, 8, 4, 2, 1) if places % rows == 0 and rows * wide <= max(TILE, wide))
+    pieces = places // size
+    tiles = next(t for t in (8, 4, 2, 1) if t == 1 or (t <= limit and pieces % t == 0 and pieces // t >= PROGRAMS))
+    options = {"channels": channels, "rows": size * tiles, "WIDTH": wide, "ROWS": size, "TILES": tiles}
+    return (batch, pieces // tiles), options | {"num_warps": 8 if size * wide >= TILE else 4}
+
+
+def _parts(x: torch.Tensor, groups: int, programs: int) -> tuple[tuple[int], dict[str, int]]:
+    """A program for each group of a picture, which adds what so many programs have left for its channels."""
+    per_group = x.shape[1] // groups
+    wide = triton.next_power_of_2(per_group)
+    options = {"channels": x.shape[1], "groups": groups, "PROGRAMS": programs, "WIDTH": wide}
+    return (len(x) * groups,), options | {"ROWS": max(1, min(triton.next_power_of_2(programs), TILE // wide))}
 
 
 def quantize_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,19 +199,93 @@ def _dequantize_nf4(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _moments(x: tl.tensor, means: tl.tensor, squares: tl.tensor, channels: int, rows: int, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mean, and mean square of the differences from it times their number, of each channel over a program's places."""
+def _moments(  # type: ignore[no-untyped-def]
+    x: tl.tensor,
+    means: tl.tensor,
+    squares: tl.tensor,
+    channels: int,
+    rows: int,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Of each channel over a program's places: the mean, and the sum of the squared differences from it. The first
+    place is taken off before, so that squares keep their digits."""
     program, column = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.arange(0, WIDTH)
-    start = x + program * rows * channels + column
-    first = tl.load(start, mask=column < channels, other=0).to(tl.float32)
-    total, square = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-    for row in range(1, rows):
-        difference = tl.load(start + row * channels, mask=column < channels, other=0).to(tl.float32) - first
+    inside, start = column < channels, program * rows * channels
+    first = tl.load(x + start + column, mask=inside, other=0).to(tl.float32)
+    total, square = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    for tile in range(TILES):
+        at = start + (tile * ROWS + tl.arange(0, ROWS)[:, None]) * channels + column[None, :]
+        difference = tl.load(x + at, mask=inside[None, :], other=0).to(tl.float32) - first[None, :]
         total += difference
         square += difference * difference
-    to = program * channels + column
-    tl.store(means + to, first + total / rows, mask=column < channels)
-    tl.store(squares + to, square - total * total / rows, mask=column < channels)
+    off = tl.sum(total, axis=0) / rows
+    tl.store(means + program * channels + column, first + off, mask=inside)
+    tl.store(squares + program * channels + column, tl.sum(square, axis=0) - rows * off * off, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish_moments(  # type: ignore[no-untyped-def]
+    means: tl.tensor,
+    squares: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    rows: int,
+    eps: float,
+    channels: int,
+    groups: int,
+    PROGRAMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Mean and 1 / standard deviation of a group, from its channels' means and squares over equal numbers of places
+    (Chan, Golub, LeVeque 1979); the first mean is taken off, so that squares keep their digits."""
+    batch, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0).to(tl.int64) % groups
+    per_group = channels // groups
+    first = batch * PROGRAMS * channels + group * per_group
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    base = tl.load(means + first)
+    total, square = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in range(0, PROGRAMS, ROWS):
+        at, inside = first + (start + row) * channels + column, (start + row < PROGRAMS) & (column < per_group)
+        difference = tl.load(means + at, mask=inside, other=0) - base
+        difference = tl.where(inside, difference, 0.0)
+        total += difference
+        square += tl.load(squares + at, mask=inside, other=0) + rows * difference * difference
+    count = PROGRAMS * per_group
+    off = tl.sum(tl.sum(total, axis=1), axis=0) / count
+    variance = tl.sum(tl.sum(square, axis=1), axis=0) / (count * rows) - off * off
+    tl.store(mean + tl.program_id(0), base + off)
+    tl.store(rstd + tl.program_id(0), 1 / tl.sqrt(variance + eps))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish_sums(  # type: ignore[no-untyped-def]
+    sums: tl.tensor,
+    products: tl.tensor,
+    mean_sum: tl.tensor,
+    mean_product: tl.tensor,
+    rows: int,
+    channels: int,
+    groups: int,
+    PROGRAMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The means over a group of what `_norm_sums` has added."""
+    batch, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0).to(tl.int64) % groups
+    per_group = channels // groups
+    first = batch * PROGRAMS * channels + group * per_group
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    total, product = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in range(0, PROGRAMS, ROWS):
+        at, inside = first + (start + row) * channels + column, (start + row < PROGRAMS) & (column < per_group)
+        total += tl.load(sums + at, mask=inside, other=0)
+        product += tl.load(products + at, mask=inside, other=0)
+    count = PROGRAMS * per_group * rows
+    tl.store(mean_sum + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0) / count)
+    tl.store(mean_product + tl.program_id(0), tl.sum(tl.sum(product, axis=1), axis=0) / count)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -211,19 +301,21 @@ def _apply_norm(  # type: ignore[no-untyped-def]
     rows: int,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     batch, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, group = column < channels, batch * groups + column // (channels // groups)
     center, width = tl.load(mean + group, mask=inside, other=0), tl.load(rstd + group, mask=inside, other=0)
     factor = width * tl.load(weight + column, mask=inside, other=0).to(tl.float32)
     shift = tl.load(bias + column, mask=inside, other=0).to(tl.float32)
-    start = (batch * tl.num_programs(1) + tl.program_id(1)) * rows * channels + column
-    for row in range(0, rows):
-        at = start + row * channels
-        y = (tl.load(x + at, mask=inside, other=0).to(tl.float32) - center) * factor + shift
-        if SILU:
-            y = y * tl.sigmoid(y)
-        tl.store(result + at, y.to(result.dtype.element_ty), mask=inside)
+    program = batch * tl.num_programs(1) + tl.program_id(1)
+    at = (program * rows + tl.arange(0, ROWS)[:, None]) * channels + column[None, :]
+    y = tl.load(x + at, mask=inside[None, :], other=0).to(tl.float32)
+    y = (y - center[None, :]) * factor[None, :] + shift[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(result + at, y.to(result.dtype.element_ty), mask=inside[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -241,6 +333,8 @@ def _norm_sums(  # type: ignore[no-untyped-def]
     rows: int,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Of each channel over a program's places: the sum of the gradients of the normed values, and of their products
     with these."""
@@ -250,19 +344,20 @@ def _norm_sums(  # type: ignore[no-untyped-def]
     factor = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
     shift = tl.load(bias + column, mask=inside, other=0).to(tl.float32)
     program = batch * tl.num_programs(1) + tl.program_id(1)
-    total, product = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-    for row in range(0, rows):
-        at = program * rows * channels + row * channels + column
-        normed = (tl.load(x + at, mask=inside, other=0).to(tl.float32) - center) * width
-        towards = tl.load(gradient + at, mask=inside, other=0).to(tl.float32) * factor
+    total, product = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    for tile in range(TILES):
+        at = (program * rows + tile * ROWS + tl.arange(0, ROWS)[:, None]) * channels + column[None, :]
+        normed = tl.load(x + at, mask=inside[None, :], other=0).to(tl.float32)
+        normed = (normed - center[None, :]) * width[None, :]
+        towards = tl.load(gradient + at, mask=inside[None, :], other=0).to(tl.float32) * factor[None, :]
         if SILU:
-            y = normed * factor + shift
+            y = normed * factor[None, :] + shift[None, :]
             share = tl.sigmoid(y)
             towards = towards * share * (1 + y * (1 - share))
         total += towards
         product += towards * normed
-    tl.store(sums + program * channels + column, total, mask=inside)
-    tl.store(products + program * channels + column, product, mask=inside)
+    tl.store(sums + program * channels + column, tl.sum(total, axis=0), mask=inside)
+    tl.store(products + program * channels + column, tl.sum(product, axis=0), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -273,28 +368,32 @@ def _norm_gradient(  # type: ignore[no-untyped-def]
     rstd: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
-    sums: tl.tensor,
-    products: tl.tensor,
+    mean_sum: tl.tensor,
+    mean_product: tl.tensor,
     result: tl.tensor,
     channels: int,
     groups: int,
     rows: int,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     batch, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, group = column < channels, batch * groups + column // (channels // groups)
     center, width = tl.load(mean + group, mask=inside, other=0), tl.load(rstd + group, mask=inside, other=0)
     factor = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
     shift = tl.load(bias + column, mask=inside, other=0).to(tl.float32)
-    total, product = tl.load(sums + group, mask=inside, other=0), tl.load(products + group, mask=inside, other=0)
-    for row in range(0, rows):
-        at = ((batch * tl.num_programs(1) + tl.program_id(1)) * rows + row) * channels + column
-        normed = (tl.load(x + at, mask=inside, other=0).to(tl.float32) - center) * width
-        towards = tl.load(gradient + at, mask=inside, other=0).to(tl.float32) * factor
-        if SILU:
-            y = normed * factor + shift
-            share = tl.sigmoid(y)
-            towards = towards * share * (1 + y * (1 - share))
-        to = width * (towards - total - normed * product)
-        tl.store(result + at, to.to(result.dtype.element_ty), mask=inside)
+    total = tl.load(mean_sum + group, mask=inside, other=0)
+    product = tl.load(mean_product + group, mask=inside, other=0)
+    program = batch * tl.num_programs(1) + tl.program_id(1)
+    at = (program * rows + tl.arange(0, ROWS)[:, None]) * channels + column[None, :]
+    normed = tl.load(x + at, mask=inside[None, :], other=0).to(tl.float32)
+    normed = (normed - center[None, :]) * width[None, :]
+    towards = tl.load(gradient + at, mask=inside[None, :], other=0).to(tl.float32) * factor[None, :]
+    if SILU:
+        y = normed * factor[None, :] + shift[None, :]
+        share = tl.sigmoid(y)
+        towards = towards * share * (1 + y * (1 - share))
+    to = width[None, :] * (towards - total[None, :] - normed * product[None, :])
+    tl.store(result + at, to.to(result.dtype.element_ty), mask=inside[None, :])

@@ -88,7 +88,8 @@ def trainable(
     processes.copy_weights(adapter)
     if not family.plain:
         save_less = memory_estimate.use_save_less(config, family.device.type)
-        adapters.optimize_blocks(family, save_less=save_less, channels_last=config.memory.channels_last)
+        channels_last = whole is None and devices.channels_last(config.memory, family.device, family.dtype)
+        adapters.optimize_blocks(family, save_less=save_less, channels_last=channels_last)
     elif not config.engine_is_off:
         block = fused_blocks.unknown_block(family.denoiser)
         say(Message(UNKNOWN_BLOCK, block, SLOWER))

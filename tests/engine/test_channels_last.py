@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakit import adapters, config
 from lorakit.config import LoraConfig
 from lorakit.core.errors import ConfigError
-from lorakit.engine import kernels, recompute
+from lorakit.engine import device, kernels, recompute
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1 in the environment"
 )
-SHAPES = [(2, 24, 4, 6), (1, 320, 8, 8), (3, 64, 3, 5)]
+# Pictures, and how many programs of a kernel share one at least.
+SHAPES = [((2, 24, 4, 6), 512), ((1, 320, 16, 8), 4), ((1, 320, 16, 8), 512), ((3, 64, 3, 5), 1)]
 
 
 def norm(channels: int, dtype: torch.dtype, groups: int) -> nn.GroupNorm:
@@ -38,12 +39,15 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, to
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tritons_norm_gives_what_torch_gives(shape: tuple[int, ...], silu: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("shape", "programs"), SHAPES, ids=str)
+def test_tritons_norm_gives_what_torch_gives(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], programs: int, silu: bool, dtype: torch.dtype
+) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     from lorakit.engine import triton_kernels
 
     recompute._choose_norm.cache_clear()
+    monkeypatch.setattr(triton_kernels, "PROGRAMS", programs)
     (x, towards), module = inputs(shape, dtype), norm(shape[1], dtype, 8)
     assert recompute._norm_kernels(x) == (triton_kernels.norm, triton_kernels.norm_backward)
     result, mean, rstd = triton_kernels.norm(x, module, silu)
@@ -131,13 +135,46 @@ def test_a_unet_learns_the_same_and_convolutions_read_what_is_channels_last(tiny
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory.base_storage": "int8"}, "memory.channels_last needs the weights whole"),
-        ({"memory.stream_base": True}, "memory.channels_last needs the weights whole"),
-        ({"memory.engine": "plain"}, "memory.channels_last needs memory.engine = 'fused' and no memory.compile"),
-        ({"memory.compile": True}, "memory.channels_last needs memory.engine = 'fused' and no memory.compile"),
+        ({"memory.base_storage": "int8"}, "memory.channels_last = 'on' needs the weights whole"),
+        ({"memory.stream_base": True}, "memory.channels_last = 'on' needs the weights whole"),
+        ({"memory.engine": "plain"}, "memory.channels_last = 'on' needs memory.engine = 'fused' and no memory.compile"),
+        ({"memory.compile": True}, "memory.channels_last = 'on' needs memory.engine = 'fused' and no memory.compile"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, object], message: str) -> None:
     steps = {"data.folder": "photos", "data.name": "sks toy", "train.steps": 10, "memory.limit_gib": None}
     with pytest.raises(ConfigError, match=message):
-        config.load(None, {**steps, "memory.channels_last": True, **options})
+        config.load(None, {**steps, "memory.channels_last": "on", **options})
+
+
+def test_where_auto_takes_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_is_installed", lambda package: True)
+    card, bf16 = torch.device("cuda"), torch.bfloat16
+    assert device.channels_last(config.MemoryConfig(), card, bf16)
+    assert device.channels_last(config.MemoryConfig(channels_last="on"), torch.device("cpu"), torch.float32)
+    for options, where, dtype in (
+        ({"channels_last": "off"}, card, bf16),
+        ({"base_storage": "nf4"}, card, bf16),
+        ({"stream_base": True}, card, bf16),
+        ({"compile": True}, card, bf16),
+        ({}, card, torch.float32),
+        ({}, torch.device("cpu"), bf16),
+    ):
+        assert not device.channels_last(config.MemoryConfig(**options), where, dtype)
+    monkeypatch.setattr(kernels, "_is_installed", lambda package: False)
+    assert not device.channels_last(config.MemoryConfig(), card, bf16)
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "kernel", "size"),
+    [(1, 1, 1, 3, (9, 7)), (2, 1, 1, 3, (10, 8)), (2, 0, 1, 3, (11, 9)), (1, 0, 1, 1, (5, 6)), (1, 2, 2, 3, (9, 9))],
+)
+def test_the_gradient_of_an_input_without_the_input(
+    stride: int, padding: int, dilation: int, kernel: int, size: tuple[int, int]
+) -> None:
+    x, weight = torch.randn(2, 4, *size, requires_grad=True), torch.randn(6, 4, kernel, kernel)
+    y = functional.conv2d(x, weight, None, stride, padding, dilation)
+    towards = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, towards)
+    geometry = (stride, stride), (padding, padding), (dilation, dilation)
+    torch.testing.assert_close(recompute.input_gradient(towards, x.shape, weight, geometry), expected)

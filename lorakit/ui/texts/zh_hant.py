@@ -453,7 +453,10 @@ OPTIONS = {
         "訓練結果在捨入誤差內相同，較慢。",
     ),
     "memory.cuda_graphs": ("CUDA graphs", "可能時以 CUDA graphs 重播每一步；false：訓練結果相同，較慢。"),
-    "memory.channels_last": ("Channels last", "UNet 內的影像以 channels last 排列，半精度的卷積就是這樣讀取。"),
+    "memory.channels_last": (
+        "Channels last",
+        "UNet 內的影像以 channels last 排列。auto：顯示卡上以半精度訓練、有 Triton 且權重完整時。",
+    ),
     "memory.triton": (
         "Triton 核心",
         "有 Triton 且結果與 torch 相符時，使用其核心；false：只用 torch 的。",

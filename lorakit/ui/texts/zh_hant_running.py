@@ -254,11 +254,11 @@ RUNNING = {
     "take 'int8', which is as small": (
         "memory.base_storage = 'w8a8'：{device} 與 torch {version} 不能做 int8 乘積（{reason}）：請用同樣小的 'int8'"
     ),
-    "memory.channels_last needs the weights whole: no memory.stream_base, memory.base_storage = 'full'": (
-        "memory.channels_last 需要完整的權重：不用 memory.stream_base，且 memory.base_storage = 'full'"
+    "memory.channels_last = 'on' needs the weights whole: no memory.stream_base, memory.base_storage = 'full'": (
+        "memory.channels_last = 'on' 需要完整的權重：不用 memory.stream_base，且 memory.base_storage = 'full'"
     ),
-    "memory.channels_last needs memory.engine = 'fused' and no memory.compile": (
-        "memory.channels_last 需要 memory.engine = 'fused'，且不用 memory.compile"
+    "memory.channels_last = 'on' needs memory.engine = 'fused' and no memory.compile": (
+        "memory.channels_last = 'on' 需要 memory.engine = 'fused'，且不用 memory.compile"
     ),
     "memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'": (
         "memory.compile 需要完整的權重：不用 memory.stream_base，且 memory.base_storage = 'full'"
