@@ -154,7 +154,8 @@ def lorakit_loop(
     """A function that runs so many of lorakit's optimizer steps; as on a `device` of that kind, where one is given."""
     adapter = adapters.attach(family, run_config.adapter, seed=0)
     save_less = memory_estimate.use_save_less(run_config, device or family.device.type)
-    adapters.optimize_blocks(family, save_less=save_less, channels_last=run_config.memory.channels_last)
+    channels_last = devices.channels_last(run_config.memory, family.device, family.dtype)
+    adapters.optimize_blocks(family, save_less=save_less, channels_last=channels_last)
     if run_config.memory.gradient_checkpointing:
         blocks = [path for path, _ in family.denoiser.named_modules() if memory_estimate.BLOCK.fullmatch(path)]
         devices.gradient_checkpointing(family, blocks)

@@ -10,7 +10,7 @@ the step is from the time floor of its matrix products alone, and the peak of me
 on narrow models of the same depth: it proves that the script works, and its figures mean nothing else. With `--compile`
 ours runs once more, its blocks compiled; a second call finds them in the cache, and its first step shows by how much.
 Two options ask another question: `--stream`, our step with gradient checkpointing, the base's weights on the card and
-in the host's memory; `--convolutions`, our step as it is, with cuDNN trying its algorithms, and with channels last.
+in the host's memory; `--convolutions`, our step as it is, with cuDNN trying its algorithms, and with channels first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute: batch 1, few steps")
     parser.add_argument("--stream", action="store_true", help="weights on the card beside weights in the host's memory")
     parser.add_argument("--compile", action="store_true", help="ours with memory.compile, too")
-    parser.add_argument("--convolutions", action="store_true", help="ours with cudnn.benchmark and with channels last")
+    parser.add_argument("--convolutions", action="store_true", help="ours with cudnn.benchmark and with channels first")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -142,12 +142,12 @@ def makers(
 
         return run
 
-    def channels_last() -> common.Loop:
-        changed = common.settings(batch, args.rank, **{"memory.channels_last": True})
+    def channels_first() -> common.Loop:
+        changed = common.settings(batch, args.rank, **{"memory.channels_last": "off"})
         return common.lorakit_loop(*model(), changed)
 
     if args.convolutions:
-        return {"lorakit": ours, "cudnn.benchmark": searched, "channels last": channels_last}
+        return {"lorakit": ours, "cudnn.benchmark": searched, "channels first": channels_first}
     if args.stream:
         return {"resident": lambda: checkpointed(False), "streamed": lambda: checkpointed(True)}
     loops = {

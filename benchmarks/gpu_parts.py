@@ -40,10 +40,13 @@ KERNELS = {
     "copies and pointwise": ("elementwise", "vectorized", "copy", "fill", "memcpy", "memset", "cat", "reduce"),
 }
 GPU_TESTS = (
+    "card/on_card.py",
     "card/on_graphs.py",
+    "engine/test_compile.py",
     "engine/test_cuda_graphs.py",
     "engine/test_quantized_weight.py",
     "engine/test_triton_kernels.py",
+    "engine/test_weight_offload.py",
 )
 
 
@@ -171,7 +174,12 @@ def tests(machine: Machine) -> None:
 
     report = Path(tempfile.mkdtemp()) / "junit.xml"
     files = [str(ROOT / "tests" / name) for name in GPU_TESTS]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-o", "addopts=", "-o", "filterwarnings="]
+    command += ["-p", "no:cacheprovider"]
+    with contextlib.suppress(ImportError):
+        import xdist  # noqa: F401
+
+        command += ["-n", "4"]
     result = subprocess.run([*command, f"--junitxml={report}", *files], cwd=ROOT, capture_output=True, text=True)
     print(result.stdout[-9000:], result.stderr[-2000:])
     row("pytest -m gpu", (result.stdout.strip().splitlines() or ["?"])[-1], code=result.returncode)
@@ -227,6 +235,20 @@ def bits(machine: Machine) -> None:
             row(title, captured, off_twice=off[0], off_without_graphs=off[1], seconds=times, lines=sorted(set(lines)))
 
 
+def runs_sd15(machine: Machine) -> None:
+    """Whole runs of SD1.5's presets."""
+    import gpu_runs
+
+    gpu_runs.runs(machine, "sd1")
+
+
+def runs_sdxl(machine: Machine) -> None:
+    """Whole runs of SDXL's presets."""
+    import gpu_runs
+
+    gpu_runs.runs(machine, "sdxl")
+
+
 def _difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     pairs = [(one[name].float(), two[name].float()) for name in two]
     return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
@@ -272,9 +294,15 @@ def profile(machine: Machine) -> None:
     """Kernels of a step, by kind, and how long the card is busy in it."""
     from torch.profiler import ProfilerActivity, profile as profiler
 
-    for kind, batch in (("sd15", 1),) if machine.rehearse else (("sd15", 1), ("sdxl", 1), ("sd15", 4)):
-        with attempt(f"profile {kind} b{batch}"):
-            loop = machine.loop(kind, batch)
+    cases: list[tuple[str, int, str, dict[str, Any]]] = [
+        ("sd15", 1, "", {}),
+        ("sdxl", 1, "", {}),
+        ("sd15", 1, ", channels first", {"memory.channels_last": "off"}),
+    ]
+    for kind, batch, change, options in cases[: 1 if machine.rehearse else None]:
+        title = f"{kind} b{batch}{change}"
+        with attempt(f"profile {title}"):
+            loop = machine.loop(kind, batch, **options)
             loop(1 if machine.rehearse else 4)
             wall = machine.milliseconds(lambda loop=loop: loop(1), 5)
             activity = ProfilerActivity.CPU if machine.rehearse else ProfilerActivity.CUDA
@@ -282,18 +310,22 @@ def profile(machine: Machine) -> None:
                 loop(1)
                 loops.wait(machine.device)
             groups: dict[str, tuple[int, float]] = {}
+            names: dict[str, tuple[int, float]] = {}
             for event in record.events():
                 if not machine.rehearse and not str(event.device_type).endswith("CUDA"):
                     continue
                 name = event.name.lower()
                 group = next((g for g, words in KERNELS.items() if any(word in name for word in words)), "other")
                 took = event.self_cpu_time_total if machine.rehearse else event.time_range.elapsed_us()
-                count, total = groups.get(group, (0, 0.0))
-                groups[group] = count + 1, total + took
+                for table, key in ((groups, group), (names, f"{group}: {event.name[:120]}")):
+                    count, total = table.get(key, (0, 0.0))
+                    table[key] = count + 1, total + took
             busy, kernels = sum(t for _, t in groups.values()) / 1e3, sum(n for n, _ in groups.values())
-            row(f"{kind} b{batch} busy", busy, unit="ms", kernels=kernels, step_ms=round(wall, 2))
+            row(f"{title} busy", busy, unit="ms", kernels=kernels, step_ms=round(wall, 2))
             for group, (count, total) in sorted(groups.items(), key=lambda item: -item[1][1]):
-                row(f"{kind} b{batch} {group}", total / 1e3, unit="ms", kernels=count)
+                row(f"{title} {group}", total / 1e3, unit="ms", kernels=count)
+            longest = sorted(names.items(), key=lambda item: -item[1][1])[:25]
+            row(f"{title} longest", len(names), unit="kernels", us={name: [n, round(t)] for name, (n, t) in longest})
             del loop
 
 
@@ -344,6 +376,9 @@ def _saving_loop(machine: Machine, name: str, settings: Any) -> common.Loop:
         quantized_weight.store_layers(
             family.denoiser, options.base_storage, machine.device, offload=options.stream_base
         )
+        if not machine.rehearse:  # what is smaller now was whole before
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     adapter = adapters.attach(family, settings.adapter, seed=0)
     adapters.optimize_blocks(family, save_less=memory_estimate.use_save_less(settings, "cuda"))
     outline = counted.outlined(name, settings)
@@ -356,7 +391,7 @@ def _saving_loop(machine: Machine, name: str, settings: Any) -> common.Loop:
 
 
 def variants(machine: Machine) -> None:
-    """cuDNN's search, channels last, each of SDPA's kernels, torch's own instead of Triton's, an 8-bit optimizer."""
+    """cuDNN's search, channels first, each of SDPA's kernels, torch's own instead of Triton's, an 8-bit optimizer."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from lorakit.engine import kernels as choice
@@ -420,6 +455,8 @@ PARTS: dict[str, Callable[[Machine], None]] = {
     "card": card,
     "tests": tests,
     "bits": bits,
+    "runs-sd15": runs_sd15,
+    "runs-sdxl": runs_sdxl,
     "sd15": sd15,
     "sdxl": sdxl,
     "profile": profile,
