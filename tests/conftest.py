@@ -1,12 +1,15 @@
 """What every test has at hand. One thread: on tiny models, more threads only wait for each other."""
 
+import contextlib
 import gc
+import importlib
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,12 +53,35 @@ LONGEST = (
     "test_house.py",
 )
 
+FOREIGN = (
+    "peft",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "gradio",
+    "hypothesis",
+    "IPython.core.interactiveshell",
+    "jupytext",
+    "lycoris",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # In a worker lines are counted from the session's start on: what others wrote is imported before, in half the time.
+    if config.pluginmanager.hasplugin("_cov") and hasattr(config, "workerinput"):
+        for name in FOREIGN:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    # Python 3.11 takes 1.4 times as long while lines are counted: those of slow tests are not.
+    # Python 3.11 takes up to twice as long while lines are counted: no slow tests, and of others three cases.
+    cases = Counter[str]()
     for item in items:
-        if item.get_closest_marker("slow"):
+        function = item.nodeid.partition("[")[0]
+        cases[function] += 1
+        if item.get_closest_marker("slow") or cases[function] > 3:
             item.add_marker("no_cover")
 
 
