@@ -16,7 +16,13 @@ from lorakit.families import BaseInfo, hub
 
 # The options that everybody has to answer for; all others have a preset's value.
 PHOTOS, KIND, NAME, BASE = BASIC_OPTIONS = ("data.folder", "data.kind", "data.name", "model.base")
-EXCLUDE = "data.exclude"
+# What the page of photos changes beside them.
+EXCLUDE, EDITS, MORE_FOLDERS, CONCEPTS = OF_PHOTOS = (
+    "data.exclude",
+    "data.edits",
+    "data.more_folders",
+    "data.concepts",
+)
 VAE = "model.vae"
 # Decided by whoever starts a run, not asked.
 SET_BY_CALLER = ("output.folder",)

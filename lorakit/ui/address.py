@@ -28,7 +28,7 @@ _TAB = """() => {
 # Where what had the focus is drawn anew it has it again, and where it is gone the tab has it: a keyboard goes on there.
 KEEP_FOCUS = """
 let last = '', holder = null;
-const PARTS = ['data-run', 'data-exclude', 'data-file', 'data-picture'];
+const PARTS = ['data-run', 'data-exclude', 'data-edit', 'data-file', 'data-picture'];
 const selector = (node) => {
   const name = PARTS.find((part) => node.hasAttribute(part));
   if (name) return `[${name}="${CSS.escape(node.getAttribute(name))}"]`;

@@ -361,7 +361,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     # The folder is shown, and again with what the check says.
     edits = photos.captions.wire(photos.folder, inputs, config_of)
     shows: list[Event] = [
-        (listen, show) for listen in (*_wire_folder(photos, train, inputs), *edits, tab.select, loaded.then)
+        (listen, show) for listen in (*_wire_folder(photos, train, inputs, config_of), *edits, tab.select, loaded.then)
     ]
     shows += [(photos.previous.click, turn_back), (photos.next.click, turn)]
     look = polled(tasks, shows, inputs, photos.outputs)
@@ -371,18 +371,25 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
 
 
 def _wire_folder(
-    photos: PhotosPage, train: TrainPage, inputs: set[gr.components.Component]
+    photos: PhotosPage,
+    train: TrainPage,
+    inputs: set[gr.components.Component],
+    config_of: Callable[[Values], Config | None],
 ) -> list[Callable[..., object]]:
     """Wire what changes which photos there are; what listens to the end of each such event."""
-    field, excluded = train.widgets[quickstart.PHOTOS], train.widgets[quickstart.EXCLUDE]
+    keys = (quickstart.PHOTOS, *quickstart.OF_PHOTOS)
+    field, excluded, edits, more_folders, concepts = (train.widgets[key] for key in keys)
+    part = photos.concepts
 
     def keep(data: Values) -> dict[str, Any]:
         answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
         return train.draft_of(data[train.quality], data[train.marks], answers)
 
     def choose(data: Values) -> tuple[Any, ...]:
-        is_same = data[photos.folder] == data[field]
-        return "", data[photos.folder], gr.skip() if is_same else "", keep(data)
+        if data[photos.folder] == data[field]:
+            return "", gr.skip(), gr.skip(), gr.skip(), keep(data)
+        others = photos.edits_elsewhere(data[edits] or "", data[more_folders] or "")
+        return "", data[photos.folder], "", others, keep(data | {excluded: "", edits: others})
 
     def take_in(data: Values, say: Say, progress: Progress) -> tuple[Any, ...]:
         message, place = photos.take_in(data[photos.upload], data[photos.folder] or "", say, progress)
@@ -390,11 +397,42 @@ def _wire_folder(
             return message, gr.skip(), gr.skip(), None, gr.skip()
         return message, place, place, None, keep(data | {photos.folder: place})
 
-    def exclude(data: Values, event: gr.EventData) -> str:
-        return photos.exclude(data[photos.folder] or "", data[excluded] or "", event.photo)
+    def edit(data: Values, event: gr.EventData) -> list[object]:
+        changes = {excluded: data[excluded] or "", edits: data[edits] or ""}
+        if event.act == "exclude":
+            folder = data[photos.folder] or ""
+            changes[excluded] = photos.exclude(folder, changes[excluded], event.photo, config_of(data))
+        else:
+            box = event.box if event.act == "crop" else None
+            changes[edits] = photos.edit(changes[edits], event.photo, event.act, box)
+        return [*changes.values(), keep(data | changes)]
+
+    def add_folder(data: Values, request: gr.Request) -> list[object]:
+        values = data[more_folders] or "", data[part.place] or "", data[part.name] or "", data[part.weight]
+        message, lines = part.add(*values, say_for(request))
+        if lines == values[0]:
+            return [message, *[gr.skip()] * 5]
+        changes = {concepts: "folders" if data[concepts] == "ask" else data[concepts], more_folders: lines}
+        return [message, None, "", *changes.values(), keep(data | changes)]
+
+    def remove_folder(data: Values, event: gr.EventData) -> list[object]:
+        lines = part.remove(data[more_folders] or "", event.name)
+        changes = {concepts: data[concepts] if lines else "ask", more_folders: lines}
+        return [*changes.values(), keep(data | changes)]
 
     opening_events = [photos.open.click, photos.folder.input]
-    opened = gr.on(opening_events, choose, inputs, [photos.message, field, excluded, train.draft], **FOLLOW)
+    opened = gr.on(opening_events, choose, inputs, [photos.message, field, excluded, edits, train.draft], **FOLLOW)
     upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
     uploaded = polled(photos.workspace.tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
-    return [opened.then, uploaded, photos.cards.select(exclude, inputs, excluded, **EACH).then]
+    of_part = [
+        part.message,
+        part.place,
+        part.name,
+        concepts,
+        more_folders,
+        train.draft,
+    ]  # in this order: a text reports its change
+    added = part.add_button.click(add_folder, inputs | {part.place, part.name, part.weight}, of_part, **ACT)
+    removed = part.list.select(remove_folder, inputs, of_part[3:], **ACT)
+    edited = photos.cards.select(edit, inputs, [excluded, edits, train.draft], **EACH)
+    return [opened.then, uploaded, edited.then, added.then, removed.then]

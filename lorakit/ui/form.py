@@ -159,6 +159,17 @@ def _resolve(key: str, value: object, roots: Roots) -> object:
     return resolve_path(key, value, roots) if isinstance(value, str) and value.strip() else value
 
 
+def table_of(key: str, text: str) -> dict[str, str]:
+    """The table that a widget's text means; none where it means no table of texts."""
+    table = fields()[key].read(text)
+    return {k: v for k, v in table.items() if isinstance(v, str)} if isinstance(table, dict) else {}
+
+
+def table_text(table: Mapping[str, str]) -> str:
+    """A table as its widget holds it."""
+    return configuration.toml_value(table) if table else ""
+
+
 def resolve_path(key: str, text: str, roots: Roots) -> str:
     """The path below the roots that somebody typed; a base's hub id as it is, unless a file there has that name.
 

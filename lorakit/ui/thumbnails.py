@@ -13,8 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core import image_grid
 from lorakit.data.decode import Unreadable, decode, measure
+from lorakit.data.photo_folder import Photo
 
 SIDE = 256
 # About 15 KiB each.
@@ -35,22 +37,22 @@ class Thumbnails:
     """Makes and keeps thumbnails; safe to use from several threads."""
 
     def __init__(self, workers: int = 4):
-        self._cache: OrderedDict[tuple[Path, int, int, int], Thumbnail] = OrderedDict()
+        self._cache: OrderedDict[tuple[Path, int, int, int, PhotoEdit], Thumbnail] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="thumbnail")
 
-    def get(self, path: Path, side: int = SIDE) -> Thumbnail:
+    def get(self, path: Path, side: int = SIDE, edit: PhotoEdit = NO_EDIT) -> Thumbnail:
         """The thumbnail of a file as it is now; longest side `side` pixels."""
         try:
             status = path.stat()
         except OSError as error:
             return Thumbnail(problem=f"{path.name}: {error.strerror or error}")
-        key = (path, status.st_mtime_ns, status.st_size, side)
+        key = (path, status.st_mtime_ns, status.st_size, side, edit)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        thumbnail = _make(path, side)
+        thumbnail = _make(path, side, edit)
         with self._lock:
             self._cache[key] = thumbnail
             while len(self._cache) > MAX_THUMBNAILS:
@@ -58,21 +60,21 @@ class Thumbnails:
         return thumbnail
 
     def several(
-        self, paths: Sequence[Path], progress: Callable[[int, int], object] = lambda count, total: None
+        self, photos: Sequence[Photo], progress: Callable[[int, int], object] = lambda count, total: None
     ) -> list[Thumbnail]:
         """Several at once; decoding leaves Python's lock, so it runs on every core."""
         thumbnails = []
-        for thumbnail in self._pool.map(self.get, paths):
+        for thumbnail in self._pool.map(lambda photo: self.get(photo.path, edit=photo.edit), photos):
             thumbnails.append(thumbnail)
-            progress(len(thumbnails), len(paths))
+            progress(len(thumbnails), len(photos))
         return thumbnails
 
 
-def _make(path: Path, side: int) -> Thumbnail:
+def _make(path: Path, side: int, edit: PhotoEdit) -> Thumbnail:
     try:
         raw = path.read_bytes()
-        photo = decode(raw, path.name, at_least=side)
-        size = measure(raw, path.name)
+        photo = decode(raw, path.name, at_least=side, edit=edit)
+        size = measure(raw, path.name, edit)
     except Unreadable as problem:
         return Thumbnail(problem=problem.reason)
     return Thumbnail(address(image_grid.thumbnail(photo.image, side)), size=size)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import families
-from lorakit.config import Config
+from lorakit.config import Config, DataConfig
 from lorakit.core import atomic, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.data import checks, photo_folder
+from lorakit.data.photo_folder import Photo
 from lorakit.formats import identify
 from lorakit.runs import run_folder
 from lorakit.runs.preflight import Preflight, preflight
@@ -76,11 +77,22 @@ class Workspace:
         files = [path for path in self.runs.glob("*/*.safetensors") if is_adapter(path)]
         return sorted(files, key=lambda path: -path.stat().st_mtime)
 
+    def photos(self, folder: str, data: DataConfig | None = None) -> list[Photo]:
+        """All photos that a page shows, those that are left out too; with the edits and other folders of a config.
+
+        Raises:
+            LorakitError: a folder is outside of the roots, or as `photo_folder.scan`.
+        """
+        place, data = self.roots.resolve(folder), data or DataConfig()
+        more = {name: str(self.roots.resolve(path)) for name, path in data.more_folders.items()}
+        return photo_folder.scan(place, more_folders=more, edits=data.edits).photos
+
     def report(self, config: Config, progress: Progress | None = None) -> Future[checks.Report]:
         """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed.
         Who asks while the check runs gets the progress too."""
         info = families.describe(config.model)
-        key = (config.data, config.model, info.path, info.downscale, _fingerprint(Path(config.data.folder)))
+        folders = [Path(folder) for folder in (config.data.folder, *config.data.more_folders.values())]
+        key = (config.data, config.model, info.path, info.downscale, *map(_fingerprint, folders))
         with self._lock:
             if key not in self._reports:
                 self._reports[key] = self._check(config, info)

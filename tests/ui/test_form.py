@@ -107,6 +107,7 @@ def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
         "task.",
         "chart.",
         "captions.tool.",
+        "edit.",
         "quality.",
         "section.",
         "option.",

@@ -231,7 +231,7 @@ def test_a_page_of_photos(workspace: Workspace, train: TrainPage, tiny_sd1: Path
     values, _ = answered(train, tiny_sd1, data__resolution=64.0)
     config = train.config_of_photos(train.form_values(values))
     folder = str(workspace.roots.paths[0])
-    summary, cards, pager, previous, _, following, _, first = photos.show(folder, 0, config, SAY)
+    summary, cards, pager, previous, _, following, _, first, _ = photos.show(folder, 0, config, SAY)
     assert cards.count('<li class="lk-card') == PAGE and first == 0 and pager["visible"]
     assert "Looking at every photo" in summary and "trained at" not in cards
     assert not previous["interactive"] and following["interactive"]
@@ -240,7 +240,7 @@ def test_a_page_of_photos(workspace: Workspace, train: TrainPage, tiny_sd1: Path
     assert "lk-crop" in cards, "a photo of 90 x 64 is cropped, and it is shown where"
     # What is known is told at once.
     assert photos.show(folder, 0, config, SAY)[:2] == [summary, cards]
-    _, cards, _, previous, _, following, _, first = photos.show(folder, 10 * PAGE, config, SAY)
+    _, cards, _, previous, _, following, _, first, _ = photos.show(folder, 10 * PAGE, config, SAY)
     assert first == PAGE and cards.count('<li class="lk-card') == 2
     assert previous["interactive"] and not following["interactive"]
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from lorakit.config import Config
+from lorakit.config import Config, photo_edits
+from lorakit.config.photo_edits import NO_EDIT, WHOLE
 from lorakit.core.errors import LorakitError
 from lorakit.data import buckets, checks, photo_folder
 from lorakit.data.photo_folder import Photo
-from lorakit.ui import widgets
+from lorakit.runs import quickstart
+from lorakit.ui import form, widgets
 from lorakit.ui.pages.captions import CaptionTools
+from lorakit.ui.pages.concepts import ConceptFolders
 from lorakit.ui.tasks import Progress
 from lorakit.ui.texts import Say
 from lorakit.ui.thumbnails import Thumbnail
@@ -29,7 +33,7 @@ PAGE = 48
 CAPTIONS = """
 const unsaved = new Map();
 const owner = new WeakMap();
-let typing = null;
+let typing = null, cropping = '';
 const fields = () => [...element.querySelectorAll('textarea')];
 const mark = (field) => {
   const button = field.nextElementSibling, hidden = !unsaved.has(field.dataset.file);
@@ -51,13 +55,58 @@ element.addEventListener('click', ({target}) => {
   const button = target.closest('.lk-save');
   if (button) save(button.previousElementSibling);
   const choice = target.closest('[data-exclude]');
-  if (choice) trigger('select', {photo: choice.dataset.exclude});
+  if (choice) change({act: 'exclude', photo: choice.dataset.exclude});
+  const edit = target.closest('[data-edit]');
+  if (!edit) return;
+  const [act] = edit.dataset.edit.split(':'), photo = edit.dataset.edit.slice(act.length + 1);
+  if (act !== 'crop') return change({act, photo});
+  cropping = cropping === photo ? '' : photo;
+  settle();
+});
+// A change is made to what the page holds: the next one waits until the cards show it.
+const change = (what) => {
+  element.inert = true;
+  setTimeout(() => { element.inert = false; }, 4000);
+  trigger('select', what);
+};
+const percent = (frame, {clientX, clientY}) => {
+  const {left, top, width, height} = frame.getBoundingClientRect();
+  return [(clientX - left) / width, (clientY - top) / height].map((share) => 100 * Math.min(1, Math.max(0, share)));
+};
+element.addEventListener('pointerdown', (event) => {
+  const frame = event.target.closest('.lk-cropping');
+  if (!frame) return;
+  event.preventDefault();
+  const [x, y] = percent(frame, event), part = document.createElement('b');
+  let box = null;
+  frame.append(part);
+  const move = (next) => {
+    const [x2, y2] = percent(frame, next);
+    box = [Math.min(x, x2), Math.min(y, y2), Math.max(x, x2), Math.max(y, y2)];
+    part.style = `left:${box[0]}%;top:${box[1]}%;width:${box[2] - box[0]}%;height:${box[3] - box[1]}%`;
+  };
+  const end = ({type}) => {
+    frame.removeEventListener('pointermove', move);
+    part.remove();
+    if (type === 'pointercancel' || !box || box[2] - box[0] < 4 || box[3] - box[1] < 4) return;
+    change({act: 'crop', photo: cropping, box});
+    cropping = '';
+    settle();
+  };
+  frame.setPointerCapture(event.pointerId);
+  frame.addEventListener('pointermove', move);
+  for (const name of ['pointerup', 'pointercancel']) frame.addEventListener(name, end, {once: true});
 });
 element.addEventListener('keydown', (event) => {
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey) && event.target.dataset.photo) save(event.target);
 });
 window.addEventListener('beforeunload', (event) => { if (unsaved.size) event.preventDefault(); });
 const settle = () => {
+  for (const button of element.querySelectorAll('[data-edit^="crop:"]')) {
+    const pressed = button.dataset.edit === `crop:${cropping}`;
+    if (button.ariaPressed !== String(pressed)) button.ariaPressed = String(pressed);
+    button.closest('.lk-card').querySelector('.lk-frame')?.classList.toggle('lk-cropping', pressed);
+  }
   for (const field of fields()) {
     const file = field.dataset.file, own = file + '\\n' + field.defaultValue, moved = owner.get(field) !== own;
     owner.set(field, own);
@@ -70,8 +119,9 @@ const settle = () => {
     field.setSelectionRange(at, at);
   }
 };
-const attributeFilter = ['data-file', 'hidden'];
-new MutationObserver(settle).observe(element, {childList: true, subtree: true, attributeFilter});
+const attributeFilter = ['data-file', 'hidden', 'src'];
+new MutationObserver(() => { element.inert = false; settle(); }).observe(
+  element, {childList: true, subtree: true, attributeFilter});
 settle();
 """
 
@@ -90,7 +140,7 @@ def cards(
         left_out: photos that `data.exclude` leaves out.
     """
     items = {item.relative: item for item in report.items} if report else {}
-    thumbnails = workspace.thumbnails.several([photo.path for photo in photos])
+    thumbnails = workspace.thumbnails.several(photos)
     card_items = [
         _card(photo, thumbnail, items.get(photo.relative), report, config, photo.relative in left_out, say)
         for photo, thumbnail in zip(photos, thumbnails, strict=True)
@@ -132,8 +182,21 @@ def _card(
         f'<textarea rows="2" data-photo="{name}" data-file="{escape(str(photo.path))}" aria-label="{label}" '
         f'placeholder="{hint}">{escape(photo.caption or "")}</textarea>'
         f'<button type="button" class="lk-save" hidden>{escape(say("photos.save"))}</button>'
-        f'<button type="button" class="lk-choice" data-exclude="{name}" aria-label="{choice}: {name}">{choice}</button>'
-        "</div></li>"
+        f'<span class=lk-choices>{"" if thumbnail.problem else _edit_buttons(photo, say)}<button type="button" '
+        f'class="lk-choice" data-exclude="{name}" aria-label="{choice}: {name}">{choice}</button></span></div></li>'
+    )
+
+
+def _edit_buttons(photo: Photo, say: Say) -> str:
+    """Buttons that turn and crop a photo, and one that undoes that."""
+    signs = {"left": "↺", "right": "↻", "crop": say("edit.crop")} | (
+        {"reset": say("edit.reset")} if str(photo.edit) else {}
+    )
+    name = escape(photo.relative)
+    return "".join(
+        f'<button type="button" class="lk-choice" data-edit="{act}:{name}" title="{escape(say(f"edit.{act}"))}" '
+        f'aria-label="{escape(say(f"edit.{act}"))}: {name}">{escape(sign)}</button>'
+        for act, sign in signs.items()
     )
 
 
@@ -197,6 +260,7 @@ class PhotosPage:
                 )
         self.message = widgets.html(elem_id="photos-message")
         self.summary = widgets.html(elem_id="photos-summary")
+        self.concepts = ConceptFolders(workspace, t)
         self.captions = CaptionTools(workspace, t)
         self.cards = widgets.html(elem_id="photos-cards", js_on_load=CAPTIONS)
         with gr.Row(visible=False) as self.pager:
@@ -211,7 +275,7 @@ class PhotosPage:
     def outputs(self) -> list[Any]:
         """What `show` fills."""
         around = [self.pager, self.previous, self.where, self.next, self.next_page, self.first]
-        return [self.summary, self.cards, *around]
+        return [self.summary, self.cards, *around, self.concepts.list]
 
     @property
     def checked_outputs(self) -> list[Any]:
@@ -223,16 +287,16 @@ class PhotosPage:
     ) -> list[Any]:
         """A page of a folder's photos, at once; with what the check says of them where that is known already."""
         hidden = gr.update(visible=False)
-        nothing = ["", hidden, gr.skip(), "", gr.skip(), hidden, 0]
+        nothing = ["", hidden, gr.skip(), "", gr.skip(), hidden, 0, ""]
         if not path:
             return [widgets.quiet(say("photos.empty")), *nothing]
         try:
-            photos = photo_folder.scan(self.workspace.roots.resolve(path)).photos
+            photos = self.workspace.photos(path, config.data if config else None)
             count = len(photos)
             first = min(max(0, first), (count - 1) // PAGE * PAGE)
             last = min(first + PAGE, count)
             # Before the check begins, which takes every core.
-            self.workspace.thumbnails.several([photo.path for photo in photos[first:last]], progress)
+            self.workspace.thumbnails.several(photos[first:last], progress)
             report = self._report(config)
         except LorakitError as problem:
             return [widgets.problem(say.translate(str(problem))), *nothing]
@@ -245,6 +309,7 @@ class PhotosPage:
             gr.update(interactive=last < count),
             gr.update(visible=True),
             first,
+            self.concepts.rows(photos, config.data, say) if config else "",
         ]
 
     def checked(
@@ -254,7 +319,7 @@ class PhotosPage:
         if not path:
             return [gr.skip(), gr.skip()]
         try:
-            photos = photo_folder.scan(self.workspace.roots.resolve(path)).photos
+            photos = self.workspace.photos(path, config.data if config else None)
             report = self.workspace.report(config, progress).result() if config is not None else None
         except LorakitError as problem:
             return [widgets.problem(say.translate(str(problem))), gr.skip()]
@@ -280,16 +345,43 @@ class PhotosPage:
             parts.append(widgets.problem(say("photos.refused", problems="; ".join(map(say.translate, upload.refused)))))
         return "".join(parts), str(place) if place else None
 
-    def exclude(self, path: str, lines: str, name: str) -> str:
+    def exclude(self, path: str, lines: str, name: str, config: Config | None = None) -> str:
         """The lines of `data.exclude` with a photo left out, or brought back if it was."""
         patterns = [line for line in lines.splitlines() if line.strip()]
         try:
-            photos = photo_folder.scan(self.workspace.roots.resolve(path)).photos
+            photos = self.workspace.photos(path, config.data if config else None)
         except LorakitError:
             return lines
         if name in photo_folder.excluded(photos, patterns):
             return "\n".join(one for one in patterns if name not in photo_folder.excluded(photos, [one]))
         return "\n".join([*patterns, name])
+
+    @staticmethod
+    def edit(lines: str, name: str, act: str, box: Sequence[float] | None = None) -> str:
+        """The text of `data.edits` with a photo turned, cropped further, or as its file is.
+
+        Args:
+            act: left, right, crop or reset.
+            box: of a crop: left, top, right and bottom in percent of what the page shows.
+        """
+        edits = form.table_of(quickstart.EDITS, lines)
+        try:
+            edit = photo_edits.parse(edits.get(name, ""))
+        except ValueError:
+            edit = NO_EDIT
+        if act == "crop":
+            left, top, right, bottom = map(float, box or WHOLE)
+            edit = edit.cropped((left, top, right, bottom))
+        else:
+            edit = NO_EDIT if act == "reset" else edit.turned(90 if act == "right" else 270)
+        return form.table_text({k: v for k, v in (edits | {name: str(edit)}).items() if v})
+
+    @staticmethod
+    def edits_elsewhere(lines: str, more_folders: str) -> str:
+        """The text of `data.edits` without the photos of the folder that the page had before."""
+        names = tuple(f"{key}/" for key in form.table_of(quickstart.MORE_FOLDERS, more_folders))
+        edits = form.table_of(quickstart.EDITS, lines)
+        return form.table_text({name: edit for name, edit in edits.items() if name.startswith(names)})
 
     def save_caption(self, file: str, text: str, say: Say) -> str:
         """Save the caption of a photo, whichever folder is on the page by now; the line that says so."""

@@ -312,7 +312,7 @@ class TrainPage:
         except LorakitError:  # the base will be told of where it is chosen
             pass
         start = form.values(quickstart.config_for_answers({}, "balanced"))
-        answered = {key: answers[key] for key in (quickstart.PHOTOS, quickstart.EXCLUDE)}
+        answered = {key: answers[key] for key in (quickstart.PHOTOS, *quickstart.OF_PHOTOS)}
         return form.read(start | answered, self.workspace.roots)[0]
 
     def draft_of(self, quality: str, marks: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str, Any]:
