@@ -378,24 +378,19 @@ def _wire_folder(
 ) -> list[Callable[..., object]]:
     """Wire what changes which photos there are; what listens to the end of each such event."""
     keys = (quickstart.PHOTOS, *quickstart.OF_PHOTOS)
-    field, excluded, edits, more_folders, concepts = (train.widgets[key] for key in keys)
-    part = photos.concepts
-
-    def keep(data: Values) -> dict[str, Any]:
-        answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
-        return train.draft_of(data[train.quality], data[train.marks], answers)
+    field, excluded, edits, more_folders, _ = (train.widgets[key] for key in keys)
 
     def choose(data: Values) -> tuple[Any, ...]:
         if data[photos.folder] == data[field]:
-            return "", gr.skip(), gr.skip(), gr.skip(), keep(data)
+            return "", gr.skip(), gr.skip(), gr.skip(), _draft(photos, train, data)
         others = photos.edits_elsewhere(data[edits] or "", data[more_folders] or "")
-        return "", data[photos.folder], "", others, keep(data | {excluded: "", edits: others})
+        return "", data[photos.folder], "", others, _draft(photos, train, data | {excluded: "", edits: others})
 
     def take_in(data: Values, say: Say, progress: Progress) -> tuple[Any, ...]:
         message, place = photos.take_in(data[photos.upload], data[photos.folder] or "", say, progress)
         if place is None:
             return message, gr.skip(), gr.skip(), None, gr.skip()
-        return message, place, place, None, keep(data | {photos.folder: place})
+        return message, place, place, None, _draft(photos, train, data | {photos.folder: place})
 
     def edit(data: Values, event: gr.EventData) -> list[object]:
         changes = {excluded: data[excluded] or "", edits: data[edits] or ""}
@@ -405,7 +400,22 @@ def _wire_folder(
         else:
             box = event.box if event.act == "crop" else None
             changes[edits] = photos.edit(changes[edits], event.photo, event.act, box)
-        return [*changes.values(), keep(data | changes)]
+        return [*changes.values(), _draft(photos, train, data | changes)]
+
+    opening_events = [photos.open.click, photos.folder.input]
+    opened = gr.on(opening_events, choose, inputs, [photos.message, field, excluded, edits, train.draft], **FOLLOW)
+    upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
+    uploaded = polled(photos.workspace.tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
+    edited = photos.cards.select(edit, inputs, [excluded, edits, train.draft], **EACH)
+    return [opened.then, uploaded, edited.then, *_wire_concepts(photos, train, inputs)]
+
+
+def _wire_concepts(
+    photos: PhotosPage, train: TrainPage, inputs: set[gr.components.Component]
+) -> list[Callable[..., object]]:
+    """Wire what adds and takes away folders; what listens to the end of both."""
+    part = photos.concepts
+    more_folders, concepts = train.widgets[quickstart.MORE_FOLDERS], train.widgets[quickstart.CONCEPTS]
 
     def add_folder(data: Values, request: gr.Request) -> list[object]:
         values = data[more_folders] or "", data[part.place] or "", data[part.name] or "", data[part.weight]
@@ -413,17 +423,13 @@ def _wire_folder(
         if lines == values[0]:
             return [message, *[gr.skip()] * 5]
         changes = {concepts: "folders" if data[concepts] == "ask" else data[concepts], more_folders: lines}
-        return [message, None, "", *changes.values(), keep(data | changes)]
+        return [message, None, "", *changes.values(), _draft(photos, train, data | changes)]
 
     def remove_folder(data: Values, event: gr.EventData) -> list[object]:
         lines = part.remove(data[more_folders] or "", event.name)
         changes = {concepts: data[concepts] if lines else "ask", more_folders: lines}
-        return [*changes.values(), keep(data | changes)]
+        return [*changes.values(), _draft(photos, train, data | changes)]
 
-    opening_events = [photos.open.click, photos.folder.input]
-    opened = gr.on(opening_events, choose, inputs, [photos.message, field, excluded, edits, train.draft], **FOLLOW)
-    upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
-    uploaded = polled(photos.workspace.tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
     of_part = [
         part.message,
         part.place,
@@ -434,5 +440,10 @@ def _wire_folder(
     ]  # in this order: a text reports its change
     added = part.add_button.click(add_folder, inputs | {part.place, part.name, part.weight}, of_part, **ACT)
     removed = part.list.select(remove_folder, inputs, of_part[3:], **ACT)
-    edited = photos.cards.select(edit, inputs, [excluded, edits, train.draft], **EACH)
-    return [opened.then, uploaded, edited.then, added.then, removed.then]
+    return [added.then, removed.then]
+
+
+def _draft(photos: PhotosPage, train: TrainPage, data: Values) -> dict[str, Any]:
+    """What the browser keeps of the answers."""
+    answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
+    return train.draft_of(data[train.quality], data[train.marks], answers)
