@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 # "20_ohwx man": repeats and subject. A number of four digits is a year.
 NUMBERED = re.compile(r"(\d{1,3})_(.+)")
+# "sks dog": a folder's name that begins with a word that guides teach as a trigger, or with the run's own.
+TRIGGERS = {"sks", "ohwx", "zwx", "hta", "ukj", "olis"}
 CLASS_IMAGES = re.compile(
-    r"(\d+_)?(regs?|reg[_ -]\S.*|(class|classes|regulari[sz]ation)([_ -]?(images?|imgs?|pictures?|photos?|data|set))?)",
+    r"_?(\d+_)?(regs?|reg[_ -]\S.*|prior[_ -]?(images?|imgs?|pictures?|photos?)"
+    r"|(class|classes|regulari[sz]ation)([_ -]?(images?|imgs?|pictures?|photos?|data|set))?)",
     re.IGNORECASE,
 )
 
@@ -63,8 +66,8 @@ def with_name(config: DataConfig, photos: Sequence[Photo]) -> DataConfig:
 def problem(photos: Sequence[Photo], config: DataConfig) -> str | None:
     """Why folders contradict `data.name`, or None: photos in "20_ohwx man/" would be trained as "a sks dog".
 
-    A folder without a number names a subject only beside a folder that names `data.name`. A photo whose caption has
-    the trigger contradicts nothing.
+    A folder without a number names a subject beside a folder that names `data.name`, or if it is a trigger and a noun.
+    A photo whose caption has the trigger contradicts nothing.
     """
     if config.concepts != "ask":
         return None
@@ -73,7 +76,7 @@ def problem(photos: Sequence[Photo], config: DataConfig) -> str | None:
         photo.relative.partition("/")[0]
         for photo in photos
         if photo.subject
-        and (has_own_folder or NUMBERED.fullmatch(photo.relative.partition("/")[0]))
+        and (has_own_folder or _is_subject(photo.relative.partition("/")[0], config))
         and not _names_subject(photo.subject, config)
         and config.trigger.casefold() not in _words(photo.caption or "")
     )
@@ -89,9 +92,21 @@ def problem(photos: Sequence[Photo], config: DataConfig) -> str | None:
     )
 
 
+def _is_subject(name: str, config: DataConfig) -> bool:
+    """Whether a folder's name is that of a subject by itself: "20_man", "ohwx man"."""
+    first, *rest = re.split(r"[\s_-]+", name.casefold().strip(" _-"))
+    return NUMBERED.fullmatch(name) is not None or (
+        len(rest) == 1 and rest[0].isalpha() and first in TRIGGERS | {config.trigger.casefold()}
+    )
+
+
 def _names_subject(subject: str, config: DataConfig) -> bool:
-    words = _words(subject)
-    return bool(config.name) and (words <= _words(config.name) or config.trigger.casefold() in words)
+    """Whether it is another word for `data.name`: of its words, or with its trigger, which has another noun in "sks
+    dog" beside "sks ball"."""
+    words, own = _words(subject), _words(config.name)
+    nouns = own - {config.trigger.casefold()}
+    with_trigger = config.trigger.casefold() in words and (not nouns or len(words) != 2 or bool(nouns & words))
+    return bool(config.name) and (words <= own or with_trigger)
 
 
 def _words(text: str) -> set[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What stands between the name of a photo and the ending of its mask; `x.mask.png` itself is read with the photos.
 WORDS = ("mask", "masklabel", "matte", "segmentation", "seg", "alpha")
 MARKS = tuple(separator + word for word in WORDS for separator in "._- ")
-FOLDERS = {*WORDS} | {f"{word}s" for word in WORDS}
+FOLDERS = {*WORDS, "_mask", "_masks", "mask_images", "mask images"} | {f"{word}s" for word in WORDS}
 # What stands in front of it instead, as in "mask_x.png".
 PREFIX = re.compile(r"mask[._ -](?=.)", re.IGNORECASE)
 NO_MASK = "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"

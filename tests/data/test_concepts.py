@@ -27,6 +27,8 @@ def fill(place: Path, *names: str) -> None:
         *((name, True) for name in ("reg", "REG", "regs", "class", "classes", "regularization", "Regularisation")),
         *((name, True) for name in ("reg_man", "1_reg", "class_images", "class images", "regularization-photos")),
         *((name, False) for name in ("region", "classic", "class reunion", "regatta 2020", "20_ohwx man", "prior")),
+        *((name, True) for name in ("_reg", "prior images", "prior_photos", "1_prior-imgs")),
+        *((name, False) for name in ("class_dog", "prior to the fire", "registration")),
     ],
 )
 def test_names_of_folders_of_class_images(name: str, is_class: bool) -> None:
@@ -69,6 +71,12 @@ def test_a_class_folder_of_its_own(photos: Path, tmp_path: Path, base: Any) -> N
         (["10_OHWX_man close"], "ohwx man", ""),
         (["ohwx man", "sks dog"], "sks dog", "ohwx man/"),  # without numbers, beside the subject's own folder
         (["beach", "garden"], "sks dog", ""),
+        (["5_sks dog"], "sks ball", "5_sks dog/"),  # one trigger, two nouns
+        (["sks dog"], "sks ball", "sks dog/"),
+        (["Ohwx_man", "beach"], "sks ball", "Ohwx_man/"),
+        (["sks close up", "5_sks ball far"], "sks ball", ""),
+        (["sks 2019"], "sks ball", ""),
+        (["sks"], "sks", ""),
         (["2019_summer"], "sks dog", ""),  # a year
     ],
 )
