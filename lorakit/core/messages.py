@@ -104,6 +104,22 @@ def some(parts: Iterable[str], limit: int, separator: str = ", ") -> str:
     return Message(template, names, rest) if rest > 0 else names
 
 
+def abridge(lines: Iterable[str], limit: int = 5) -> list[str]:
+    """The first `limit` messages of each template, and the number of the remaining ones, so that those of two hundred
+    files bury nothing else."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        has_key = isinstance(line, Message) and line.values and not line.template.startswith(("{names}", "{folder}"))
+        groups.setdefault(line.template if has_key and isinstance(line, Message) else line, []).append(line)
+    result = []
+    for group in groups.values():
+        result += group if len(group) <= limit + 1 else group[:limit]
+        if (rest := len(group) - limit) > 1:
+            cause = str(group[limit]).partition(": ")[2]
+            result.append(Message("{count} more lines like the last are in lorakit check --json: {cause}", rest, cause))
+    return result
+
+
 def key_of(message: object) -> dict[str, Any]:
     """`to_json` of a message, for the table that has its text; nothing of what is only a text."""
     return message.to_json() if isinstance(message, Message) else {}

@@ -14,7 +14,9 @@ from lorakit.core.messages import Message
 
 METADATA = "metadata.jsonl"
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
-FILE_KEYS = ("file_name", "filename", "file", "image", "image_path", "image_file", "path")
+# How a document begins that a word processor or a browser saved.
+MARKUP = re.compile(r"\s*(?:({)\\rtf|<!doctype html|<html)", re.IGNORECASE)
+FILE_KEYS = ("file_name", "image_name", "filename", "file", "image", "image_path", "image_file", "path")
 TEXT_KEYS = ("text", "caption", "prompt", "description", "tags", "tag_string")
 # Characters of Chinese, Japanese and Korean text, and those that only Japanese has.
 CJK = re.compile(r"[\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff5e]")
@@ -32,6 +34,9 @@ def decode(raw: bytes, name: str, warn: Callable[[str], object]) -> str:
     text, guess = _decode(raw)
     if text is None or "\0" in text:
         raise LorakitError("{file}: not text in an encoding that lorakit reads; save it as UTF-8", name)
+    if match := MARKUP.match(text):
+        kind = "RTF" if match[1] == "{" else "HTML"
+        raise LorakitError("{file}: a document in {kind}, not plain text; save it as plain text", name, kind)
     if guess:
         excerpt = " ".join(text.split())
         excerpt = excerpt if len(excerpt) <= MAX_EXCERPT else excerpt[:MAX_EXCERPT] + "…"
@@ -52,7 +57,10 @@ def _decode(raw: bytes) -> tuple[str | None, str]:
     for encoding, mark in marks:
         if raw.startswith(mark):
             return _try(raw, encoding), ""
-    if b"\0" in raw:
+    nuls = raw.count(0)
+    if nuls and raw.isascii() and 4 * nuls < len(raw):  # of UTF-16 every other byte would be 0
+        return None, ""
+    if nuls:
         little = raw[1::2].count(0) >= raw[::2].count(0)
         text = _try(raw, "utf-16-le" if little else "utf-16-be")
         return text, "UTF-16 without a byte-order mark"
@@ -105,7 +113,7 @@ def of_one_photo(content: str) -> str | None:
         row = foreign_json.loads(content)
     except ValueError:
         return None
-    return row if isinstance(row, str) else _text(row) if isinstance(row, Mapping) else None
+    return _text(row) if isinstance(row, Mapping) else _joined(row)
 
 
 def rows(name: str, content: str) -> Iterator[tuple[int, str, str]]:
@@ -174,7 +182,9 @@ def _text(row: Mapping[str, object]) -> str | None:
 
 
 def _joined(value: object) -> str | None:
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+    if isinstance(value, Mapping) and value and all(isinstance(score, int | float) for score in value.values()):
+        value = list(value)  # a tagger's, with the score of each
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return ", ".join(value)
     return " ".join(value.split()) if isinstance(value, str) else None
 

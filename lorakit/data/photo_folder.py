@@ -302,9 +302,10 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
         lines = tuple((caption or "").splitlines())
         result.photos.append(Photo(path, relative, " ".join(lines) or None, source, mask, subject, repeats, lines))
     orphans = [file for file in entries if file.name.lower().endswith((*CAPTIONS, MASK)) and file not in matches]
-    if paths and orphans:
+    if orphans and (paths or inside):
         labels = some_names(inside + printable(file.name) for file in orphans)
-        result.warnings.append(Message("no photo has the name of {names}: not used", labels))
+        no_photos = "{names}: captions or masks in a folder without photos, not used: put each beside its photo"
+        result.warnings.append(Message("no photo has the name of {names}: not used" if paths else no_photos, labels))
     other_files.update(
         _kind(entry) or "without an ending" for entry in entries if not _is_photo(entry) and not _is_mask(entry)
     )

@@ -27,7 +27,7 @@ from lorakit.config import (
 from lorakit.core import atomic, install, registry, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message, join
+from lorakit.core.messages import Message, abridge, join
 from lorakit.core.names import shorten
 from lorakit.data import captions, checks, concepts, masks, photo_folder
 from lorakit.families import BaseInfo
@@ -81,12 +81,13 @@ class Preflight:
     def lines(self) -> list[str]:
         """Notes, warnings and the plan, as a person reads them; problems are told apart from them."""
         notes = self.report.notes if self.report else []
-        return [*notes, *self.warnings, *(self.plan.lines() if self.plan else [])]
+        return [*abridge([*notes, *self.warnings]), *(self.plan.lines() if self.plan else [])]
 
     def to_text(self) -> str:
         """A table of the photos, then warnings, notes and the plan under a title each."""
         notes = self.report.notes if self.report else []
-        sections = {"warnings": self.warnings, "notes": notes, "the plan": self.plan.lines() if self.plan else []}
+        sections = {"warnings": abridge(self.warnings), "notes": abridge(notes)}
+        sections |= {"the plan": self.plan.lines() if self.plan else []}
         parts = [self.report.table()] if self.report else []
         parts += ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines]
         return "\n\n".join(parts)

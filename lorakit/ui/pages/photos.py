@@ -12,6 +12,7 @@ import gradio as gr
 from lorakit.config import Config, photo_edits
 from lorakit.config.photo_edits import NO_EDIT, WHOLE
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import abridge
 from lorakit.data import buckets, checks, photo_folder
 from lorakit.data.photo_folder import Photo
 from lorakit.runs import quickstart
@@ -220,7 +221,7 @@ def summary(report: checks.Report | None, count: int, say: Say) -> str:
     parts = [head]
     for kind, lines in (("errors", report.errors), ("warnings", report.warnings), ("notes", report.notes)):
         if lines:
-            line_items = "".join(f"<li>{escape(say.translate(line))}</li>" for line in lines)
+            line_items = "".join(f"<li>{escape(say.translate(line))}</li>" for line in abridge(lines))
             parts.append(
                 f"<h4 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h4><ul class='lk-{kind}'>{line_items}</ul>"
             )

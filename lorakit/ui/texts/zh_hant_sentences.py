@@ -122,6 +122,12 @@ SENTENCES = {
     "{file} names files that are not there: {names:words}": "{file} 提到不存在的檔案：{names:words}",
     "pictures more than one folder down are not read: {names:words}": "更深一層資料夾中的圖片不會讀取：{names:words}",
     "no photo has the name of {names:words}: not used": "{names:words} 沒有同名的照片，不會使用",
+    "{names:words}: captions or masks in a folder without photos, not used: put each beside its photo": (
+        "{names:words}：說明文字或遮罩所在的資料夾沒有照片，不會使用：請各自放在照片旁"
+    ),
+    "{file}: a document in {kind}, not plain text; save it as plain text": (
+        "{file}：這是 {kind} 檔，不是純文字；請另存為純文字"
+    ),
     "{photo}: its caption in {file} is empty": "{photo}：{file} 中的說明文字是空的",
     "{photo}: {file} and {other} say different things; {used} is used": (
         "{photo}：{file} 與 {other} 內容不同，採用 {used}"
