@@ -26,6 +26,7 @@ from lorakit.cli import (
     base_commands,
     batch_commands,
     caption_commands,
+    rate_probe,
     threads,
     train_commands,
     tune_commands,
@@ -139,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     base_commands.add(command)
     batch_commands.add(command)
     tune_commands.add(command)
+    rate_probe.add(command)
     caption_commands.add(command)
     command(
         "doctor", run_doctor, "show the device, precision, attention and extras of this machine, and what is missing"

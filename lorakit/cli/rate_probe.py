@@ -1,0 +1,129 @@
+"""Find a learning rate for a folder of photos in one short run whose rate rises: probe-rate."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lorakit.cli import threads
+from lorakit.cli.imports import model_imports
+from lorakit.cli.signals import stop_on_signals
+from lorakit.cli.terminal import Terminal, print_json, print_lines
+from lorakit.cli.train_commands import Command, add_run_options, resolve
+from lorakit.core.errors import ConfigError, StopRequested
+from lorakit.core.events import Events, StopRequest
+from lorakit.core.messages import Message
+from lorakit.core.registry import optimizer as optimizer_spec
+
+if TYPE_CHECKING:
+    from lorakit.config import OptimizerConfig
+    from lorakit.runs.preflight import Ready
+
+# The rate rises evenly from a hundredth of the config's to thirty times it, and the photos are examined so many times.
+STEPS, LOOKS, LOWEST, HIGHEST = 60, 12, 0.01, 30.0
+# The proposal is this share of the rate at which the photos were predicted best.
+SHARE = 1 / 3
+WIDTH = 40
+
+
+def add(command: Command) -> None:
+    """Add the command of this page by `command(name, run, help)`."""
+    probe = command("probe-rate", run_probe_rate, "find a learning rate in a short run whose rate rises")
+    add_run_options(probe)
+    probe.add_argument(
+        "--steps", type=int, default=STEPS, metavar="COUNT", help=f"length of the run (default: {STEPS})"
+    )
+
+
+def run_probe_rate(args: argparse.Namespace) -> int:
+    """`lorakit probe-rate`: 1 where no rate taught anything."""
+    if args.steps < LOOKS:
+        raise ConfigError([Message("--steps is {least} or more", LOOKS)])
+    threads.use_idle_cores()
+    terminal = Terminal(sys.stderr if args.json else sys.stdout)
+    from lorakit.runs.preflight import preflight
+
+    config = resolve(args, terminal)
+    if optimizer_spec(config.optimizer.name).learning_rate is not None:
+        raise ConfigError([Message("{name} finds its learning rate itself: nothing to probe", config.optimizer.name)])
+    if config.adapter.whole_model:
+        raise ConfigError([Message("probe-rate is for adapters; adapter.method is {method}", config.adapter.method)])
+    ready = preflight(config, fetch=True).or_raise()
+    events = Events(terminal)
+    try:
+        with stop_on_signals() as stop:
+            rows = list(_measure(ready, args.steps, events, StopRequest(events, stop)))
+    except StopRequested:
+        return 130
+    finally:
+        terminal.close()
+    best = max(rows, key=lambda row: row[1])
+    proposal = best[0] * SHARE if best[1] > 0 else None
+    if args.json:
+        print_json({"rates": [{"learning_rate": rate, "gain": gain} for rate, gain in rows], "proposal": proposal})
+    else:
+        print_lines(*_lines(rows, proposal))
+    return 0 if proposal else 1
+
+
+def _measure(ready: Ready, steps: int, events: Events, stop: StopRequest) -> Iterator[tuple[float, float]]:
+    """(learning rate, what the adapter takes off the base's error on the middle photo) as the rate rises."""
+    with model_imports():
+        from lorakit import families
+        from lorakit.engine import device as devices
+        from lorakit.training import precompute
+        from lorakit.training.trainable import trainable
+
+    config, memory = ready.config, ready.config.memory
+    device = devices.device(memory)
+    for line in devices.prepare(memory, device):
+        events.say(line)
+    streams = devices.streams(memory, device)
+    dtype = devices.dtype(memory, device)
+    family = families.load(ready.info, device, dtype, memory.base_storage, streams, config.engine_is_off)
+    poll = partial(stop.poll, "nothing was written")
+    inputs = precompute.precompute(config, family, None, ready.report, events, poll)
+    family.release("vae", "text_encoders")
+    model = trainable(family, inputs, ready, events.say)
+    for step in range(steps):
+        poll()
+        multiple = HIGHEST * (LOWEST / HIGHEST) ** (1 - step / (steps - 1))
+        model.optimizer_step.config = replace(config, optimizer=_rates(config.optimizer, multiple))
+        model.optimizer_step(step)
+        if (step + 1) * LOOKS // steps == step * LOOKS // steps:
+            continue
+        texts = None if inputs.tokens is None else precompute.embed(family, inputs.tokens)
+        model.adapter.train(False)
+        gain = statistics.median(model.photo_validation.gains(model.adapter, texts).values())
+        model.adapter.train(True)
+        if not math.isfinite(gain):
+            return  # the rate is far too high by now
+        yield multiple * config.optimizer.learning_rate, gain
+
+
+def _rates(config: OptimizerConfig, multiple: float) -> OptimizerConfig:
+    """The config's rates times `multiple`, without warm-up or schedule."""
+    names = ("learning_rate", "text_encoder_learning_rate", "text_encoder_2_learning_rate")
+    rates = {name: rate * multiple for name in names if (rate := getattr(config, name)) is not None}
+    return replace(config, lr_scheduler="constant", warmup_steps=0, warmup_ratio=0.0, **rates)
+
+
+def _lines(rows: Sequence[tuple[float, float]], proposal: float | None) -> Iterator[str]:
+    """A bar for each rate, and the proposal."""
+    best = max(gain for _, gain in rows)
+    yield "learning rate   error on the photos, below the base's"
+    for rate, gain in rows:
+        yield f"{rate:>13.2g}   {gain:>7.1%}  {'#' * round(WIDTH * max(gain, 0) / max(best, 1e-30))}".rstrip()
+    if proposal is None:
+        yield Message("no rate took anything off the base's error: look at the photos and their texts")
+    else:
+        yield Message(
+            "proposal: optimizer.learning_rate = {rate:.2g}, a third of the rate at which the error was lowest",
+            proposal,
+        )
