@@ -267,7 +267,7 @@ class RunFolder:
 
     def write_report(self, findings: Iterable[dict[str, Any]]) -> None:
         """Keep what the self-check found, each a dict with name, passed and detail."""
-        rows = [json_value(finding) for finding in findings]
+        rows = [json_value(finding | key_of(finding["detail"])) for finding in findings]
         verdict = {"passed": all(finding["passed"] for finding in rows), "findings": rows}
         atomic.write(self.report_file, json.dumps(verdict, indent=1, ensure_ascii=False))
 

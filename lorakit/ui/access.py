@@ -38,14 +38,16 @@ class Roots:
             path = Path(typed).expanduser()
             path = (path if path.is_absolute() else self._relative(path)).resolve()
         except (OSError, RuntimeError):  # a loop of links; a home folder that cannot be found
-            raise LorakitError(f"{typed}: this path cannot be followed") from None
+            raise LorakitError("{path}: this path cannot be followed", typed) from None
         for root in self.paths:
             if path.is_relative_to(root):
                 if any(part.startswith(".") for part in path.relative_to(root).parts):
-                    raise LorakitError(f"{typed}: hidden files and folders are not opened")
+                    raise LorakitError("{path}: hidden files and folders are not opened", typed)
                 return path
         allowed = ", ".join(str(root) for root in self.paths)
-        raise LorakitError(f"{typed} is outside of {allowed}; start the front end with --root FOLDER to allow it")
+        raise LorakitError(
+            "{path} is outside of {roots}; start the front end with --root FOLDER to allow it", typed, allowed
+        )
 
     def _relative(self, path: Path) -> Path:
         """A relative path starts at the first root where it exists, else at the first."""
@@ -97,14 +99,14 @@ def require_password(host: str, share: bool, password: str, public: str = "") ->
         LorakitError: others could reach it, and there is no password or a short one.
     """
     if public and not re.fullmatch(r"https?://[^/]+(/.*)?", public):
-        raise LorakitError(f"--public {public}: give the whole address, as https://box.example/lorakit")
+        raise LorakitError("--public {public}: give the whole address, as https://box.example/lorakit", public)
     if is_loopback(host) and not share and not public:
         return
     what = "--share" if share else f"--public {public}" if public else f"--host {host}"
     if not password:
-        raise LorakitError(f"{what} lets others in: set a password in LORAKIT_PASSWORD (or --password) first")
+        raise LorakitError("{what} lets others in: set a password in LORAKIT_PASSWORD (or --password) first", what)
     if len(password) < 8:
-        raise LorakitError(f"{what} lets others in: the password needs 8 characters or more")
+        raise LorakitError("{what} lets others in: the password needs 8 characters or more", what)
 
 
 def require_origin(embed: str) -> None:
@@ -114,4 +116,4 @@ def require_origin(embed: str) -> None:
         LorakitError: it has a path, a wildcard, or no scheme.
     """
     if embed and not re.fullmatch(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:\d{1,5})?", embed, re.IGNORECASE):
-        raise LorakitError(f"--embed {embed}: give the origin of one program, as http://127.0.0.1:7860")
+        raise LorakitError("--embed {embed}: give the origin of one program, as http://127.0.0.1:7860", embed)

@@ -55,7 +55,9 @@ class Api:
             options: dotted names over what the answers suggest, as `lorakit train --set` takes them.
         """
         if quality not in quickstart.LENGTH_FACTORS:
-            raise LorakitError(f"quality = {quality!r}: must be one of {', '.join(quickstart.LENGTH_FACTORS)}")
+            raise LorakitError(
+                "quality = {quality!r}: must be one of {names}", quality, ", ".join(quickstart.LENGTH_FACTORS)
+            )
         options, folder = options or {}, str(self.workspace.roots.resolve(photos))
         base = form.resolve_path(quickstart.BASE, base, self.workspace.roots) if base != "pocket" else base
         answers: Json = {quickstart.PHOTOS: folder, quickstart.NAME: name, quickstart.BASE: base}
@@ -85,7 +87,7 @@ class Api:
         folder = self.workspace.run(run)
         state = run_folder.read(folder)
         if state.state == "done" and steps <= state.step:
-            raise LorakitError(f"{run} has ended at step {state.step}: give more steps than that")
+            raise LorakitError("{run} has ended at step {step}: give more steps than that", run, state.step)
         self.workspace.queue.resume(folder, steps)
         self.workspace.queue.start()
         return {"run": run, "state": "waiting"}
@@ -98,7 +100,7 @@ class Api:
         """A run's state, its config, the end of its log, what its self-check found, and the steps that have a file."""
         states = dict(self.workspace.runs_and_jobs())
         if run not in states:
-            raise LorakitError(f"{run!r} is no run")
+            raise LorakitError("{name!r} is no run", run)
         folder = RunFolder(self.workspace.run(run))
         messages = folder.events("message", "warning", "error")
         return {
@@ -117,7 +119,7 @@ class Api:
         captions = captions or {}
         for name, text in captions.items():
             if name not in paths or not isinstance(text, str):
-                raise LorakitError(f"{name}: no such photo" if name not in paths else f"{name}: a caption is a text")
+                raise LorakitError("{photo}: a caption is a text" if name in paths else "{photo}: no such photo", name)
         for name, text in captions.items():
             self.workspace.save_caption(paths[name], str(text))
         return {photo.relative: photo.caption or "" for photo in photo_folder.scan(folder).photos}
@@ -154,7 +156,7 @@ def _checked(method: Callable[..., object]) -> Callable[..., object]:
             if value is None and signature.parameters[name].default is None:
                 continue
             if not isinstance(value, types[name]) or isinstance(value, bool):
-                raise LorakitError(f"{name}: must be {JSON_TYPES[types[name]]}")
+                raise LorakitError("{name}: must be {kind}", name, JSON_TYPES[types[name]])
         return json.loads(json.dumps(method(*values), default=str))
 
     return endpoint

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from lorakit.core.messages import Message
 from lorakit.core.names import printable
 from lorakit.data import concepts
 from lorakit.data.caption_files import TABLES
@@ -44,10 +45,10 @@ def unpack(
                 shutil.rmtree(place, ignore_errors=True)
                 raise
     except OSError as error:
-        raise Unreadable(name, f"cannot be unpacked ({error.strerror or error})") from None
+        raise Unreadable(name, Message("cannot be unpacked ({reason})", error.strerror or error)) from None
     except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError) as error:
         reason = "locked by a password" if "password" in str(error) else "damaged, or not a zip"
-        raise Unreadable(name, f"{reason}; unpack it yourself") from None
+        raise Unreadable(name, Message("{problem}; unpack it yourself", reason)) from None
     return _checked(place)
 
 
@@ -63,7 +64,8 @@ def _entries(archive: zipfile.ZipFile, name: str) -> dict[PurePosixPath, zipfile
         entries[path] = entry
     size = sum(entry.file_size for entry in entries.values())
     if len(entries) > MAX_FILES or size > MAX_BYTES:
-        raise Unreadable(name, f"more than {MAX_FILES} files or {MAX_BYTES >> 30} GiB in it; unpack it yourself")
+        text = "more than {count} files or {size} GiB in it; unpack it yourself"
+        raise Unreadable(name, Message(text, MAX_FILES, MAX_BYTES >> 30))
     return entries
 
 

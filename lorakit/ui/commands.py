@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.runs import quickstart
 
 # Seconds after which a conversion is given up; the largest adapters take a fraction of it.
@@ -55,10 +56,11 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise LorakitError(f"{source.name}: not converted after {PATIENCE} s") from None
+        raise LorakitError("{file}: not converted after {seconds} s", source.name, PATIENCE) from None
     if result.returncode:
         raise LorakitError(
-            _complaint(result.stderr) or f"{source.name}: the conversion ended with code {result.returncode}"
+            _complaint(result.stderr)
+            or Message("{file}: the conversion ended with code {code}", source.name, result.returncode)
         )
     return [Path(path) for path in json.loads(result.stdout).values()]
 
@@ -90,7 +92,9 @@ def fetch(base: str, progress: Callable[[int, int], object] = lambda count, tota
                 progress(max(0, _cache_size() - before) >> 20, 0)
         errors.seek(0)
         if code:
-            raise LorakitError(_complaint(errors.read()) or f"{base}: the download ended with code {code}")
+            raise LorakitError(
+                _complaint(errors.read()) or Message("{name}: the download ended with code {code}", base, code)
+            )
 
 
 def caption(
@@ -128,7 +132,9 @@ def caption(
         code = process.returncode
         errors.seek(0)
         if not result:
-            raise LorakitError(_complaint(errors.read()) or f"captions: the command ended with code {code}")
+            raise LorakitError(
+                _complaint(errors.read()) or Message("captions: the command ended with code {code}", code)
+            )
     return result
 
 

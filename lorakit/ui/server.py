@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
         while not self.started:
             if not self.thread.is_alive() and not self.started:
                 self.close()
-                raise LorakitError(f"the server at {self.address} ended before it could serve")
+                raise LorakitError("the server at {address} ended before it could serve", self.address)
             time.sleep(0.01)
         with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
             print(f"* Running on local URL:  {self.address}", flush=True)
@@ -85,7 +85,7 @@ class Server(uvicorn.Server):
         try:
             public = networking.setup_tunnel(host, self.port, secrets.token_urlsafe(32), None, None)
         except Exception as error:
-            raise LorakitError(f"no public address: {error}; check the network, or leave out --share") from None
+            raise LorakitError("no public address: {problem}; check the network, or leave out --share", error) from None
         with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
             print(f"* Running on public URL: {public}", flush=True)
 
@@ -101,18 +101,25 @@ def listen(host: str, port: int | None) -> socket.socket:
         LorakitError: the port is taken, or the address is none of this machine's.
     """
     if port and not 0 < port < 2**16:
-        raise LorakitError(f"--port {port}: must be between 1 and 65535")
+        raise LorakitError("--port {port}: must be between 1 and 65535", port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for number in [port] if port else range(FIRST_PORT, FIRST_PORT + PORTS):
         try:
             return socket.create_server((host, number), family=family)
         except PermissionError:
-            raise LorakitError(f"port {number} is for the system's own programs; choose --port 1024 or above") from None
+            raise LorakitError(
+                "port {number} is for the system's own programs; choose --port 1024 or above", number
+            ) from None
         except socket.gaierror as error:
-            raise LorakitError(f"--host {host}: {error.strerror}") from None
+            raise LorakitError("--host {host}: {strerror}", host, error.strerror) from None
         except OSError as error:
             if error.errno not in IN_USE:
-                raise LorakitError(f"--host {host}: {error.strerror or error}") from None
+                raise LorakitError("--host {host}: {reason}", host, error.strerror or error) from None
     if port:
-        raise LorakitError(f"port {port} of {host} is taken; choose another --port, or leave it out")
-    raise LorakitError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} of {host} are all taken; choose another --port")
+        raise LorakitError("port {port} of {host} is taken; choose another --port, or leave it out", port, host)
+    raise LorakitError(
+        "ports {first} to {last} of {host} are all taken; choose another --port",
+        FIRST_PORT,
+        FIRST_PORT + PORTS - 1,
+        host,
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorakit.core.messages import Message
 from lorakit.data.caption_files import TABLES
 from lorakit.data.decode import Unreadable, decode
 from lorakit.data.photo_folder import CAPTIONS, FORMATS, MASK
@@ -17,6 +18,7 @@ from lorakit.ui import archives
 ARCHIVE = ".zip"
 # What may be uploaded.
 SUFFIXES = (*(f".{kind}" for kind in FORMATS), *CAPTIONS, *TABLES, ARCHIVE)
+TWINS = "{file}: several files are called {name}, and which belong together is not known; upload one folder at a time"
 
 
 @dataclass
@@ -61,12 +63,9 @@ def take_in(
         if len(captions) == 1 and not photos and _is_missing_in(place, captions[0]):
             shutil.move(captions[0], place / _name(captions[0]))
         elif captions and not photos:
-            result.refused += [f"{_name(file)}: no photo of this name came with it" for file in captions]
+            result.refused += [Message("{file}: no photo of this name came with it", _name(file)) for file in captions]
         elif captions and (twin := _twin(photos) or _twin(captions)):
-            why = (
-                f"several files are called {twin}, and which belong together is not known; upload one folder at a time"
-            )
-            result.refused += [f"{_name(file)}: {why}" for file in captions]
+            result.refused += [Message(TWINS, _name(file), twin) for file in captions]
             captions = []
         together = [[photo] for photo in photos] if _twin(photos) else [[*photos, *captions]] if photos else []
         for files_of_stem in together:
@@ -82,7 +81,7 @@ def take_in(
         elif (place / _name(table)).exists():
             reason = "a file of this name is there already"
         if reason:
-            result.refused.append(f"{_name(table)}: {reason}")
+            result.refused.append(Message("{file}: {problem}", _name(table), reason))
         else:
             shutil.move(table, place / _name(table))
     return result

@@ -147,7 +147,7 @@ class Workspace:
         """
         place = self.roots.resolve(photo.parent)
         if not self.roots.resolve(photo).is_file() or not photo.name.lower().endswith(photo_folder.FORMATS):
-            raise LorakitError(f"{photo.name}: no such photo")
+            raise LorakitError("{photo}: no such photo", photo.name)
         target = place / photo.with_suffix(".txt").name
         self.roots.resolve(target)
         content, number = (" ".join(text.split()) + "\n").encode(), 1
@@ -161,7 +161,7 @@ class Workspace:
                 atomic.write(backup, former)
             atomic.write(target, content)
         except OSError as error:
-            raise LorakitError(f"{target}: cannot be written ({error.strerror or error})") from None
+            raise LorakitError("{file}: cannot be written ({reason})", target, error.strerror or error) from None
         return target
 
     def run(self, name: str) -> Path:
@@ -172,7 +172,7 @@ class Workspace:
         """
         path = self.runs / name
         if not name or Path(name).name != name or name.startswith("."):
-            raise LorakitError(f"{name!r} is no run")
+            raise LorakitError("{name!r} is no run", name)
         return path
 
     def staged(self, path: Path) -> Path:

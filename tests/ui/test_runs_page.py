@@ -13,6 +13,7 @@ gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip insta
 from lorakit.core import atomic, foreign_json  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
 from lorakit.core.events import Event  # noqa: E402
+from lorakit.core.messages import Message  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.run_folder import LogReader, RunFolder  # noqa: E402
 from lorakit.ui import address, texts  # noqa: E402
@@ -54,10 +55,11 @@ def look(page: RunsPage, hashes: dict[str, object] | None = None, say: texts.Say
     return dict(zip(names, page.poll("one", hashes or {}, say), strict=True))
 
 
-def test_the_self_check_is_translated_without_its_name_among_the_numbers(page: RunsPage, run: RunFolder):
-    finding = {"name": "kohya file", "passed": True, "detail": "147 of 147 modules there, finite and not zero"}
+def test_the_self_check_is_translated(page: RunsPage, run: RunFolder):
+    detail = Message("{some} of {count} modules there, finite and not zero", 147, 147)
+    finding = {"name": "kohya file", "passed": True, "detail": detail}
     run.write_report([finding])
-    assert "kohya file：147 個模組中有 147 個，皆為有限且非零" in look(page, say=texts.sayer("zh-Hant"))["status"]
+    assert "kohya 檔案：147 個模組中有 147 個，皆為有限且非零" in look(page, say=texts.sayer("zh-Hant"))["status"]
     assert "kohya file: 147 of 147 modules there" in look(page)["status"]
 
 

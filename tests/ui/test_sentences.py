@@ -372,7 +372,7 @@ def instances(text: str) -> Iterator[str]:
 def test_every_message_of_those_rooms_has_a_translation():
     paths = [path for room in ROOMS for path in (ROOT / "lorakit").glob(room)]
     places = {text: path.name for path in paths for text in sentences_in(path)}
-    assert len(places) > 40
+    assert len(places) > 20
     required = {text for text in places if text not in COMPOSED and not any(part in text for part in INTERNAL)}
     missing = {text: places[text] for text in required if all(lacking([one]) for one in instances(text))}
     assert missing == {}, "give each of them a line in lorakit/ui/texts/zh_hant_sentences.py or a file beside it"

@@ -265,7 +265,7 @@ class ComparePage:
         if name.endswith(".safetensors"):
             return self.workspace.roots.resolve(run.path / Path(name).name)
         if not re.fullmatch(r"step-\d+", name):
-            raise LorakitError(f"{name!r} is no checkpoint")
+            raise LorakitError("{name!r} is no checkpoint", name)
         place = run.path / "exports" / name
         kind = next(iter(FORMATS))
         files = list(place.glob("*.safetensors"))

@@ -14,7 +14,7 @@ import gradio as gr
 
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import from_json
+from lorakit.core.messages import Message, from_json
 from lorakit.runs import charts
 from lorakit.runs.run_folder import LIVE, LogReader, RunFolder, State, read
 from lorakit.ui import address, widgets
@@ -305,7 +305,7 @@ def _findings(run: RunFolder, say: Say) -> str:
         findings = foreign_json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
         items = "".join(
             f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
-            f"{escape(_finding(str(one['name']), str(one['detail']), say))}</li>"
+            f"{escape(_finding(str(one['name']), from_json(str(one['detail']), one), say))}</li>"
             for one in findings
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -314,9 +314,9 @@ def _findings(run: RunFolder, say: Say) -> str:
 
 
 def _finding(name: str, detail: str, say: Say) -> str:
-    """A line of the self-check; where its detail is a whole sentence, the name is no part of it."""
-    translation = say.translate(detail)
-    return say.translate(f"{name}: {detail}") if translation == detail else f"{name}：{translation}"
+    """A line of the self-check, in the language of the page."""
+    export, _, part = name.partition(" ")
+    return say.translate(Message("{name}: {detail}", Message(f"{{format}} {part}", export) if part else name, detail))
 
 
 def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> str:

@@ -105,7 +105,7 @@ class TryPage:
         """The adapter that is meant, a checkpoint's written first, and the base of its run or ""."""
         path = self.workspace.roots.resolve(self.workspace.runs / name)
         if not path.exists():
-            raise LorakitError(f"{name}: there is no such file")
+            raise LorakitError("{name}: there is no such file", name)
         run = next((parent for parent in path.parents if parent.parent == self.workspace.runs), None)
         base = ""
         if run is not None and RunFolder(run).config_file.is_file():

@@ -90,7 +90,7 @@ def original(workspace: Workspace, name: object, say: Say) -> dict[str, str]:
     try:
         path = workspace.roots.resolve(workspace.runs / str(name))
         if path.suffix != ".png" or not path.is_relative_to(workspace.runs) or not path.is_file():
-            raise LorakitError(f"{name}: no such picture")
+            raise LorakitError("{name}: no such picture", name)
         content, info = path.read_bytes(), image_grid.read(path).info
     except (LorakitError, OSError, SyntaxError, ValueError) as problem:
         return words | {"address": "", "name": "", "recipe": "", "text": say.translate(str(problem))}

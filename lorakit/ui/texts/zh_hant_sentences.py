@@ -2,13 +2,19 @@
 
 from lorakit.ui.texts.zh_hant_bases import BASES
 from lorakit.ui.texts.zh_hant_captions import CAPTIONS
+from lorakit.ui.texts.zh_hant_models import MODELS
+from lorakit.ui.texts.zh_hant_parts import PARTS
 from lorakit.ui.texts.zh_hant_photos import PHOTOS
 from lorakit.ui.texts.zh_hant_running import RUNNING
+from lorakit.ui.texts.zh_hant_training import TRAINING
 
 SENTENCES = {
     **BASES,
     **CAPTIONS,
     **PHOTOS,
+    **PARTS,
+    **MODELS,
+    **TRAINING,
     # -- 計畫 plan.py, families/describe.py
     "base: {name} ({family}, predicts {kind})": "基礎模型：{name}（{family}，預測 {kind}）",
     "from the hub: {source}": "來自 hub：{source}",
