@@ -83,6 +83,8 @@ def sync_folder(path: Path) -> None:
 def refusal(folder: Path) -> str:
     """Why no file can be written in a folder that may have to be made, or "". Nothing is created."""
     try:
+        if folder.is_symlink() and not folder.exists():  # nothing can be made in its place
+            return os.strerror(errno.ENOENT)
         parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
     except OSError as error:

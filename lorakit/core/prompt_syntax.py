@@ -27,6 +27,8 @@ _TOKENS = re.compile(rf"\\[\\()\[\]]|[()\[\]]|{_WEIGHT.pattern}|(?:(?!{_WEIGHT.p
 _SCHEDULE = re.compile(r"(?<!\\)\[[^\[\]|:]*+(?:\||:[^\[\]|\d]*+[|\d])[^\[\]]*+\]|\bAND\b")
 # What is more than letters to a web UI; brackets without a weight are what people write in any text.
 _SYNTAX = (NETWORK, _NEW_CHUNK, re.compile(r"\([^()]*" + _WEIGHT.pattern), re.compile(r"\\[()\[\]]"), _SCHEDULE)
+# One of several words, drawn by an extension of web UIs, or by data.wildcards.
+_CHOICE = re.compile(r"\{[^{}|]*+\|[^{}]*+\}")
 _BRACKETS = re.compile(r"\(\([^()]*\)+|\[[^\[\]]*\]")
 
 
@@ -53,7 +55,7 @@ def parse(prompt: str) -> Prompt:
 
 def syntax(text: str) -> str:
     """What in a text web UIs read as more than letters, such as "(tag:1.3)"; "" if nothing is."""
-    matches = [match for pattern in (*_SYNTAX, _BRACKETS) if (match := pattern.search(text))]
+    matches = [match for pattern in (*_SYNTAX, _BRACKETS, _CHOICE) if (match := pattern.search(text))]
     return min(matches, key=lambda match: match.start())[0].strip() if matches else ""
 
 

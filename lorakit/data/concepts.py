@@ -37,8 +37,14 @@ def is_class_folder(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder is a run, or what `lorakit sample` writes."""
-    if (folder / "config.toml").is_file() and (folder / "state.json").is_file():
+    """Whether the folder is a run, the samples of one, or what `lorakit sample` writes."""
+    places = (folder, folder.parent, folder.parent.parent)
+    is_below = (True, folder.name == "samples", folder.parent.name == "samples")
+    if any(
+        (place / "config.toml").is_file() and (place / "state.json").is_file()
+        for place, below in zip(places, is_below, strict=True)
+        if below
+    ):
         return True
     return (folder / "grid.png").is_file() and any(folder.glob("*-strength-*.png"))
 

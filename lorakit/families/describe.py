@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -184,7 +185,7 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
     hub_id = None if path.is_dir() else hub.parse(model.base)
     if hub_id is None:
         hub.refuse_name(model.base)
-        return _of_folder(path, model, title=path.resolve().name)
+        return _of_folder(path, model, title=Path(os.path.realpath(path)).name)
     place, commit = hub.find(hub_id, _CHECKS, _unused(model))
     source = hub_id.at(commit)
     if hub_id.file:

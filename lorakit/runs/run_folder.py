@@ -454,7 +454,7 @@ def output_problem(path: Path, data_folder: str = "") -> str | None:
             return Message(NOT_EMPTY, path, hint if (path / "config.toml").exists() else "")
         if path.exists() and not path.is_dir():
             return Message("{path} is a file; give --output a folder", path)
-        if data_folder and path.resolve().is_relative_to(expand(data_folder).resolve()):
+        if data_folder and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(expand(data_folder))):
             return Message(AMONG_PHOTOS, path)
         reason = atomic.refusal(path)
     except OSError as error:

@@ -7,8 +7,10 @@ from typing import Any
 import marked
 import pytest
 import torch
+from PIL import Image
 
 from lorakit.config import ConfigError, DataConfig, load
+from lorakit.core import image_grid
 from lorakit.core.errors import LorakitError
 from lorakit.data import captions, checks, concepts, photo_folder
 from lorakit.data.dataset import Dataset, LatentBucket
@@ -33,6 +35,36 @@ def fill(place: Path, *names: str) -> None:
 )
 def test_names_of_folders_of_class_images(name: str, is_class: bool) -> None:
     assert concepts.is_class_folder(Path(name)) is is_class
+
+
+@pytest.mark.parametrize("below", ["", "samples", "samples/step-000002"])
+def test_the_pictures_of_a_run_are_no_photos(tmp_path: Path, below: str) -> None:
+    run = tmp_path / "run"
+    fill(run / "samples" / "step-000002", "a.png")
+    fill(run / "samples", "b.png")
+    for name in ("config.toml", "state.json"):
+        (run / name).touch()
+    with pytest.raises(LorakitError, match="holds pictures of a run of lorakit; give the folder of the photos"):
+        photo_folder.scan(run / below)
+
+
+def test_a_picture_that_lorakit_drew_is_named(photos: Path, base: Any) -> None:
+    fill(photos, "a.png", "b.png")
+    picture = Image.fromarray(marked.picture(2, 64, 64))
+    picture.info["lorakit"] = "{}"
+    image_grid.save(picture, photos / "c.png")
+    notes = checks.check(DataConfig(folder=str(photos), name="sks dog"), base).notes
+    assert "c.png: drawn by lorakit: it teaches what a model draws already" in notes
+
+
+def test_a_link_to_itself_is_no_folder_and_no_output(tmp_path: Path, photos: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(LorakitError, match="does not exist"):
+        photo_folder.scan(loop)
+    assert "cannot write to" in str(output_problem(loop, str(photos)))
+    assert output_problem(tmp_path / "out", str(loop)) is None
+    assert "inside the folder of photos" in str(output_problem(photos / "out", str(photos)))
 
 
 @pytest.mark.parametrize("name", ["reg", "class", "regularization", "Regularisation images"])

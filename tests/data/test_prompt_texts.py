@@ -45,6 +45,7 @@ def test_break_begins_another_group_and_is_no_part_of_a_word() -> None:
         ("toy, (smile:1.3), (x:1.1)", "(smile:1.3)"),
         (r"emily \(pokemon\)", r"\("),
         ("toy BREAK table", "BREAK"),
+        ("a {red|blue} toy", "{red|blue}"),
         ("toy <lora:style:0.7>", "<lora:style:0.7>"),
         ("[blurred] toy", "[blurred]"),
         ("((toy)) on grass", "((toy))"),

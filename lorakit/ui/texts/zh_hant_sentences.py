@@ -128,6 +128,9 @@ SENTENCES = {
     "{file} names files that are not there: {names:words}": "{file} 提到不存在的檔案：{names:words}",
     "pictures more than one folder down are not read: {names:words}": "更深一層資料夾中的圖片不會讀取：{names:words}",
     "no photo has the name of {names:words}: not used": "{names:words} 沒有同名的照片，不會使用",
+    "{names:words}: drawn by lorakit: it teaches what a model draws already": (
+        "{names:words}：是 lorakit 畫的圖，只會教模型它本來就會畫的東西"
+    ),
     "{names:words}: captions or masks in a folder without photos, not used: put each beside its photo": (
         "{names:words}：說明文字或遮罩所在的資料夾沒有照片，不會使用：請各自放在照片旁"
     ),
