@@ -30,8 +30,9 @@ MANY_PARAMETERS = {
     "lorakit/formats/metadata.py:build": 8,
     "lorakit/formats/saving.py:save": 8,
     "lorakit/inference/recipe.py:picture_info": 8,
-    "lorakit/inference/sampling.py:from_file": 8,
-    "lorakit/inference/sampling.py:draw_weights": 8,
+    "lorakit/inference/sampling.py:sample": 8,
+    "lorakit/inference/sampling.py:from_file": 9,
+    "lorakit/inference/sampling.py:draw_weights": 9,
 }
 # Arguments and results of functions that are `Any` and nothing more. What stays: `ctx` of torch.autograd.Function, what
 # is passed through to a library as it came, values of options, and what diffusers and PEFT have no one type for.

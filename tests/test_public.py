@@ -113,7 +113,10 @@ def test_numbers_that_fp16_cannot_hold_are_written_in_full_with_a_warning(traine
 
 def test_pictures_are_those_of_the_run(trained, tiny_sd1, tmp_path) -> None:
     """`sample` without more than the base draws what the run drew last."""
-    grid, *pictures = lorakit.sample(trained.adapter, base=str(tiny_sd1), folder=tmp_path / "drawn")
+    counts: list[tuple[int, int]] = []
+    options = {"base": str(tiny_sd1), "folder": tmp_path / "drawn", "progress": lambda *pair: counts.append(pair)}
+    grid, *pictures = lorakit.sample(trained.adapter, **options)
+    assert counts == [(number, len(pictures)) for number in range(1, len(pictures) + 1)]
     assert grid == tmp_path / "drawn" / "grid.png"
     last = sorted((trained.folder / "samples" / "step-000002").glob("*.png"))
     for one, two in zip(pictures, last, strict=True):

@@ -114,7 +114,7 @@ class FrontEnd:
 
     def arguments(self, origin: str, everywhere: bool) -> list[str]:
         """What comes behind `lorakit ui`."""
-        rest = ["--runs", str(self.runs), "--embed", origin]
+        rest = ["--runs", str(self.runs), "--embed", origin, "--end-with", str(os.getpid())]
         rest += [word for folder in self.photos for word in ("--root", str(folder))]
         rest += [word for folder in self.bases for word in ("--bases", str(folder))]
         return rest + (["--host", "0.0.0.0"] if everywhere else [])

@@ -168,6 +168,7 @@ def run_sample(args: argparse.Namespace) -> int:
         folder=args.output,
         size=args.size,
         overrides=overrides,
+        progress=lambda count, total: remark(f"picture {count} of {total}"),
     )
     if args.json:
         print_json({"grid": str(files[0]), "files": [str(file) for file in files[1:]]})

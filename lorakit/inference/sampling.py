@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
+# Called with how many pictures are drawn, and of how many.
+Progress = Callable[[int, int], object]
 # diffusers' samplers of distilled models -> the names that web UIs give them.
 SAMPLERS = {"EulerDiscreteScheduler": "Euler", "LCMScheduler": "LCM"}
 # Steps of the solver that an LCM was distilled from; it draws on a part of them.
@@ -181,6 +183,7 @@ def sample(
     folder: str | Path | None = None,
     size: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    progress: Progress = lambda count, total: None,
 ) -> list[Path]:
     """As `lorakit sample`: pictures by an exported adapter, with the settings of the run that made it.
 
@@ -192,6 +195,7 @@ def sample(
         folder: where the pictures go; `runs/<time>-<name>` unless given.
         size: side in pixels; None: as trained.
         overrides: dotted option names over the recorded ones, e.g. {"sample.steps": 20}.
+        progress: called after each picture with how many are drawn, and of how many.
 
     Returns:
         the grid, then each picture.
@@ -210,6 +214,7 @@ def sample(
         folder=Path(folder) if folder else None,
         size=size,
         memory=config.memory,
+        progress=progress,
     )
 
 
@@ -244,6 +249,7 @@ def from_file(
     folder: Path | None = None,
     size: int | None = None,
     memory: MemoryConfig | None = None,
+    progress: Progress = lambda count, total: None,
 ) -> list[Path]:
     """Pictures by an exported adapter in a base loaded afresh, written to a folder; the grid's path comes first.
 
@@ -269,7 +275,9 @@ def from_file(
     if folder.is_dir() and any(folder.iterdir()):
         raise LorakitError("{folder} is not empty and nothing in it is overwritten; give another --output", folder)
     side = (size, size) if size else default_size(sample, config.data.resolution)
-    rows = draw_weights(weights, base, prompts, strengths, sample, side, name=adapter.stem, memory=memory)
+    rows = draw_weights(
+        weights, base, prompts, strengths, sample, side, name=adapter.stem, memory=memory, progress=progress
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         table = grid([p for row in rows for p in row], [f"strength {value:g}" for value in strengths], prompts)
@@ -294,6 +302,7 @@ def draw_weights(
     *,
     name: str,
     memory: MemoryConfig | None = None,
+    progress: Progress = lambda count, total: None,
 ) -> list[list[Image.Image]]:
     """As `from_file`, of weights already read and without writing: a list for each strength, a picture a prompt."""
     where = memory or MemoryConfig()
@@ -318,10 +327,15 @@ def draw_weights(
     for strength in strengths:  # all of them before the UNet comes to the device
         applied.set_strength(strength)
         embeddings.append(embed(family, prompts, sample))
-    rows = []
+    rows: list[list[Image.Image]] = []
+    total = len(prompts) * len(strengths)
     for strength, embedded in zip(strengths, embeddings, strict=True):
         applied.set_strength(strength)
-        rows.append(draw(family, prompts, sample, size, embeddings=embedded, adapter=name, strength=strength))
+        row: list[Image.Image] = []
+        for part in parts(family, prompts, sample, size, embeddings=embedded, adapter=name, strength=strength):
+            row += draw_part(family, part)
+            progress(len(rows) * len(prompts) + len(row), total)
+        rows.append(row)
     return rows
 
 

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -146,6 +147,11 @@ class Queue:
             return self._file(number, "log").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
+
+    def pictures(self, number: int) -> tuple[int, int]:
+        """How many pictures a job that draws has drawn, and of how many; (0, 0) before the first."""
+        lines = re.findall(r"^picture (\d+) of (\d+)$", self.log(number), re.MULTILINE)
+        return (int(lines[-1][0]), int(lines[-1][1])) if lines else (0, 0)
 
     def waiting(self) -> list[Job]:
         """Jobs that have not begun, next one first."""

@@ -101,6 +101,9 @@ def parser() -> argparse.ArgumentParser:
         help="the one other program whose pages may frame it, as http://127.0.0.1:7860",
     )
     options.add_argument(
+        "--end-with", type=int, default=0, metavar="PID", help="end when this process has ended, which started it"
+    )
+    options.add_argument(
         "--password",
         default=os.environ.get("LORAKIT_PASSWORD", ""),
         help=f"ask for it, with the user name {USER!r}; better set in LORAKIT_PASSWORD, as others see command lines",
@@ -149,7 +152,7 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
     if args.open:
         server.open_browser()
     if block:
-        server.wait()
+        server.wait(args.end_with)
     return server
 
 

@@ -15,11 +15,13 @@ from collections.abc import Sequence
 
 import fastapi
 import gradio as gr
+import psutil
 import uvicorn
 from gradio import networking
 from starlette.middleware import Middleware
 
 from lorakit.core.errors import LorakitError
+from lorakit.runs import run_folder
 
 FIRST_PORT, PORTS = 7860, 100
 # Seconds that open connections are given at the end.
@@ -63,12 +65,13 @@ class Server(uvicorn.Server):
         with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
             print(f"* Running on local URL:  {self.address}", flush=True)
 
-    def wait(self) -> None:
-        """Serve until Ctrl-C or a request to end."""
+    def wait(self, parent: int = 0) -> None:
+        """Serve until Ctrl-C, a request to end, or the end of the process `parent`, if one is named."""
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+        begin = _start_of(parent)
         try:
-            while self.thread.is_alive():
+            while self.thread.is_alive() and (not parent or run_folder.alive(parent, begin)):
                 self.thread.join(0.5)
         finally:
             self.close()
@@ -92,6 +95,14 @@ class Server(uvicorn.Server):
     def open_browser(self) -> None:
         """Open the page in the browser of this machine."""
         webbrowser.open(self.address)
+
+
+def _start_of(pid: int) -> float:
+    """When a process began, seconds since the epoch; 0 where there is none."""
+    try:
+        return psutil.Process(pid).create_time() if pid else 0.0
+    except psutil.Error:
+        return 0.0
 
 
 def listen(host: str, port: int | None) -> socket.socket:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from lorakit import config as configuration
 from lorakit.config import sample_prompts
+from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core import atomic, foreign_json, image_grid, names
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
@@ -27,6 +28,7 @@ from lorakit.runs import quickstart, run_folder
 from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import commands, widgets
 from lorakit.ui.pages import viewer
+from lorakit.ui.pages.try_it import drawing_line
 from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
@@ -256,6 +258,8 @@ class ComparePage:
         text = ""
         if going:
             text = widgets.quiet(say("compare.drawing", state=say(f"state.{going[0].state}")))
+            if going[0].state == "running":
+                text = drawing_line(self.workspace, going[0], say)
         elif jobs and jobs[-1].state != "done":
             text = widgets.problem(say.translate(self.workspace.why(jobs[-1].number)) or say(f"state.{jobs[-1].state}"))
         return [text, self.grids_of(name, say), gr.Timer(active=bool(going))]
@@ -318,8 +322,8 @@ def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndar
     """The run's training photos that are as they were, and how each looks; none where they are not below the roots any
     more."""
     try:
-        place = workspace.roots.resolve(quickstart.photo_folder(configuration.load(run.config_file)))
-        photos = photo_folder.scan(place).photos
+        config = configuration.load(run.config_file)
+        photos = workspace.photos(str(quickstart.photo_folder(config)), config.data)
         files = foreign_json.loads_table(run.plan_file.read_text(encoding="utf-8")).get("files")
         if isinstance(files, dict):  # a run of before has none
             photos = [
@@ -327,15 +331,17 @@ def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndar
             ]
     except (LorakitError, OSError, ValueError):
         return []
-    looks = [(photo.path, _look(photo.path, photo.path.stat().st_mtime_ns)) for photo in photos[:MAX_PHOTOS]]
+    looks = [
+        (photo.path, _look(photo.path, photo.path.stat().st_mtime_ns, photo.edit)) for photo in photos[:MAX_PHOTOS]
+    ]
     return [(path, look) for path, look in looks if look is not None]
 
 
 @functools.lru_cache(maxsize=2048)
-def _look(path: Path, changed: int) -> np.ndarray | None:
+def _look(path: Path, changed: int, edit: PhotoEdit = NO_EDIT) -> np.ndarray | None:
     """The middle square of a picture as a unit vector without its mean: a product of two is their correlation."""
     try:
-        pixels = decode(path, at_least=4 * LOOK).pixels
+        pixels = decode(path, at_least=4 * LOOK, edit=edit).pixels
     except Unreadable:
         return None
     height, width = pixels.shape[:2]

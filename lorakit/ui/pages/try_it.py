@@ -132,7 +132,7 @@ class TryPage:
             ahead = [Path(one.folder).name for one in jobs if one.number < job.number and _is_going(one)]
             return widgets.quiet(say("try.waiting", names=", ".join(ahead)) if ahead else say("state.waiting")), True
         if job.state == "running":
-            return widgets.quiet(say("compare.drawing", state=widgets.ago(job.pid_start or time.time(), say))), True
+            return drawing_line(self.workspace, job, say), True
         if job.state != "done":
             why = say.translate(self.workspace.why(job.number)) or say(f"state.{job.state}")
             return widgets.problem(why), False
@@ -159,6 +159,15 @@ class TryPage:
             f"<section class=lk-scroll tabindex=0 data-pictures><h4>{escape(folder.name)}</h4>"
             f"<table class=lk-compare><tbody>{cells}</tbody></table></section>"
         )
+
+
+def drawing_line(workspace: Workspace, job: Job, say: Say) -> str:
+    """How far a job is that draws."""
+    seconds = widgets.ago(job.pid_start or time.time(), say)
+    count, total = workspace.queue.pictures(job.number)
+    if not total:
+        return widgets.quiet(say("compare.drawing", state=seconds))
+    return widgets.quiet(say("try.progress", count=count, total=total, time=seconds))
 
 
 def _is_going(job: Job) -> bool:

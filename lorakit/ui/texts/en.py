@@ -245,6 +245,7 @@ TEXTS = {
     "try.draw": "Draw",
     "try.no_prompt": "Write a prompt first, one a line.",
     "try.waiting": "It waits for: {names}",
+    "try.progress": "Drawing: {count} of {total} … ({time})",
     "try.at": "strength {strength}",
     # Adapter
     "adapter.lead": "What is this file, and who can read it? Nothing in it is run.",
@@ -285,6 +286,9 @@ NAMES = {
     "data.name": "Trigger and name",
     "model.base": "Base model",
     "optimizer.lr_scheduler": "Learning rate schedule",
+    "train.steps": "Training steps",
+    "sample.steps": "Sampling steps",
+    "sample.seed": "Seed of the samples",
     "train.min_snr_gamma": "Min-SNR gamma",
     "train.on_nan": "On a loss that is not finite",
     "memory.limit_gib": "Limit in GiB",

@@ -237,6 +237,7 @@ TEXTS = {
     "try.draw": "繪製",
     "try.no_prompt": "請先輸入提示詞，每行一個。",
     "try.waiting": "正在等待：{names}",
+    "try.progress": "正在繪製：第 {count} 張，共 {total} 張……（{time}）",
     "try.at": "強度 {strength}",
     "adapter.lead": "這個檔案是什麼，誰能讀取它？其中的內容絕不會被執行。",
     "adapter.path": "這台電腦上的檔案或資料夾",

@@ -1,0 +1,38 @@
+"""How far a drawing is, and the end of a front end that another program started."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+
+from lorakit.ui import app, texts  # noqa: E402
+from lorakit.ui.pages.try_it import drawing_line  # noqa: E402
+from lorakit.ui.workspace import Workspace  # noqa: E402
+
+
+def test_a_drawing_says_how_many_pictures_are_there(tmp_path: Path) -> None:
+    workspace, say = Workspace(tmp_path / "runs", [tmp_path]), texts.sayer("en")
+    job = workspace.queue.command(["sample", "a.safetensors"], tmp_path / "runs" / "tries" / "one")
+    assert drawing_line(workspace, job, say).startswith("<p class=lk-quiet>Drawing … (")
+    log = workspace.queue.folder / "000001.log"
+    log.write_text("base: pocket\npicture 1 of 4\npicture 2 of 4\n")
+    assert workspace.queue.pictures(job.number) == (2, 4)
+    assert "Drawing: 2 of 4 … (" in drawing_line(workspace, job, say)
+    assert "第 2 張，共 4 張" in drawing_line(workspace, job, texts.sayer("zh-Hant"))
+
+
+def test_a_front_end_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as parent:
+        args = app.parser().parse_args(["--end-with", str(parent.pid), "--port", "7991"])
+        server = app.serve(Workspace(tmp_path / "runs", [tmp_path]), args, block=False)
+        waiter = threading.Thread(target=server.wait, args=(args.end_with,))
+        waiter.start()
+        waiter.join(1)
+        assert waiter.is_alive() and server.thread.is_alive()
+        parent.kill()
+        waiter.join(20)
+        assert not waiter.is_alive() and not server.thread.is_alive()
