@@ -15,6 +15,9 @@ from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 from lorakit.ui.access import Roots
 
+# A line of a list of texts that stands for an empty one, as in `train.prior_prompts`; empty lines are left out.
+NO_TEXT = '""'
+
 
 @dataclass(frozen=True)
 class Field:
@@ -43,7 +46,7 @@ class Field:
     def to_widget(self, value: Any) -> Any:
         """The option's value as its widget holds it."""
         if self.kind == "lines":
-            return value if isinstance(value, str) else "\n".join(map(str, value))
+            return value if isinstance(value, str) else "\n".join(str(line) or NO_TEXT for line in value)
         if self.kind == "table":
             return configuration.toml_value(value) if value else ""
         if self.in_words:
@@ -53,7 +56,8 @@ class Field:
     def read(self, value: Any) -> Any:
         """The widget's value as the option's; what does not fit is left as it is, for the config to name."""
         if self.kind == "lines":
-            return tuple(line.strip() for line in str(value or "").splitlines() if line.strip())
+            lines = [line.strip() for line in str(value or "").splitlines()]
+            return tuple("" if line == NO_TEXT else line for line in lines if line)
         if self.kind == "choices":
             return tuple(value or ())
         if self.kind == "table":

@@ -71,6 +71,12 @@ def test_what_is_read_from_widgets():
     assert fields["output.formats"].read(["kohya", "peft"]) == ("kohya", "peft")
 
 
+def test_an_empty_prompt_stays_in_a_list():
+    prompts = form.fields()["train.prior_prompts"]
+    assert prompts.to_widget(("a mug", "", "a fish")) == 'a mug\n""\na fish'
+    assert prompts.read(' a mug\n\n "" \na fish\n') == ("a mug", "", "a fish")
+
+
 def test_what_differs_from_the_preset():
     preset = form.values(config.load("subject-pocket"))
     assert form.changed(preset, preset) == {}
