@@ -15,6 +15,7 @@ from lorakit.inference import sampling
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training import run as train
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_validation")]
 SUBJECT = "zib"
 TRAINED_SCENES = ("beach", "meadow", "table", "brick")
 NEW_SCENES = ("snow", "city", "underwater")
@@ -51,20 +52,13 @@ def base_share() -> float:
     return share_of_the_subject(None)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Class images are drawn once for both runs."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def trained(photos: Path, folder: Path) -> train.Result:
+def trained(photos: Path, folder: Path, **prior: object) -> train.Result:
     """A shorter run than the preset's, at three times its learning rate: all six pictures show the subject."""
     settings = {
         "data.folder": str(photos),
         "data.name": "sks toy",
         "optimizer.learning_rate": 3e-3,
         "train.steps": 40,
-        "train.class_images": 16,
         "train.holdout": 0.0,
         "train.validate_every": 40,
         "train.validate_at_end": False,
@@ -76,15 +70,13 @@ def trained(photos: Path, folder: Path) -> train.Result:
         "sample.steps": 2,
         "output.folder": str(folder),
     }
+    settings |= {f"train.{name}": value for name, value in prior.items()}
     return train.train(config.load("subject-pocket", settings))
 
 
-@pytest.mark.slow
-def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(
-    photos, base_share, cache, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("LORAKIT_CACHE", str(cache))
-    result = trained(photos, tmp_path / "run")
+def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(photos, base_share, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    result = trained(photos, tmp_path / "run", class_images=16)
     losses = [event["loss"] for event in RunFolder(result.folder).events("step")]
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
     after = share_of_the_subject(result.adapter)
@@ -92,11 +84,11 @@ def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(
     assert share_of_the_subject(result.adapter, "toy") < after - 0.2
 
 
-@pytest.mark.slow
-def test_a_broken_trainer_is_noticed(photos, base_share, cache, tmp_path, monkeypatch):
-    """Each picture of a batch gets its neighbour's target: everything runs, the file checks, and nothing is learned."""
-    monkeypatch.setenv("LORAKIT_CACHE", str(cache))
+def test_a_broken_trainer_is_noticed(photos, base_share, tmp_path, monkeypatch):
+    """Each picture of a batch gets its neighbour's target: everything runs, the file checks, and nothing is learned,
+    though no prior holds the model back."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     right = VPrediction.target  # the bundled base predicts v
     monkeypatch.setattr(VPrediction, "target", lambda *arguments: right(*arguments).roll(1, 0))
-    result = trained(photos, tmp_path / "run")
+    result = trained(photos, tmp_path / "run", prior="none")
     assert share_of_the_subject(result.adapter) < base_share + LUCK
