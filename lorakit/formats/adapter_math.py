@@ -14,6 +14,7 @@ import torch
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LohaLayer, LoraLayer
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.formats import keys
 from lorakit.formats.facts.consumers import BIAS, DORA_ROWS
 
@@ -29,7 +30,7 @@ def require_finite(weights: AdapterWeights) -> None:
         raise LorakitError("the adapter has no layers: there is nothing to export")
     for name, layer in weights.layers.items():
         if not all(bool(torch.isfinite(tensor).all()) for tensor in layer.factors().values()):
-            raise LorakitError(f"layer {name} is not finite (NaN or infinity): the adapter is not written")
+            raise LorakitError("layer {name} is not finite (NaN or infinity): the adapter is not written", name)
 
 
 def require_writable(weights: AdapterWeights, check: Callable[[str, str], str | None]) -> None:
@@ -139,13 +140,18 @@ def lossy(weights: AdapterWeights, dtype: str) -> str | None:
         for tensor in (*layer.factors().values(), *layer.rescaled(1).factors().values()):
             rounded = tensor.to(DTYPES[dtype])
             if not bool(torch.isfinite(rounded).all()):
-                return f"{name} has numbers too large for {dtype}"
+                return Message("{name} has numbers too large for {dtype}", name, dtype)
             before, after = int(torch.count_nonzero(tensor)), int(torch.count_nonzero(rounded))
             if after < MIN_NONZERO_SHARE * before:
-                return f"{100 - 100 * after // before} % of the numbers of {name} would become 0 in {dtype}"
+                return Message(
+                    "{value} % of the numbers of {name} would become 0 in {dtype}",
+                    100 - 100 * after // before,
+                    name,
+                    dtype,
+                )
             error = float(torch.linalg.vector_norm(rounded.float() - tensor))
             if error > MAX_ROUNDING[dtype] * float(torch.linalg.vector_norm(tensor)):
-                return f"the numbers of {name} are too small for {dtype}"
+                return Message("the numbers of {name} are too small for {dtype}", name, dtype)
     return None
 
 
@@ -166,7 +172,10 @@ def split(name: str, layer: AnyLayer, family: str) -> dict[str, AnyLayer]:
         return {name: layer}
     if layer.size[0] % len(names):
         raise LorakitError(
-            f"{name} has {layer.size[0]} rows, which are not {len(names)} equal shares: the file is damaged"
+            "{name} has {size} rows, which are not {count} equal shares: the file is damaged",
+            name,
+            layer.size[0],
+            len(names),
         )
     if isinstance(layer, LoraLayer) and (layer.magnitude is None or layer.magnitude.shape[0] == len(layer.up)):
         rows = layer.up.chunk(len(names))
@@ -182,8 +191,10 @@ def split(name: str, layer: AnyLayer, family: str) -> dict[str, AnyLayer]:
         shares_of = layer.parts["diff"].chunk(len(names))
         return {n: replace(layer, parts={"diff": share}) for n, share in zip(names, shares_of, strict=True)}
     raise LorakitError(
-        f"{name} is {layer.method} on q, k and v in one layer, which has no counterpart on each: merge it into a base "
-        "with the program that made it"
+        "{name} is {method} on q, k and v in one layer, which has no counterpart on each: merge it into a "
+        "base with the program that made it",
+        name,
+        layer.method,
     )
 
 
@@ -210,7 +221,9 @@ def swapped(name: str, layer: AnyLayer, family: str) -> AnyLayer:
         return replace(layer, w1_a=_exchanged(layer.w1_a), w2_a=_exchanged(layer.w2_a))
     if isinstance(layer, ForeignLayer) and "diff" in layer.parts:
         return replace(layer, parts={"diff": _exchanged(layer.parts["diff"])})
-    raise LorakitError(f"{name} is {layer.method} on shift and scale, whose order differs between programs")
+    raise LorakitError(
+        "{name} is {method} on shift and scale, whose order differs between programs", name, layer.method
+    )
 
 
 def _exchanged(tensor: torch.Tensor) -> torch.Tensor:
@@ -257,7 +270,7 @@ def _joined(name: str, layers: list[AnyLayer | None], members: list[AnyLayer | N
         assert isinstance(first, ForeignLayer)
         return replace(first, parts={"diff": torch.cat(shares)})
     if len(loras) != len(members):
-        raise LorakitError(f"{name} holds q, k and v in one layer, which only LoRA can be put into")
+        raise LorakitError("{name} holds q, k and v in one layer, which only LoRA can be put into", name)
     first_lora = loras[0]
     zeros = torch.zeros_like(first_lora.up[:, :0])
     pieces = [

@@ -17,6 +17,7 @@ from lorakit.config import ADAPTER_SECTIONS
 from lorakit.config.option import suggest
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
 from lorakit.formats.facts.consumers import BIAS, CONSUMERS, DORA_ROWS, Consumer
@@ -64,11 +65,13 @@ class Reading:
         """One line for a person: counts, and the first thing that is wrong."""
         counts = ", ".join(f"{part} {read}/{total}" for part, (read, total) in self.counts.items())
         if self.refused:
-            return f"refuses the file: {self.refused}"
+            return Message("refuses the file: {why}", self.refused)
         if self.unmatched and not any(read for read, _ in self.counts.values()):
-            return f"reads none of it, as it has no rule for names like {self.unmatched[0]}"
+            return Message("reads none of it, as it has no rule for names like {name}", self.unmatched[0])
         if self.unmatched:
-            return f"{counts}; no rule for {self.unmatched[0]}{_more(self.unmatched)}"
+            return Message(
+                "{counts}; no rule for {unmatched}{unmatched_2}", counts, self.unmatched[0], _more(self.unmatched)
+            )
         if self.wrong:
             stem, why = next(iter(self.wrong.items()))
             return f"{counts}; {why}: {stem}{_more(self.wrong)}"
@@ -98,7 +101,9 @@ def names(targets: Iterable[str]) -> list[str]:
     for target in consumers:
         if target != "all" and target not in CONSUMERS:
             hint = suggest(target, [*CONSUMERS, "all"])
-            raise LorakitError(f"unknown target {target!r}: choose from {', '.join(CONSUMERS)}, all{hint}")
+            raise LorakitError(
+                "unknown target {target!r}: choose from {consumers}, all{hint}", target, ", ".join(CONSUMERS), hint
+            )
     return list(CONSUMERS) if "all" in consumers else consumers
 
 
@@ -248,11 +253,11 @@ def module_defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool =
             continue
         missing = [part for part in ("down", "up") if part not in module.parts]
         if missing:
-            result[stem] = f"its {missing[0]} factor is missing"
+            result[stem] = Message("its {missing} factor is missing", missing[0])
             continue
         down, up = shapes[module.parts["down"]], shapes[module.parts["up"]]
         if len(down) != len(up) or len(down) not in (2, 4) or down[0] != up[1] or up[2:] not in ((), (1, 1)):
-            result[stem] = f"its factors {down} and {up} do not fit together (one is transposed?)"
+            result[stem] = Message("its factors {down} and {up} do not fit together (one is transposed?)", down, up)
         elif some_alpha and "alpha" not in module.parts:
             result[stem] = "its alpha is missing, so it is applied with alpha = rank"
     return result
@@ -270,10 +275,14 @@ def _lycoris_defect(module: Module, shapes: Shapes) -> str:
         if side in _SINGLE_MATRIX_SIDES and side in there:
             continue
         if a is None or b is None:
-            return f"its {side} is missing" if a is b else f"its {side}_{'b' if a else 'a'} factor is missing"
+            return (
+                Message("its {side} is missing", side)
+                if a is b
+                else f"its {side}_{'b' if a else 'a'} factor is missing"
+            )
         tucker = f"{side.replace('w', 't')}" in there
         if a[0 if tucker else 1] != b[0]:
-            return f"its factors {a} and {b} do not fit together (one is transposed?)"
+            return Message("its factors {a} and {b} do not fit together (one is transposed?)", a, b)
     return ""
 
 
@@ -299,7 +308,9 @@ def _unscaled(
             continue
         applied = alpha / shapes[module.parts["down"]][0]
         if not math.isclose(applied, scale, rel_tol=1e-3):
-            result[stem] = f"it is rank-stabilised and should be scaled by {scale:g}, its alpha says {applied:g}"
+            result[stem] = Message(
+                "it is rank-stabilised and should be scaled by {scale:g}, its alpha says {applied:g}", scale, applied
+            )
     return result
 
 
@@ -328,7 +339,7 @@ def _special(
     for stem, module in by_stem.items():
         scale = scales.get(_component(stem), 1.0)
         if scale != 1 and "alpha" not in module.parts and not module.has_kohya_name:
-            result[stem] = f"ignores the alpha in its metadata, which is {scale:g} times the rank"
+            result[stem] = Message("ignores the alpha in its metadata, which is {scale:g} times the rank", scale)
     if consumer.common_alpha and alphas:
         result |= _minority_alphas(by_stem, alphas)
     return result
@@ -355,17 +366,17 @@ def _minority_alphas(by_stem: Mapping[str, Module], alphas: Mapping[str, float])
     diffusers looks such exceptions up under a name that it has rewritten, and applies the common alpha instead.
     """
     values = {stem: alphas.get(module.parts.get("alpha", "")) for stem, module in by_stem.items()}
-    result = {}
+    result = dict[str, str]()
     for part in {_component(stem) for stem in by_stem}:
         inside = {stem: value for stem, value in values.items() if _component(stem) == part and value is not None}
         common = Counter(inside.values()).most_common(1)
         for stem, value in inside.items():
             rewritten = part != "unet" or re.search(r"_attn[12]_to_", stem)
             if rewritten and value != common[0][0]:
-                result[stem] = f"applies alpha {common[0][0]:g} instead of {value:g}"
+                result[stem] = Message("applies alpha {common:g} instead of {value:g}", common[0][0], value)
         for stem in values if common else ():
             if _component(stem) == part and values[stem] is None and by_stem[stem].has_kohya_name:
-                result[stem] = f"applies alpha {common[0][0]:g} where there is none"
+                result[stem] = Message("applies alpha {common:g} where there is none", common[0][0])
     return result
 
 
@@ -382,7 +393,7 @@ def _refused(
     kohya, own_kinds = any(module.has_kohya_name for module in by_stem.values()), registry.own_kinds()
     for module in by_stem.values():
         if consumer.lone_alpha and set(module.parts) == {"alpha"}:
-            return f"{module.stem} has an alpha and no factors"
+            return Message("{module} has an alpha and no factors", module.stem)
         if consumer.lone_alpha and module.has_kohya_name and not _has_reader(consumer, module, own_kinds):
             return f"it does not know factors with names like {module.parts.get('down', module.stem)}"
     if key == "invokeai":
@@ -398,16 +409,16 @@ def _refused(
         text = [stem for stem in by_stem if stem.startswith("lora_te")]
         for prefix in {stem.partition("_text_")[0] for stem in text}:
             if not any(s.startswith(prefix) and s.endswith(("out_proj", "_mlp_fc1", "_mlp_fc2")) for s in text):
-                return f"the {prefix} part has neither out_proj nor mlp"
+                return Message("the {prefix} part has neither out_proj nor mlp", prefix)
     if not consumer.flat_conv:
         projections = registry.version_of(family).kohya.conv_projections
         pointwise = (*_POINTWISE, *_PROJECTIONS) if projections else _POINTWISE
         for module in by_stem.values():
             down = shapes.get(module.parts.get("down", ""), ())
             if len(down) == 2 and module.has_kohya_name and module.stem.endswith(pointwise):
-                return f"{module.stem} is a convolution whose factors are stored as matrices"
+                return Message("{module} is a convolution whose factors are stored as matrices", module.stem)
     if consumer.converts_kohya and (without := [name for name in shapes if not re.search("lora", name)]):
-        return f"{without[0]} has no 'lora' in its name"
+        return Message("{without} has no 'lora' in its name", without[0])
     if consumer.converts_kohya and not kohya:
         magnitudes = {(_component(stem), "row_magnitude" in module.parts) for stem, module in by_stem.items()}
         several = len(magnitudes) > len({part for part, _ in magnitudes})
@@ -415,7 +426,7 @@ def _refused(
     if consumer.unknown_limit is not None:
         tensors = sum(len(by_stem[name].parts) if name in by_stem else 1 for name in unknown)
         if tensors > consumer.unknown_limit:
-            return f"{tensors} tensors have names it has no rule for, e.g. {unknown[0]}"
+            return Message("{tensors} tensors have names it has no rule for, e.g. {unknown}", tensors, unknown[0])
     return ""
 
 
@@ -441,7 +452,7 @@ def predict_compatibility(method: str, fmt: str) -> dict[str, str]:
         problems = [consumer.refused.get(method), consumer.misread.get(method)]
         problems += ["does not apply it"] if method in (*consumer.unread, *registry.own_kinds()) else []
         problem = next(filter(None, problems), consumer.misread.get(f"{method} on convolutions", ""))
-        result[key] = problem if key in FORMATS[fmt].consumers else f"does not read the {fmt} format"
+        result[key] = problem if key in FORMATS[fmt].consumers else Message("does not read the {fmt} format", fmt)
     return result
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import is_file_name, printable, shorten
 from lorakit.core.registry import FORMATS
 from lorakit.formats import metadata
@@ -85,7 +86,7 @@ def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
         match = _BUNDLED.fullmatch(name)
         if match and not is_file_name(match[1]):
             raise LorakitError(
-                f"carries the word {shorten(printable(match[1]), 60)!r}, which no file can have as its name"
+                "carries the word {match!r}, which no file can have as its name", shorten(printable(match[1]), 60)
             )
         if match:
             vectors_of_words.setdefault(match[1], {})[_ENCODERS[match[2]]] = tensor.float()
@@ -104,10 +105,12 @@ def word_files(path: Path, adapter_metadata: Mapping[str, str]) -> dict[str, Pat
     for word in filter(None, adapter_metadata.get(metadata.WORDS, "").split()):
         if not re.fullmatch(r"[\w-]+", word) or not is_file_name(word):  # it becomes a path
             label = shorten(printable(word), 60)
-            raise LorakitError(f"{path}: its metadata names the word {label!r}, which is no word")
+            raise LorakitError("{path}: its metadata names the word {label!r}, which is no word", path, label)
         file = result[word] = folder(path) / f"{word}.safetensors"
         if not file.is_file():
-            raise LorakitError(f"{path}: its embedding {file.parent.name}/{file.name} is not beside it: put it back")
+            raise LorakitError(
+                "{path}: its embedding {parent}/{file} is not beside it: put it back", path, file.parent.name, file.name
+            )
     return result
 
 
@@ -121,7 +124,7 @@ def read(path: Path, adapter_metadata: Mapping[str, str]) -> WordVectors:
     for word, file in word_files(path, adapter_metadata).items():
         parts = safetensors_header.load(safetensors_header.read(file))
         if not parts or not parts.keys() <= _ENCODERS.keys() or any(rows.ndim != 2 for rows in parts.values()):
-            raise LorakitError(f"{file}: not the embedding that {path.name} needs")
+            raise LorakitError("{file}: not the embedding that {path} needs", file, path.name)
         result[word] = {_ENCODERS[name]: rows.float() for name, rows in parts.items()}
     return result
 
@@ -138,7 +141,7 @@ def problems(vectors_of_words: WordVectors, trained: WordVectors) -> list[tuple[
             continue
         for part, rows in vectors.items():
             if there[part].shape != rows.shape or not bool(torch.isfinite(there[part]).all()):
-                wrong.append((word, f"embedding for {part} is broken"))
+                wrong.append((word, Message("embedding for {part} is broken", part)))
             elif not torch.allclose(there[part], rows.float(), rtol=1e-5, atol=1e-7):
-                wrong.append((word, f"embedding for {part} differs from the trained one"))
+                wrong.append((word, Message("embedding for {part} differs from the trained one", part)))
     return wrong

@@ -71,7 +71,9 @@ def write_bytes(path: Path, raw: bytes) -> None:
         require_space(path.parent, len(raw))
         atomic.write(path, raw)
     except OSError as error:
-        raise Unwritable(f"{path}: cannot be written ({error.strerror or error}); nothing there was changed") from None
+        raise Unwritable(
+            "{path}: cannot be written ({reason}); nothing there was changed", path, error.strerror or error
+        ) from None
 
 
 def stream(
@@ -109,7 +111,7 @@ def stream(
             os.fsync(file.fileno())
         atomic.replace(temporary, path)
     except OSError as error:
-        raise Unwritable(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise Unwritable("{file}: cannot be written ({reason})", path, error.strerror or error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -119,6 +121,8 @@ def require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + _MARGIN:
         raise Unwritable(
-            f"{folder}: {size / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free: make room, or write elsewhere "
-            "with --output"
+            "{folder}: {size:.1f} MiB to write, {free:.1f} MiB free: make room, or write elsewhere with --output",
+            folder,
+            size / 2**20,
+            free / 2**20,
         )

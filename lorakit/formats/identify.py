@@ -14,6 +14,7 @@ from pathlib import Path
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.layer_names import canonical
+from lorakit.core.messages import Message
 from lorakit.core.names import printable, quote
 from lorakit.core.registry import FORMATS
 from lorakit.families.describe import BUNDLED
@@ -267,7 +268,13 @@ def adapter_file(path: Path) -> Path:
 def pickles(folder: Path) -> str:
     """Words on the pickled weights in a folder, or ""."""
     names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in (".bin", ".pt", ".ckpt"))
-    return f", and {names[0]}, a pickle (convert it once: lorakit convert {quote(folder / names[0])})" if names else ""
+    return (
+        Message(
+            ", and {names}, a pickle (convert it once: lorakit convert {folder})", names[0], quote(folder / names[0])
+        )
+        if names
+        else ""
+    )
 
 
 def peft_weights(folder: Path) -> Path:
@@ -279,9 +286,13 @@ def peft_weights(folder: Path) -> Path:
     path = folder / PEFT_MODEL
     pickle = path.with_suffix(".bin")
     if not path.is_file() and pickle.is_file():
-        raise LorakitError(f"{pickle}: its weights are a pickle; convert it once: lorakit convert {quote(pickle)}")
+        raise LorakitError(
+            "{path}: its weights are a pickle; convert it once: lorakit convert {file}", pickle, quote(pickle)
+        )
     if not path.is_file():
-        raise LorakitError(f"{folder}: has {PEFT_CONFIG} and no {PEFT_MODEL}: the weights are missing")
+        raise LorakitError(
+            "{folder}: has {peft_config} and no {peft_model}: the weights are missing", folder, PEFT_CONFIG, PEFT_MODEL
+        )
     return path
 
 
@@ -289,8 +300,11 @@ def require_whole(path: Path) -> None:
     """Raise LorakitError: a lone file with PEFT's names has no config, which has its alpha."""
     where = "in the folder of each part" if path.name == PEFT_MODEL else f"and call it {PEFT_MODEL}"
     raise LorakitError(
-        f"{path}: its names are PEFT's, and {PEFT_CONFIG}, which has its alpha, is not beside it: put the two "
-        f"together, {where}"
+        "{path}: its names are PEFT's, and {peft_config}, which has its alpha, is not beside it: put the two "
+        "together, {where}",
+        path,
+        PEFT_CONFIG,
+        where,
     )
 
 
@@ -320,7 +334,7 @@ def require_shapes(by_stem: Mapping[str, Module], shapes: Shapes) -> None:
         if not bad and rank(module, shapes) != 0:
             bad = [name for name in module.parts.values() if 0 in shapes[name]]
         if bad:
-            raise LorakitError(f"damaged: {printable(bad[0])} has the shape {list(shapes[bad[0]])}")
+            raise LorakitError("damaged: {bad} has the shape {shapes}", printable(bad[0]), list(shapes[bad[0]]))
 
 
 def rank(module: Module, shapes: Shapes) -> int | None:
@@ -358,7 +372,9 @@ def other_model(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[models.Mod
     tagged = meta.family(metadata)
     if result is None or tagged is None or tagged == result[0].family:
         return result
-    return result[0], f"{result[1]}; its metadata says {registry.version_of(tagged).title}, which is not so"
+    return result[0], Message(
+        "{result}; its metadata says {tagged}, which is not so", result[1], registry.version_of(tagged).title
+    )
 
 
 def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -372,22 +388,24 @@ def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapp
         return tagged, "metadata"
     if evidence:
         title = registry.version_of(tagged).title if tagged else ""
-        return evidence[0], evidence[1] + (f"; its metadata says {title}, which is not so" if title else "")
+        return evidence[0], evidence[1] + (
+            Message("; its metadata says {title}, which is not so", title) if title else ""
+        )
     return next(iter(registry.versions())), "a guess: nothing in the file tells"
 
 
 def misfit(shapes: Shapes, metadata: Mapping[str, str], family: str, layers: str) -> str | None:
     """Why an adapter is no start for one of another family, or of layers of another kind ("lora", "loha", ...)."""
     if (other := other_model(shapes, metadata)) and other[0].family != family:
-        return f"the adapter to start from is for {other[0].title}, this base is {family}"
+        return Message("the adapter to start from is for {theirs}, this base is {family}", other[0].title, family)
     by_stem = modules(shapes, layers_per_block(metadata))
     own, _ = adapter_family(by_stem, shapes, metadata)
     if own != family:
-        return f"the adapter to start from is for {own}, this base is {family}"
+        return Message("the adapter to start from is for {theirs}, this base is {family}", own, family)
     trained = {spec.layers for spec in registry.METHODS.values()}
     theirs = " ".join({module.method for module in by_stem.values()})
     if theirs in trained and theirs != layers:
-        return f"the adapter to start from is {theirs}: set adapter.method = {theirs!r}"
+        return Message("the adapter to start from is {theirs}: set adapter.method = {method!r}", theirs, theirs)
     return None
 
 
@@ -404,7 +422,7 @@ def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] 
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             width = inputs(module, shapes)
             if width in (dims := cross_dims()):
-                return dims[width], f"attends to text of width {width}"
+                return dims[width], Message("attends to text of width {width}", width)
     # Of the UNets only SDXL's has several transformers in a row, and attention in its first up block. sd-scripts uses
     # sgm's names for SDXL alone.
     deep = next((name for name, (_, version) in registry.versions().items() if version.kohya.sgm), None)
@@ -422,7 +440,9 @@ def only_base(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[s
         return ""
     if "lorakit.version" in metadata and metadata.get("ss_sd_model_name") == BUNDLED:
         return "lorakit's bundled base"
-    of_text = f"a base that attends to text of width {max(widths, default=0)}, not {version.cross_dim}"
+    of_text = Message(
+        "a base that attends to text of width {width}, not {usual}", max(widths, default=0), version.cross_dim
+    )
     return of_text if widths else ""
 
 

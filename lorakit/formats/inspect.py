@@ -14,6 +14,7 @@ from lorakit import families
 from lorakit.adapters.weights import LoraLayer
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import is_file_name, printable, shorten
 from lorakit.families import ldm
 from lorakit.families.facts import other_models
@@ -71,11 +72,15 @@ class Report:
         """
         consumers = compatibility.names(targets)
         if consumers and self.damage:
-            return [f"{key}: the file is damaged: {self.damage}" for key in consumers]
+            return [Message("{key}: the file is damaged: {damage}", key, self.damage) for key in consumers]
         if consumers and self.model:
-            raise LorakitError(f"{self.name} is {self.description}: lorakit does not know which programs read such")
+            raise LorakitError(
+                "{name} is {description}: lorakit does not know which programs read such", self.name, self.description
+            )
         if consumers and not self.readers:
-            raise LorakitError(f"{self.name} is {self.description}: no program reads it as an adapter")
+            raise LorakitError(
+                "{name} is {description}: no program reads it as an adapter", self.name, self.description
+            )
         return [f"{key}: {self.readers[key].line()}" for key in consumers if not self.readers[key].complete]
 
     def to_json(self) -> dict[str, Any]:
@@ -123,7 +128,7 @@ class Report:
         """The bases that it fits."""
         evidence = f"told by {self.family_evidence}"
         if self.only:
-            return f"{self.only}; its names are those of {title} ({evidence})"
+            return Message("{only}; its names are those of {title} ({evidence})", self.only, title, evidence)
         return f"{title} ({evidence})" if title else ""
 
     def _typed(self) -> str:
@@ -176,7 +181,7 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
     """A file that is no adapter: a base, a part of one, or a model of another kind."""
     common: dict[str, Any] = {"dtype": _dtype([head]), "metadata": head.metadata}
     if title := other_models.model_title(head.tensors):
-        text = f"{other_models.with_article(title)} model, not an adapter"
+        text = Message("{title} model, not an adapter", other_models.with_article(title))
         return Report(head.path.name, kind, text, size, None, "names of its tensors", model=title, **common)
     description = identify.DESCRIPTIONS[kind]
     what = other_models.what_file(head)
@@ -190,10 +195,16 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
             zero = " with zero terminal SNR" if checkpoint.prediction.zero_snr else ""
             description += f"; it predicts {checkpoint.prediction.type}{zero}, {checkpoint.prediction.evidence}"
         except LorakitError as error:  # of another architecture, or in part
-            common["notes"] = [f"it cannot be trained as it is: {error}"]
+            common["notes"] = [Message("it cannot be trained as it is: {problem}", error)]
             if all(name.startswith(ldm.UNET) for name in head.tensors):
                 description = identify.DESCRIPTIONS["unet"]
     return Report(head.path.name, kind, description, size, family, by if family else "", **common)
+
+
+EMBEDDING = "needs its embedding {file}, {there}"
+UNKNOWN_NAMES = (
+    "{name}: an adapter, but not for Stable Diffusion: its names are of no program known here, such as {tensor}"
+)
 
 
 def _no_adapter(what: str) -> str:
@@ -204,12 +215,15 @@ def _no_adapter(what: str) -> str:
 def _word_notes(path: Path, head: safetensors_header.Header) -> list[str]:
     """The words that an adapter carries in itself, and those whose embeddings belong beside it."""
     carried = sorted({match[1] for name in head.tensors if (match := re.match(r"bundle_emb\.(.+?)\.", name))})
-    notes = [f"carries the word {shorten(printable(word), 60)!r}, which A1111 learns from it" for word in carried]
+    notes: list[str] = [
+        Message("carries the word {word!r}, which A1111 learns from it", shorten(printable(word), 60))
+        for word in carried
+    ]
     for word in head.metadata.get(meta.WORDS, "").split():
         label = shorten(printable(Path(word).name), 60)
         file = embeddings.folder(path) / f"{label}.safetensors"
         there = "which is beside it" if is_file_name(word) and file.is_file() else "which is not there"
-        notes += [] if word in carried else [f"needs its embedding {file.parent.name}/{file.name}, {there}"]
+        notes += [] if word in carried else [Message(EMBEDDING, f"{file.parent.name}/{file.name}", there)]
     return notes
 
 
@@ -229,7 +243,7 @@ def _folder(path: Path) -> Report:
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         return Report(path.name, "unknown", _no_adapter(what), size)
     holds = f"it holds {len(list(path.glob('*.safetensors')))} .safetensors files{identify.pickles(path)}"
-    raise LorakitError(f"{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}")
+    raise LorakitError("{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}", path, holds)
 
 
 def _peft_folder(path: Path, parts: dict[str, Path]) -> Report:
@@ -255,9 +269,9 @@ def _base_folder(path: Path) -> Report:
     width = _json(unet).get("cross_attention_dim", 0) if unet.is_file() else 0
     spec = families.of_pipeline(str(index.get("_class_name", "")))
     version = None if spec is None else spec.version(width)
-    by = f"its parts; the UNet attends to text of width {width}"
+    by: str = Message("its parts; the UNet attends to text of width {width}", width)
     if spec is not None and spec.denoiser != "unet":
-        by = f"its parts: it has a {spec.denoiser}"
+        by = Message("its parts: it has a {denoiser}", spec.denoiser)
     title = other_models.pipeline_title(str(index.get("_class_name", "")))
     if title:
         by = "its pipeline"
@@ -276,7 +290,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return foreign_json.loads_table(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise LorakitError(f"{path}: cannot be read as a JSON object") from None
+        raise LorakitError("{path}: cannot be read as a JSON object", path) from None
 
 
 def _adapter(
@@ -302,10 +316,7 @@ def _adapter(
         report = Report(name, "adapter", f"an adapter for {title}", size, model.family, by, method=methods, model=title)
         return dataclasses.replace(report, **common)
     if not modules:
-        raise LorakitError(
-            f"{name}: an adapter, but not for Stable Diffusion: its names are of no program known here, such as "
-            f"{next(iter(shapes))}"
-        )
+        raise LorakitError(UNKNOWN_NAMES, name, next(iter(shapes)))
     family, source = identify.adapter_family(modules, shapes, metadata)
     alphas = {name: value for head in heads for name, value in safetensors_header.scalars(head, ".alpha").items()}
     for part, scaling in scalings.items():
@@ -315,7 +326,8 @@ def _adapter(
     components, scales = _components(modules, shapes, alphas, scalings)
     defects = compatibility.module_defects(modules, shapes)
     first = next((f"{stem}: {why}" for stem, why in defects.items()), "")
-    common |= {"defects": f"{len(defects)} of {len(modules)} modules are broken, {first}" if first else ""}
+    broken = Message("{count} of {all} modules are broken, {first}", len(defects), len(modules), first)
+    common |= {"defects": broken if first else ""}
     ranks = {rank for component in components.values() for rank in component.ranks}
     readers = compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder)
     notes = health.contradictions(metadata, ranks, scales.values() or [1.0])
@@ -340,13 +352,22 @@ def _adapter(
 
 def _part_notes(modules: Mapping[str, identify.Module]) -> list[str]:
     """The parts that other programs, or lorakit, do not read."""
-    notes = []
+    notes = list[str]()
     if scalars := sum("scalar" in module.parts for module in modules.values()):
         notes.append(
-            f"{scalars} modules have a scalar, which other programs pass over: lorakit export writes it into them"
+            Message(
+                "{scalars} modules have a scalar, which other programs pass over: lorakit export writes it into them",
+                scalars,
+            )
         )
     if strange := [name for module in modules.values() for name in module.strange_parts]:
-        notes.append(f"lorakit does not read {len(strange)} of its tensors, e.g. {shorten(printable(strange[0]), 120)}")
+        notes.append(
+            Message(
+                "lorakit does not read {count} of its tensors, e.g. {strange}",
+                len(strange),
+                shorten(printable(strange[0]), 120),
+            )
+        )
     return notes
 
 

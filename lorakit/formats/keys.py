@@ -281,7 +281,7 @@ def kernel(name: str, family: str) -> tuple[int, ...]:
 def require_canonical(names: Iterable[str]) -> None:
     """Raise LorakitError, naming the first, where a layer is in none of the tables."""
     if strange := [name for name in names if not is_canonical(name)]:
-        raise LorakitError(f"layer {strange[0]} cannot be exported: no program has a name for it")
+        raise LorakitError("layer {strange} cannot be exported: no program has a name for it", strange[0])
 
 
 def layers_per_block(names: Iterable[str]) -> int:
@@ -328,7 +328,7 @@ def to_kohya_name(names: Iterable[str], family: str, layers: int | None = None) 
         elif prefix and is_canonical(name):
             result[name] = prefix + path.replace(".", "_")
         else:
-            raise LorakitError(f"layer {name} is not one that a {family} adapter can have")
+            raise LorakitError("layer {name} is not one that a {family} adapter can have", name, family)
     return result
 
 

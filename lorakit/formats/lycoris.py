@@ -43,11 +43,16 @@ def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) 
     for left in [name for name in own if name.endswith("_a")]:
         a, b = own[left], _part(path, stem, own, f"{left[:-1]}b")
         if a.ndim != 2 or a.shape[1] != b.shape[0]:
-            raise LorakitError(f"{path}: the factors of {stem} do not fit together: {_shapes(a, b)}")
+            raise LorakitError("{path}: the factors of {stem} do not fit together: {a}", path, stem, _shapes(a, b))
         own[f"{left[:-1]}b"] = b.flatten(1)
     layer: AnyLayer = from_factors(own, 1.0)
     if isinstance(layer, LohaLayer) and (len(layer.w1_a), *layer.w1_b.shape) != (len(layer.w2_a), *layer.w2_b.shape):
-        raise LorakitError(f"{path}: the two products of {stem} do not fit together: {_shapes(layer.w1_b, layer.w2_b)}")
+        raise LorakitError(
+            "{path}: the two products of {stem} do not fit together: {w1_b}",
+            path,
+            stem,
+            _shapes(layer.w1_b, layer.w2_b),
+        )
     assert isinstance(layer, LohaLayer | LokrLayer)
     return layer if scales is None else replace(layer, magnitude=scales)
 
@@ -64,7 +69,9 @@ def magnitude(path: Path, stem: str, scales: torch.Tensor, size: tuple[int, int]
     is_rows = tuple(scales.shape[:2]) == (length, 1) and length == outputs
     is_columns = tuple(scales.shape[:2]) == (1, length) and columns % length == 0
     if not (is_rows or is_columns):
-        raise LorakitError(f"{path}: the DoRA magnitude of {stem} does not fit: {_shapes(scales)} for {size}")
+        raise LorakitError(
+            "{path}: the DoRA magnitude of {stem} does not fit: {scales} for {size}", path, stem, _shapes(scales), size
+        )
     return scales
 
 
@@ -210,14 +217,18 @@ def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor
     for name in needed:
         _part(path, stem, parts, name)
     if "magnitude" in parts:
-        raise LorakitError(f"{path}: {stem} is {method} with a DoRA magnitude, which lorakit does not read")
+        raise LorakitError(
+            "{path}: {stem} is {method} with a DoRA magnitude, which lorakit does not read", path, stem, method
+        )
     if method == "GLoRA":
         a1, a2, b1, b2 = (parts[name] for name in needed)
         if identify.is_older_glora(*(tuple(parts[name].shape) for name in needed)):
             a1, a2, b1, b2 = a2, a1, b2, b1
             parts = {**parts, **dict(zip(needed, (a1, a2, b1, b2), strict=True))}
         if not a1.shape[:2] == a2.shape[1::-1] or b1.shape[1] != len(b2) or len(a2) != len(b2):
-            raise LorakitError(f"{path}: the factors of {stem} do not fit together: {_shapes(a1, a2, b1, b2)}")
+            raise LorakitError(
+                "{path}: the factors of {stem} do not fit together: {a1}", path, stem, _shapes(a1, a2, b1, b2)
+            )
     missing = len(parts["a2.weight"]) if method == "GLoRA" else 0  # the rank; no constraint
     return ForeignLayer(method, parts, float(missing) if alpha is None else alpha, change)
 
@@ -225,7 +236,7 @@ def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor
 def _product(path: Path, stem: str, core: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`[i, j, kh, kw]` and `[j, r]` -> `[i, r, kh, kw]`."""
     if core.ndim != 4 or core.shape[1] != b.shape[0]:
-        raise LorakitError(f"{path}: the factors of {stem} do not fit together: {_shapes(core, b)}")
+        raise LorakitError("{path}: the factors of {stem} do not fit together: {core}", path, stem, _shapes(core, b))
     return torch.einsum("ijkl,jr->irkl", core, b.flatten(1))
 
 
@@ -235,7 +246,7 @@ def _side(parts: Mapping[str, torch.Tensor], side: str) -> str:
 
 def _part(path: Path, stem: str, parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in parts:
-        raise LorakitError(f"{path}: {stem} has no {name} factor")
+        raise LorakitError("{path}: {stem} has no {name} factor", path, stem, name)
     return parts[name]
 
 

@@ -66,7 +66,7 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     from lorakit.formats import files
 
     if path.exists() and not _is_ours(path):
-        raise LorakitError(f"{path}: exists and is not a PEFT folder; choose another name")
+        raise LorakitError("{path}: exists and is not a PEFT folder; choose another name", path)
     temporary = atomic.temporary_path(path)
     old = temporary.with_suffix(".old")
     paths = []
@@ -102,7 +102,7 @@ def _swap(new: Path, path: Path, old: Path) -> None:
         if old.exists() and not path.exists():
             old.rename(path)
         raise files.Unwritable(
-            f"{path}: cannot be written ({error.strerror or error}); nothing there was changed"
+            "{path}: cannot be written ({reason}); nothing there was changed", path, error.strerror or error
         ) from None
 
 
@@ -187,7 +187,7 @@ def _ranks(layers: Mapping[str, AnyLayer], family: str) -> dict[str, int]:
         shapes = (len(layer.w1[0]), layer.w1[-1].shape[1], len(layer.w2[0]), layer.w2[-1].shape[1] // kernel)
         if shapes != (a, c, b, d) or layer.is_full is not must_be_full or len(layer.w1) > 1:
             raise LorakitError(
-                f"the PEFT format cannot carry {name}: PEFT cuts a LoKr in another way; export it as kohya"
+                "the PEFT format cannot carry {name}: PEFT cuts a LoKr in another way; export it as kohya", name
             )
     return ranks
 

@@ -16,6 +16,7 @@ import torch
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLayer, from_factors
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.formats import adapter_math, embeddings, identify, keys, lycoris, metadata as meta
 from lorakit.formats.facts import peft_config
 from lorakit.formats.facts.peft_config import Scaling
@@ -41,14 +42,14 @@ def read(path: Path) -> AdapterWeights:
     if (path / identify.PEFT_CONFIG).is_file():
         return _read_peft(path, {_component(identify.peft_weights(path)): path})
     holds = f"holds {len(list(path.glob('*.safetensors')))} .safetensors files and no PEFT adapter"
-    raise LorakitError(f"{path}: {holds}{identify.pickles(path)}: name the file itself")
+    raise LorakitError("{path}: {holds}{path_2}: name the file itself", path, holds, identify.pickles(path))
 
 
 def _read_file(path: Path) -> AdapterWeights:
     head = safetensors_header.read(path)
     what = identify.kind(head.shapes())
     if what != "adapter":
-        raise LorakitError(f"{path}: this is {identify.DESCRIPTIONS[what]}")
+        raise LorakitError("{file}: this is {kind}", path, identify.DESCRIPTIONS[what])
     if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):
         if path.name == identify.PEFT_MODEL and (path.parent / identify.PEFT_CONFIG).is_file():
             return _read_peft(path.parent, {_component(path): path.parent})
@@ -56,7 +57,7 @@ def _read_file(path: Path) -> AdapterWeights:
     try:
         tensors, words = embeddings.unbundle(safetensors_header.load(head))
     except LorakitError as error:
-        raise LorakitError(f"{path}: {error}") from None
+        raise LorakitError("{path}: {problem}", path, error) from None
     return _weights(path, tensors, head.metadata, peft_config.of_header(path, head.metadata), words)
 
 
@@ -77,6 +78,13 @@ def _component(path: Path) -> str:
     return identify.peft_component(safetensors_header.read(path).shapes())
 
 
+OTHER_KIND = "{path}: this is an adapter for {other}; lorakit has no base of that kind"
+OTHER_LAYERS = (
+    "{path}: this is an adapter for {other} with {count} names of layers that lorakit does not read, e.g. {strange}"
+)
+NO_LAYER = "{path}: {count} names are of no layer of Stable Diffusion and of no part that lorakit reads, e.g. {strange}"
+
+
 def _weights(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -87,7 +95,7 @@ def _weights(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     other = identify.other_model(shapes, metadata)
     if other and other[0].family is None:
-        raise LorakitError(f"{path}: this is an adapter for {other[0].title}; lorakit has no base of that kind")
+        raise LorakitError(OTHER_KIND, path, other[0].title)
     modules = identify.modules(tensors, identify.layers_per_block(metadata))
     identify.require_shapes(modules, shapes)
     names = {name for module in modules.values() for name in module.parts.values()}
@@ -95,15 +103,9 @@ def _weights(
     strange += [module.stem for module in modules.values() if module.canonical is None]
     _require_finite(path, tensors)
     if strange and other:
-        raise LorakitError(
-            f"{path}: this is an adapter for {other[0].title} with {len(strange)} names of layers that lorakit does "
-            f"not read, e.g. {strange[0]}"
-        )
+        raise LorakitError(OTHER_LAYERS, path, other[0].title, len(strange), strange[0])
     if strange:
-        raise LorakitError(
-            f"{path}: {len(strange)} names are of no layer of Stable Diffusion and of no part that lorakit reads, e.g. "
-            f"{strange[0]}"
-        )
+        raise LorakitError(NO_LAYER, path, len(strange), strange[0])
     family, _ = identify.adapter_family(modules, shapes, metadata)
     for scaling in scalings.values():
         peft_config.require_numbers(path, scaling)
@@ -112,7 +114,7 @@ def _weights(
         name = str(module.canonical)
         shares = keys.fused_parts(name, family) or (name,)
         if any(share in layers or share in biases for share in shares):
-            raise LorakitError(f"{path}: {name} is there twice, the second time as {module.stem}")
+            raise LorakitError("{path}: {name} is there twice, the second time as {module}", path, name, module.stem)
         scaling = scalings.get(keys.component(name), {})
         by_file_name = "adaLN_modulation" in module.stem
         layer = None
@@ -122,7 +124,9 @@ def _weights(
             layers |= adapter_math.split(name, layer, family)
         for part in _BIASES & module.parts.keys():
             if by_file_name and keys.is_swapped(name, family):
-                raise LorakitError(f"{path}: {module.stem} changes a bias whose order differs between programs")
+                raise LorakitError(
+                    "{path}: {module} changes a bias whose order differs between programs", path, module.stem
+                )
             scale = layer.scale if part == "up_bias" and layer is not None else 1.0
             for share, bias in adapter_math.split_bias(name, tensors[module.parts[part]].float(), family).items():
                 biases[share] = biases.get(share, 0) + scale * bias
@@ -143,7 +147,9 @@ def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise LorakitError, naming the first tensor with a number that is NaN or infinite."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor.float()).all()):
-            raise LorakitError(f"{path}: {name} holds NaN or infinity: the file is damaged; make or download it again")
+            raise LorakitError(
+                "{path}: {name} holds NaN or infinity: the file is damaged; make or download it again", path, name
+            )
 
 
 def _require_parts(path: Path, modules: Iterable[identify.Module]) -> None:
@@ -152,8 +158,8 @@ def _require_parts(path: Path, modules: Iterable[identify.Module]) -> None:
     if strange:
         name, method = next(iter(strange.items()))
         has_title = method != identify.UNKNOWN and identify.PARTS.get(method) == set()
-        what = f"{method}, which lorakit does not read" if has_title else "no method that lorakit reads"
-        raise LorakitError(f"{path}: {len(strange)} tensors are of {what}, e.g. {name}")
+        what = Message("{method}, which lorakit does not read", method) if has_title else "no method that lorakit reads"
+        raise LorakitError("{path}: {count} tensors are of {what}, e.g. {name}", path, len(strange), what, name)
 
 
 def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:
@@ -166,7 +172,7 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
     if "scalar" in parts:  # LyCORIS' `use_scalar`, as `state_dict` gives it
         first = next((part for part in ("up", "hada_w1_a", "lokr_w1", "lokr_w1_a") if part in parts), "")
         if not first or parts["scalar"].numel() != 1:
-            raise LorakitError(f"{path}: the scalar of {module.stem} is not one number beside factors")
+            raise LorakitError("{path}: the scalar of {module} is not one number beside factors", path, module.stem)
         parts[first] = parts[first] * parts.pop("scalar").flatten()
     rows = parts.pop("row_magnitude", None)
     flat = parts.get("magnitude")
@@ -178,7 +184,7 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         return lycoris.of_peft(path, module.stem, str(module.canonical), parts, scaling)
     if own := registry.own_kinds().get(module.method):
         if missing := [part for part in own.factors if part not in parts]:
-            raise LorakitError(f"{path}: {module.stem} has no {missing[0]} factor")
+            raise LorakitError("{path}: {module} has no {missing} factor", path, module.stem, missing[0])
         return from_factors(parts, 1.0)
     if module.method in lycoris.CHANGES:
         there = _alpha(path, module, tensors, 0, scaling) if "alpha" in module.parts else None
@@ -202,11 +208,11 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
     if len(missing) == 2:  # of another method
         _require_parts(path, [module])
     if missing:
-        raise LorakitError(f"{path}: {module.stem} has no {missing[0]} factor")
+        raise LorakitError("{path}: {module} has no {missing} factor", path, module.stem, missing[0])
     down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")
     if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != len(down) or up[0, 0].numel() != 1:
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        raise LorakitError(f"{path}: the factors of {module.stem} do not fit together: {shapes}")
+        raise LorakitError("{path}: the factors of {module} do not fit together: {shapes}", path, module.stem, shapes)
     if "mid" in parts:
         down = lycoris.untucked_down(path, module.stem, parts["mid"], down)
     if magnitude is not None:
@@ -231,5 +237,5 @@ def _alpha(
         return peft_config.alpha(str(module.canonical), rank, scaling)
     value = tensors[module.parts["alpha"]]
     if value.numel() != 1:
-        raise LorakitError(f"{path}: the alpha of {module.stem} is not one number")
+        raise LorakitError("{path}: the alpha of {module} is not one number", path, module.stem)
     return float(value)

@@ -14,6 +14,7 @@ from pathlib import Path
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import quote
 from lorakit.core.registry import FORMATS
 from lorakit.formats import adapter_math, embeddings, files, keys, metadata as meta
@@ -56,17 +57,24 @@ def save(
     formats = list(dict.fromkeys(formats))
     metadata = {**weights.metadata, **metadata}
     if not name or Path(name).name != name:
-        raise LorakitError(f"{name!r} cannot be a file name: leave out slashes")
+        raise LorakitError("{name!r} cannot be a file name: leave out slashes", name)
     specs = {fmt: FORMATS[fmt] for fmt in formats}
     for spec in specs.values():
         adapter_math.require_writable(weights, spec.check)
     partly = [name for name in (*weights.layers, *weights.biases) if not keys.is_read_everywhere(name)]
     if partly:
         see = f"see lorakit inspect {quote(destination(Path(folder), name, formats[0]))}"
-        say(f"export: {len(partly)} layers, such as {partly[0]}, are not read by every program: {see}")
+        say(
+            Message(
+                "export: {count} layers, such as {partly}, are not read by every program: {see}",
+                len(partly),
+                partly[0],
+                see,
+            )
+        )
     loss = adapter_math.lossy(weights, dtype)
     if loss:
-        say(f"export: {loss}; float32 is written instead")
+        say(Message("export: {loss}; float32 is written instead", loss))
         dtype = "fp32"
     paths: dict[str, Path] = {}
     for fmt, spec in specs.items():
@@ -79,7 +87,7 @@ def save(
             try:
                 spec.write_side_files(weights, path, dtype=dtype, metadata=metadata, preview=preview)
             except files.Unwritable as error:
-                say(f"export: {error}; {path.name} itself is complete")
+                say(Message("export: {problem}; {path} itself is complete", error, path.name))
     if weights.embeddings:
         embeddings.write(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata)
     return paths

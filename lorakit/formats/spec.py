@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.registry import FORMATS
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ MERGE_ONLY = ("IA3 with biases", "OFTv2", "PEFT's older OFT", "PEFT's BOFT")
 def merge_only(method: str) -> str | None:
     """Why no format can carry what PEFT alone reads, or None."""
     title = {"IA3 with biases": "PEFT's (IA)^3 on layers with a bias"}.get(method, method)
-    return f"{title} has no place in another file: merge it into a base" if method in MERGE_ONLY else None
+    return (
+        Message("{title} has no place in another file: merge it into a base", title) if method in MERGE_ONLY else None
+    )
 
 
 def kohya_only(method: str, fmt: str) -> str | None:
@@ -99,7 +102,11 @@ def kohya_only(method: str, fmt: str) -> str | None:
     if refusal := merge_only(method):
         return refusal
     what = method if method in registry.own_kinds() else _KOHYA_ONLY.get(method)
-    return f"the {fmt} format cannot carry {what}: export it as kohya, or merge it into a base" if what else None
+    return (
+        Message("the {fmt} format cannot carry {what}: export it as kohya, or merge it into a base", fmt, what)
+        if what
+        else None
+    )
 
 
 def of_file(path: Path, names: Iterable[str]) -> FormatSpec:

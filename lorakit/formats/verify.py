@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LoraLayer
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.formats import embeddings
 from lorakit.formats.identify import PEFT_MODEL
 from lorakit.formats.reading import read
@@ -123,14 +124,14 @@ def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | Non
         return _parts_difference(trained.parts, copy.factors(), tolerance)
     shapes = [_shape(layer) for layer in (trained, copy)]
     if shapes[0] != shapes[1]:
-        return f"delta W is {shapes[1]}, expected {shapes[0]}"
+        return Message("delta W is {shapes}, expected {shapes_2}", shapes[1], shapes[0])
     if not all(bool(torch.isfinite(tensor).all()) for tensor in copy.factors().values()):
         return "not finite"
     if trained.magnitude is None and _norm([copy]) == 0:
         return "zero: it has no effect"
     error, size = _norm([copy, trained], [1, -1]), _norm([trained])
     if not error <= tolerance * size:  # so written that NaN, of an alpha for example, is not let through
-        return f"delta W is off by {100 * error / max(size, 1e-30):.3g} %"
+        return Message("delta W is off by {value:.3g} %", 100 * error / max(size, 1e-30))
     if (trained.magnitude is None) != (copy.magnitude is None):
         return "DoRA magnitude missing" if copy.magnitude is None else "DoRA magnitude that was not trained"
     if trained.magnitude is None or copy.magnitude is None:
@@ -148,7 +149,7 @@ def _parts_difference(
     for name, tensor in trained.items():
         error, size = (float(torch.linalg.vector_norm(t.float())) for t in (copy[name] - tensor, tensor))
         if not error <= tolerance * size:
-            return f"{name} is off by {100 * error / max(size, 1e-30):.3g} %"
+            return Message("{name} is off by {value:.3g} %", name, 100 * error / max(size, 1e-30))
     return None
 
 
@@ -199,9 +200,15 @@ def verify_effect(
             findings.append(Finding(part, "its output is not finite"))
         elif effect <= no_effect * size:
             share = 100 * effect / max(size, 1e-30)
-            problem = f"the adapter has no effect on its output: {share:.2g} % is no more than rounding"
-            findings.append(Finding(part, f"{problem}; raise optimizer.learning_rate or the number of steps"))
+            problem = Message("the adapter has no effect on its output: {share:.2g} % is no more than rounding", share)
+            findings.append(
+                Finding(part, Message("{problem}; raise optimizer.learning_rate or the number of steps", problem))
+            )
         elif error > tolerance * effect + floor * size:
             share = 100 * error / effect
-            findings.append(Finding(part, f"from the file its output is off by {share:.3g} % of the adapter's effect"))
+            findings.append(
+                Finding(
+                    part, Message("from the file its output is off by {share:.3g} % of the adapter's effect", share)
+                )
+            )
     return findings

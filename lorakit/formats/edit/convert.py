@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.formats import files
 
 if TYPE_CHECKING:
@@ -43,16 +44,16 @@ def convert(path: Path) -> dict[str, Path]:
     if path.is_dir():
         pairs = {file: target for part in registry.weight_stems() for file, target in _pickles(path / part)}
         if not pairs and not any(_indexes(path)):
-            raise LorakitError(f"{path}: no part of it has weights in .bin alone: there is nothing to convert")
+            raise LorakitError("{path}: no part of it has weights in .bin alone: there is nothing to convert", path)
     elif path.suffix.lower() == ".safetensors":
-        raise LorakitError(f"{path}: is named .safetensors already; if it is a pickle, rename it to .ckpt first")
+        raise LorakitError("{path}: is named .safetensors already; if it is a pickle, rename it to .ckpt first", path)
     else:
         pairs = {path: path.with_suffix(".safetensors")}
     for source, target in pairs.items():
         if not source.is_file():
-            raise LorakitError(f"{source}: no such file")
+            raise LorakitError("{file}: no such file", source)
         if target.exists():
-            raise LorakitError(f"{target} exists already: move it away, or use it")
+            raise LorakitError("{target} exists already: move it away, or use it", target)
         files.require_space(source.absolute().parent, source.stat().st_size)
     if pairs:
         _in_a_process([str(path) for pair in pairs.items() for path in pair])
@@ -82,7 +83,7 @@ def _pickles(folder: Path) -> Iterable[tuple[Path, Path]]:
         for number in range(1, int(match["count"] or 0) + 1):
             shard = f"{match[1]}-{number:05}-of-{match['count']}{match[6] or ''}.bin"
             if shard not in names:
-                raise LorakitError(f"{folder / shard} is missing: get the base again")
+                raise LorakitError("{folder} is missing: get the base again", folder / shard)
         target = folder / f"{stem}{match[2] or ''}{match[3] or ''}{match[6] or ''}.safetensors"
         if not target.exists():
             yield folder / name, target
@@ -110,7 +111,13 @@ def _in_a_process(paths: list[str]) -> None:
     child = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if child.returncode:
         lines = child.stdout.strip().splitlines()
-        reason = lines[-1] if lines else f"{paths[0]}: cannot be converted (its process ended with {child.returncode})"
+        reason = (
+            lines[-1]
+            if lines
+            else Message(
+                "{paths}: cannot be converted (its process ended with {returncode})", paths[0], child.returncode
+            )
+        )
         raise LorakitError(reason)
 
 
@@ -156,16 +163,18 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
         ) as error:
             name = match[1] if (match := re.search(r"GLOBAL (\S+)", str(error))) else ""
             if not name:
-                raise LorakitError(f"{path}: is no pickle of weights") from None
+                raise LorakitError("{path}: is no pickle of weights", path) from None
             if name in names or not _LEFT_BEHIND.fullmatch(name):
-                raise LorakitError(f"{path}: names {name}, which could run code: do not open this file") from None
+                raise LorakitError(
+                    "{path}: names {name}, which could run code: do not open this file", path, name
+                ) from None
             names.append(name)
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     entries = content.items() if isinstance(content, Mapping) else ()
     tensors = {str(name): value for name, value in entries if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise LorakitError(f"{path}: holds no weights under names")
+        raise LorakitError("{path}: holds no weights under names", path)
     return tensors
 
 
@@ -174,7 +183,9 @@ def _write(source: Path, target: Path) -> None:
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in safetensors_header.DTYPES.values() or str(tensor.layout) != "torch.strided":
-            raise LorakitError(f"{source}: {name} is a tensor of a kind that .safetensors does not have ({dtype})")
+            raise LorakitError(
+                "{source}: {name} is a tensor of a kind that .safetensors does not have ({dtype})", source, name, dtype
+            )
     entries = [(name, safetensors_header.dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
     files.stream(target, entries, {"format": "pt"}, (tensor.detach().contiguous() for tensor in tensors.values()))
 

@@ -33,14 +33,14 @@ def extract(
                 continue
             if name not in after or before[name].shape != after[name].shape:
                 raise LorakitError(
-                    f"{Path(tuned).name} has no layer {name} like the base's: not the same kind of model"
+                    "{tuned} has no layer {name} like the base's: not the same kind of model", Path(tuned).name, name
                 )
             difference = after[name].float() - before[name].float()
             if bool(difference.any()):
                 layers[name] = full_rank(difference)
     if not layers:
         raise LorakitError(
-            f"{Path(tuned).name} does not differ from {Path(base).name} in any layer that an adapter holds"
+            "{tuned} does not differ from {base} in any layer that an adapter holds", Path(tuned).name, Path(base).name
         )
     return resize(AdapterWeights(family, "lora", layers), rank=rank, energy=energy)
 
@@ -52,7 +52,7 @@ def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
         loaded = ldm.tensors(header, ldm.read(header).parts[part])
         return {canonical(part, key.removesuffix(".weight")): tensor for key, tensor in loaded}
     if not any((folder / place).glob("*.safetensors")):
-        raise LorakitError(f"{folder}: not a base model in diffusers layout (no {place}/*.safetensors)")
+        raise LorakitError("{folder}: not a base model in diffusers layout (no {place}/*.safetensors)", folder, place)
     paths, _ = weight_files.weight_files(folder / place, registry.weight_stems()[place])
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:

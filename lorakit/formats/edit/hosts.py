@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import is_file_name, quote
 from lorakit.core.registry import FORMATS
 from lorakit.formats import compatibility, embeddings, identify, metadata as meta
@@ -47,7 +48,7 @@ def install(
     _require_reader(source, report, host)
     source = identify.adapter_file(source)
     if name and not is_file_name(name):
-        raise LorakitError(f"--name {name!r} cannot be a file name: leave out slashes")
+        raise LorakitError("--name {name!r} cannot be a file name: leave out slashes", name)
     of_words = embeddings.word_files(source, report.metadata)
     folder, words = folders(host, place, bool(of_words), any_folder)
     target = _free(folder, name or source.stem, source)
@@ -70,7 +71,14 @@ def install(
         if not target.exists():
             _copy(source, target)  # last: a program that looks meanwhile finds everything beside it
     if report.only:
-        say(f"{target.name} fits {report.only} only: {host.title} lists it, and cannot draw with it on another base")
+        say(
+            Message(
+                "{target} fits {only} only: {host} lists it, and cannot draw with it on another base",
+                target.name,
+                report.only,
+                host.title,
+            )
+        )
     result = {"adapter": target} | {label: there for label, (_, there) in copies.items()}
     return result | ({"json": json_file} if text else {})
 
@@ -80,7 +88,7 @@ def _require_same(copies: Iterable[tuple[Path, Path]]) -> None:
     for path, there in copies:
         if there.exists() and not filecmp.cmp(path, there, shallow=False):
             raise LorakitError(
-                f"{there} is another embedding of that name: move it away, or train with another trigger"
+                "{there} is another embedding of that name: move it away, or train with another trigger", there
             )
 
 
@@ -91,7 +99,9 @@ def folders(host: Host, place: Path, has_words: bool = False, any_folder: bool =
         LorakitError: it is neither, or embeddings are to be placed and their folder is not beside it.
     """
     if not place.is_dir():
-        raise LorakitError(f"{place}: there is no such folder; name that of {host.title}, or that of its LoRA files")
+        raise LorakitError(
+            "{place}: there is no such folder; name that of {host}, or that of its LoRA files", place, host.title
+        )
     root = place.absolute()
     if not any_folder and ((place / host.loras).is_dir() or (place / host.mark).exists()):
         folder = place / host.loras
@@ -100,13 +110,16 @@ def folders(host: Host, place: Path, has_words: bool = False, any_folder: bool =
         root = root.parents[min(len(Path(host.loras).parts), len(root.parents)) - 1]
     else:
         raise LorakitError(
-            f"{place} has no {host.loras}: it is not the folder of {host.title}. A folder of LoRA files has lora in "
-            "its name or LoRA files in it. Name one of the two, or add --any-folder"
+            "{place} has no {loras}: it is not the folder of {host}. A folder of LoRA files has lora in its "
+            "name or LoRA files in it. Name one of the two, or add --any-folder",
+            place,
+            host.loras,
+            host.title,
         )
     words = folder if host.embeddings == host.loras else root / host.embeddings
     if has_words and not (words.is_dir() or words == folder):
         raise LorakitError(
-            f"{words}: no such folder for the trigger's embedding; name the folder of {host.title} itself"
+            "{words}: no such folder for the trigger's embedding; name the folder of {host} itself", words, host.title
         )
     return folder, words
 
@@ -129,11 +142,17 @@ def _require_reader(source: Path, report: Report, host: Host) -> None:
     if host.families and report.family not in host.families:
         titles = " and ".join(registry.version_of(family).title for family in host.families)
         family = registry.version_of(report.family).title if report.family else "an unknown model"
-        raise LorakitError(f"{report.name} is for {family}, and {host.title} draws with {titles} only")
+        raise LorakitError(
+            "{report} is for {family}, and {host} draws with {titles} only", report.name, family, host.title, titles
+        )
     odd = next((word for word in host.methods if word in report.method.lower()), "")
     if not failures and not odd:
         return
-    why = report.readers[host.reader].line() if failures and report.readers else f"it does not apply {report.method}"
+    why = (
+        report.readers[host.reader].line()
+        if failures and report.readers
+        else Message("it does not apply {method}", report.method)
+    )
     why = report.damage or why
     method = report.method.lower()
     others = [fmt for fmt in FORMATS if fmt != report.format and not odd]
@@ -141,12 +160,13 @@ def _require_reader(source: Path, report: Report, host: Host) -> None:
     if report.damage:
         way = "it cannot be used anywhere"
     elif better:
-        way = f"it reads what this writes: lorakit export {quote(source)} --to {better[0]}"
+        way = Message("it reads what this writes: lorakit export {source} --to {better}", quote(source), better[0])
     else:
-        way = (
-            f"a model with it merged in works there: lorakit merge {quote(source)} --base BASE --output NEW.safetensors"
+        way = Message(
+            "a model with it merged in works there: lorakit merge {source} --base BASE --output NEW.safetensors",
+            quote(source),
         )
-    raise LorakitError(f"{host.title} does not read all of {report.name}: {why}; {way}")
+    raise LorakitError("{host} does not read all of {report}: {why}; {way}", host.title, report.name, why, way)
 
 
 def _free(folder: Path, name: str, source: Path) -> Path:
@@ -200,6 +220,8 @@ def _undo(target: Path) -> Iterator[list[Path]]:
             file.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise LorakitError(
-                f"{target.parent}: cannot be written ({error.strerror or error}); nothing there was changed"
+                "{parent}: cannot be written ({reason}); nothing there was changed",
+                target.parent,
+                error.strerror or error,
             ) from None
         raise

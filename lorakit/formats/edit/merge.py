@@ -66,7 +66,7 @@ def merge(
     """
     output = Path(output)
     if output.exists():
-        raise LorakitError(f"{output}: exists already; name a new one with --output")
+        raise LorakitError("{output}: exists already; name a new one with --output", output)
     single = output.suffix.lower() == ".safetensors"
     vae = _other_vae(base)
     if base.slots is None and not single:
@@ -84,7 +84,9 @@ def merge(
     outside = sorted({keys.component(name) for name in (*weights.layers, *weights.biases)} & others.keys())
     if single and outside:
         raise LorakitError(
-            f"{base.path.name} has no {outside[0]} in it, which the adapter changes: --output must be a new folder"
+            "{base} has no {outside} in it, which the adapter changes: --output must be a new folder",
+            base.path.name,
+            outside[0],
         )
     merger.require({**base.slots, **{name: _names(name, source) for name, source in others.items()}})
     header = safetensors_header.read(base.path)
@@ -177,7 +179,7 @@ def _output_dtype(dtype: str, scaled: bool, precision: Precision) -> str:
 def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, torch.Tensor]) -> Path:
     layout = registry.version_of(base.family).layout
     if layout is None:
-        raise LorakitError(f"{base.path.name} cannot be written as one file: --output must be a new folder")
+        raise LorakitError("{base} cannot be written as one file: --output must be a new folder", base.path.name)
     parts = [part for part in layout.parts if part in base.configs and not (part == "vae" and vae)]
     folders = {part: base.path / keys.to_diffusers_name(part, base.family) for part in parts}
     sources = {part: list(_headers(folder)) for part, folder in folders.items()}

@@ -76,7 +76,7 @@ class Merger:
         expected = {f"{name}.weight" for name in self.layers} | {f"{name}.bias" for name in self.biases}
         if missing := expected - there:
             name = min(missing).removesuffix(".weight")
-            raise LorakitError(f"the base has no layer {name}; the adapter is for another base")
+            raise LorakitError("the base has no layer {name}; the adapter is for another base", name)
 
     def __call__(
         self, component: str, tensor: str, weight: torch.Tensor, dtype: torch.dtype | None = None
@@ -97,12 +97,16 @@ class Merger:
             else:
                 adapted = merged(weight, self.layers[name], self.strength)
         except RuntimeError:
-            raise LorakitError(f"{name} has another shape in the base; the adapter is for another base") from None
+            raise LorakitError("{name} has another shape in the base; the adapter is for another base", name) from None
         if not bool(torch.isfinite(weight.float()).all()):
-            raise LorakitError(f"{component}.{tensor} of the base holds NaN or infinity: the base is damaged")
+            raise LorakitError(
+                "{component}.{tensor} of the base holds NaN or infinity: the base is damaged", component, tensor
+            )
         rounded = adapted.to(dtype)
         if not bool(torch.isfinite(rounded.float()).all()):
-            raise LorakitError(f"{name} would hold NaN or infinity in {dtype} at strength {self.strength:g}")
+            raise LorakitError(
+                "{name} would hold NaN or infinity in {dtype} at strength {strength:g}", name, dtype, self.strength
+            )
         self.precision.measure(weight.float(), adapted, rounded)
         return rounded
 
@@ -128,9 +132,9 @@ def merge_folder(
     """
     base, output, precision = Path(base), Path(output), precision or Precision()
     if output.exists():
-        raise LorakitError(f"{output}: exists already; name a new folder with --output")
+        raise LorakitError("{output}: exists already; name a new folder with --output", output)
     if not (base / "model_index.json").is_file():
-        raise LorakitError(f"{base}: not a base model in diffusers layout (no model_index.json)")
+        raise LorakitError("{base}: not a base model in diffusers layout (no model_index.json)", base)
     index = weight_files.read_json(base / "model_index.json")
     parts = {
         name: [] if name in without or not re.fullmatch(r"\w+", name) else part_files(base / name)

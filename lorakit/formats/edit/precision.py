@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -45,16 +46,25 @@ class Precision:
         """Raise LorakitError where nothing of the adapter is left."""
         if self.changed and not self.survived:
             hint = "leave out --keep-fp8" if self.keep_fp8 else "raise --strength"
-            raise LorakitError(f"in {self._names()} none of the {self.changed:,} changed weights would differ: {hint}")
+            raise LorakitError(
+                "in {names} none of the {changed:,} changed weights would differ: {hint}",
+                self._names(),
+                self.changed,
+                hint,
+            )
 
     def line(self) -> str:
         """What was lost, for a person."""
         if not self.changed:
             return "the adapter changes no weight of the base"
         error = (self.error / self.change) ** 0.5
-        return (
-            f"precision {self._names()}: {self.survived / self.changed:.1%} of {self.changed:,} changed weights differ "
-            f"from the base's; rounding is {error:.2%} of the change"
+        return Message(
+            "precision {names}: {survived:.1%} of {changed:,} changed weights differ from the base's; "
+            "rounding is {problem:.2%} of the change",
+            self._names(),
+            self.survived / self.changed,
+            self.changed,
+            error,
         )
 
     def _names(self) -> str:

@@ -31,9 +31,9 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
     if (rank is None) == (energy is None):
         raise LorakitError("resize: give a rank or an energy, one of them")
     if rank is not None and rank < 1:
-        raise LorakitError(f"resize: rank = {rank}: must be 1 or more")
+        raise LorakitError("resize: rank = {rank}: must be 1 or more", rank)
     if energy is not None and not 0 < energy <= 1:
-        raise LorakitError(f"resize: energy = {energy:g}: must be above 0 and at most 1")
+        raise LorakitError("resize: energy = {energy:g}: must be above 0 and at most 1", energy)
     layers: dict[str, AnyLayer] = {
         name: layer if isinstance(layer, ForeignLayer) else _resized(layer, rank, energy)
         for name, layer in to_lora(weights).items()
@@ -140,13 +140,13 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     stacked |= {name: _stacked(name, layers) for name, layers in collected.items()}
     words = [(word, vectors) for weights, _ in parts for word, vectors in weights.embeddings.items()]
     if len({word for word, _ in words}) < len(words):
-        raise LorakitError(f"combine: several adapters have an embedding of their own for {words[0][0]!r}")
+        raise LorakitError("combine: several adapters have an embedding of their own for {words!r}", words[0][0])
     return AdapterWeights(families[0], "lora", stacked, embeddings=dict(words), biases=biases)
 
 
 def _stacked(name: str, layers: list[LoraLayer]) -> LoraLayer:
     if len({(layer.up.shape[0], layer.down.shape[1:]) for layer in layers}) > 1:
-        raise LorakitError(f"combine: {name} has different shapes in the adapters; they are for different bases")
+        raise LorakitError("combine: {name} has different shapes in the adapters; they are for different bases", name)
     down = torch.cat([layer.down.float() for layer in layers])
     up = torch.cat([layer.up for layer in layers], dim=1)
     return LoraLayer(down, up, float(down.shape[0]))

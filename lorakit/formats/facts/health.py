@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from lorakit.core import foreign_json, safetensors_header
+from lorakit.core.messages import Message
 
 WORDS = 8  # as many trigger words as are reported
 
@@ -30,7 +31,7 @@ def damage(heads: Iterable[safetensors_header.Header]) -> str:
                     file.seek(info.start)
                     bits = np.frombuffer(file.read(info.end - info.start), np.dtype(kind))
                     if bool(((bits & bits.dtype.type(mask)) == mask).any()):
-                        return f"{name} holds NaN or infinity"
+                        return Message("{name} holds NaN or infinity", name)
     return ""
 
 
@@ -101,7 +102,9 @@ def contradictions(metadata: Mapping[str, str], ranks: Iterable[int], scales: It
         wrong = rank not in set(ranks) or not any(math.isclose(alpha / rank, scale, rel_tol=1e-2) for scale in scales)
     except (KeyError, ValueError, ZeroDivisionError):
         return []
-    words = f"its metadata says rank {rank:g} and alpha {alpha:g}, which is not so: programs go by the tensors"
+    words = Message(
+        "its metadata says rank {rank:g} and alpha {alpha:g}, which is not so: programs go by the tensors", rank, alpha
+    )
     return [words] if wrong else []
 
 

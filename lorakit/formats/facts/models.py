@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from lorakit.core.messages import Message
+
 # What stands before a layer's path: kohya's, OneTrainer's, LyCORIS', ComfyUI's, diffusers' and PEFT's prefixes.
 _PREFIX = re.compile(
     r"^(?:base_model\.model\.)?(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|transformer\."
@@ -156,7 +158,7 @@ def find(stems: Iterable[str], widths: Iterable[int], metadata: Mapping[str, str
         return None if is_unet or not tagged else (tagged[0], "metadata")
     if agreed := [model for model in pool if model in tagged]:
         return agreed[0], "names of its layers and metadata"
-    contradiction = f"; its metadata says {tagged[0].title}, which is not so" if tagged else ""
+    contradiction = Message("; its metadata says {tagged}, which is not so", tagged[0].title) if tagged else ""
     sizes = set(widths)
     fitting = sorted(
         (m for m in pool if sizes.intersection(m.widths)), key=lambda m: -max(sizes.intersection(m.widths))

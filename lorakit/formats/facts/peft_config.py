@@ -32,7 +32,7 @@ def of_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Scaling]:
     try:
         config = foreign_json.loads_table(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
-        raise LorakitError(f"{path}: its lora_adapter_metadata is no JSON object") from None
+        raise LorakitError("{path}: its lora_adapter_metadata is no JSON object", path) from None
     scalings: dict[str, dict[str, Any]] = {part: {} for part in registry.components()}
     for key, value in config.items():
         part, _, name = key.partition(".")
@@ -50,13 +50,15 @@ def of_folder(folder: Path) -> Scaling:
     try:
         config = foreign_json.loads_table(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise LorakitError(f"{path}: cannot be read as a JSON object") from None
+        raise LorakitError("{path}: cannot be read as a JSON object", path) from None
     method = str(config.get("peft_type", "")).lower()
     if method and method not in {*COMPUTED, *(spec.layers for spec in registry.METHODS.values())}:
         name = shorten(printable(method.upper()), 40)
         raise LorakitError(
-            f"{folder}: this is an adapter of PEFT's {name}, which lorakit does not read: merge it into its base with "
-            "PEFT (merge_and_unload), save that model, and make a LoRA of it with lorakit extract"
+            "{folder}: this is an adapter of PEFT's {name}, which lorakit does not read: merge it into its "
+            "base with PEFT (merge_and_unload), save that model, and make a LoRA of it with lorakit extract",
+            folder,
+            name,
         )
     return config
 
@@ -73,7 +75,7 @@ def require_numbers(path: Path, scaling: Scaling) -> None:
     """Raise LorakitError where a number of an adapter config is no finite one, or a rank is below 1."""
     patterns = scaling.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
-        raise LorakitError(f"{path}: the alpha_pattern in its config is no table")
+        raise LorakitError("{path}: the alpha_pattern in its config is no table", path)
     is_computed = str(scaling.get("peft_type", "")).lower() in COMPUTED
     names = ("eps", "num_cayley_neumann_terms") if is_computed else ("r", "lora_alpha", "alpha")
     numbers = {key: scaling[key] for key in names if scaling.get(key) is not None}
@@ -81,7 +83,10 @@ def require_numbers(path: Path, scaling: Scaling) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
         if not is_number or (key == "r" and value < 1) or (key == "num_cayley_neumann_terms" and value > _MAX_TERMS):
             raise LorakitError(
-                f"{path}: {shorten(printable(key), 80)} in its config is {value!r:.80}, no usable number"
+                "{path}: {key} in its config is {value!r:.80}, no usable number",
+                path,
+                shorten(printable(key), 80),
+                value,
             )
 
 
@@ -94,7 +99,7 @@ def alpha(name: str, rank: int, scaling: Scaling) -> float:
     try:
         return float(value) * (math.sqrt(rank) if scaling.get("use_rslora") else 1.0)
     except (TypeError, ValueError):
-        raise LorakitError(f"{name}: the alpha in its config is not a number: {value!r}") from None
+        raise LorakitError("{name}: the alpha in its config is not a number: {value!r}", name, value) from None
 
 
 def rank(name: str, scaling: Scaling) -> int:
@@ -105,7 +110,7 @@ def rank(name: str, scaling: Scaling) -> int:
     """
     value = _of_layer(name, scaling, "rank_pattern", scaling.get("r", 1))
     if not isinstance(value, int) or value < 1:
-        raise LorakitError(f"{name}: the rank in its config is not a number above 0: {value!r:.80}")
+        raise LorakitError("{name}: the rank in its config is not a number above 0: {value!r:.80}", name, value)
     return value
 
 
@@ -113,7 +118,7 @@ def _of_layer(name: str, scaling: Scaling, table: str, default: object) -> objec
     """The value of the first pattern of a table that matches a layer."""
     path, patterns = name.partition(".")[2], scaling.get(table) or {}
     if not isinstance(patterns, Mapping):
-        raise LorakitError(f"{name}: the {table} in its config is no table")
+        raise LorakitError("{name}: the {table} in its config is no table", name, table)
     return next((own for pattern, own in patterns.items() if _matches_end(pattern, path)), default)
 
 
@@ -127,8 +132,10 @@ def _matches_end(pattern: str, name: str) -> bool:
         return name == pattern or name.endswith(f".{pattern}")
     repeats = len(re.findall(r"[*+{]", pattern))
     if repeats > _MAX_REPEATS or re.search(r"\)[*+?{]|\(\?", pattern) or len(pattern) > 500:
-        raise LorakitError(f"the alpha_pattern {shorten(pattern, 80)!r} is not run, as it could take for ever")
+        raise LorakitError("the alpha_pattern {pattern!r} is not run, as it could take for ever", shorten(pattern, 80))
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error as error:
-        raise LorakitError(f"the alpha_pattern {shorten(pattern, 80)!r} is no regular expression: {error}") from None
+        raise LorakitError(
+            "the alpha_pattern {pattern!r} is no regular expression: {problem}", shorten(pattern, 80), error
+        ) from None

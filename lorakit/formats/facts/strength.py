@@ -17,6 +17,7 @@ import numpy as np
 
 from lorakit.core import image_grid, registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.families.weight_files import of_last
 from lorakit.formats.facts.health import numbers
 
@@ -54,10 +55,25 @@ class Strength:
         if self.modules and not any(self.modules.values()):
             return "every module is zero: it changes nothing"
         if self.dead:
-            lines.append(f"{len(self.dead)} of {len(self.modules)} modules are zero, such as {self.dead[0]}")
+            lines.append(
+                Message(
+                    "{count} of {all} modules are zero, such as {dead}",
+                    len(self.dead),
+                    len(self.modules),
+                    self.dead[0],
+                )
+            )
         if self.outliers:
             stem, times = max(self.outliers.items(), key=lambda item: item[1])
-            lines.append(f"{len(self.outliers)} of {len(self.modules)} modules stand out: {stem} by {times:.0f} times")
+            lines.append(
+                Message(
+                    "{count} of {all} modules stand out: {stem} by {times:.0f} times",
+                    len(self.outliers),
+                    len(self.modules),
+                    stem,
+                    times,
+                )
+            )
         return "; ".join(lines)
 
     def lines(self) -> list[str]:
@@ -181,9 +197,9 @@ def plot(strength: Strength, path: Path, title: str) -> None:
     from PIL import Image, ImageDraw, ImageFont
 
     if path.exists() or path.suffix.lower() != ".png":
-        raise LorakitError(f"{path}: name a new file that ends in .png")
+        raise LorakitError("{path}: name a new file that ends in .png", path)
     if not strength.modules:
-        raise LorakitError(f"{title}: its changes have no size without a base, so there is nothing to draw")
+        raise LorakitError("{title}: its changes have no size without a base, so there is nothing to draw", title)
     # An outlier is cut off, so that it does not flatten all others.
     usual = [size for stem, size in strength.modules.items() if stem not in strength.outliers]
     highest, font = max(usual, default=0.0) or 1.0, ImageFont.load_default(image_grid.FONT_SIZE)
@@ -204,4 +220,4 @@ def plot(strength: Strength, path: Path, title: str) -> None:
     try:
         image_grid.save(picture, path)
     except OSError as error:
-        raise LorakitError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise LorakitError("{path}: cannot be written: {reason}", path, error.strerror or error) from None
