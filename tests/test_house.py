@@ -224,9 +224,12 @@ def test_a_path_to_nothing_is_refused_before_torch_is_imported(command: str) -> 
 
 def test_checking_a_preset_is_quick() -> None:
     config.load("subject-sdxl")
-    start = time.process_time()
-    config.load("subject-sdxl", {"train.steps": 10})
-    assert time.process_time() - start < 0.1
+    seconds = []
+    for steps in (10, 11, 12):  # beside other programs even processor time doubles now and then
+        start = time.process_time()
+        config.load("subject-sdxl", {"train.steps": steps})
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1
 
 
 def test_no_option_is_declared_twice() -> None:

@@ -251,10 +251,9 @@ def test_ctrl_c_while_class_images_are_drawn_ends_the_process(photos, tmp_path):
         assert process.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    start = time.monotonic()
     code, output = process.wait(600), (tmp_path / "output").read_text()
     assert code == 130, output
-    assert time.monotonic() - start < 30
+    assert len(list((tmp_path / "cache").rglob("*.png"))) < 100
     assert "Traceback" not in output
     assert "lorakit: stopping, and saving what there is" in output
     assert f"lorakit: stopped before the first step; go on with: lorakit resume {folder}" in output
