@@ -4,9 +4,9 @@
         [--captions scene none frames endings untriggered] [--set train.batch_size=4] [--table]
 
 Every run adds a line to RESULTS.jsonl; a run that has its line already is not repeated, so that it can be stopped at
-any moment. `--table` trains nothing and prints what is there: means, and half of their 95 % interval over the runs.
-Pictures, prompts and judge are those of benchmarks/teach.py. "Nearness" is the mean cosine of the judge's features to
-those of the subject's real renders, -1 to 1.
+any moment. `--table` trains nothing and prints what is there: means, and half of their 95 % interval (Student's t) over
+the runs. Pictures, prompts and judge are those of benchmarks/teach.py. "Nearness" is the mean cosine of the judge's
+features to those of the subject's real renders, -1 to 1.
 
     taken      share of the pictures with the trigger that are nearest to the subject
     near       their nearness, as a share of the nearness of real renders on the same scenes
@@ -76,6 +76,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
 }
 COLUMNS = ("taken", "near", "leak", "scene", "kind", "colour", "pattern", "drift", "cpu")
+# 97.5 % quantiles of Student's t for 1, 2, 3 ... degrees of freedom; the last one also beyond.
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 # What no recipe needs: pictures and validation along the way.
 QUIET = (
     "sample.every=100000",
@@ -160,12 +162,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(column: str, values: Sequence[float]) -> str:
-    """Mean and half of the 95 % interval of the mean."""
+    """Mean and half of the 95 % interval of the mean, by Student's t."""
     form = "{:.0f}" if column == "cpu" else "{:.2f}" if column in ("leak", "drift") else "{:.1%}"
     text = form.format(statistics.mean(values))
     if len(values) < 2:
         return text
-    return f"{text} ± {form.format(1.96 * statistics.stdev(values) / len(values) ** 0.5)}"
+    quantile = T[min(len(values) - 2, len(T) - 1)]
+    return f"{text} ± {form.format(quantile * statistics.stdev(values) / len(values) ** 0.5)}"
 
 
 if __name__ == "__main__":
