@@ -6,6 +6,7 @@ import importlib
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where a test takes two, the one that waits leaves its core to others
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -39,18 +40,22 @@ LONGEST = (
     "test_card.py",
     "test_quality.py",
     "test_run.py",
-    "test_parallel.py",
-    "test_notebook.py",
-    "test_comfyui.py",
-    "test_adapter.py",
     "test_golden.py",
+    "test_parallel.py",
+    "test_adapter.py",
     "test_formats_page.py",
-    "test_plain.py",
-    "test_stop.py",
     "test_silent_failures.py",
     "test_compile.py",
-    "test_cuda_graphs.py",
+    "test_stop.py",
+    "test_flat_parameters.py",
     "test_house.py",
+    "test_docs.py",
+    "test_optimizer_step.py",
+    "test_plain.py",
+    "test_cuda_graphs.py",
+    "test_demo.py",
+    "test_comfyui.py",
+    "test_notebook.py",
 )
 
 FOREIGN = (
