@@ -265,9 +265,11 @@ def kind(shapes: dict[str, tuple[int, ...]]) -> str:
     One of "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding", "controlnet", "ip-adapter",
     "numbered" (an adapter of cloneofsimo's lora), "unknown".
     """
-    adapted = sum(1 for name in shapes if re.search(f"{_KINDS['lycoris']}|{_KINDS['adapter']}", name))
-    if adapted and sum(1 for name in shapes if re.search(_KINDS["checkpoint"], name)) > 2 * adapted:
-        return "checkpoint"  # with a few layers of an adapter left in it by a tool
+    strange = "|".join(_KINDS[word] for word in ("lycoris", "adapter", "controlnet"))
+    others = sum(1 for name in shapes if re.search(strange, name))
+    # A ControlNet with its whole model has half as many layers of its own.
+    if others and sum(1 for name in shapes if re.search(_KINDS["checkpoint"], name)) > 4 * others:
+        return "checkpoint"  # with a few layers of something else left in it by a tool
     for word, pattern in _KINDS.items():
         if any(re.search(pattern, name) for name in shapes):
             return word

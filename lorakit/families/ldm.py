@@ -176,7 +176,8 @@ def component_slots(header: safetensors_header.Header, part: FilePart, component
     name = header.path.name
     inside = {key.removeprefix(prefix): info for key, info in header.tensors.items() if key.startswith(prefix)}
     for key, info in inside.items():
-        if key.endswith("weight") and info.dtype not in weight_files.READABLE:
+        has_numbers = info.dtype != "I8" or weight_files.scale_of(key, inside) is not None
+        if key.endswith("weight") and not (info.dtype in weight_files.READABLE and has_numbers):
             raise LorakitError(
                 "{name} has {prefix}{key} in {dtype}, a quantization not read here: get it in fp16",
                 *(name, prefix, key, info.dtype),

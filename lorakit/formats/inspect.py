@@ -202,9 +202,7 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
 
 
 EMBEDDING = "needs its embedding {file}, {there}"
-UNKNOWN_NAMES = (
-    "{name}: an adapter, but not for Stable Diffusion: its names are of no program known here, such as {tensor}"
-)
+UNKNOWN_NAMES = "{name}: an adapter for no model known here: its names are of no program known here, such as {tensor}"
 
 
 def _no_adapter(what: str) -> str:
@@ -331,7 +329,7 @@ def _adapter(
     ranks = {rank for component in components.values() for rank in component.ranks}
     readers = compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder)
     notes = health.contradictions(metadata, ranks, scales.values() or [1.0])
-    notes += [*filter(None, [compatibility.import_note(readers["invokeai"], modules)]), *_part_notes(modules)]
+    notes += [*filter(None, [compatibility.import_note(readers["invokeai"], modules)]), *_part_notes(modules, shapes)]
     return Report(
         name,
         "adapter",
@@ -350,7 +348,7 @@ def _adapter(
     )
 
 
-def _part_notes(modules: Mapping[str, identify.Module]) -> list[str]:
+def _part_notes(modules: Mapping[str, identify.Module], shapes: identify.Shapes) -> list[str]:
     """The parts that other programs, or lorakit, do not read."""
     notes = list[str]()
     if scalars := sum("scalar" in module.parts for module in modules.values()):
@@ -360,7 +358,9 @@ def _part_notes(modules: Mapping[str, identify.Module]) -> list[str]:
                 scalars,
             )
         )
-    if strange := [name for module in modules.values() for name in module.strange_parts]:
+    read = {name for module in modules.values() if module.canonical for name in module.parts.values()}
+    read -= {name for module in modules.values() for name in module.strange_parts}
+    if strange := [name for name in shapes if name not in read and not name.startswith("bundle_emb.")]:
         notes.append(
             Message(
                 "lorakit does not read {count} of its tensors, e.g. {strange}",

@@ -146,6 +146,14 @@ def _weights(
 def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise LorakitError, naming the first tensor with a number that is NaN or infinite."""
     for name, tensor in tensors.items():
+        if tensor.ndim > 1 and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise LorakitError(
+                "{path}: {name} holds whole numbers ({kind}), a quantization that lorakit does not read",
+                path,
+                name,
+                kind,
+            )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise LorakitError(
                 "{path}: {name} holds NaN or infinity: the file is damaged; make or download it again", path, name

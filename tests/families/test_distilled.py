@@ -42,7 +42,7 @@ NAMES = {
 NAMES |= {"x_lightning_v1_step4": ("Lightning", 8), "Juggernaut-Lightning_4S_1-4steps": ("Lightning", 4)}
 PLAIN = [
     "hyperrealism_v3", "Hyper_Realism_1.2", "HyperDetail", "v1-5-pruned", "sd_xl_base_1.0", "calcmix", "hypernetwork",
-    "step4", "noobai-XL",
+    "step4", "noobai-XL", "turbocharged_v2",
 ]  # fmt: skip
 
 

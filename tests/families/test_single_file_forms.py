@@ -133,6 +133,9 @@ def test_a_quantization_that_is_not_read_is_refused_by_the_description(base_file
     key = f"{U}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     packed = tensors | {key: torch.zeros(512, 1, dtype=torch.uint8), f"{key}.absmax": torch.ones(16)}
     assert f"x.safetensors has {key} in U8, a quantization not read here" in refusal(write(tmp_path, packed))
+    integers = tensors | {key: torch.ones(tensors[key].shape, dtype=torch.int8)}  # a scale would make numbers of it
+    (tmp_path / "int8").mkdir()
+    assert f"has {key} in I8, a quantization not read here" in refusal(write(tmp_path / "int8", integers))
     stem = f"{U}somewhere.to_q"
     lost = refusal(write(tmp_path, tensors | {f"{stem}.scale_weight": torch.ones(())}))
     assert f"has {stem}.scale_weight, a scale that belongs to no weight" in lost

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.formats import inspect, read
 from lorakit.formats.compatibility import read_report
@@ -122,6 +123,40 @@ def test_text_projection_among_its_encoder_is_read_by_diffusers():
     alone = pair("lora_te2_text_projection")
     both = alone | pair("lora_te2_text_model_encoder_layers_0_mlp_fc1")
     assert read_report(alone, "sdxl")["diffusers"].refused and read_report(both, "sdxl")["diffusers"].complete
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "words"),
+    [
+        (["version"], (), "1 names are of no layer of Stable Diffusion"),
+        (["emb_params", "extra"], (2, 8), "2 names are of no layer of Stable Diffusion"),
+        (["unet.unet.mid_block.attentions.0.proj_in.lora_A.weight"], (2, 8), "1 names are of no layer"),
+    ],
+)
+def test_what_export_refuses_is_noted_by_inspect(tmp_path, names, shape, words):
+    tensors = {f"{STEM}.lora_down.weight": torch.ones(4, 8), f"{STEM}.lora_up.weight": torch.ones(8, 4)}
+    file = tmp_path / "x.safetensors"
+    save_file(tensors | {name: torch.ones(shape) for name in names}, file)
+    assert f"lorakit does not read {len(names)} of its tensors, e.g. {names[0]}" in " ".join(
+        inspect.inspect(file).notes
+    )
+    with pytest.raises(LorakitError, match=words):
+        read(file)
+
+
+def test_a_few_layers_of_a_controlnet_make_no_controlnet():
+    model = {f"model.diffusion_model.input_blocks.{n}.0.weight": (4, 4) for n in range(9)}
+    control = {f"control_model.input_blocks.{n}.0.weight": (4, 4) for n in range(6)}
+    assert safetensors_header.kind(model | dict(list(control.items())[:2])) == "checkpoint"
+    assert safetensors_header.kind(model | control) == "controlnet"
+
+
+def test_integers_are_no_factors(tmp_path):
+    file = tmp_path / "x.safetensors"
+    down = torch.ones(4, 8, dtype=torch.int8)
+    save_file({f"{STEM}.lora_down.weight": down, f"{STEM}.lora_up.weight": torch.ones(8, 4)}, file)
+    with pytest.raises(LorakitError, match=r"lora_down\.weight holds whole numbers \(int8\), a quantization"):
+        read(file)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ _LCM = "LCMScheduler"
 # Pattern of a name or a title -> the kind. Case counts where a kind is a part of common words.
 _KINDS = {
     r"(?i:lightning)": Distilled("Lightning", 4),
-    r"(?i:turbo)": Distilled("Turbo", 4),
+    r"(?i:turbo)(?!(?i:charg|fan|jet))": Distilled("Turbo", 4),
     r"(?i:hyper)(?i:[-_ ]?(sd|xl|vae|\d|lora)|(?=[-_ .]|$))(?!(?i:[-_ ]?(real|detail|photo)))": Distilled("Hyper", 8),
     r"LCM(?![A-Z])|(?<![a-z])lcm(?![a-z])": Distilled("LCM", 8, scheduler=_LCM),
     r"DMD2?(?![A-Z])|(?<![a-z])dmd2?(?![a-z])": Distilled("DMD2", 4, scheduler=_LCM),
