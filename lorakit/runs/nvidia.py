@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +100,54 @@ def free_bytes(timeout: float = 5.0) -> int | None:
         return min(int(line) * 2**20 for line in result.stdout.split())
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a card does at the moment: bytes in use and of all, percent of the time that it computes, degrees Celsius.
+    What its driver does not tell is None."""
+
+    name: str
+    used: int | None
+    total: int | None
+    load: int | None
+    temperature: int | None
+
+
+class Monitor:
+    """The readings of all cards, asked for in a thread of its own at most every `every` seconds: nobody waits for a
+    driver that hangs. Without nvidia-smi there are none, and nothing is started."""
+
+    FIELDS = "name,memory.used,memory.total,utilization.gpu,temperature.gpu"
+
+    def __init__(self, every: float = 2.0):
+        self.every, self._due, self._readings = every, 0.0, list[Reading]()
+        self._lock = threading.Lock()
+
+    def latest(self) -> list[Reading]:
+        """The last readings, at once; newer ones are on their way where these are old."""
+        program = shutil.which("nvidia-smi")
+        if program is not None and time.monotonic() >= self._due and self._lock.acquire(blocking=False):
+            threading.Thread(target=self._read, args=(program,), daemon=True).start()
+        return self._readings
+
+    def _read(self, program: str) -> None:
+        query = [program, f"--query-gpu={self.FIELDS}", "--format=csv,noheader,nounits"]
+        try:
+            result = subprocess.run(query, capture_output=True, timeout=20, check=True, text=True, errors="replace")
+            self._readings = [_reading(line) for line in result.stdout.splitlines() if line.count(",") == 4]
+        except (OSError, subprocess.SubprocessError):
+            self._readings = []
+        finally:
+            self._due = time.monotonic() + self.every
+            self._lock.release()
+
+
+def _reading(line: str) -> Reading:
+    name, *rest = (field.strip() for field in line.split(","))
+    used, total, load, temperature = (int(text) if text.isdigit() else None for text in rest)
+    mib = 2**20
+    return Reading(name, used and used * mib, total and total * mib, load, temperature)
 
 
 def torch_version() -> str:

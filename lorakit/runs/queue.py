@@ -158,13 +158,19 @@ class Queue:
         jobs = [job for job in self.jobs() if job.state == "waiting"]
         return sorted(jobs, key=lambda job: (job.rank, job.number))
 
-    def put_first(self, number: int) -> bool:
-        """Let a waiting job begin before all others that wait; False where it has begun."""
+    def move(self, number: int, places: int) -> bool:
+        """Let a waiting job begin so many places later, or earlier where that is negative; False where it has begun."""
         waiting = self.waiting()
         job = next((job for job in waiting if job.number == number), None)
         if job is None:
             return False
-        self._write(replace(job, rank=waiting[0].rank - 1))
+        place = max(0, waiting.index(job) + places)
+        others = [other for other in waiting if other is not job]
+        order = [*others[:place], job, *others[place:]]
+        for rank, each in enumerate(order, -len(order)):  # below 0: a new job comes last
+            now = self._read(self._file(each.number, "json"))
+            if now is not None and now.state == "waiting" and now.rank != rank:
+                self._write(replace(now, rank=rank))
         return True
 
     def is_working(self) -> bool:

@@ -22,7 +22,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.data import checks, photo_folder
 from lorakit.data.photo_folder import Photo
 from lorakit.formats import identify
-from lorakit.runs import run_folder
+from lorakit.runs import nvidia, run_folder
 from lorakit.runs.preflight import Preflight, preflight
 from lorakit.runs.queue import Queue
 from lorakit.ui import uploads
@@ -55,6 +55,7 @@ class Workspace:
         self.roots = Roots([*roots, *self.base_folders, self.runs])
         self.queue = Queue(self.runs)
         self.thumbnails = Thumbnails()
+        self.cards = nvidia.Monitor()
         # What was measured of each photo: a word changed in the form must not decode five hundred of them again.
         self._measurements: checks.MeasurementCache = {}
         self._reports: OrderedDict[Any, tuple[Future[checks.Report], list[Progress]]] = OrderedDict()

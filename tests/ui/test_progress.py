@@ -1,15 +1,18 @@
-"""How far a drawing is, and the end of a front end that another program started."""
+"""How far a drawing is, what a card does, and the end of a front end that another program started."""
 
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
+from lorakit.runs import nvidia  # noqa: E402
 from lorakit.ui import app, texts  # noqa: E402
+from lorakit.ui.pages.runs import RunsPage  # noqa: E402
 from lorakit.ui.pages.try_it import drawing_line  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
@@ -17,7 +20,7 @@ from lorakit.ui.workspace import Workspace  # noqa: E402
 def test_a_drawing_says_how_many_pictures_are_there(tmp_path: Path) -> None:
     workspace, say = Workspace(tmp_path / "runs", [tmp_path]), texts.sayer("en")
     job = workspace.queue.command(["sample", "a.safetensors"], tmp_path / "runs" / "tries" / "one")
-    assert drawing_line(workspace, job, say).startswith("<p class=lk-quiet>Drawing … (")
+    assert drawing_line(workspace, job, say).startswith("<p class=lk-quiet>Loading the base model … (")
     log = workspace.queue.folder / "000001.log"
     log.write_text("base: pocket\npicture 1 of 4\npicture 2 of 4\n")
     assert workspace.queue.pictures(job.number) == (2, 4)
@@ -36,3 +39,27 @@ def test_a_front_end_ends_with_the_process_that_started_it(tmp_path: Path) -> No
         parent.kill()
         waiter.join(20)
         assert not waiter.is_alive() and not server.thread.is_alive()
+
+
+def test_a_card_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, say = Workspace(tmp_path / "runs", [tmp_path]), texts.sayer("en")
+    with gr.Blocks():
+        page = RunsPage(workspace, gr.I18n(**texts.tables()), gr.BrowserState())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert page._cards(say) == "", "without a driver there is no line"
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'Card A, 6144, 8192, 97, 71'\necho 'Card B, [N/A], 8192, [N/A], 40'\n")
+    program.chmod(0o755)
+    page._cards(say)
+    deadline = time.monotonic() + 20
+    while not workspace.cards.latest() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert workspace.cards.latest()[0] == nvidia.Reading("Card A", 6144 << 20, 8192 << 20, 97, 71)
+    html = page._cards(say)
+    assert "Card A · 6.0 GiB / 8.0 GiB · 97 % busy · 71 °C<" in html and "Card B · 40 °C<" in html
+    program.write_text("#!/bin/sh\nexit 9\n")
+    workspace.cards._due = 0.0
+    page._cards(say)
+    while workspace.cards.latest() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert page._cards(say) == "", "a driver that is gone leaves no old line"

@@ -103,7 +103,12 @@ def test_a_waiting_run_can_be_put_first(page: RunsPage):
     page.tools.put_first("b", SAY)
     assert [name for name, _ in page.workspace.runs_and_jobs()] == ["b", "c", "a"]
     assert list_of(page).index(">1.<") < list_of(page).index(">2.<")
-    assert "does not wait" in page.tools.put_first("d", SAY) and not queue.put_first(99)
+    assert "It is number 2 of" in page.tools.put_later("b", SAY)
+    assert "It is number 2 of" in page.tools.put_earlier("a", SAY)
+    queue.command(["train"], runs / "e")
+    assert [Path(job.folder).name for job in queue.waiting()] == ["c", "a", "b", "e"]
+    assert "It is number 4 of" in page.tools.put_later("e", SAY), "it stays the last"
+    assert "does not wait" in page.tools.put_first("d", SAY) and not queue.move(99, -1)
 
 
 def test_advice_about_memory_is_buttons(page: RunsPage, run: RunFolder):

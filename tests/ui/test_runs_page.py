@@ -51,7 +51,7 @@ def kill(run: RunFolder) -> None:
 
 def look(page: RunsPage, hashes: dict[str, object] | None = None, say: texts.Say = SAY) -> dict[str, object]:
     names = ["run", "hashes", "list", "work", "status", "stop", "resume", "steps", "cancel", "download", "samples",
-             "curves", "log", "message"]  # fmt: skip
+             "curves", "log", "message", "cards"]  # fmt: skip
     return dict(zip(names, page.poll("one", hashes or {}, say), strict=True))
 
 

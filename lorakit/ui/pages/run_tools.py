@@ -46,6 +46,8 @@ class RunTools:
                 self.save_now = gr.Button(t("tools.save_now"), elem_id="run-save-now")
                 self.sample_now = gr.Button(t("tools.sample_now"), elem_id="run-sample-now")
                 self.first = gr.Button(t("tools.first"), elem_id="run-first")
+                self.earlier = gr.Button(t("tools.earlier"), elem_id="run-earlier")
+                self.later = gr.Button(t("tools.later"), elem_id="run-later")
                 self.notify = gr.Button(t("tools.notify"), elem_id="run-notify")
             with gr.Row(equal_height=False):
                 self.title = gr.Textbox(label=t("tools.name"), max_length=80, elem_id="run-title")
@@ -82,6 +84,7 @@ class RunTools:
         self.other.input(overlay, [self.run_name, self.other], self.overlay, **FOLLOW)
         self.keep.click(keep, [self.run_name, self.title, self.note], self.message, **ACT)
         acts = [(self.save_now, self.ask_save), (self.sample_now, self.ask_samples), (self.first, self.put_first)]
+        acts += [(self.earlier, self.put_earlier), (self.later, self.put_later)]
         for button, act in [*acts, (self.delete, self.put_aside)]:
             button.click(with_words(act), self.run_name, self.message, **ACT)
 
@@ -172,9 +175,22 @@ class RunTools:
 
     def put_first(self, name: str, say: Say) -> str:
         """Let a waiting run be the next one."""
-        for job in self.workspace.queue.waiting():
-            if Path(job.folder).name == name and self.workspace.queue.put_first(job.number):
-                return widgets.good(say("tools.is_first"))
+        return self._move(name, -len(self.workspace.queue.waiting()), say)
+
+    def put_earlier(self, name: str, say: Say) -> str:
+        """Let a waiting run begin before the one that is before it."""
+        return self._move(name, -1, say)
+
+    def put_later(self, name: str, say: Say) -> str:
+        """Let a waiting run begin after the one that is after it."""
+        return self._move(name, 1, say)
+
+    def _move(self, name: str, places: int, say: Say) -> str:
+        queue = self.workspace.queue
+        for job in queue.waiting():
+            if Path(job.folder).name == name and queue.move(job.number, places):
+                place = [other.number for other in queue.waiting()].index(job.number)
+                return widgets.good(say("tools.place", place=place + 1) if place else say("tools.is_first"))
         return widgets.problem(say("tools.not_waiting"))
 
     def put_aside(self, name: str, say: Say) -> str:

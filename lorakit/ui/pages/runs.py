@@ -77,6 +77,7 @@ class RunsPage:
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
                 self.list = widgets.html(elem_id="runs-list", js_on_load=CHOOSE)
+                self.cards = widgets.html(elem_id="card-line")
                 self.work = gr.Button(t("run.work"), visible=False, size="sm", elem_id="queue-start")
             with gr.Column(scale=3, min_width=320):
                 self.status = widgets.html(elem_id="run-status")
@@ -131,7 +132,7 @@ class RunsPage:
         """What `poll` fills."""
         return [
             self.run_name, self.screen_hashes, self.list, self.work, self.status, self.stop, self.resume, self.steps,
-            self.cancel, self.download, self.samples, self.curves, self.log, self.message,
+            self.cancel, self.download, self.samples, self.curves, self.log, self.message, self.cards,
         ]  # fmt: skip
 
     def poll(self, run_name: str, screen_hashes: dict[str, Any], say: Say) -> list[Any]:
@@ -146,7 +147,7 @@ class RunsPage:
         waiting = sum(state.state == "waiting" for _, state in runs)
         idle = waiting > 0 and not self.workspace.queue.is_working()
         titles = {name: note_of(self.workspace.runs / name)["title"] for name in names}
-        parts = {"list": _list(runs, titles, current_name, idle, say), "work": idle}
+        parts = {"list": _list(runs, titles, current_name, idle, say), "work": idle, "cards": self._cards(say)}
         parts |= self._run(current_name, dict(runs).get(current_name), say)
         hashes: dict[str, object] = {part: hash(str(value)) for part, value in parts.items()}
         # What a button said is over once the run is in another state.
@@ -170,8 +171,19 @@ class RunsPage:
             gr.skip() if hashes == screen_hashes else hashes,
             updates["list"], visible["work"], updates["status"], visible["stop"], updates["resume"], visible["steps"],
             visible["cancel"], updates["download"], updates["samples"], updates["curves"], updates["log"],
-            "" if outdated else gr.skip(),
+            "" if outdated else gr.skip(), updates["cards"],
         ]  # fmt: skip
+
+    def _cards(self, say: Say) -> str:
+        """What each card does at the moment; nothing where none tells."""
+        lines = []
+        for card in self.workspace.cards.latest():
+            has_memory = card.used is not None and card.total is not None
+            facts = [f"{widgets.memory(card.used or 0, say)} / {widgets.memory(card.total or 0, say)}"] * has_memory
+            facts += [say("card.load", percent=card.load)] if card.load is not None else []
+            facts += [f"{card.temperature} °C"] if card.temperature is not None else []
+            lines.append(widgets.quiet(" · ".join([card.name, *facts])))
+        return "".join(lines)
 
     def _run(self, name: str, state: State | None, say: Say) -> dict[str, Any]:
         hidden: dict[str, Any] = dict.fromkeys(("stop", "steps", "cancel"), False) | {"resume": "", "download": ""}

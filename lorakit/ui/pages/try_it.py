@@ -166,7 +166,7 @@ def drawing_line(workspace: Workspace, job: Job, say: Say) -> str:
     seconds = widgets.ago(job.pid_start or time.time(), say)
     count, total = workspace.queue.pictures(job.number)
     if not total:
-        return widgets.quiet(say("compare.drawing", state=seconds))
+        return widgets.quiet(say("try.loading", time=seconds))
     return widgets.quiet(say("try.progress", count=count, total=total, time=seconds))
 
 

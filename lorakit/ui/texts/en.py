@@ -184,6 +184,9 @@ TEXTS = {
     "tools.save_now": "Save now",
     "tools.sample_now": "Draw now",
     "tools.first": "First in the queue",
+    "tools.earlier": "Earlier",
+    "tools.later": "Later",
+    "tools.place": "It is number {place} of those that wait.",
     "tools.notify": "Tell me at the end",
     "tools.name": "Name",
     "tools.note": "Note",
@@ -245,6 +248,8 @@ TEXTS = {
     "try.draw": "Draw",
     "try.no_prompt": "Write a prompt first, one a line.",
     "try.waiting": "It waits for: {names}",
+    "try.loading": "Loading the base model … ({time})",
+    "card.load": "{percent} % busy",
     "try.progress": "Drawing: {count} of {total} … ({time})",
     "try.at": "strength {strength}",
     # Adapter
