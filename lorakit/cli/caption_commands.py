@@ -15,6 +15,7 @@ from lorakit.cli.train_commands import Command, add_set, read_overrides
 from lorakit.core import atomic
 from lorakit.core.errors import ConfigError, LorakitError
 from lorakit.core.events import Event
+from lorakit.core.messages import Message
 from lorakit.core.names import expand, quote
 from lorakit.core.units import count
 
@@ -74,7 +75,7 @@ def run_caption(args: argparse.Namespace) -> int:
         if not waiting:
             return _end(args, caption_photos.Captions(), len(photos))
         if not args.dry_run and (why := atomic.refusal(place)):
-            raise LorakitError(f"{place}: captions cannot be written there ({why})")
+            raise LorakitError("{folder}: captions cannot be written there ({reason})", place, why)
         folder, kind = source.find(args.model, args.fetch)
         options = spec.CaptionOptions(
             prompt=args.prompt,
@@ -119,7 +120,7 @@ def _end(args: argparse.Namespace, result: Captions, others: int) -> int:
         if result.texts and not args.dry_run:
             print_lines(f"undo it with: lorakit caption {quote(args.photos)} --undo")
     for name, reason in result.failed.items():
-        complain(f"{name}: no caption: {reason}")
+        complain(Message("{photo}: no caption: {reason}", name, reason))
     if result.stopped:
         complain("stopped; the same command goes on with the photos that have no caption yet")
         return 130

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from lorakit.core import messages
 from lorakit.core.events import Event
 from lorakit.core.names import printable
 from lorakit.core.units import duration
@@ -122,7 +123,7 @@ def print_event(event: Event) -> None:
 
 def complain(text: str) -> None:
     """Each line to stderr, prefixed."""
-    write(sys.stderr, "".join(f"lorakit: {line}\n" for line in text.splitlines() or [""]))
+    write(sys.stderr, messages.to_lines(text))
 
 
 class Terminal:

@@ -185,7 +185,7 @@ def from_table(table: Mapping[str, object]) -> str:
     """
     letters = {name: letter for letter, (name, _) in SETTINGS.items()}
     problems = [
-        f"sample.prompts: unknown key {label(str(key))}{suggest(key, [*letters, 'prompt'])}"
+        Message("sample.prompts: unknown key {key}{hint}", label(str(key)), suggest(key, [*letters, "prompt"]))
         for key in table
         if key not in letters and key != "prompt"
     ]

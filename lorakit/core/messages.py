@@ -6,11 +6,15 @@ front end says it in another language, and a log can be read by a program.
 
 from __future__ import annotations
 
+import json
+import os
 import string
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Value = str | int | float
+# Where this variable is set, commands write the keys of what they complain of, in lines that begin so.
+KEYS, KEY_LINE = "LORAKIT_KEYS", "lorakit-key: "
 Own = TypeVar("Own", bound="Message")
 
 
@@ -123,6 +127,20 @@ def abridge(lines: Iterable[str], limit: int = 5) -> list[str]:
 def key_of(message: object) -> dict[str, Any]:
     """`to_json` of a message, for the table that has its text; nothing of what is only a text."""
     return message.to_json() if isinstance(message, Message) else {}
+
+
+def to_lines(message: str) -> str:
+    """A message for the log of a command: its lines, and under `KEYS` a line for the program that started it."""
+    lines = "".join(f"lorakit: {line}\n" for line in message.splitlines() or [""])
+    key = key_of(message) if os.environ.get(KEYS) else {}
+    return lines + (f"{KEY_LINE}{json.dumps({'text': message, **key})}\n" if key else "")
+
+
+def from_lines(log: str) -> list[str]:
+    """What a command complained of in its log, by `to_lines`, each thing a message; without keys each line."""
+    keyed = [json.loads(line.removeprefix(KEY_LINE)) for line in log.splitlines() if line.startswith(KEY_LINE)]
+    unkeyed = [line.removeprefix("lorakit: ") for line in log.splitlines() if line.startswith("lorakit: ")]
+    return [from_json(table["text"], table) for table in keyed] or unkeyed
 
 
 def from_json(text: str, table: Mapping[str, Any]) -> str:

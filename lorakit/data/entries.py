@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lorakit.core.messages import some
+from lorakit.core.messages import Message, some
 from lorakit.core.names import printable
 
 # Folders that operating systems create and do not show.
@@ -38,7 +38,7 @@ def usable(level: Path, root: Path, warnings: list[str]) -> list[Path]:
             refused.setdefault(cause, []).append(printable(entry.relative_to(root).as_posix()))
         else:
             entries.append(entry)
-    warnings += [f"{some_names(names)}: {cause}" for cause, names in refused.items()]
+    warnings += [Message("{names}: {cause}", some_names(names), cause) for cause, names in refused.items()]
     return entries
 
 

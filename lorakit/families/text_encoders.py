@@ -144,8 +144,8 @@ def tokenizer_problem(base: str, config: Mapping[str, Any]) -> str | None:
             T5_ROWS,
             T5_WAYS,
         )
-    why = "has T5 and no tokenizer for it on this machine, and HF_HUB_OFFLINE is set"
-    return f"base {base} {why}: {T5_WAYS}" if is_offline_mode() else None
+    line = "base {file} has T5 and no tokenizer for it on this machine, and HF_HUB_OFFLINE is set: {ways}"
+    return Message(line, base, T5_WAYS) if is_offline_mode() else None
 
 
 def fetch_tokenizer(base: str, config: Mapping[str, Any]) -> Path:

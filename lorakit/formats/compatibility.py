@@ -17,7 +17,7 @@ from lorakit.config import ADAPTER_SECTIONS
 from lorakit.config.option import suggest
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.core.registry import FORMATS
 from lorakit.families.spec import Reads
 from lorakit.formats.facts.consumers import BIAS, CONSUMERS, DORA_ROWS, Consumer
@@ -69,18 +69,16 @@ class Reading:
         if self.unmatched and not any(read for read, _ in self.counts.values()):
             return Message("reads none of it, as it has no rule for names like {name}", self.unmatched[0])
         if self.unmatched:
-            return Message(
-                "{counts}; no rule for {unmatched}{unmatched_2}", counts, self.unmatched[0], _more(self.unmatched)
-            )
+            return Message("{counts}; no rule for {name}{more}", counts, self.unmatched[0], _more(self.unmatched))
         if self.wrong:
             stem, why = next(iter(self.wrong.items()))
-            return f"{counts}; {why}: {stem}{_more(self.wrong)}"
+            return Message("{counts}; {why}: {module}{more}", counts, why, stem, _more(self.wrong))
         return counts
 
 
 def _more(things: Iterable[str]) -> str:
     count = len(list(things)) - 1
-    return f" and {count} more" if count else ""
+    return Message(" and {count} more", count) if count else ""
 
 
 def has_rule(consumer: str, fmt: str, path: Path, family: str) -> bool:
@@ -465,6 +463,7 @@ def warning(method: str, fmt: str) -> str | None:
         if key in FORMATS[fmt].consumers:
             titles.setdefault(problem, []).append(CONSUMERS[key].title)
     good = ", ".join(titles.pop("", []))
-    bad = "; ".join(f"{', '.join(programs)}: {problem}" for problem, programs in titles.items())
+    bad = join("; ", [Message("{name}: {problem}", ", ".join(names), problem) for problem, names in titles.items()])
     kind = {DORA_ROWS: "DoRA with a magnitude for each output row", BIAS: "a change of biases"}.get(method, method)
-    return f"{kind} in the {fmt} format is honoured by {good or 'no program'}; not by {bad}" if bad else None
+    line = "{method} in the {format} format is honoured by {programs}; not by {others}"
+    return Message(line, kind, fmt, good or "no program", bad) if bad else None

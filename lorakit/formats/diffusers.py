@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.adapters.weights import AdapterWeights
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.formats import keys
 from lorakit.formats.metadata import complete
 from lorakit.formats.peft import magnitude_vector
@@ -31,7 +32,7 @@ REFUSALS = {
         "the diffusers format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
         "this one has one per input column, which is what web UIs read; export it as kohya"
     ),
-    **{kind: _LYCORIS.format(kind=kind) for kind in ("loha", "lokr")},
+    **{kind: Message(_LYCORIS, kind) for kind in ("loha", "lokr")},
 }
 
 

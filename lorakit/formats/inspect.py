@@ -192,8 +192,10 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
         try:
             checkpoint = ldm.read(head)
             family, by = checkpoint.family, "its keys"
-            zero = " with zero terminal SNR" if checkpoint.prediction.zero_snr else ""
-            description += f"; it predicts {checkpoint.prediction.type}{zero}, {checkpoint.prediction.evidence}"
+            prediction = checkpoint.prediction
+            zero = " with zero terminal SNR" if prediction.zero_snr else ""
+            line = "{description}; it predicts {kind}, {why}"
+            description = Message(line, description, f"{prediction.type}{zero}", prediction.evidence)
         except LorakitError as error:  # of another architecture, or in part
             common["notes"] = [Message("it cannot be trained as it is: {problem}", error)]
             if all(name.startswith(ldm.UNET) for name in head.tensors):
@@ -240,7 +242,8 @@ def _folder(path: Path) -> Report:
     if what := other_models.what_folder(path):
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         return Report(path.name, "unknown", _no_adapter(what), size)
-    holds = f"it holds {len(list(path.glob('*.safetensors')))} .safetensors files{identify.pickles(path)}"
+    count = len(list(path.glob("*.safetensors")))
+    holds = Message("it holds {count} .safetensors files{pickles}", count, identify.pickles(path))
     raise LorakitError("{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}", path, holds)
 
 

@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from lorakit.config import Config, to_toml
 from lorakit.core import atomic, foreign_json, names
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import KEYS
 from lorakit.runs import nvidia, run_folder
 
 # A worker that finds the lock taken waits this long (seconds): the other may be about to leave.
@@ -238,7 +239,7 @@ class Queue:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", KEYS: "1"} | environment,
                 **_detached(),
             )
         # The process may be gone before it is looked at.

@@ -58,7 +58,7 @@ def problems(config: Config, info: BaseInfo) -> list[str]:
             untold,
             info.title,
         ): bool(untold),
-        NO_BF16.format(method=method): config.memory.mixed_precision == "auto"
+        Message(NO_BF16, method): config.memory.mixed_precision == "auto"
         and nvidia.has_driver()
         and not config.memory.device.startswith(("cpu", "mps"))
         and nvidia.lacks_bf16(),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message
+from lorakit.core.messages import KEYS, Message, from_lines, join, to_lines
 from lorakit.runs import quickstart
 
 # Seconds after which a conversion is given up; the largest adapters take a fraction of it.
@@ -54,6 +54,7 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
             encoding="utf-8",
             timeout=PATIENCE,
             check=False,
+            env=os.environ | {KEYS: "1"},
         )
     except subprocess.TimeoutExpired:
         raise LorakitError("{file}: not converted after {seconds} s", source.name, PATIENCE) from None
@@ -82,7 +83,7 @@ def fetch(base: str, progress: Callable[[int, int], object] = lambda count, tota
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env=os.environ | {"HF_HUB_OFFLINE": USERS},
+            env=os.environ | {"HF_HUB_OFFLINE": USERS, KEYS: "1"},
         )
         while True:
             try:
@@ -120,7 +121,7 @@ def caption(
             stderr=errors,
             text=True,
             encoding="utf-8",
-            env=os.environ | {"HF_HUB_OFFLINE": USERS},
+            env=os.environ | {"HF_HUB_OFFLINE": USERS, KEYS: "1"},
         ) as process:
             begin(process)
             for line in process.stdout or ():
@@ -151,12 +152,12 @@ def _cache_size() -> int:
 
 def _complaint(errors: str) -> str:
     """What a command said was wrong."""
-    lines = [line.removeprefix("lorakit: ") for line in errors.splitlines() if line.startswith("lorakit: ")]
-    return "\n".join(lines)
+    return join("\n", from_lines(errors))
 
 
 if __name__ == "__main__":
     try:
         quickstart.fetch(sys.argv[1], vae=len(sys.argv) > 2)
     except LorakitError as problem:
-        sys.exit(f"lorakit: {problem}")
+        sys.stderr.write(to_lines(str(problem)))
+        sys.exit(1)

@@ -19,6 +19,7 @@ from lorakit import families
 from lorakit.config import Config, DataConfig
 from lorakit.core import atomic, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import from_lines, join
 from lorakit.data import checks, photo_folder
 from lorakit.data.photo_folder import Photo
 from lorakit.formats import identify
@@ -223,8 +224,7 @@ class Workspace:
 
     def why(self, number: int) -> str:
         """The last thing that a job complained of."""
-        lines = [line for line in self.queue.log(number).splitlines() if line.startswith("lorakit: ")]
-        return "\n".join(line.removeprefix("lorakit: ") for line in lines[-3:])
+        return join("\n", from_lines(self.queue.log(number))[-3:])
 
 
 def _as_state(state: str, updated: float, message: str = "") -> run_folder.State:

@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.core.errors import ConfigError, LorakitError
 from lorakit.core.events import Event
-from lorakit.core.messages import Joined, Message, from_json, join
+from lorakit.core.messages import KEYS, Joined, Message, from_json, from_lines, join, to_lines
 
 NESTED = Message(
     "{file}: {problem}; {share:.1%} of {{a|b}}, {name!r}, {step}",
@@ -69,3 +69,12 @@ def test_a_message_comes_back_from_a_log_and_from_another_process(message: Messa
 @pytest.mark.parametrize("table", [{}, {"key": 3, "values": {}}, {"key": "a"}, {"parts": 3, "join": ""}])
 def test_a_log_without_keys_is_read_as_it_is(table: dict[str, object]):
     assert from_json("a line", table) == "a line" and type(from_json("a line", table)) is str
+
+
+def test_a_command_tells_the_program_that_started_it_the_keys(monkeypatch: pytest.MonkeyPatch):
+    problem = join("\n", [Message("{file} is empty", "a.txt"), "else"])
+    assert to_lines(problem) == "lorakit: a.txt is empty\nlorakit: else\n"
+    assert from_lines("first\n" + to_lines(problem)) == ["a.txt is empty", "else"]
+    monkeypatch.setenv(KEYS, "1")
+    (message,) = from_lines(to_lines(problem) + "last\n")
+    assert message == problem and message.splitlines()[0].template == "{file} is empty"  # type: ignore[attr-defined]

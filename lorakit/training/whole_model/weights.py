@@ -46,7 +46,7 @@ class ModelWeights:
 
     def __init__(self, family: Family, config: FullConfig):
         if family.dtype is torch.float16:
-            raise LorakitError(NO_BF16.format(method=config.method))
+            raise LorakitError(NO_BF16, config.method)
         self._base, self.family = family, family.info.family
         self._rank = config.extract_rank
         parts = ("unet", *(family.info.spec.trainable_encoders() if config.train_text_encoder else ()))

@@ -14,7 +14,7 @@ import gradio as gr
 
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message, from_json
+from lorakit.core.messages import KEY_LINE, Message, from_json
 from lorakit.runs import charts
 from lorakit.runs.run_folder import LIVE, LogReader, RunFolder, State, read
 from lorakit.ui import address, widgets
@@ -217,7 +217,8 @@ class RunsPage:
     def _output(self, name: str) -> str:
         """The last lines that the run's process printed."""
         jobs = [job for job in self.workspace.queue.jobs() if Path(job.folder).name == name]
-        return "\n".join(self.workspace.queue.log(jobs[-1].number).splitlines()[-OUTPUT_LINES:]) if jobs else ""
+        lines = self.workspace.queue.log(jobs[-1].number).splitlines() if jobs else []
+        return "\n".join([line for line in lines if not line.startswith(KEY_LINE)][-OUTPUT_LINES:])
 
     def ask_stop(self, name: str, say: Say) -> str:
         """Ask the run to stop; what happens next, for the person."""

@@ -151,6 +151,65 @@ _HUB = {
 }
 _FILES = {
     "{file}: this is {kind}": "{file}：這是 {kind}",
+    "a pickle (.ckpt/.pt): it can run code when opened; convert it once: lorakit convert FILE": (
+        "pickle（.ckpt/.pt），開啟時可能執行程式碼；請轉換一次：lorakit convert FILE"
+    ),
+    "a GGUF file, not safetensors": "GGUF 檔，不是 safetensors",
+    "a Git LFS pointer, not the file itself: fetch it with git lfs pull": (
+        "Git LFS 指標，不是檔案本身：請用 git lfs pull 取得"
+    ),
+    "a web page, not a model: the download failed": "網頁，不是模型：下載失敗了",
+    "a picture, not a model": "圖片，不是模型",
+    "a database, as Draw Things keeps its models: give the file that was imported there": (
+        "資料庫（Draw Things 存放模型的方式）：請指定當初匯入的檔案"
+    ),
+    "SDXL's refiner, which no adapter is trained on: give the SDXL base": (
+        " SDXL 的 refiner，不能訓練 adapter：請指定 SDXL base"
+    ),
+    "base {link} is a part of a model: give {name} for the whole model": (
+        "{link} 只是模型的一部分：請指定 {name}（完整的模型）"
+    ),
+    "as its last norm1.bias spreads by {spread}, above 0.09": "因為最後一個 norm1.bias 的離散度 {spread} 大於 0.09",
+    "as its last norm1.bias spreads by {spread}, not above 0.09": (
+        "因為最後一個 norm1.bias 的離散度 {spread} 不大於 0.09"
+    ),
+    "T5 and no tokenizer for it on this machine, and T5's": "T5，但這台電腦上沒有它的分詞器；T5 的分詞器",
+    "set model.tokenizer to a folder with tokenizer_3/tokenizer.json in it, or to that of ComfyUI; or set model.t5 = "
+    "false, which leaves T5 out": (
+        "請把 model.tokenizer 設為含 tokenizer_3/tokenizer.json 的資料夾，或 ComfyUI 的資料夾；"
+        "或設 model.t5 = false，不使用 T5"
+    ),
+    "{counts}; no rule for {name}{more}": "{counts}；不認得 {name}{more}",
+    "{counts}; {why}: {module}{more}": "{counts}；{why}：{module}{more}",
+    "refuses the file: {why}": "拒絕這個檔案：{why}",
+    "{description}; it predicts {kind}, {why}": "{description}；預測 {kind}，{why}",
+    "it holds {count} .safetensors files{pickles}": "裡面有 {count} 個 .safetensors 檔{pickles}",
+    "the diffusers format cannot carry this DoRA: PEFT's magnitude is one number per output row, this one has one per "
+    "input column, which is what web UIs read; export it as kohya": (
+        "diffusers 格式裝不下這個 DoRA（方向與 PEFT 的不同）；請匯出成 kohya"
+    ),
+    "the PEFT format cannot carry this DoRA: PEFT's magnitude is one number per output row, this one has one per "
+    "input column, which is what web UIs read; export it as kohya": (
+        "PEFT 格式裝不下這個 DoRA（方向與 PEFT 的不同）；請匯出成 kohya"
+    ),
+    "the diffusers format cannot carry {kind}: diffusers reads plain LoRA only; export it as kohya or peft, or make "
+    "plain LoRA of it with: lorakit resize FILE --energy 1 --to diffusers": (
+        "diffusers 格式裝不下 {kind}：diffusers 只讀一般的 LoRA；請匯出成 kohya 或 peft，"
+        "或以 lorakit resize FILE --energy 1 --to diffusers 變成一般的 LoRA"
+    ),
+    "the PEFT format cannot carry {name}: PEFT cuts a LoKr in another way; export it as kohya": (
+        "PEFT 格式裝不下 {name}：PEFT 以另一種方式切分 LoKr；請匯出成 kohya"
+    ),
+    "{path}: cannot be written ({reason}); nothing there was changed": (
+        "{path}：無法寫入（{reason}）；那裡沒有任何更動"
+    ),
+    "{path}: exists and is not a PEFT folder; choose another name": "{path}：已存在且不是 PEFT 資料夾；請換一個名稱",
+    "the adapter has no effect on its output: {share} % is no more than rounding": (
+        "adapter 對輸出沒有作用：{share} % 不超過捨入誤差"
+    ),
+    "{problem}; raise optimizer.learning_rate or the number of steps": (
+        "{problem}；請提高 optimizer.learning_rate 或增加步數"
+    ),
     "a zip archive: unpack it and give the file in it": "zip 壓縮檔：請解壓縮並指定其中的檔案",
     "cut off: {size} of {end} bytes are there ({value} %): download it again": (
         "檔案不完整：{end} 位元組中只有 {size}（{value} %）：請重新下載"

@@ -164,6 +164,19 @@ _CONFIG = {
 }
 # -- 照片與文字 data/
 _PHOTOS = {
+    "smaller than the size they are trained at": "比訓練的尺寸小",
+    "lose much to the crop; crop them yourself to choose what stays": "會被裁掉很多；請自行裁切，決定留下什麼",
+    "look blurred at the size they are trained at": "以訓練的尺寸看來模糊",
+    "drawn by lorakit: it teaches what a model draws already": "是 lorakit 畫的圖，只會教模型它本來就會畫的東西",
+    "links to what is not there; not read": "連結指向不存在的東西；不讀取",
+    "links to a folder above them; not followed": "連結指向上層資料夾；不跟隨",
+    "links out of the folder of photos; not followed, copy the files into it": (
+        "連結指向照片資料夾之外；不跟隨，請把檔案複製進來"
+    ),
+    "cannot be opened: no file and no folder": "無法開啟：既不是檔案也不是資料夾",
+    "{count} modules have a scalar, which other programs pass over: lorakit export writes it into them": (
+        "{count} 個模組有 scalar，其他程式會略過；lorakit export 會把它寫入"
+    ),
     "{what}: trained at {sizes}; a batch holds one size": "{what}：以 {sizes} 訓練；每批只有一種尺寸",
     "mixed sizes": "尺寸不一",
     "mixed aspect ratios": "長寬比不一",
