@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import lorakit
 from lorakit.cli import imports
 
 
@@ -40,3 +41,12 @@ def test_bitsandbytes_comes_without_torchs_compiler():
         "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules, compile is torch.compile)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True False True\n"
+
+
+def test_a_public_name_leaves_the_collector_as_it_was():
+    assert lorakit.Event and gc.isenabled()
+    gc.disable()
+    try:
+        assert lorakit.Event and not gc.isenabled()
+    finally:
+        gc.enable()
