@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_house import MAY_IMPORT, PACKAGE, ROOT, code, room_of, sources
+from trees import syntax_tree
 
 from lorakit import config
 
@@ -148,7 +149,7 @@ ANY_ANYWHERE, LATE_ATTRIBUTES = 322, 0
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
 
@@ -166,7 +167,7 @@ def over(numbers: dict[str, int], limits: dict[str, int], limit: int) -> list[st
 def identifiers(path: Path) -> set[str]:
     """Every name that a file defines or gives to something."""
     names = {path.stem, path.parent.name}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -189,7 +190,7 @@ def words(identifier: str) -> set[str]:
 def late_attributes(path: Path) -> list[str]:
     """Attributes that a method other than `__init__` makes."""
     late = []
-    for cls in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for cls in ast.walk(syntax_tree(path)):
         if not isinstance(cls, ast.ClassDef):
             continue
         declared = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
@@ -301,7 +302,7 @@ def test_names_with_one_meaning_have_no_other_type() -> None:
     places = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sources()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(syntax_tree(path))
         if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None
         for name in [node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)]
         if ast.unparse(node.annotation).removesuffix(" | None") in NEVER.get(name, ())
@@ -330,7 +331,7 @@ def test_attributes_are_assigned_by_init() -> None:
 
 def untyped(path: Path) -> Iterator[str]:
     """Arguments and results whose annotation is `Any`, as "function: argument"."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax_tree(path)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         parameters = node.args

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trees import syntax_tree
 
 from lorakit import config
 from lorakit.cli import main as cli
@@ -98,7 +99,7 @@ def literals() -> list[str]:
     """Every text of the package; what an f-string or a format fills in is "…"."""
     texts = []
     for path in (ROOT / "lorakit").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
                 texts.append("".join(str(part) for part in parts))
@@ -129,7 +130,7 @@ def sentences(text: str) -> list[str]:
 def docstrings() -> list[str]:
     """Docstrings of the package, an argument or attribute a paragraph."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "lorakit").rglob("*.py")]
+    trees = [syntax_tree(path) for path in (ROOT / "lorakit").rglob("*.py")]
     texts = [ast.get_docstring(node) or "" for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
     return [re.sub(r"^\s*\w+(?:, \w+)*: ", "\n\n", text, flags=re.MULTILINE) for text in texts]
 

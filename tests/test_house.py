@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from trees import syntax_tree
 
 from lorakit import config
 from lorakit.core import registry
@@ -90,7 +91,7 @@ def executed(tree: ast.AST) -> Iterator[ast.AST]:
 
 def imported_rooms(path: Path) -> Iterator[str]:
     """Rooms of lorakit that a file imports, at module level or inside a function."""
-    for node in executed(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in executed(syntax_tree(path)):
         if isinstance(node, ast.ImportFrom):
             package = list(path.relative_to(ROOT).with_suffix("").parts)[: -node.level] if node.level else []
             module = ".".join([*package, *([node.module] if node.module else [])])
@@ -175,7 +176,7 @@ def test_rooms_without_torch(room: str) -> None:
     wrong = []
     for path in sources(PACKAGE / room):
         if path.stem not in TORCH_FREE[room]:
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for node in syntax_tree(path).body:
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 wrong += [f"{path.name}: {name}" for name in names if name.partition(".")[0] in HEAVY]
@@ -243,7 +244,7 @@ def test_every_option_is_read_somewhere() -> None:
         node.attr
         for path in sources()
         if path.name not in ("schema.py", "loading.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(syntax_tree(path))
         if isinstance(node, ast.Attribute)
     }
     assert not [option.key for option in config.options() if option.name not in read]
@@ -298,7 +299,7 @@ def test_nothing_is_decided_by_a_name_that_a_spec_owns() -> None:
         file = path.relative_to(PACKAGE).as_posix()
         if file in owners or (file.startswith("families/") and file.count("/") > 1):
             continue
-        for line, name in name_comparisons(ast.parse(path.read_text(encoding="utf-8")), names):
+        for line, name in name_comparisons(syntax_tree(path), names):
             if file in MAY_COMPARE_NAMES:
                 excepted.add(file)
             else:
@@ -323,7 +324,7 @@ match a:
 def test_no_error_is_swallowed() -> None:
     wrong = []
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(syntax_tree(path)):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             broad = node.type is None or (
@@ -447,7 +448,7 @@ def test_the_core_needs_little() -> None:
     imported = {
         (node.module or "" if isinstance(node, ast.ImportFrom) else alias.name).partition(".")[0]
         for path in sources()
-        for node in executed(ast.parse(path.read_text(encoding="utf-8")))
+        for node in executed(syntax_tree(path))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
