@@ -89,7 +89,8 @@ def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[in
     assert train.steps is not None, "the config has exactly one length"
     at = Message(" at each of {count} resolutions", resolutions) if resolutions > 1 else ""
     low, high = (train.steps * parts / batches * number for number in (min(repeats), max(repeats)))
-    times = Message("{low:.3g} to {high:.3g}", low, high) if low < high else f"{low:.3g}"
+    lower, upper = (str(round(number)) if number >= 100 else f"{number:.3g}" for number in (low, high))
+    times = Message("{low} to {high}", lower, upper) if low < high else lower
     template = "{steps}{size}, each of {photos} seen {times} times{at}"
     return train.steps, Message(template, count(train.steps, "step"), size, photos, times, at)
 

@@ -167,3 +167,21 @@ def test_an_unusual_configuration_is_left_to_the_library(tiny_sd1: Path) -> None
         fit.require("x", component, info.configs[component] | change, {}, "y")
     with pytest.raises(LorakitError, match=r"x lacks vae\.encoder\.conv_in\.weight"):
         fit.require("x", "vae", info.configs["vae"], {}, "y")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("unet", {"attention_head_dim": 7}, "attention_head_dim = 7, but 32 channels are no multiple"),
+        ("unet", {"attention_head_dim": [8, 8, 0, 8]}, "attention_head_dim = 0, but 64 channels"),
+        ("unet", {"norm_num_groups": 48}, "norm_num_groups = 48, but 32 channels"),
+        ("text_encoder", {"num_attention_heads": 5}, "num_attention_heads = 5, but 64 channels"),
+    ],
+)
+def test_a_width_that_is_no_multiple_of_its_heads_is_refused(part: str, changes: dict[str, Any], words: str) -> None:
+    values = small_models.UNETS["sd1"] | small_models.SMALL["sd1"] | {"_class_name": "UNet2DConditionModel"}
+    if part != "unet":
+        values = {"model_type": "clip_text_model", "hidden_size": 64, "num_attention_heads": 1}
+    with pytest.raises(LorakitError, match=f"base x: its config.json has {words}"):
+        fit._require_shares("base x", values | changes, "its config.json")
+    fit._require_shares("base x", values, "its config.json")

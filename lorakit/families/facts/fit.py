@@ -53,6 +53,7 @@ def require(base: str, component: str, config: Config, shapes: Shapes, reference
         expected = dict(make(config))
     except (KeyError, TypeError, ValueError, IndexError):  # a configuration of another kind; the library says more
         return
+    _require_shares(base, config, reference)
     for name, shape in expected.items():
         if name not in inside:
             raise LorakitError("{base} lacks {tensor}: get the base again", base, f"{component}.{name}")
@@ -62,6 +63,21 @@ def require(base: str, component: str, config: Config, shapes: Shapes, reference
                 "{base} has {tensor} in the shape {shape} where {what} has {other}: get the base again",
                 *(base, f"{component}.{name}", sizes[0], reference, sizes[1]),
             )
+
+
+def _require_shares(base: str, config: Config, reference: str) -> None:
+    """Refuse a width that is no multiple of its heads or groups, of which no model can be built."""
+    widths = [*config.get("block_out_channels", ()), *([config["hidden_size"]] if "hidden_size" in config else [])]
+    kinds = [*config.get("down_block_types", ()), *(["Attn"] * len(widths))]
+    for name in ("attention_head_dim", "num_attention_heads", "norm_num_groups"):
+        value = config.get(name)
+        parts = _each(value, len(widths)) if isinstance(value, (int, list, tuple)) else []
+        for width, part, kind in zip(widths, parts, kinds, strict=False):
+            if (name == "norm_num_groups" or "Attn" in kind) and (part < 1 or width % part):
+                raise LorakitError(
+                    "{base}: {what} has {name} = {part}, but {width} channels are no multiple: get the base again",
+                    *(base, reference, name, part, width),
+                )
 
 
 def cross_dim(denoiser: Config) -> int:

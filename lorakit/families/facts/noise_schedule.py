@@ -12,6 +12,7 @@ from typing import Any
 
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
+from lorakit.core.names import shorten
 from lorakit.families.spec import EPSILON
 
 _VELOCITY = re.compile(r"v[-_ ]?(pred|param)|zt?snr|zero[-_ ]?(terminal[-_ ]?)?snr|(?<![a-z])v_parameterization", re.I)
@@ -56,7 +57,7 @@ def check(base: Path | str, scheduler: Mapping[str, object], *, flow: bool) -> N
         schedule = f"{'diffusion' if flow else 'flow matching'} ({name})"  # names of the field in every language
     elif not flow:
         other = {key: value for key in SCHEDULE if (value := scheduler.get(key)) != SCHEDULE[key]}
-        facts = ", ".join(f"{key} {value}" for key, value in other.items())
+        facts = ", ".join(f"{key} {shorten(str(value), 40)}" for key, value in other.items())
         schedule = Message("another noise schedule ({facts})", facts) if other else ""
     if schedule:
         raise LorakitError(

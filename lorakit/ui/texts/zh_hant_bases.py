@@ -36,6 +36,9 @@ BASES = {
     "base {path} does not exist; as a hub id it is {name}, and {name}@REVISION at another revision": (
         "基礎模型 {path} 不存在；作為 hub 識別名是 {name}，其他版本則是 {name}@REVISION"
     ),
+    "{base}: {what} has {name} = {part}, but {width} channels are no multiple: get the base again": (
+        "{base}：{what} 的 {name} = {part}，而 {width} 個通道不是它的倍數：請重新取得基礎模型"
+    ),
     "base {link} is a link: give its path, {path}": "基礎模型 {link} 是連結：請指定它的路徑 {path}",
     "model.base is empty: name a base, or leave it out for the bundled one": (
         "model.base 是空的：請指定基礎模型，或省略它以使用內附的"
