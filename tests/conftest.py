@@ -45,6 +45,7 @@ LONGEST = (
     "test_adapter.py",
     "test_formats_page.py",
     "test_silent_failures.py",
+    "test_quantized_weight.py",
     "test_compile.py",
     "test_stop.py",
     "test_flat_parameters.py",

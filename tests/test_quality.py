@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,19 @@ def prompts(words: str) -> list[str]:
     return [f"a photo of a {words} {scene_captions.SCENE_WORDS[scene][0]}" for scene in NEW_SCENES] * 2
 
 
+@functools.cache
+def judge() -> Classifier:
+    """Loaded once: it looks at 1,264 pictures first."""
+    return Classifier.load()
+
+
 def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
     """How many of six pictures on scenes it was not shown on the judge takes for the subject."""
     family = families.load(families.describe("pocket"), "cpu", torch.float32)
     if adapter:
         adapters.apply(family, formats.read(adapter))
     images = sampling.draw(family, prompts(words), config.SampleConfig(steps=8, guidance=4.0), 64)
-    return Classifier.load().subject_score(images, SUBJECT)
+    return judge().subject_score(images, SUBJECT)
 
 
 @pytest.fixture(scope="module")

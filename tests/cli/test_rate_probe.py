@@ -23,6 +23,7 @@ def words(base: Path, folder: Path, *more: str) -> list[str]:
     return [*start, *(word for setting in settings for word in ("--set", setting))]
 
 
+@pytest.mark.slow
 def test_the_rate_rises_evenly_and_the_proposal_follows(tiny_sd1, tmp_path, capsys) -> None:
     assert cli.main([*words(tiny_sd1, tmp_path), "--steps", "12", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
