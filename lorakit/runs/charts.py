@@ -70,7 +70,13 @@ class Line:
     faint: bool = False
 
 
-def run_charts(events: Iterable[Mapping[str, Any]], *, labels: Mapping[str, str] = ENGLISH) -> list[str]:
+def run_charts(
+    events: Iterable[Mapping[str, Any]],
+    *,
+    labels: Mapping[str, str] = ENGLISH,
+    smoothing: float = 0.0,
+    start: float = 0.0,
+) -> list[str]:
     """Charts of loss, learning rate, validation error by timestep band, and prior drift, over optimizer steps.
 
     What the log has no events of gets no chart. A step that was done twice (a resume goes back to its checkpoint)
@@ -79,26 +85,33 @@ def run_charts(events: Iterable[Mapping[str, Any]], *, labels: Mapping[str, str]
     Args:
         events: of the log, kinds "step" and "validation".
         labels: a text for each key of `ENGLISH`; that of "validation" may name keys of the event.
+        smoothing: weight of what was before in the mean of the loss; 0: the mean that the run logged.
+        start: share of the run's steps after which the charts begin.
     """
     latest: dict[str, dict[int, Mapping[str, Any]]] = {"step": {}, "validation": {}}
     for event in events:
         if event["event"] in latest and isinstance(event.get("step"), int):
             latest[event["event"]][event["step"]] = event
     steps, validations = ([kind[step] for step in sorted(kind)] for kind in latest.values())
-    losses, rates = _points(steps, "loss"), _points(steps, "learning_rate")
+    losses = _points(steps, "loss")
+    means = smooth(losses, smoothing) if smoothing else _points(steps, "smoothed_loss")
+    first = start * max((step for step, _ in losses), default=0.0)
+    steps, validations = ([event for event in kind if event["step"] >= first] for kind in (steps, validations))
+    losses, means = ([point for point in line if point[0] >= first] for line in (losses, means))
+    rates = _points(steps, "learning_rate")
     ordered = sorted(loss for _, loss in losses)
     drift = [(step, 100 * value) for step, value in _points(validations, "prior_drift")]
     loss = [
         Line(labels["each_step"], losses, "soft", faint=True),
-        Line(labels["smoothed"], _points(steps, "smoothed_loss")),
+        Line(labels["smoothed"], means),
     ]
     mse = [*_bands(validations), Line(labels["all_timesteps"], _points(validations, "mse"), "ink", dots=True)]
     top = 1.15 * ordered[math.ceil(LOSS_PERCENTILE * (len(ordered) - 1))] if ordered else None
     charts = [
-        chart(labels["loss"], loss, top=top),
-        chart(labels["rate"], [Line("", rates)]),
-        chart(labels["validation"].format(**validations[-1]) if validations else "", mse),
-        chart(labels["drift"], [Line("", drift, dots=True)]),
+        chart(labels["loss"], loss, top=top, first=first),
+        chart(labels["rate"], [Line("", rates)], first=first),
+        chart(labels["validation"].format(**validations[-1]) if validations else "", mse, first=first),
+        chart(labels["drift"], [Line("", drift, dots=True)], first=first),
     ]
     return [svg for svg in charts if svg]
 
@@ -117,20 +130,31 @@ def sheet(charts: Sequence[str]) -> str:
     return f"{root}<style>{style}</style>{''.join(panels)}</svg>\n"
 
 
-def chart(title: str, lines: Sequence[Line], *, top: float | None = None) -> str:
+def smooth(points: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
+    """The running mean of the values, in which what was before has this weight; the first value begins it without
+    pulling."""
+    mean, result = 0.0, []
+    for number, (step, value) in enumerate(points, 1):
+        mean = weight * mean + (1 - weight) * value
+        result.append((step, mean / (1 - weight**number)))
+    return result
+
+
+def chart(title: str, lines: Sequence[Line], *, top: float | None = None, first: float = 0.0) -> str:
     """An SVG of several lines over the steps, with a legend; empty where no line has a point.
 
     Args:
         top: upper end of the scale; larger values are drawn at it.
+        first: step at which the axis begins.
     """
     drawable = [line for line in lines if line.points]
     if not drawable:
         return ""
     low, high = _scale([value for line in drawable for _, value in line.points], top)
-    last = max(1.0, *(step for line in drawable for step, _ in line.points))
+    last = max(first + 1.0, *(step for line in drawable for step, _ in line.points))
 
     def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first)
 
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - min(value, high)) / (high - low)
@@ -139,7 +163,7 @@ def chart(title: str, lines: Sequence[Line], *, top: float | None = None) -> str
     for tick in _ticks(low, high):
         parts.append(f'<line class="lk-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
-    for tick in _ticks(0, last):
+    for tick in _ticks(first, last):
         parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:g}</text>')
     for line in drawable:
         points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thin(line.points))

@@ -89,3 +89,19 @@ def test_a_sheet_is_one_svg_with_its_own_colours() -> None:
     style = root.findtext(f"{SVG}style") or ""
     assert "--lk-accent: #2a6fb8" in style and "prefers-color-scheme" not in style
     assert ET.fromstring(charts.sheet([])).tag == f"{SVG}svg"
+
+
+def test_the_loss_is_smoothed_and_the_beginning_left_out() -> None:
+    points = [(float(number), value) for number, value in enumerate([4.0, 2.0, 2.0, 8.0], 1)]
+    weights = [0.5**k for k in range(4)]
+    expected = [
+        sum(w * v for w, (_, v) in zip(weights, reversed(points[:n]), strict=False)) / sum(weights[:n])
+        for n in range(1, 5)
+    ]
+    assert [value for _, value in charts.smooth(points, 0.5)] == pytest.approx(expected)
+    events = [{**step(int(at), value), "smoothed_loss": 1.0} for at, value in points]
+    logged, own, late = (
+        charts.run_charts(events, **view)[0] for view in ({}, {"smoothing": 0.5}, {"smoothing": 0.5, "start": 0.75})
+    )
+    assert "smoothed 1;" in logged.replace('"', ";") and f"smoothed {expected[-1]:.4g}" in own
+    assert "smoothed " + f"{expected[-1]:.4g}" in late and 'middle">3<' in late and 'middle">1<' not in late

@@ -238,11 +238,11 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     # Any run of the list can be looked at.
     oldest = min(person.runs())
     person.page.locator(f'[data-run="{oldest}"]').click()
-    person.page.locator("#run-status h3").get_by_text(oldest).wait_for()
+    person.page.locator("#run-status h2").get_by_text(oldest).wait_for()
     person.page.wait_for_url(lambda url: "tab=runs" in url and f"run={oldest}" in url)
     # The address is a link to that run, for another browser too.
     other.open(person.page.url)
-    other.page.locator("#run-status h3").get_by_text(oldest).wait_for()
+    other.page.locator("#run-status h2").get_by_text(oldest).wait_for()
 
 
 @contextmanager

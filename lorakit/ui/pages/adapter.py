@@ -125,9 +125,9 @@ def report_card(report: inspect.Report, say: Say) -> str:
         f"{escape(reading.title)}</b> {escape(say.translate(reading.line()))}</li>"
         for reading in report.readers.values()
     )
-    section = f"<h4>{escape(say('adapter.readers'))}</h4><ul class=lk-readers>{readers}</ul>" if readers else ""
+    section = f"<h3>{escape(say('adapter.readers'))}</h3><ul class=lk-readers>{readers}</ul>" if readers else ""
     return (
-        f"<section class=lk-panel><h3>{escape(report.name)}</h3>"
+        f"<section class=lk-panel><h2>{escape(report.name)}</h2>"
         f"<p>{escape(say.translate(report.description))} · {escape(size)}</p>"
         f"{figures}{section}<details><summary>lorakit inspect</summary><pre tabindex=0>{escape(report.to_text())}</pre>"
         "</details></section>"

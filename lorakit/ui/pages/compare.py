@@ -285,7 +285,7 @@ class ComparePage:
             for row, path in enumerate(files)
         )
         title = escape(say("compare.grids"))
-        return f"<h3>{title}</h3><div class=lk-grids data-pictures>{figures}</div>" if figures else ""
+        return f"<h2>{title}</h2><div class=lk-grids data-pictures>{figures}</div>" if figures else ""
 
 
 def marked_step(run: RunFolder) -> int | None:

@@ -223,7 +223,7 @@ def summary(report: checks.Report | None, count: int, say: Say) -> str:
         if lines:
             line_items = "".join(f"<li>{escape(say.translate(line))}</li>" for line in abridge(lines))
             parts.append(
-                f"<h4 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h4><ul class='lk-{kind}'>{line_items}</ul>"
+                f"<h2 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h2><ul class='lk-{kind}'>{line_items}</ul>"
             )
     if not report.errors and not report.warnings:
         parts.append(f"<p class=lk-good>✓ {escape(say('photos.fine'))}</p>")

@@ -92,6 +92,16 @@ class RunsPage:
                 self.message = widgets.html(elem_id="run-message")
                 self.tools = RunTools(workspace, t, run_name)
                 self.samples = widgets.html(elem_id="run-samples")
+                with gr.Accordion(t("run.view"), open=False, elem_id="run-view"), gr.Row(equal_height=False):
+                    self.smoothing = gr.Slider(
+                        0, 0.99, 0, step=0.01, label=t("run.smoothing"), info=t("run.smoothing_help")
+                    )
+                    self.start = gr.Radio(
+                        [(t("run.all_steps"), 0.0), (t("run.last_half"), 0.5), (t("run.last_tenth"), 0.9)],
+                        value=0.0,
+                        label=t("run.zoom"),
+                        elem_id="run-zoom",
+                    )
                 self.curves = widgets.html(elem_id="run-curves")
                 self.log = widgets.html(elem_id="run-log", js_on_load=FOLLOW_LOG)
 
@@ -101,9 +111,13 @@ class RunsPage:
 
         self.tools.wire(page)
 
-        def poll(run_name: str, screen_hashes: dict[str, Any], request: gr.Request) -> list[Any]:
+        def poll(
+            run_name: str, screen_hashes: dict[str, Any], smoothing: float, start: float, request: gr.Request
+        ) -> list[Any]:
             linked_name = "" if screen_hashes else address.run_in(request)  # before anything was on the screen
-            name, *others = self.poll(linked_name or run_name or "", screen_hashes, say_for(request))
+            name, *others = self.poll(
+                linked_name or run_name or "", screen_hashes, say_for(request), (smoothing or 0.0, start or 0.0)
+            )
             return [name if isinstance(name, str) or not linked_name else linked_name, *others]
 
         def choose(event: gr.EventData) -> tuple[str, str, int]:
@@ -116,7 +130,8 @@ class RunsPage:
             return handler
 
         looks = [gr.Timer(EVERY).tick, page.load, self.run_name.change, self.message.change, self.tools.message.change]
-        gr.on(looks, poll, [self.run_name, self.screen_hashes], self.outputs, **FOLLOW)
+        looks += [self.smoothing.release, self.start.input]
+        gr.on(looks, poll, [self.run_name, self.screen_hashes, self.smoothing, self.start], self.outputs, **FOLLOW)
         self.list.select(choose, None, [self.run_name, self.message, self.steps], **EACH)
         for button, act in ((self.stop, self.ask_stop), (self.cancel, self.take_out)):
             button.click(with_words(act), self.run_name, self.message, **ACT)
@@ -135,8 +150,14 @@ class RunsPage:
             self.cancel, self.download, self.samples, self.curves, self.log, self.message, self.cards,
         ]  # fmt: skip
 
-    def poll(self, run_name: str, screen_hashes: dict[str, Any], say: Say) -> list[Any]:
-        """The page as the files have it now; a part with the hash of `screen_hashes` is not sent again."""
+    def poll(
+        self, run_name: str, screen_hashes: dict[str, Any], say: Say, view: tuple[float, float] = (0.0, 0.0)
+    ) -> list[Any]:
+        """The page as the files have it now; a part with the hash of `screen_hashes` is not sent again.
+
+        Args:
+            view: of the curves: smoothing and start, see `charts.run_charts`.
+        """
         runs = self.workspace.runs_and_jobs()
         names = [name for name, _ in runs]
         if run_name not in names:
@@ -148,7 +169,7 @@ class RunsPage:
         idle = waiting > 0 and not self.workspace.queue.is_working()
         titles = {name: note_of(self.workspace.runs / name)["title"] for name in names}
         parts = {"list": _list(runs, titles, current_name, idle, say), "work": idle, "cards": self._cards(say)}
-        parts |= self._run(current_name, dict(runs).get(current_name), say)
+        parts |= self._run(current_name, dict(runs).get(current_name), say, view)
         hashes: dict[str, object] = {part: hash(str(value)) for part, value in parts.items()}
         # What a button said is over once the run is in another state.
         state = f"{current_name} {dict(runs)[current_name].state}" if current_name else ""
@@ -185,7 +206,7 @@ class RunsPage:
             lines.append(widgets.quiet(" · ".join([card.name, *facts])))
         return "".join(lines)
 
-    def _run(self, name: str, state: State | None, say: Say) -> dict[str, Any]:
+    def _run(self, name: str, state: State | None, say: Say, view: tuple[float, float]) -> dict[str, Any]:
         hidden: dict[str, Any] = dict.fromkeys(("stop", "steps", "cancel"), False) | {"resume": "", "download": ""}
         if state is None:
             return hidden | {"status": widgets.quiet(say("run.none")), "samples": "", "curves": "", "log": ""}
@@ -203,7 +224,7 @@ class RunsPage:
         return buttons | {
             "status": _status(name, replace(state, message=self._reason(name, state)), run, say),
             "samples": _samples(self.workspace, run, state, say),
-            "curves": _curves(run, state, say) if begun else "",
+            "curves": _curves(run, state, say, view) if begun else "",
             "log": _log(run, output, say),
         }
 
@@ -271,7 +292,7 @@ def _list(runs: list[tuple[str, State]], titles: dict[str, str], run_name: str, 
         )
     waiting = sum(state.state == "waiting" for _, state in runs)
     warning = widgets.problem(say("run.idle_queue", count=waiting)) if idle else ""
-    return f"<h3>{escape(say('run.list'))}</h3>{warning}<ul class=lk-runs>{''.join(items)}</ul>"
+    return f"<h2>{escape(say('run.list'))}</h2>{warning}<ul class=lk-runs>{''.join(items)}</ul>"
 
 
 def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
@@ -301,8 +322,8 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
         else ""
     )
     return (
-        f'<section class=lk-panel data-state="{state.state}" data-step="{state.step}"><h3>{escape(name)} '
-        f"{widgets.badge(state.state, say)}</h3>{bar}{widgets.facts(numbers)}{text}</section>"
+        f'<section class=lk-panel data-state="{state.state}" data-step="{state.step}"><h2>{escape(name)} '
+        f"{widgets.badge(state.state, say)}</h2>{bar}{widgets.facts(numbers)}{text}</section>"
     )
 
 
@@ -323,7 +344,7 @@ def _findings(run: RunFolder, say: Say) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f"<h4>{escape(say('run.checks'))}</h4><ul class=lk-readers>{items}</ul>" if items else ""
+    return f"<h3>{escape(say('run.checks'))}</h3><ul class=lk-readers>{items}</ul>" if items else ""
 
 
 def _finding(name: str, detail: str, say: Say) -> str:
@@ -342,7 +363,7 @@ def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> st
         picture = viewer.button(workspace, path, title, row, 0, side=SAMPLE_SIDE)
         figures.append(f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>")
     title = escape(say("run.samples"))
-    return f"{result}<h3>{title}</h3><div class=lk-samples tabindex=0 data-pictures>{''.join(figures)}</div>"
+    return f"{result}<h2>{title}</h2><div class=lk-samples tabindex=0 data-pictures>{''.join(figures)}</div>"
 
 
 def _result(workspace: Workspace, run: RunFolder, last: int, say: Say) -> str:
@@ -358,24 +379,25 @@ def _result(workspace: Workspace, run: RunFolder, last: int, say: Say) -> str:
     if last == 0 or not all(rows):
         return ""
     table = f"<table class=lk-compare><tbody>{''.join(rows)}</tbody></table>"
-    return f"<h3>{escape(say('run.result'))}</h3><div class=lk-scroll tabindex=0 data-pictures>{table}</div>"
+    return f"<h2>{escape(say('run.result'))}</h2><div class=lk-scroll tabindex=0 data-pictures>{table}</div>"
 
 
-def _curves(run: RunFolder, state: State, say: Say) -> str:
+def _curves(run: RunFolder, state: State, say: Say, view: tuple[float, float]) -> str:
     try:
         size = run.log_file.stat().st_size
     except OSError:
         return ""
     labels = tuple(say(f"chart.{key}") for key in charts.ENGLISH)
-    figures = "".join(_drawing(run.log_file, labels).charts(size, state.state in LIVE))
+    figures = "".join(_drawing(run.log_file, labels, view).charts(size, state.state in LIVE))
     title = escape(say("run.curves"))
-    return f"<style>{charts.STYLE}</style><h3>{title}</h3><div class=lk-charts>{figures}</div>" if figures else ""
+    return f"<style>{charts.STYLE}</style><h2>{title}</h2><div class=lk-charts>{figures}</div>" if figures else ""
 
 
 class _Drawing:
     """The charts of a log that grows, drawn as often as takes a twentieth of the time."""
 
-    def __init__(self, log: Path, labels: tuple[str, ...]):
+    def __init__(self, log: Path, labels: tuple[str, ...], view: tuple[float, float]):
+        self.smoothing, self.start = view
         self.labels = dict(zip(charts.ENGLISH, labels, strict=True))
         self.log, self.size, self.due, self.figures = _reader(log, "step", "validation"), -1, 0.0, list[str]()
 
@@ -383,7 +405,10 @@ class _Drawing:
         """The charts of the log, which has so many bytes now."""
         start = time.monotonic()
         if size != self.size and (start >= self.due or not grows):
-            self.size, self.figures = size, charts.run_charts(self.log.events(), labels=self.labels)
+            self.size, self.figures = (
+                size,
+                charts.run_charts(self.log.events(), labels=self.labels, smoothing=self.smoothing, start=self.start),
+            )
             self.due = start + 20 * (time.monotonic() - start)
         return self.figures
 

@@ -418,7 +418,7 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
     notices = "".join(f"<li>{escape(say.explain(line))}</li>" for line in warnings)
     lines = "".join(f"<li>{escape(say.explain(line))}</li>" for line in plan.lines())
     return (
-        f"<section class=lk-panel><h3>{escape(say('plan.title'))}</h3>{figures}"
+        f"<section class=lk-panel><h2>{escape(say('plan.title'))}</h2>{figures}"
         f"{f'<ul class=lk-warnings>{notices}</ul>' if notices else ''}<ul class=lk-lines>{lines}</ul></section>"
     )
 
@@ -428,7 +428,7 @@ def _problems(problems: Mapping[str, Sequence[str]], say: Say) -> str:
     titles = {key: f"<b>{escape(say(f'option.{key}'))}</b>: " if key else "" for key in problems}
     kind = "notes" if unanswered else "errors"
     items = "".join(f"<li>{titles[key]}{escape(line)}</li>" for key, lines in problems.items() for line in lines)
-    return f"<section class=lk-panel><h3>{escape(say('plan.problems'))}</h3><ul class=lk-{kind}>{items}</ul></section>"
+    return f"<section class=lk-panel><h2>{escape(say('plan.problems'))}</h2><ul class=lk-{kind}>{items}</ul></section>"
 
 
 def _changes(changed: Mapping[str, tuple[Any, Any]], say: Say) -> str:

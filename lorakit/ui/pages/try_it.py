@@ -156,7 +156,7 @@ class TryPage:
             )
             cells += f"<tr><th scope=row>{escape(title)}</th>{pictures}</tr>"
         return (
-            f"<section class=lk-scroll tabindex=0 data-pictures><h4>{escape(folder.name)}</h4>"
+            f"<section class=lk-scroll tabindex=0 data-pictures><h2>{escape(folder.name)}</h2>"
             f"<table class=lk-compare><tbody>{cells}</tbody></table></section>"
         )
 
