@@ -37,13 +37,15 @@ from lorakit.families.pocket import subjects
 
 # What the preset's prior was, and the prompts that it has now.
 BEFORE = ("train.prior_target=image", "train.prior_prompts=[]", "train.prior_loss_weight=1", "train.class_images=64")
-PROMPTS = "train.prior_prompts=" + json.dumps([f"a photo of a {kind}" for kind in teach.PRIOR_KINDS])
+KINDS = [f"a photo of a {kind}" for kind in teach.PRIOR_KINDS]
+PROMPTS, EMPTY_TOO = (f"train.prior_prompts={json.dumps(texts)}" for texts in (KINDS, [*KINDS, ""]))
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "preset": (),
     "preset-before": (*BEFORE, "optimizer.text_encoder_learning_rate=1e-3"),
     "text-3e-3": BEFORE,
     "target-base": (*BEFORE, "train.prior_target=base"),
+    "empty-too": (EMPTY_TOO,),
     "prompts": ("train.prior_loss_weight=1",),
     "prompts-teacher": (PROMPTS, "train.prior=teacher"),
     "prompts-teacher-weight-5": (PROMPTS, "train.prior=teacher", "train.prior_loss_weight=5"),
