@@ -136,7 +136,7 @@ class Plan:
         """The plan as a person reads it."""
         weights = "{part} {count} modules ({weights} weights)"
         trained = join(", ", [Message(weights, part, m, millions(p)) for part, (m, p) in self.modules.items()])
-        holdout = "{count} to train on, {some} held out for validation"
+        holdout = "{count} to train on, {held} held out for validation"
         validation = f"photos: {holdout if self.holdout_count else '{count} to train on, none held out'}"
         photos = [self.photo_count, *([self.holdout_count] if self.holdout_count else [])]
         strength = Message(STRENGTH, self.rank, self.alpha, self.scale)

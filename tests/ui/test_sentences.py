@@ -1,9 +1,9 @@
 """What other rooms say is said in every language of the page: plans, findings about photos, problems of a config."""
 
-import ast
 import dataclasses
 import itertools
 import re
+import string
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,69 +17,80 @@ from PIL import Image, ImageFilter
 from lorakit import config, families
 from lorakit.config import ConfigError, DataConfig
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Joined, Message, from_json, join
 from lorakit.data import checks, photo_folder
 from lorakit.families import clip_tokenizer, text_encoders
 from lorakit.families.describe import INPAINTING
-from lorakit.families.facts import other_models
+from lorakit.families.facts import noise_schedule, other_models
+from lorakit.families.ldm import NOTHING_SAYS
 from lorakit.runs import plan, quickstart
 from lorakit.ui import texts
 from lorakit.ui.texts import zh_hant, zh_hant_sentences
 from lorakit.ui.texts.sentences import Sentences
 
-ROOT = Path(__file__).resolve().parents[2]
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 TABLES = {name: texts.SENTENCES[name] for name in texts.LANGUAGES if name != "en"}
 
 
 def lacking(lines: list[str]) -> list[str]:
-    """Those that some language has no sentence for."""
-    return [line for line in dict.fromkeys(lines) if any(table.translated(line) is None for table in TABLES.values())]
+    """Those that some language has no line for, parts of messages among them."""
+    every = [part for line in dict.fromkeys(lines) for part in parts(line)]
+    return [part for part in every if any(table.translated(part) is None for table in TABLES.values())]
+
+
+def parts(text: str) -> Iterator[str]:
+    """A message and the messages in it."""
+    if not isinstance(text, Joined):
+        yield text
+    inside = text.parts if isinstance(text, Joined) else text.values.values() if isinstance(text, Message) else ()
+    yield from (part for value in inside if isinstance(value, Message) for part in parts(value))
 
 
 # -- how it is done -------------------------------------------------------------------------------------------------
 
 
-def test_a_sentence_keeps_what_stands_in_its_holes():
+def test_a_message_is_translated_by_its_template_with_its_values():
     table = Sentences(
         {
-            "{file}: {what:said}": "« {file} » : {what:said}",
-            "{count} of {all} photos are {how}": "{all} photos, dont {count} {how}",
-            "{names:words}: blurred": "flou : {names:words}",
+            "{file}: {what}": "« {file} » : {what}",
+            "{count} of {all} are {how}": "{all}, dont {count} {how}",
+            "{names} and {count} more": "{names} et {count} autres",
             "damaged": "abîmé",
         },
-        {" and {count} more": " et {count} autres", "1 photo": "une photo"},
+        {"; ": " ; "},
     )
-    assert table.translated("3 of 16 photos are dark, (very)") == "16 photos, dont 3 dark, (very)"
-    assert table.translated("a.png: damaged") == "« a.png » : abîmé"
-    # The most particular line is meant, wherever it stands; a word is no part of another.
-    assert table.translated("a.png, 1 photo, 11 photos and 2 more: blurred") == (
-        "flou : a.png, une photo, 11 photos et 2 autres"
-    )
-    # What ends in something unknown is unknown as a whole, and nothing is lost of what stays as it was said.
-    assert table.translated("a.png: something else") is None
-    assert table.translated("") is None
-    assert table.translated("{file} \\ (a|b)* [c]: blurred") == "flou : {file} \\ (a|b)* [c]"
+    assert table.translated(Message("{count} of {all} are {how}", 3, 16, "(very)")) == "16, dont 3 (very)"
+    cause = Message("{file}: {what}", Message("{names} and {count} more", "a {b}", 2), "damaged")
+    assert table.translated(cause) == "« a {b} et 2 autres » : abîmé"
+    assert table.translated(join("; ", [cause, "else"])) == "« a {b} et 2 autres » : abîmé ; else"
+    # What has no line stays as it is, as does a finished sentence that only looks like one.
+    assert table.translated(Message("{file}: {what}!", "a", "damaged")) is None
+    assert table.translated("a.png: damaged") is None and table.translated("") is None
+    # A log that another program wrote.
+    assert table.translated(from_json("a: b", {"key": "{file}: {what}", "values": {"file": "a"}})) is None
 
 
 def test_english_stays_as_it_is_and_chinese_is_translated_line_by_line():
-    text = "adapter.rank = 0: must be between 1 and 1024\nsomething new\nblurred"
-    assert texts.sayer("en").translate(text) == text
-    assert texts.sayer("zh-Hant").translate(text).split("\n") == [
-        "adapter.rank = 0：必須介於 1 與 1024 之間", "something new", "模糊",
-    ]  # fmt: skip
+    text = join("\n", [Message("{name} = {side}: must be a multiple of 8", "a.b", 3), "something new", "blurred"])
+    assert texts.sayer("en").translate(text) == "a.b = 3: must be a multiple of 8\nsomething new\nblurred"
+    expected = ["a.b = 3：必須是 8 的倍數", "something new", "模糊"]
+    assert texts.sayer("zh-Hant").translate(text).split("\n") == expected
 
 
-def test_every_hole_of_a_line_is_one_of_its_english():
-    for table in (zh_hant_sentences.SENTENCES, zh_hant_sentences.PHRASES):
-        for english, chinese in table.items():
-            holes, filled = (set(re.findall(r"{(\w+)", text)) for text in (english, chinese))
-            assert filled <= holes, english
+@pytest.mark.parametrize("language", sorted(TABLES))
+def test_every_line_has_the_values_of_its_template(language: str):
+    for english, line in TABLES[language].lines.items():
+        names, others = ({name for _, name, _, _ in string.Formatter().parse(text) if name} for text in (english, line))
+        if "{" not in english.replace("{{", ""):
+            continue
+        # What is said otherwise than by its name: once more, or not at all.
+        assert others <= names and len(names - others) <= 1, english
 
 
 def test_chinese_is_written_as_in_taiwan():
     """Marks of the full width beside Chinese, and no word of the mainland's for what Taiwan calls otherwise."""
     sentences_in = [*zh_hant.TEXTS.values(), *zh_hant.SECTIONS.values(), *itertools.chain(*zh_hant.OPTIONS.values())]
-    sentences_in += [*zh_hant_sentences.SENTENCES.values(), *zh_hant_sentences.PHRASES.values()]
+    sentences_in += zh_hant_sentences.SENTENCES.values()
     for text in sentences_in:
         assert not re.search(r"[\u4e00-\u9fff][,;:?!(]", text), text
         assert not re.search(r"文件|默認|信息|內存|數據|軟件|程序員|視頻|屏幕|網絡|質量|支持|圖像|卸載|緩存", text), (
@@ -129,34 +140,25 @@ def test_every_line_of_a_plan_is_translated(tiny_sd1: Path, monkeypatch: pytest.
     lines = [line for one in all_plans for line in one.lines()]
     assert lacking(lines) == []
     # As someone reads it: no English word but names of the field's.
-    translated = texts.sayer("zh-Hant").translate("\n".join(all_plans[1].lines()))
+    translated = texts.sayer("zh-Hant").translate(join("\n", all_plans[1].lines()))
     assert not re.search(r"\b(photos?|steps?|about|modules|weights|each|draw|encode|held|estimate)\b", translated), (
         translated
     )
 
 
 def test_notes_about_a_base_are_translated():
-    sure = "prediction type: v_prediction with zero terminal SNR, as its key v_pred says"
-    guess = "as its last norm1.bias spreads by 0.031, not above 0.09"
+    sure = Message(
+        "prediction type: {kind}, {why}", noise_schedule.name("v_prediction", True), "as its key v_pred says"
+    )
     notes = [
-        "from the hub: owner/name@0123",
-        INPAINTING,
-        sure,
-        f"prediction type: epsilon, {guess}; if that is wrong, set model.prediction_type (`lorakit probe` measures it)",
-        "prediction type: epsilon, as nothing in the file says otherwise",
-        "prediction type: v_prediction, as its metadata says (v)",
-        "prediction type: epsilon, as model.prediction_type says; the base itself says v_prediction",
-        *(f"base x.safetensors {kind}" for kind in (*other_models.KINDS.values(), *other_models._PARTS)),
-        *(f"base x.safetensors {other_models._other(title)}" for title in other_models._MODELS),
-        f"base x {other_models.what_encoder({'text_encoder': ['a', 'RobertaModel']}, 'text_encoder', 'CLIP')}",
-        *(clip_tokenizer.FROM_HUB, clip_tokenizer.TO_FETCH, checks.NOT_COUNTED),
-        *(text_encoders.T5_FROM_HUB, text_encoders.T5_TO_FETCH, "tokenizer_3: /a"),
-        *("tokenizer: /a", "tokenizer: /a, as model.tokenizer says", "tokenizer: CLIP's, from /a (/a/b)"),
+        *("as its key v_pred says", NOTHING_SAYS, INPAINTING, sure, clip_tokenizer.FROM_HUB, clip_tokenizer.TO_FETCH),
+        *(text_encoders.T5_FROM_HUB, text_encoders.T5_TO_FETCH, checks.NOT_COUNTED),
+        *(*other_models.KINDS.values(), *other_models._PARTS, *map(other_models._other, other_models._MODELS)),
+        other_models.what_encoder({"text_encoder": ["a", "RobertaModel"]}, "text_encoder", "CLIP"),
         str(clip_tokenizer.missing("x.safetensors", 1)),
         str(clip_tokenizer.missing("x.safetensors", clip_tokenizer.WORDS + 1)),
     ]
     assert lacking(notes) == []
-    assert "不大於" in texts.sayer("zh-Hant").translate(notes[3])
     assert texts.sayer("zh-Hant").translate(sure) == "預測類型：v_prediction（終端 SNR 為零），依檔案中的鍵 v_pred"
 
 
@@ -312,67 +314,3 @@ def test_why_a_base_is_refused_is_translated(tmp_path: Path, tiny_sd1: Path):
             quickstart.describe(base)
         messages.append(str(caught.value))
     assert lacking(messages) == []
-
-
-# -- and nothing that is written in the code is forgotten -----------------------------------------------------------
-
-# Rooms whose words come to the page at once.
-ROOMS = ("config/*.py", "data/*.py", "families/*.py", "ui/*.py")
-ROOMS += tuple(f"runs/{name}.py" for name in ("folder", "memory_estimate", "plan", "preflight", "quickstart"))
-# Told on the command line only, or before the page is there.
-INTERNAL = ("lets others in", "is taken; choose another --port", "has no name in a single file")
-# Put together from parts; the tests above make each of them.
-COMPOSED = ("{}: {}", "base {} {}", "base {}; or give a folder or a file", "length: {}", "{}{}", "{} is {}")
-COMPOSED += ("{} and training reads as letters, such as {}: {}",)
-
-
-def sentences_in(path: Path) -> Iterator[str]:
-    """The sentences that a file raises or appends, with {} for what is filled in."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call) or not node.args:
-            continue
-        called = node.func
-        if isinstance(called, ast.Name) and called.id in ("LorakitError", "Unreadable"):
-            yield from _text(node.args[-1])
-        elif isinstance(called, ast.Attribute) and called.attr == "append":
-            owner = called.value
-            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
-            if name in ("problems", "errors", "warnings", "notes", "findings"):
-                yield from _text(node.args[0])
-
-
-def _text(node: ast.expr) -> Iterator[str]:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-    elif isinstance(node, ast.JoinedStr):
-        yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
-
-
-# What a hole may hold that has to be known: a hint, or another sentence.
-PARTS = (
-    "",
-    "1 of 2 photos have no caption",
-    "1 of 2 captions are without the trigger sks",
-    "its text has 90 tokens, 75 fit",
-    "it is empty",
-    "none is set",
-    "get the base again",
-    "is gated: accept its terms at x and log in with: hf auth login",
-)
-
-
-def instances(text: str) -> Iterator[str]:
-    """The sentence with each of its holes filled by each of PARTS, the others by a word."""
-    pieces = text.split("{}")
-    yield "x1".join(pieces)
-    for at, part in itertools.product(range(1, len(pieces)), PARTS):
-        yield "x1".join(pieces[:at]) + part + "x1".join(pieces[at:])
-
-
-def test_every_message_of_those_rooms_has_a_translation():
-    paths = [path for room in ROOMS for path in (ROOT / "lorakit").glob(room)]
-    places = {text: path.name for path in paths for text in sentences_in(path)}
-    assert len(places) > 20
-    required = {text for text in places if text not in COMPOSED and not any(part in text for part in INTERNAL)}
-    missing = {text: places[text] for text in required if all(lacking([one]) for one in instances(text))}
-    assert missing == {}, "give each of them a line in lorakit/ui/texts/zh_hant_sentences.py or a file beside it"

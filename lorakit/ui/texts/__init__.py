@@ -13,7 +13,7 @@ from lorakit.ui.texts.sentences import Sentences
 
 LANGUAGES = {"en": en, "zh-Hant": zh_hant}
 # What the rest of lorakit says, which is English already.
-SENTENCES = {"zh-Hant": Sentences(zh_hant_sentences.SENTENCES, zh_hant_sentences.PHRASES)}
+SENTENCES = {"zh-Hant": Sentences(zh_hant_sentences.SENTENCES, zh_hant_sentences.JOINTS)}
 # An option's dotted key in a message; not in a command or a file's name.
 OPTION_KEY = re.compile(r"(?<![\w`./-])(?<!--set )[a-z]+\.[a-z_0-9]+(?![\w/]|\.\w)")
 
@@ -35,7 +35,7 @@ class Say:
         if sentences is None:
             return text
         lines = text.splitlines() if isinstance(text, Message) else text.split("\n")
-        return sentences.by_key(text) or "\n".join(sentences.translated(line) or line for line in lines)
+        return sentences.translated(text) or "\n".join(sentences.translated(line) or line for line in lines)
 
     def explain(self, text: str) -> str:
         """As `translate`, with options by the names that they have on the page; in a command they stay as they are."""

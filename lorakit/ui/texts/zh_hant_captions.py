@@ -6,7 +6,7 @@ CAPTIONS = {
     "{file} line {line}: damaged; no caption was changed": "{file} 第 {line} 行：已損壞；沒有更動任何說明文字",
     "{file}: cannot be written ({reason})": "{file}：無法寫入（{reason}）",
     "{folder}: captions cannot be written there ({reason})": "{folder}：無法寫入說明文字（{reason}）",
-    "captioner {model}: {problem:said}": "說明模型 {model}：{problem:said}",
+    "captioner {model}: {problem}": "說明模型 {model}：{problem}",
     "captioner {model} is a file: give the folder it is in: {folder}": (
         "說明模型 {model} 是檔案：請指定它所在的資料夾：{folder}"
     ),
@@ -25,13 +25,10 @@ CAPTIONS = {
     "captioner {model} is not on this machine: {size} MB would be fetched; allow it with --fetch": (
         "這台電腦上沒有說明模型 {model}：需要下載 {size} MB；請勾選允許下載（--fetch）"
     ),
-    "captioner {model} {problem}; or give a folder": "說明模型 {model} 無法取得（{problem}）；或指定資料夾",
-    "captioner {model} needs onnxruntime; {hint:said}": "說明模型 {model} 需要 onnxruntime；{hint:said}",
+    "captioner {model} needs onnxruntime; {hint}": "說明模型 {model} 需要 onnxruntime；{hint}",
     "captioner {model}: a tagger takes no --prompt; leave it out": "說明模型 {model}：標籤模型不接受問題；請留空",
     "captioner {model}: this model takes no --prompt; leave it out": "說明模型 {model}：這個模型不接受問題；請留空",
-    "captioner {model}: needs more packages ({reason}); {hint:said}": (
-        "說明模型 {model}：需要更多套件（{reason}）；{hint:said}"
-    ),
+    "captioner {model}: needs more packages ({reason}); {hint}": ("說明模型 {model}：需要更多套件（{reason}）；{hint}"),
     "captioner {model}: cannot be loaded ({reason}); get the model again": (
         "說明模型 {model}：無法載入（{reason}）；請重新取得模型"
     ),
@@ -41,15 +38,7 @@ CAPTIONS = {
     "captioner {model}: its weights lack {count} tensors, such as {name}; get the model again": (
         "說明模型 {model}：權重缺少 {count} 個張量，例如 {name}；請重新取得模型"
     ),
-    "captioner {model}: a model ({kind}) that needs code of its own, which lorakit does not run; give one that "
-    "transformers has, such as florence-community/Florence-2-base": (
-        "說明模型 {model}：這個模型（{kind}）需要執行它自帶的程式，lorakit 不執行；"
-        "請用 transformers 內建的，例如 florence-community/Florence-2-base"
-    ),
-    "captioner {model}: a model of the type {kind} is no captioner; give BLIP, Florence-2, SmolVLM or Qwen-VL": (
-        "說明模型 {model}：類型為 {kind} 的模型不會撰寫說明；請用 BLIP、Florence-2、SmolVLM 或 Qwen-VL"
-    ),
-    "{photo}: no caption: {reason:said}": "{photo}：沒有說明文字：{reason:said}",
+    "{photo}: no caption: {reason}": "{photo}：沒有說明文字：{reason}",
     "captions: the command ended with code {code}": "說明文字：指令結束，代碼 {code}",
     "the model says nothing of it": "模型沒有給出任何文字",
     "stopped; the same command goes on with the photos that have no caption yet": (

@@ -210,6 +210,19 @@ _FILES = {
     "{problem}; raise optimizer.learning_rate or the number of steps": (
         "{problem}；請提高 optimizer.learning_rate 或增加步數"
     ),
+    "{path}: its names are PEFT's, and {peft_config}, which has its alpha, is not beside it: put the two together, "
+    "{where}": "{path}：名稱是 PEFT 的，但旁邊沒有含 alpha 的 {peft_config}：請放在一起，{where}",
+    "{folder}: has {peft_config} and no {peft_model}: the weights are missing": (
+        "{folder}：有 {peft_config}，但沒有 {peft_model}：缺少權重"
+    ),
+    "{path}: neither a PEFT folder nor a base model (no model_index.json); {holds}": (
+        "{path}：不是 PEFT 資料夾，也不是基礎模型（沒有 model_index.json）；{holds}"
+    ),
+    "the kohya format cannot carry this adapter: it has q, k and v of Stable Diffusion 3's attention in one layer, "
+    "which only LoRA can be put into; set output.formats = ['diffusers'] or ['peft']": (
+        "kohya 格式裝不下這個 adapter：它把 Stable Diffusion 3 的 q、k、v 放在同一層，只有 LoRA 能如此；"
+        "請設 output.formats = ['diffusers'] 或 ['peft']"
+    ),
     "a zip archive: unpack it and give the file in it": "zip 壓縮檔：請解壓縮並指定其中的檔案",
     "cut off: {size} of {end} bytes are there ({value} %): download it again": (
         "檔案不完整：{end} 位元組中只有 {size}（{value} %）：請重新下載"

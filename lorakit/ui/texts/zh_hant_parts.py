@@ -174,9 +174,6 @@ _PHOTOS = {
         "連結指向照片資料夾之外；不跟隨，請把檔案複製進來"
     ),
     "cannot be opened: no file and no folder": "無法開啟：既不是檔案也不是資料夾",
-    "{count} modules have a scalar, which other programs pass over: lorakit export writes it into them": (
-        "{count} 個模組有 scalar，其他程式會略過；lorakit export 會把它寫入"
-    ),
     "{what}: trained at {sizes}; a batch holds one size": "{what}：以 {sizes} 訓練；每批只有一種尺寸",
     "mixed sizes": "尺寸不一",
     "mixed aspect ratios": "長寬比不一",

@@ -8,21 +8,10 @@ PHOTOS = {
     "{count} in {name}/ (only one level of subfolders is read)": "{name}/ 中有 {count} 張（只讀取一層子資料夾）",
     "{file}: no photo of this name came with it": "{file}：沒有一起上傳同名的照片",
     "data.exclude: no photo is called {name}": "data.exclude：沒有名為 {name} 的照片",
-    "data.edits: no photo is called {name:words}": "data.edits：沒有名為 {name:words} 的照片",
-    "turned or cropped by data.edits: {names:words}": "依 data.edits 旋轉或裁切：{names:words}",
-    "data.edits.{name} = {value}: write turn 90, 180 or 270, crop LEFT TOP RIGHT BOTTOM in percent of the turned "
-    "photo: 'turn 90, crop 10 0 90 100'": (
-        "data.edits.{name} = {value}：請寫 turn 90、180 或 270，以及 crop 左 上 右 下（旋轉後照片的百分比）："
-        "'turn 90, crop 10 0 90 100'"
-    ),
+    "data.edits: no photo is called {name}": "data.edits：沒有名為 {name} 的照片",
+    "turned or cropped by data.edits: {names}": "依 data.edits 旋轉或裁切：{names}",
     "data.more_folders: {folder} has {name} already; give another name": (
         "data.more_folders：{folder} 裡已有 {name}；請換一個名稱"
-    ),
-    "data.more_folders: {name}/ would not be trained (0 repeats)": (
-        "data.more_folders：{name}/ 不會被訓練（重複 0 次）"
-    ),
-    "data.more_folders: {name}/ would not be trained (class images; name their folder in data.class_folder)": (
-        "data.more_folders：{name}/ 不會被訓練（這是類別圖片的名稱；請把它的資料夾填在 data.class_folder）"
     ),
     "data.more_folders.{name}: the name must be one of a folder, such as '3_sks cat'": (
         "data.more_folders.{name}：名稱必須能當資料夾名稱，例如 '3_sks cat'"
@@ -31,16 +20,8 @@ PHOTOS = {
     "data.more_folders needs data.concepts = 'folders' (each its own subject) or 'one'": (
         "data.more_folders 需要 data.concepts = 'folders'（各有各的主體）或 'one'"
     ),
-    "left out by data.exclude: {names:words}": "依 data.exclude 不使用：{names:words}",
+    "left out by data.exclude: {names}": "依 data.exclude 不使用：{names}",
     "data.exclude leaves out every photo of {folder}": "data.exclude 排除了 {folder} 的所有照片",
-    "{file}: no photo came with it": "{file}：沒有照片一起上傳",
-    "{file}: a file of this name is there already": "{file}：已經有同名的檔案",
-    "{file}: cannot be unpacked ({reason})": "{file}：無法解壓縮（{reason}）",
-    "{file}: locked by a password; unpack it yourself": "{file}：有密碼；請自行解壓縮",
-    "{file}: damaged, or not a zip; unpack it yourself": "{file}：已損壞，或不是 zip；請自行解壓縮",
-    "{file}: more than {count} files or {size} GiB in it; unpack it yourself": (
-        "{file}：內有超過 {count} 個檔案或 {size} GiB；請自行解壓縮"
-    ),
     "{file}: several files are called {name}, and which belong together is not known; upload one folder at a time": (
         "{file}：有好幾個檔案都叫 {name}，無法得知哪些屬於彼此；請一次上傳一個資料夾"
     ),
@@ -57,17 +38,12 @@ PHOTOS = {
     "read them": (
         "{all} 段文字中有 {count} 段超過 {room} 個 token：會像網頁介面那樣，以每段 {room} 個分成最多 {chunks} 段讀取"
     ),
-    "texts: all are filled up to {tokens} tokens, as the longest needs; a pass of the UNet computes {share} more than "
-    "with {few}; data.max_tokens = 75 would cut them": (
-        "文字：全部補到 {tokens} 個 token，配合最長的一段；UNet 每次計算比 {few} 個多 {share}；"
-        "data.max_tokens = 75 會截短它們"
-    ),
     "data.max_tokens = {tokens}: texts are read in chunks of 75: set 75, 150 or 225": (
         "data.max_tokens = {tokens}：文字以每段 75 個 token 讀取，請設為 75、150 或 225"
     ),
     "data.max_tokens = {tokens}: CLIP reads {few} tokens of a text in base {name}, as in other programs: leave it "
     "unset": ("data.max_tokens = {tokens}：在基礎模型 {name} 中，CLIP 與其他程式一樣只讀 75 個 token：請留空"),
-    'prompt "{prompt}": {what:said}': "提示詞「{prompt}」：{what:said}",
+    'prompt "{prompt}": {what}': "提示詞「{prompt}」：{what}",
     "{part} is left out: the adapter is named beside the prompt": "{part} 略去：adapter 不寫在提示詞裡",
     "{part} is read as letters: a prompt here stays the same while a picture is drawn": (
         "{part} 只當作文字：這裡的提示詞在作圖過程中不會改變"
@@ -78,12 +54,12 @@ PHOTOS = {
     "{key}: the quotes around {text} are left out": "{key}：去掉了 {text} 外面的引號",
     "{syntax} is trained as letters": "{syntax} 只當作文字訓練",
     "{count} of {all} texts have what web UIs read as weights or commands and training reads as letters, such as "
-    "{example}: {names:words}": (
-        "{all} 段文字中有 {count} 段含有網頁介面會當作權重或指令的寫法，訓練時只當作文字，例如 {example}：{names:words}"
+    "{example}: {names}": (
+        "{all} 段文字中有 {count} 段含有網頁介面會當作權重或指令的寫法，訓練時只當作文字，例如 {example}：{names}"
     ),
     "{count} of {all} texts have a brace that begins or ends no {{a|b}} and is trained as a letter, such as "
-    '"{example}": {names:words}': (
-        "{all} 段文字中有 {count} 段的大括號不成 {{a|b}}，訓練時只當作文字，例如「{example}」：{names:words}"
+    '"{example}": {names}': (
+        "{all} 段文字中有 {count} 段的大括號不成 {{a|b}}，訓練時只當作文字，例如「{example}」：{names}"
     ),
     "a brace is trained as a letter": "大括號只當作文字訓練",
     '{file}: not UTF-8, read as {encoding}: "{text}"; if that is wrong, save it as UTF-8': (
@@ -96,22 +72,11 @@ PHOTOS = {
     "not read as captions: {problem}": "沒有當作說明文字讀取：{problem}",
     "{file} line {line}: not JSON ({problem})": "{file} 第 {line} 行：不是 JSON（{problem}）",
     "passed over ({reason}): {names}": "略過（{reason}）：{names}",
-    'no captions: {photos:words} is trained as "{prompt}"; a prompt that goes on after it, with a place say, may then '
-    "show little of what is learned: write a caption for each photo that names its scene": (
-        "沒有說明文字：{photos:words} 以「{prompt}」訓練；提示詞若再接上別的字（例如地點），學到的東西可能出不來："
-        "請為每張照片寫一則說明，寫出它的場景"
-    ),
-    "{count} of {all} caption files have several lines: one text each; with data.caption_lines = true each line is a "
-    "caption": ("{all} 個說明檔中有 {count} 個不只一行：各讀成一段文字；data.caption_lines = true 時每行各是一則說明"),
-    "{count} of {all} caption files have several lines: {lines} captions, of which one is drawn each time": (
-        "{all} 個說明檔中有 {count} 個不只一行：共 {lines} 則說明，每次抽一則"
-    ),
     "sample.prompts: {text} is a file: give it with --prompts {path}": (
         "sample.prompts：{text} 是檔案，請在命令列以 --prompts {path} 指定"
     ),
-    "prior: {count} class images of your own, none is drawn": "先驗：使用你自備的 {count} 張類別圖片，不另外繪製",
-    "each photo is trained at {sides}: as {sizes:words}; a batch holds one size": (
-        "每張照片以 {sides} 訓練：尺寸為 {sizes:words}；每批只有一種尺寸"
+    "each photo is trained at {sides}: as {sizes}; a batch holds one size": (
+        "每張照片以 {sides} 訓練：尺寸為 {sizes}；每批只有一種尺寸"
     ),
     "the trigger sks is the name of a rifle too, which Stable Diffusion may draw; ohwx has no such meaning": (
         "觸發詞 sks 也是一種步槍的名稱，Stable Diffusion 可能會畫出來；ohwx 沒有這種意思"
@@ -127,9 +92,6 @@ PHOTOS = {
     ),
     "data.resolution = {side}: base {base} draws pictures of {native} pixels a side; at so different a size what it "
     "draws falls apart": "data.resolution = {side}：基礎模型 {base} 畫的是邊長 {native} 像素的圖；尺寸差這麼多會畫壞",
-    "data.resolution = {value}: must be a whole number, or several as a list, [768, 512]": (
-        "data.resolution = {value}：必須是整數；多個則寫成清單 [768, 512]"
-    ),
     "train.min_steps has no effect without train.steps_per_image: leave it out": (
         "沒有 train.steps_per_image，train.min_steps 沒有作用：請刪去"
     ),
@@ -149,9 +111,6 @@ PHOTOS = {
         "data.folder_resolutions 與 data.lower_resolutions 都設定了：請刪去一個"
     ),
     "data.folder_resolutions: no photo is in a folder {name}": "data.folder_resolutions：資料夾 {name} 裡沒有照片",
-    "mixed sizes: trained at {sizes:words}; a batch holds one size": (
-        "尺寸不一：以 {sizes:words} 訓練；每批只有一種尺寸"
-    ),
     "data.lower_resolutions = {sides}: each must be below data.resolution = {side}, and stand there once": (
         "data.lower_resolutions = {sides}：每個都必須小於 data.resolution = {side}，且不重複"
     ),
@@ -162,7 +121,6 @@ PHOTOS = {
     "{key} = {value}: must be a list of whole numbers, such as [512, 384]": (
         "{key} = {value}：必須是整數的清單，例如 [512, 384]"
     ),
-    "{folder}: no class images in it": "{folder}：裡面沒有類別圖片",
     "the class images are your own: nothing is drawn for train.prior_prompts, which are not used": (
         "類別圖片由你自備：不會為 train.prior_prompts 繪製圖片，也不使用這些提示詞"
     ),

@@ -43,20 +43,9 @@ RUNNING = {
     "layers: {count} of rank {rank}, alpha {alpha}, effective scale {scale}": (
         "層：{count} 層的秩 {rank}，alpha {alpha}，實際縮放 {scale}"
     ),
-    "learning rate: {rate}, text encoder {own}": "學習率：{rate}，文字編碼器 {own}",
-    "learning rate: {rate}, text encoder {own}, text encoder 2 {other}": (
-        "學習率：{rate}，文字編碼器 {own}，文字編碼器 2 {other}"
-    ),
-    "learning rate: {rate}, text encoder 2 {other}": "學習率：{rate}，文字編碼器 2 {other}",
     "rates: {count} layers at {multiple} of the learning rate": "學習率：{count} 層為 {multiple} 倍",
     "{option}: {pattern} has no effect, as later patterns match all of its {count} layers": (
         "{option}：{pattern} 沒有作用，後面的樣式涵蓋了它的 {count} 層"
-    ),
-    "{option}: {pattern} matches none of the {count} adapted layers; {other} matches {many}": (
-        "{option}：{count} 個訓練層中沒有符合 {pattern} 的；{other} 符合 {many} 層"
-    ),
-    "{option}: {pattern} matches none of the {count} adapted layers; layers are such as {names}": (
-        "{option}：{count} 個訓練層中沒有符合 {pattern} 的；層名例如 {names}"
     ),
     "adapter.ranks leaves out every layer": "adapter.ranks 略去了所有的層",
     "adapter.ranks leaves out the text encoders: leave out adapter.train_text_encoder": (
@@ -98,27 +87,8 @@ RUNNING = {
     ),
     "sample.prompts: {row}: a table needs a prompt": "sample.prompts：{row}：表格必須有 prompt",
     "sample.prompts: unknown key {key}{hint}": "sample.prompts：沒有 {key} 這個鍵",
-    "sample.prompts: {text}: --{letter} is none of {letters}": "sample.prompts：{text}：--{letter} 不在 {letters} 之中",
-    "sample.prompts: {text}: --{letter} must be between {low} and {high}": (
-        "sample.prompts：{text}：--{letter} 必須介於 {low} 與 {high} 之間"
-    ),
-    "sample.prompts: {text}: --{letter} must be a multiple of 8 between {low} and {high}": (
-        "sample.prompts：{text}：--{letter} 必須是 {low} 與 {high} 之間的 8 的倍數"
-    ),
     "sample.width and sample.height must be multiples of 8 and 64 or more, or 0": (
         "sample.width 與 sample.height 必須是 64 以上的 8 的倍數，或 0"
-    ),
-    "{name} does not say what base it was trained on: give it with --base": "{name} 沒有說明訓練時的基礎模型：請指定",
-    "{name} was trained on {base}, which is not found here: give {where}": (
-        "{name} 是以 {base} 訓練的，但這裡找不到它：請指定基礎模型的路徑"
-    ),
-    "the run now has {after} steps, not {before}; the learning rate at step {step} is {rate}": (
-        "總步數現在是 {after}，原為 {before}；第 {step} 步的學習率為 {rate}"
-    ),
-    "the run now has {after} steps, not {before}; the learning rate at step {step} is {rate}, not {old}: {schedule} "
-    "now ends at step {end}": (
-        "總步數現在是 {after}，原為 {before}；第 {step} 步的學習率為 {rate}，原為 {old}："
-        "{schedule} 現在到第 {end} 步結束"
     ),
     "{path} is at step {step} already, beyond {end}: give more steps, or go back with --from": (
         "{path} 已在第 {step} 步，超過 {end}：請填入更多步數"
@@ -126,16 +96,6 @@ RUNNING = {
     "the run is older than {options}: it goes on with the default of each": ("這次訓練早於 {options}：各以預設值繼續"),
     "{key} cannot change from {old} to {new} in a run that goes on: it would be another run": (
         "{key} 不能在繼續訓練時從 {old} 改為 {new}：那會是另一次訓練"
-    ),
-    "{key} cannot change from {old} to {new} in a run that goes on: it would be another run; start one from its "
-    "weights with: {commands}": (
-        "{key} 不能在繼續訓練時從 {old} 改為 {new}：那會是另一次訓練；請用它的權重開始新的訓練：{commands}"
-    ),
-    "limit: {count} block of the UNet computed again in the backward pass, for {limit} GiB": (
-        "上限：為了不超過 {limit} GiB，反向傳播時重新計算 UNet 的 {count} 個區塊"
-    ),
-    "limit: {count} blocks of the UNet computed again in the backward pass, for {limit} GiB": (
-        "上限：為了不超過 {limit} GiB，反向傳播時重新計算 UNet 的 {count} 個區塊"
     ),
     "memory: the card has {gib} free, and a step may need more even with every block computed again; "
     "memory.base_storage = 'nf4' or a lower data.resolution makes it smaller": (
@@ -148,16 +108,11 @@ RUNNING = {
     "memory: {count} blocks of the UNet are computed again in the backward pass, for what is free": (
         "記憶體：為了不超過可用的記憶體，反向傳播時重新計算 UNet 的 {count} 個區塊"
     ),
-    "float32 products: in TF32 where the card has it": "float32 乘積：顯示卡支援時用 TF32",
-    "float32 products: in full": "float32 乘積：完整精度",
     "cuDNN tries its kernels for each size, because a GTX 16 needs that in fp16": (
         "cuDNN 會為每種尺寸試用核心，因為 GTX 16 在 fp16 下需要如此"
     ),
     "every attention kernel fails its self-test ({problem}): update torch or the driver": (
         "所有注意力核心都沒有通過檢驗（{problem}）：請更新 torch 或驅動程式"
-    ),
-    "attention: sdpa without {kernels}, because its self-test failed ({problem})": (
-        "注意力：sdpa，不用 {kernels}，因為它沒有通過檢驗（{problem}）"
     ),
     "train.deterministic = true: {problem}; set it to false": "train.deterministic = true：{problem}；請設為 false",
     "memory.stream_base: the system does not pin so much of the host's memory, so copies to the card make training "
@@ -174,8 +129,6 @@ RUNNING = {
     ),
     # -- 執行 run_folder.py, train.py, checkpoint.py, data/cache.py, memory.py
     "done and checked": "完成，且已檢驗",
-    "stopped after step {step}; go on with: lorakit resume {folder}": "在第 {step} 步之後停止；按「繼續」即可接著訓練",
-    "stopped before the first step; go on with: lorakit resume {folder}": "在第一步之前停止；按「繼續」即可接著訓練",
     "{path} is a file; give --output a folder": "{path} 是檔案；請指定資料夾",
     "{path} is not empty and nothing in it is overwritten; give another --output{hint}": (
         "{path} 不是空的，其中的內容不會被覆寫；請換一個資料夾"
@@ -185,37 +138,19 @@ RUNNING = {
         "全部 {count} 步都已完成，重新寫入檔案；用 --steps 可訓練更久"
     ),
     "it goes on from {checkpoint}": "從 {checkpoint} 繼續",
-    "{path} is not a run folder: it is a file": "{path} 不是執行資料夾：這是檔案",
-    "{path} is not a run folder: there is no such folder": "{path} 不是執行資料夾：沒有這個資料夾",
-    "{path} is not a run folder: it has no {file}": "{path} 不是執行資料夾：沒有 {file}",
-    "step {step}: {folder} is gone: it was deleted or moved while it was trained in, so nothing can be saved; start "
-    "again with: lorakit train": "第 {step} 步：{folder} 不見了：訓練期間被刪除或移走，什麼都無法儲存；請重新開始訓練",
     "{what} cannot be written ({why}); the run goes on without: make room for it": (
         "無法寫入{what}（{why}）；訓練會繼續，請騰出空間"
     ),
-    "a log of the run cannot be written ({why}); the run goes on without it": "無法寫入執行紀錄（{why}）；訓練會繼續",
     "{path} was begun by another process just now; give another --output": "{path} 剛被另一個程序使用；請換一個資料夾",
     "{path} has no whole checkpoint: the run starts again from step 0": "{path} 沒有完好的檢查點：從頭開始訓練",
     "set aside, to be deleted when you like: {names}": "已移到一旁，可隨時刪除：{names}",
     "{path} is being trained by process {pid}; stop that first": "{path} 正由程序 {pid} 訓練中；請先停止它",
     "{path} is damaged; the checkpoints beside it are not touched by that": "{path} 已損壞；旁邊的檢查點不受影響",
-    "{path}: no complete checkpoint to resume from; start again with: lorakit train": (
-        "{path}：沒有完整的檢查點可以繼續；請重新開始訓練"
-    ),
-    "step {step}: gradients overflow in fp16, so the step is skipped ({count} so far); their scale is {scale} now": (
-        "第 {step} 步：梯度在 fp16 中溢位，因此跳過這一步（目前共 {count} 步）；梯度的倍率現為 {scale}"
-    ),
     "the base holds NaN or infinity in {name}: it is damaged; get the base again": (
         "基礎模型的 {name} 含有 NaN 或無限大：檔案已損壞，請重新取得"
     ),
-    "step {step}: the loss is not finite ({names}); {advice}": (
-        "第 {step} 步：損失不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
-    ),
-    "step {step}: the gradient is not finite ({names}); {advice}": (
-        "第 {step} 步：梯度不是有限值（{names}）；請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
-    ),
-    "{doing}: not enough memory on the device; cheapest first, set {ways:words}": (
-        "{doing}：裝置的記憶體不足；請依序試試（代價最小的在前）：{ways:words}"
+    "{doing}: not enough memory on the device; cheapest first, set {ways}": (
+        "{doing}：裝置的記憶體不足；請依序試試（代價最小的在前）：{ways}"
     ),
     "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false": (
         "train.masked_loss：沒有照片有遮罩；請把 name.mask.png 放在 name.jpg 旁邊，或設為 false"
@@ -226,18 +161,11 @@ RUNNING = {
     "{photo}: its latent is not finite; the base's VAE cannot encode this photo": (
         "{photo}：latent 不是有限值；基礎模型的 VAE 無法編碼這張照片"
     ),
-    "{folder}: latents cannot be kept there ({why}); {hint}": (
-        "{folder}：無法在這裡存放 latent（{why}）；請設定 LORAKIT_CACHE 或 data.cache"
-    ),
-    "cannot load {part} of base {path}: {why}": "無法載入基礎模型 {path} 的 {part}：{why}",
     "{folder} knows {words} words where its text encoder has {rows}: {hint}": (
         "{folder} 有 {words} 個詞，文字編碼器卻有 {rows} 個：兩者不相配"
     ),
     "base {path} names a scheduler {name} that diffusers {version} lacks: upgrade diffusers": (
         "基礎模型 {path} 指定的排程器 {name}，diffusers {version} 沒有"
-    ),
-    "memory.device = {device}: torch {version} finds no such device here; {hint}": (
-        "memory.device = {device}：torch {version} 在這裡找不到這種裝置；設為 'auto' 會採用現有的裝置"
     ),
     "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'": (
         "memory.mixed_precision = 'bf16'：這張顯示卡不支援 bf16；請選 'fp16' 或 'fp32'"
@@ -286,16 +214,7 @@ RUNNING = {
     "the UNet's blocks are not compiled, training continues without: {problem}": (
         "UNet 的區塊未編譯，訓練照常繼續：{problem}"
     ),
-    "train.init_from: {problem:said}": "train.init_from：{problem:said}",
-    "the kohya format cannot carry this adapter: it has {why}; set output.formats = {formats}": (
-        "kohya 格式裝不下這個適配器：它把 Stable Diffusion 3 的 q、k、v 放在同一層；請設 output.formats = ['diffusers']"
-    ),
-    "the {format} format cannot carry this DoRA: {why}; export it as kohya": (
-        "{format} 格式裝不下這個 DoRA（方向與 PEFT 的不同）；請匯出成 kohya"
-    ),
-    "the diffusers format cannot carry {method}: diffusers reads plain LoRA only; export it as kohya or peft, {hint}": (
-        "diffusers 格式裝不下 {method}：diffusers 只讀一般的 LoRA；請匯出成 kohya 或 peft"
-    ),
+    "train.init_from: {problem}": "train.init_from：{problem}",
     "{method} in the {format} format is honoured by {programs}; not by {others}": (
         "{format} 格式的 {method}：{programs} 會採用；以下不會：{others}"
     ),
@@ -307,8 +226,8 @@ RUNNING = {
         "optimizer.name = {name} 只有一個學習率："
         "optimizer.text_encoder_learning_rate、optimizer.loraplus_lr_ratio、optimizer.rates 請留空"
     ),
-    "optimizer.loraplus_lr_ratio is for a factor A that begins at random and a B that begins at 0: {why:words}; "
-    "leave it out": "optimizer.loraplus_lr_ratio 是給隨機開始的 A 與從 0 開始的 B 用的（{why:words}）：請拿掉",
+    "optimizer.loraplus_lr_ratio is for a factor A that begins at random and a B that begins at 0: {why}; "
+    "leave it out": "optimizer.loraplus_lr_ratio 是給隨機開始的 A 與從 0 開始的 B 用的（{why}）：請拿掉",
     "both of them begin from the base": "這裡兩者都從基礎模型開始",
     "{method} has others": "{method} 的因子不同",
     "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight": (
@@ -319,14 +238,6 @@ RUNNING = {
     ),
     "output.trackers: {name} does not start: {problem}": "output.trackers：{name} 無法啟動：{problem}",
     "optimizer.name = {name}: the package {package} is not installed": "optimizer.name = {name}：套件 {package} 未安裝",
-    "optimizer.name = {name}: {module} cannot be imported: {why}": "optimizer.name = {name}：{module} 無法匯入：{why}",
-    "optimizer.name = {name}: {module} has no {attribute}": "optimizer.name = {name}：{module} 沒有 {attribute}",
-    "optimizer.name = {name}: {attribute} is not a torch.optim.Optimizer": (
-        "optimizer.name = {name}：{attribute} 不是 torch.optim.Optimizer"
-    ),
-    "optimizer.name = {name}: {attribute} computes the loss several times a step: choose another": (
-        "optimizer.name = {name}：{attribute} 每一步要計算多次損失，請換一個"
-    ),
     "optimizer.name = {name}: a step failed: {why}": "optimizer.name = {name}：執行一步時失敗：{why}",
     "optimizer.args.{argument}: {name} has no such argument; it has {names}": (
         "optimizer.args.{argument}：{name} 沒有這個引數；它有 {names}"
@@ -339,8 +250,6 @@ RUNNING = {
     "optimizer.weight_decay: {name} has no weight decay: leave it out": (
         "optimizer.weight_decay：{name} 沒有權重衰減，請留空"
     ),
-    "{what} needs {package}; install it with: {command}": "{what} 需要 {package}，安裝指令：{command}",
-    "{what} needs {package}; there is none for {system}": "{what} 需要 {package}，但此系統 {system} 沒有",
     "torch {version} does not see the graphics card: `lorakit doctor` says why": (
         "torch {version} 找不到顯示卡：`lorakit doctor` 會說明原因"
     ),
@@ -349,10 +258,6 @@ RUNNING = {
         "已安裝 NVIDIA 驅動程式，但 torch {version} 不含 CUDA：以 CPU 運算，慢很多倍；使用顯示卡的指令：{command}"
     ),
     "self-check failed for {file}: {causes}": "{file} 未通過自我檢驗：{causes}",
-    "{format} file: {detail:said}": "{format} 檔案：{detail:said}",
-    "{format} in diffusers: {detail:said}": "{format}，以 diffusers 讀取：{detail:said}",
-    "{format} unet: {detail:said}": "{format}，UNet：{detail:said}",
-    "{format} text encoder: {detail:said}": "{format}，文字編碼器：{detail:said}",
     "{some} of {count} modules there, finite and not zero": "{count} 個模組中有 {some} 個，皆為有限且非零",
     "{some} of {count} modules applied, each as trained": "{count} 個模組中套用了 {some} 個，皆與訓練所得相同",
     "optimizer.learning_rate = {rate}: for {name} it is a factor, {usual} is usual; with so little the adapter hardly "
@@ -365,8 +270,6 @@ RUNNING = {
         "optimizer.text_encoder_learning_rate = 0 不會訓練文字編碼器：請不要設定它，"
         "也不要設定 adapter.train_text_encoder 與 adapter.new_tokens"
     ),
-    "the adapter has no effect on its output: {share} % is no more than rounding; raise optimizer.learning_rate or the "
-    "number of steps": ("adapter 對輸出沒有作用：{share} % 不超過捨入誤差；請提高 optimizer.learning_rate 或增加步數"),
     "the adapter has no effect: every module is zero; was the learning rate 0?": (
         "adapter 沒有作用：每個模組都是零；學習率是不是 0？"
     ),
@@ -377,23 +280,7 @@ RUNNING = {
     "base {link} is a link: download the model and give its path, or give a hub id, owner/name": (
         "基礎模型 {link} 是連結：請下載模型並指定其路徑，或指定 hub id（owner/name）"
     ),
-    "base {link} is one file: download it and give its path, or give {name} for the whole model": (
-        "基礎模型 {link} 是單一檔案：請下載並指定其路徑，或指定 {name} 以使用整個模型"
-    ),
     "base {base} is a {name} without {encoder}, as SDXL's refiner is: give the base model instead": (
         "基礎模型 {base} 是沒有 {encoder} 的 {name}，如同 SDXL 的 refiner：請改為指定 base 模型"
-    ),
-    "base {file} is a GGUF file of {title}'s denoiser alone, whose weights lorakit does not read: give the model's "
-    ".safetensors file; memory.base_storage = 'nf4' keeps it as small in memory": (
-        "基礎模型 {file} 是只有 {title} 去噪器的 GGUF 檔，lorakit 不讀取其權重：請指定模型的 .safetensors 檔；"
-        "memory.base_storage = 'nf4' 讓它在記憶體中一樣小"
-    ),
-    "base {file} is a GGUF file of {title}, whose weights lorakit does not read: give the model's .safetensors file; "
-    "memory.base_storage = 'nf4' keeps it as small in memory": (
-        "基礎模型 {file} 是 {title} 的 GGUF 檔，lorakit 不讀取其權重：請指定模型的 .safetensors 檔；"
-        "memory.base_storage = 'nf4' 讓它在記憶體中一樣小"
-    ),
-    "base {file} is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file": (
-        "基礎模型 {file} 是 GGUF 檔，lorakit 不讀取其權重：請指定模型的 .safetensors 檔"
     ),
 }

@@ -12,6 +12,7 @@ SENTENCES = {
     **BASES,
     **CAPTIONS,
     **PHOTOS,
+    " and {count} more": " 等，另有 {count} 個",
     **PARTS,
     **MODELS,
     **TRAINING,
@@ -21,16 +22,14 @@ SENTENCES = {
     "inpainting model: trained and drawn with the whole picture masked, that is from text alone": (
         "局部重繪模型：訓練與作圖時整張圖都被遮住，也就是只依文字。"
     ),
-    "prediction type: {kind}, as model.prediction_type says; the base itself says {own:words}": (
-        "預測類型：{kind}（依 model.prediction_type）；基礎模型自述為 {own:words}"
+    "prediction type: {kind}, as model.prediction_type says; the base itself says {own}": (
+        "預測類型：{kind}（依 model.prediction_type）；基礎模型自述為 {own}"
     ),
-    "prediction type: {kind:words}, {why:said}": "預測類型：{kind:words}，{why:said}",
-    "prediction type: {kind:words}, {why:said}; if that is wrong, set model.prediction_type "
-    "(`lorakit probe` measures it)": (
-        "預測類型：{kind:words}，{why:said}；若不對，請設定 model.prediction_type（可用 lorakit probe 測量）"
+    "prediction type: {kind}, {why}": "預測類型：{kind}，{why}",
+    "prediction type: {kind}, {why}; if that is wrong, set model.prediction_type (`lorakit probe` measures it)": (
+        "預測類型：{kind}，{why}；若不對，請設定 model.prediction_type（可用 lorakit probe 測量）"
     ),
     "as its key v_pred says": "依檔案中的鍵 v_pred",
-    "as its metadata says ({said})": "依檔案的中繼資料（{said}）",
     "as nothing in the file says otherwise": "檔案中沒有相反的說明",
     "as its last norm1.bias spreads by {spread}, above 0.09": "因為最後一個 norm1.bias 的離散度 {spread} 大於 0.09",
     "as its last norm1.bias spreads by {spread}, not above 0.09": (
@@ -38,75 +37,17 @@ SENTENCES = {
     ),
     "photos: {count} to train on, {held} held out for validation": "照片：{count} 張用於訓練，保留 {held} 張作驗證",
     "photos: {count} to train on, none held out": "照片：{count} 張用於訓練，不保留",
-    "adapter: {method}, {parts:words}": "adapter：{method}，{parts:words}",
+    "adapter: {method}, {parts}": "adapter：{method}，{parts}",
     "strength: rank {rank}, alpha {alpha}, effective scale {scale}": (
         "強度：rank {rank}，alpha {alpha}，實際縮放 {scale}"
     ),
-    "length: {length:said}": "長度：{length:said}",
-    "{photos:words} x {each} steps each = {steps} steps": "{photos:words} × 每張 {each} 步 = {steps} 步",
-    "{photos:words} x {each} steps each = {steps} steps of {size:words}": (
-        "{photos:words} × 每張 {each} 步 = {steps} 步，每步 {size:words}"
-    ),
-    "{epochs} epochs x {batches} batches of {photos:words} = {steps} steps": (
-        "{epochs} 輪 × {batches} 批（{photos:words}）= {steps} 步"
-    ),
-    "{epochs} epochs x {batches} batches of {photos:words} / {parts} accumulated = {steps} steps ({trained} epochs)": (
-        "{epochs} 輪 × {batches} 批（{photos:words}）／累積 {parts} 批 = {steps} 步（實際 {trained} 輪）"
-    ),
-    "optimizer.warmup_steps = {warmup}: the run has {steps} steps, so the learning rate rises to the end and comes to "
-    "{share} of optimizer.learning_rate": (
-        "optimizer.warmup_steps = {warmup}：這次執行只有 {steps} 步，學習率會一路上升到結束，"
-        "只到 optimizer.learning_rate 的 {share}"
-    ),
+    "length: {length}": "長度：{length}",
     "optimizer.lr_decay_ratio = {share}: the warm-up takes {warmup} of {steps} steps, so wsd falls over the rest and "
     "is never constant": (
         "optimizer.lr_decay_ratio = {share}：暖身占 {steps} 步中的 {warmup} 步，wsd 在其餘步數裡一路下降"
     ),
-    "{epochs} epochs x {batches} batches of {photos:words} / {parts} accumulated = {steps} steps": (
-        "{epochs} 輪 × {batches} 批（{photos:words}）/ 累積 {parts} 批 = {steps} 步"
-    ),
-    "{steps} steps, each of {photos:words} seen {each} times": "{steps} 步，{photos:words}，每張 {each} 次",
-    "{steps} steps, each of {photos:words} seen {each} times at each of {count} resolutions": (
-        "{steps} 步，{photos:words}，{count} 種解析度每張各 {each} 次"
-    ),
-    "{steps} steps of {size:words}, each of {photos:words} seen {each} times at each of {count} resolutions": (
-        "{steps} 步，每步 {size:words}；{photos:words}，{count} 種解析度每張各 {each} 次"
-    ),
-    "{photos:words} x {each} steps each = {steps} steps at {count} resolutions": (
-        "{photos:words} × 每張 {each} 步 = {steps} 步，{count} 種解析度"
-    ),
-    "{steps} steps of {size:words}, each of {photos:words} seen {each} times": (
-        "{steps} 步，每步 {size:words}；{photos:words}，每張 {each} 次"
-    ),
-    "{length:said}, raised to train.min_steps = {steps}": "{length:said}，提高到 train.min_steps = {steps}",
-    "{time:said}, for the {left} steps left of {steps}": "{time:said}，剩 {left} 步（共 {steps} 步）",
-    "prior: {count} class images, drawn by the base as {text}, and for {n} other prompts, and kept for other runs": (
-        "先驗：{count} 張類別圖片，由基礎模型依 {text} 與另外 {n} 則提示詞繪製，並留給其他訓練"
-    ),
-    "prior: {count} class images, drawn by the base as {text} and kept for other runs": (
-        "先驗：{count} 張類別圖片，由基礎模型依 {text} 繪製，並留給其他訓練"
-    ),
-    "prior: the base itself, asked in each step, which takes about twice as long": (
-        "先驗：每一步都問基礎模型本身，時間約為兩倍"
-    ),
-    "note: fewer than {few} steps teach little (the bundled base needed {a} for {b} pictures, {c} for {d} photos); "
-    "make the run longer": (
-        "請注意：少於 {few} 步學不到多少（內附的基礎模型學 {b} 張圖要 {a} 步，{d} 張照片要 {c} 步）；請加長訓練"
-    ),
-    "memory: about {total} on {device} (base {base}, adapter and optimizer {adapter}, activations {kept}, "
-    "runtime {runtime}); {encoding} to encode the photos, {samples} to draw samples": (
-        "記憶體：{device} 上約 {total}（基礎模型 {base}，adapter 與最佳化器 {adapter}，"
-        "中間值 {kept}，執行環境 {runtime}）；編碼照片時 {encoding}，畫樣張時 {samples}"
-    ),
     "host: {size} of memory for the base's weights": "主記憶體：基礎模型的權重占 {size}",
-    "host: {size} of memory for the base's weights, of {ram}": "主記憶體：基礎模型的權重占 {size}，共有 {ram}",
-    "host: {size} of memory for the base's weights, of {ram}; that is much: keep them smaller with "
-    "memory.base_storage": ("主記憶體：基礎模型的權重占 {size}，共有 {ram}；偏多，可用 memory.base_storage 讓權重更小"),
     "time: measured in the first steps": "時間：開始後的前幾步會實測",
-    "time: about {seconds} s (estimate)": "時間：約 {seconds} 秒（估計）",
-    "time: about {minutes} min (estimate)": "時間：約 {minutes} 分鐘（估計）",
-    "time: about {hours} h {minutes} min (estimate)": "時間：約 {hours} 小時 {minutes} 分鐘（估計）",
-    "time: about {days} days (estimate)": "時間：約 {days} 天（估計）",
     "no photo can be used for training; the table of the check says what is wrong with each": (
         "沒有可用於訓練的照片；「照片」頁列出每一張的問題"
     ),
@@ -116,23 +57,18 @@ SENTENCES = {
     # -- 照片資料夾 data/photo_folder.py
     "no folder of photos given (data.folder)": "尚未指定照片資料夾（data.folder）",
     "folder {path} does not exist": "資料夾 {path} 不存在",
-    "folder {path} does not exist (did you mean {near}?)": "資料夾 {path} 不存在（是不是 {near}？）",
     "{path} is one picture; give the folder it is in: {folder}": "{path} 是一張圖；請指定它所在的資料夾：{folder}",
     "{path} is a file; give a folder of photos": "{path} 是檔案；請指定照片資料夾",
-    "0 images in {path}; looked for {kinds}; found nothing": "{path} 是空的；可用的格式：{kinds}",
-    "0 images in {path}; looked for {kinds}; found {content:words}": (
-        "{path} 中沒有圖片；可用的格式：{kinds}；只找到：{content:words}"
+    "0 images in {path}; looked for {kinds}; found {content}": (
+        "{path} 中沒有圖片；可用的格式：{kinds}；只找到：{content}"
     ),
     "{file}: cannot be read ({why})": "{file}：無法讀取（{why}）",
     "{file}: cannot be read any more ({why})": "{file}：已無法讀取（{why}）",
-    "{file} names files that are not there: {names:words}": "{file} 提到不存在的檔案：{names:words}",
-    "pictures more than one folder down are not read: {names:words}": "更深一層資料夾中的圖片不會讀取：{names:words}",
-    "no photo has the name of {names:words}: not used": "{names:words} 沒有同名的照片，不會使用",
-    "{names:words}: drawn by lorakit: it teaches what a model draws already": (
-        "{names:words}：是 lorakit 畫的圖，只會教模型它本來就會畫的東西"
-    ),
-    "{names:words}: captions or masks in a folder without photos, not used: put each beside its photo": (
-        "{names:words}：說明文字或遮罩所在的資料夾沒有照片，不會使用：請各自放在照片旁"
+    "{file} names files that are not there: {names}": "{file} 提到不存在的檔案：{names}",
+    "pictures more than one folder down are not read: {names}": "更深一層資料夾中的圖片不會讀取：{names}",
+    "no photo has the name of {names}: not used": "{names} 沒有同名的照片，不會使用",
+    "{names}: captions or masks in a folder without photos, not used: put each beside its photo": (
+        "{names}：說明文字或遮罩所在的資料夾沒有照片，不會使用：請各自放在照片旁"
     ),
     "{file}: a document in {kind}, not plain text; save it as plain text": (
         "{file}：這是 {kind} 檔，不是純文字；請另存為純文字"
@@ -151,13 +87,7 @@ SENTENCES = {
     "{name}: {file} line {line} says something else than before; not used": (
         "{name}：{file} 第 {line} 行與前面不同，不採用"
     ),
-    "{names:words}: links to what is not there; not read": "{names:words}：連結指向不存在的東西；不讀取",
-    "{names:words}: links to a folder above them; not followed": "{names:words}：連結指向上層資料夾；不跟隨",
-    "{names:words}: links out of the folder of photos; not followed, copy the files into it": (
-        "{names:words}：連結指向照片資料夾之外；不跟隨，請把檔案複製進來"
-    ),
-    "{names:words}: cannot be opened: no file and no folder": "{names:words}：無法開啟：既不是檔案也不是資料夾",
-    "not pictures, left alone: {kinds:words}": "不是圖片，略過：{kinds:words}",
+    "not pictures, left alone: {kinds}": "不是圖片，略過：{kinds}",
     "subfolders: {names}": "子資料夾：{names}",
     # -- 圖檔 data/decode.py
     "cannot be read ({why})": "無法讀取（{why}）",
@@ -180,63 +110,41 @@ SENTENCES = {
     "its colour profile is damaged: left out": "色彩描述檔損壞：略過",
     "CMYK without a colour profile: its colours are a guess": "CMYK 而沒有色彩描述檔：顏色只是推測",
     # -- 照片檢查 data/check.py
-    "{names:words}: {cause:said}": "{names:words}：{cause:said}",
-    '{photo}: its text has {tokens} tokens, {limit} fit; cut off: "{text}"': (
-        "{photo}：文字有 {tokens} 個 token，最多 {limit} 個；被截去：「{text}」"
-    ),
+    "{names}: {cause}": "{names}：{cause}",
     "left or right in its text": "文字中有左右之分",
     "{photo}: its text says left or right, which data.flip makes untrue; set data.flip = false or change the text": (
         "{photo}：文字提到左或右，而 data.flip 會左右翻轉；請設 data.flip = false，或改寫文字"
     ),
-    'no captions: every photo is trained as "{prompt}"; a prompt that goes on after it, with a place say, may then '
-    "show little of what is learned: write a caption for each photo that names its scene": (
-        "沒有說明文字：每張照片都以「{prompt}」訓練；提示詞若再接上別的字（例如地點），學到的東西可能出不來："
-        "請為每張照片寫一則說明，寫出它的場景"
-    ),
     "no caption": "沒有說明文字",
-    '{bare} of {count} photos have no caption and are trained as "{prompt}": {names:words}': (
-        "{count} 張照片中有 {bare} 張沒有說明文字，以「{prompt}」訓練：{names:words}"
-    ),
     "caption without the trigger": "說明文字中沒有觸發詞",
-    '{some} of {count} captions are without the trigger {trigger}; "{name}, " is put in front: {names:words}': (
-        "{count} 則說明文字中有 {some} 則沒有觸發詞 {trigger}；會在前面加上「{name}, 」：{names:words}"
-    ),
     "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'": (
         "data.name 是空的，學到的東西將沒有詞可以喚出；請填一個，例如「sks dog」"
     ),
     'data.name = "{name}" is one word: give a rare word and what it is, such as "{better}"': (
         'data.name = "{name}" 只有一個詞：請給一個罕見詞加上它是什麼，例如 "{better}"'
     ),
-    "{names:words}: the same file, counted {count} times": "{names:words}：同一個檔案，會算 {count} 次",
+    "{names}: the same file, counted {count} times": "{names}：同一個檔案，會算 {count} 次",
     "same as {photo}": "與 {photo} 相同",
-    "{names:words}: look almost the same": "{names:words}：幾乎一樣",
-    "{count} more lines like the last are in lorakit check --json: {cause:said}": (
-        "還有 {count} 行與上一行相似，見 lorakit check --json：{cause:said}"
+    "{names}: look almost the same": "{names}：幾乎一樣",
+    "{count} more lines like the last are in lorakit check --json: {cause}": (
+        "還有 {count} 行與上一行相似，見 lorakit check --json：{cause}"
     ),
     "{count} more texts are too long and cut off": "還有 {count} 則文字太長而被截去",
     "{photo}: its text has what is no character: {text}": "{photo}：文字中有不是字元的內容：{text}",
     "grey, beside a photo in colour": "灰階，旁邊有同名彩色照片",
-    "{names:words}: grey, with the name and size of a photo in colour; name.mask.png is read as a mask, "
+    "{names}: grey, with the name and size of a photo in colour; name.mask.png is read as a mask, "
     "this is trained as a photo": (
-        "{names:words}：灰階，檔名與尺寸同一張彩色照片；name.mask.png 會當成遮罩，這張會當成照片訓練"
+        "{names}：灰階，檔名與尺寸同一張彩色照片；name.mask.png 會當成遮罩，這張會當成照片訓練"
     ),
     "almost the same as {photo}": "與 {photo} 幾乎一樣",
     "scaled up {times}x": "放大 {times} 倍",
-    "{names:words}: smaller than the size they are trained at": "{names:words}：比訓練的尺寸小",
     "{share} cropped away": "裁掉 {share}",
-    "{names:words}: lose much to the crop; crop them yourself to choose what stays": (
-        "{names:words}：會被裁掉很多；請自行裁切，決定留下什麼"
-    ),
     "blurred": "模糊",
-    "{names:words}: look blurred at the size they are trained at": "{names:words}：以訓練的尺寸看來模糊",
-    "only {photos:words}: 5 to 20 from different sides and places teach more": (
-        "只有 {photos:words}：5 到 20 張、不同角度與場景的照片能教得更多"
+    "only {photos}: 5 to 20 from different sides and places teach more": (
+        "只有 {photos}：5 到 20 張、不同角度與場景的照片能教得更多"
     ),
-    "mixed aspect ratios: trained at {sizes:words}; a batch holds one size": (
-        "長寬比不一：以 {sizes:words} 訓練；每批只有一種尺寸"
-    ),
-    "set upright by their EXIF tag: {names:words}": "已依 EXIF 標籤轉正：{names:words}",
-    "transparent parts are shown on white: {names:words}": "透明部分以白色為底：{names:words}",
+    "set upright by their EXIF tag: {names}": "已依 EXIF 標籤轉正：{names}",
+    "transparent parts are shown on white: {names}": "透明部分以白色為底：{names}",
     "{some} of {count} photos have a mask; train.masked_loss = true uses it": (
         "{count} 張照片中有 {some} 張有遮罩；train.masked_loss = true 才會使用"
     ),
@@ -247,50 +155,18 @@ SENTENCES = {
         "{folder}：沒有分詞器（tokenizer.json，或 vocab.json 與 merges.txt）"
     ),
     # -- 設定 config/schema.py, config/option.py
-    "unknown section [{name}]": "沒有 [{name}] 這一節",
-    "unknown section [{name}] (did you mean {near}?)": "沒有 [{name}] 這一節（是不是 {near}？）",
     "[{name}] must be a table, not {value}": "[{name}] 必須是表格，而不是 {value}",
     "unknown option {key}": "沒有 {key} 這個選項",
-    "unknown option {key} (did you mean {near}?)": "沒有 {key} 這個選項（是不是 {near}？）",
     "{key} = {value}: must be a list of strings": "{key} = {value}：必須是文字清單",
-    "{key} = {value}: choose from {names}": "{key} = {value}：請從 {names} 中選擇",
-    "{key} = {value}: choose from {names} (did you mean {near}?)": (
-        "{key} = {value}：請從 {names} 中選擇（是不是 {near}？）"
-    ),
     "{key} = {value}: must be a table, such as {example}": "{key} = {value}：必須是表格，例如 {example}",
     "{key} = {value}: must be a number, a text, true, false, or a list of these": (
         "{key} = {value}：必須是數字、文字、true、false，或由這些組成的清單"
     ),
-    "{key} = {value}: choose one of {names} or write module:Class": (
-        "{key} = {value}：請從 {names} 中選一個，或寫成 module:Class"
-    ),
-    "{key} = {value}: choose one of {names} or write module:Class (did you mean {near}?)": (
-        "{key} = {value}：請從 {names} 中選一個，或寫成 module:Class（是不是 {near}？）"
-    ),
-    "{key} = {value}: choose one of {names}": "{key} = {value}：請從 {names} 中選一個",
-    "{key} = {value}: choose one of {names} (did you mean {near}?)": (
-        "{key} = {value}：請從 {names} 中選一個（是不是 {near}？）"
-    ),
-    "{key} = {value}: must be a whole number": "{key} = {value}：必須是整數",
     "{key} = {value}: must be a number": "{key} = {value}：必須是數字",
-    "{key} = {value}: must be true or false": "{key} = {value}：必須是 true 或 false",
-    "{key} = {value}: must be text": "{key} = {value}：必須是文字",
-    "{key} = {value}: must be between {low} and {high}": "{key} = {value}：必須介於 {low} 與 {high} 之間",
-    "{key} = {value}: must be {low} or more": "{key} = {value}：必須是 {low} 以上",
-    "{key} = {value}: must be above {low}": "{key} = {value}：必須大於 {low}",
-    "{key} = {value}: must be a finite number": "{key} = {value}：必須是有限的數字",
-    "{key} = {value}: must be a multiple of {number}": "{key} = {value}：必須是 {number} 的倍數",
     "{text}: write it as section.key=value, e.g. train.steps=200": (
         "{text}：請寫成 section.key=value，例如 train.steps=200"
     ),
     "config file {path} does not exist": "設定檔 {path} 不存在",
-    "unknown preset {name}; presets: {names}": "沒有 {name} 這個預設組合；可用的有：{names}",
-    "unknown preset {name} (did you mean {near}?); presets: {names}": (
-        "沒有 {name} 這個預設組合（是不是 {near}？）；可用的有：{names}"
-    ),
-    "{file}: not valid TOML: {why}": "{file}：不是有效的 TOML：{why}",
-    "set exactly one of {keys}: none is set": "{keys} 必須恰好設定一個：目前都沒有設定",
-    "set exactly one of {keys}: {given:words} are set": "{keys} 必須恰好設定一個：目前設定了 {given:words}",
     "optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens": (
         "optimizer.text_encoder_learning_rate 需要 adapter.train_text_encoder = true 或 new_tokens"
     ),
@@ -300,34 +176,10 @@ SENTENCES = {
     "unknown option {key} with adapter.method = {method}: leave it out": (
         "adapter.method = {method} 沒有 {key} 這個選項：請拿掉"
     ),
-    "adapter.method = {method} trains the base's own weights: memory.{option} is for frozen ones, leave it out": (
-        "adapter.method = {method} 訓練基礎模型自己的權重：memory.{option} 是給凍結的權重用的，請拿掉"
-    ),
-    "adapter.method = {method} trains the base's own weights: memory.compile is for an adapter's blocks, set it to "
-    "false": "adapter.method = {method} 訓練基礎模型自己的權重：memory.compile 是給 adapter 的，請設為 false",
-    "adapter.method = {method} trains the base's own weights, which float16 is too coarse for: set "
-    "memory.mixed_precision to 'bf16' or 'fp32'": (
-        "adapter.method = {method} 訓練基礎模型自己的權重，float16 對它太粗：請把 memory.mixed_precision 設為 'bf16' "
-        "或 'fp32'"
-    ),
     "adapter.method = {method}: this card has no bf16, and float16 is too coarse for a model's own weights: set "
     "memory.mixed_precision = 'fp32'": (
         "adapter.method = {method}：這張顯示卡沒有 bf16，而 float16 對模型自己的權重太粗：請設 "
         "memory.mixed_precision = 'fp32'"
-    ),
-    "adapter.method = {method} trains the base's own weights: train.prior = 'teacher' would need the base once more, "
-    "choose 'images', as DreamBooth does": (
-        "adapter.method = {method} 訓練基礎模型自己的權重：train.prior = 'teacher' 還需要一份基礎模型，請選 'images'，"
-        "DreamBooth 也是如此"
-    ),
-    "adapter.method = {method} trains the base's own weights: train.ema_decay needs memory.mixed_precision = 'fp32', "
-    "as an average in bf16 would stand still": (
-        "adapter.method = {method} 訓練基礎模型自己的權重：train.ema_decay 需要 memory.mixed_precision = 'fp32'，"
-        "因為 bf16 的平均不會動"
-    ),
-    "adapter.method = {method} trains the base's own weights one by one, which optimizer.name = {name} cannot: choose "
-    "one of {names}": (
-        "adapter.method = {method} 逐一訓練基礎模型自己的權重，optimizer.name = {name} 做不到：請選 {names} 之一"
     ),
     "{key} is for the extracted LoRA: add 'adapter' to adapter.outputs": (
         "{key} 是給抽取的 LoRA 用的：請在 adapter.outputs 加上 'adapter'"
@@ -341,13 +193,6 @@ SENTENCES = {
     "optimizer.learning_rate = {rate}: for adapter.method = {method} {usual} is usual; at so much a model forgets what "
     "it knew": (
         "optimizer.learning_rate = {rate}：adapter.method = {method} 通常用 {usual}；這麼高，模型會忘記原本會的"
-    ),
-    "model: the base's own weights are trained at the rate {rate}; written: {outputs}": (
-        "模型：以學習率 {rate} 訓練基礎模型自己的權重；寫出：{outputs}"
-    ),
-    "model: the base's own weights are trained at the rate {rate}; each weight's gradient is clipped to the norm "
-    "{norm} by itself; written: {outputs}": (
-        "模型：以學習率 {rate} 訓練基礎模型自己的權重；每個權重的梯度各自限制在範數 {norm}；寫出：{outputs}"
     ),
     "train.init_from makes no sense with adapter.method = {method}, which begins from the base": (
         "train.init_from 不能與 adapter.method = {method} 並用，因為它從基礎模型開始"
@@ -374,35 +219,20 @@ SENTENCES = {
         "data.flip、data.crop_jitter 與 data.color_jitter 需要 data.variants 為 2 以上"
     ),
     # -- 檢視與轉換 export/*
-    "{path}: its names are PEFT's, and adapter_config.json, which has its alpha, is not beside it: put the two "
-    "together, {where}": (
-        "{path}：名稱是 PEFT 的，但旁邊沒有記載 alpha 的 adapter_config.json：請把兩個檔案放在一起（{where}）"
-    ),
-    "{path}: has adapter_config.json and no adapter_model.safetensors: the weights are missing": (
-        "{path}：有 adapter_config.json，但沒有 adapter_model.safetensors：缺少權重"
-    ),
     "{path}: its weights are a pickle; convert it once: lorakit convert {file}": (
         "{path}：權重是 pickle；請轉換一次：lorakit convert {file}"
     ),
-    "{path}: neither a PEFT folder nor a base model (no model_index.json); it holds {count} .safetensors files": (
-        "{path}：不是 PEFT 資料夾，也不是基礎模型（沒有 model_index.json）；裡面有 {count} 個 .safetensors 檔"
-    ),
     "{path}: cannot be read as a JSON object": "{path}：無法讀作 JSON 物件",
-    "{path}: this is {what:said}": "{path}：這是{what:said}",
     "an adapter": "adapter",
     "lorakit's bundled base": "lorakit 內附的基礎模型",
     "a base that attends to text of width {width}, not {usual}": "文字寬度為 {width} 而非 {usual} 的基礎模型",
     "a whole model (a checkpoint), not an adapter": "完整的模型（checkpoint），不是 adapter",
-    "a whole model (a checkpoint), not an adapter; it predicts {kind:words}, {why:said}": (
-        "完整的模型（checkpoint），不是 adapter；預測 {kind:words}，{why:said}"
-    ),
     "a UNet alone, not an adapter": "單獨的 UNet，不是 adapter",
     "a VAE, not an adapter": "VAE，不是 adapter",
     "a text encoder, not an adapter": "文字編碼器，不是 adapter",
     "a textual-inversion embedding, not an adapter": "詞向量（textual inversion），不是 adapter",
     "a ControlNet, not an adapter": "ControlNet，不是 adapter",
     "not an adapter for Stable Diffusion": "不是 Stable Diffusion 的 adapter",
-    "a base model in diffusers layout ({kind})": "diffusers 格式的基礎模型（{kind}）",
     "metadata": "依中繼資料",
     "names": "依名稱",
     "its keys": "依其中的鍵",
@@ -412,7 +242,7 @@ SENTENCES = {
     "a guess: nothing in the file tells": "推測：檔案中沒有說明",
     "refuses the file: {why}": "拒絕這個檔案：{why}",
     "reads none of it, as it has no rule for names like {name}": "完全無法讀取，不認得 {name} 這樣的名稱",
-    "{counts}; no rule for {name:words}": "{counts}；不認得 {name:words}",
+    "{counts}; no rule for {name}": "{counts}；不認得 {name}",
     "{file}: not converted after {seconds} s": "{file}：{seconds} 秒後仍未轉換完成",
     "{name}: the download ended with code {code}": "{name}：下載以代碼 {code} 結束",
     "{file}: the conversion ended with code {code}": "{file}：轉換以代碼 {code} 結束",
@@ -424,31 +254,10 @@ SENTENCES = {
         "{path} 不在允許的範圍 {roots} 之內；啟動介面時加上 --root 資料夾 即可開放"
     ),
     "{photo}: no such photo": "{photo}：沒有這張照片",
-    "{file}: cannot be written ({why})": "{file}：無法寫入（{why}）",
     "{name} is no run": "{name} 不是執行紀錄",
     "{name} is no checkpoint": "{name} 不是檢查點",
     "{name} is in the queue already": "{name} 已在佇列中",
     **RUNNING,
 }
-
-PHRASES = {
-    " and {count} more": " 等，另有 {count} 個",
-    "{count} modules ({number} M weights)": "{count} 個模組（{number} M 個權重）",
-    "{count} modules ({number} weights)": "{count} 個模組（{number} 個權重）",
-    "{count} modules ({number} M weights), ": "{count} 個模組（{number} M 個權重）、",
-    "{count} modules ({number} weights), ": "{count} 個模組（{number} 個權重）、",
-    "1 photo": "1 張照片",
-    "{count} photos": "{count} 張照片",
-    " at {count} resolutions": "，{count} 種解析度",
-    " with zero terminal SNR": "（終端 SNR 為零）",
-    "scaled up {times}x": "放大 {times} 倍",
-    "{share} cropped away": "裁掉 {share}",
-    "(blurred)": "（模糊）",
-    "without an ending": "個沒有副檔名",
-    "(only one level of subfolders is read)": "（只讀取一層子資料夾）",
-    " and train.": " 與 train.",
-    " and v_prediction": " 與 v_prediction",
-    "prior drift": "先驗偏移",
-    ", or a lower data.resolution": "，或調低 data.resolution",
-    " with train.": " 並設 train.",
-}
+# 並列的訊息之間的標點。
+JOINTS = {", ": "、", "; ": "；", ": ": "：", ". ": "。"}
