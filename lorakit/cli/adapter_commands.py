@@ -18,7 +18,7 @@ from lorakit.cli.train_commands import Command, add_model, add_prompts, read_ove
 from lorakit.config import unquote
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.names import shorten
+from lorakit.core.names import MAX_NAME_BYTES, shorten
 from lorakit.core.registry import FORMATS
 from lorakit.formats.facts.hosts import HOSTS
 
@@ -251,6 +251,7 @@ def run_combine(args: argparse.Namespace) -> int:
     from lorakit.formats import metadata as meta
     from lorakit.formats.edit.resize_combine import combine
 
+    args.name = args.name.removesuffix(".safetensors")
     sources = [_with_strength(text) for text in args.adapters]
     parts = [(formats.read(path), strength) for path, strength in sources]
     triggers = dict.fromkeys(weights.metadata.get(TRIGGER, "") for weights, _ in parts)
@@ -345,6 +346,8 @@ def _write(
     from lorakit.formats import adapter_math, compatibility
     from lorakit.formats.saving import destination, occupied, take_along
 
+    if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        raise LorakitError(f"{shorten(name, 40)}: too long for the name of a file: give one of at most 200 letters")
     folder = Path(args.output)
     target = destination(folder, name, args.to).resolve()
     for source in sources:

@@ -75,6 +75,10 @@ def test_combine(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for name in NAMES:
         expected = 0.5 * adapter().layers[name].delta() + adapter(1).layers[name].delta()
         assert torch.allclose(result.layers[name].delta(), expected, atol=1e-6)
+    assert run("combine", toy, "--name", "n" * 201, "--output", tmp_path) == 1
+    assert "too long for the name of a file: give one of at most 200 letters" in capsys.readouterr().err
+    assert run("combine", toy, "--name", "one.safetensors", "--output", tmp_path) == 0
+    assert (tmp_path / "one.safetensors").is_file()
     assert run("combine", f"{toy}=much") == 1
     assert "write ADAPTER=STRENGTH, e.g. toy.safetensors=0.7" in capsys.readouterr().err
 
