@@ -44,6 +44,7 @@ def add(command: Command) -> None:
 
     check = command("check", run_check, "check photos and show the plan")
     add_run_options(check)
+    _add_output(check)
 
     train = command("train", run_train, "train an adapter from a folder of photos")
     train.set_defaults(has_events=True)
@@ -279,6 +280,7 @@ def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[..., An
         return 130
     terminal.say(f"adapter: {result.adapter}")
     terminal.say(f"report: {result.folder / 'report.html'}")
+    terminal.say("done and checked")
     if args.json:
         facts = {
             "folder": str(result.folder),

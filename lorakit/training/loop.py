@@ -283,14 +283,11 @@ class Readings:
             names |= {self.dataset.names(batch.bucket)[i] for i in batch.entries.tolist()}
         latest = checkpoint.latest(self.run.folder.checkpoints)
         intact = Message("; {checkpoint} is intact", latest.name) if latest else ""
-        return Message(
-            "step {number}: the {figure} is not finite ({names}); lower optimizer.learning_rate or use "
-            "memory.mixed_precision = 'fp32'{intact}",
-            number + 1,
-            figure,
-            ", ".join(sorted(names)),
-            intact,
-        )
+        advice = Message("lower optimizer.learning_rate")
+        if self.model.family.dtype != torch.float32:
+            advice = Message("lower optimizer.learning_rate or use memory.mixed_precision = 'fp32'")
+        values = (number + 1, figure, ", ".join(sorted(names)), advice, intact)
+        return Message("step {number}: the {figure} is not finite ({names}); {advice}{intact}", *values)
 
 
 class Milestones:

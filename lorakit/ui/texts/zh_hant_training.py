@@ -77,10 +77,12 @@ _RUNS = {
         "第 {number} 步：fp16 的梯度溢位，略過這一步（至今 {skipped} 次）"
     ),
     "{line}; their scale is {scale} now": "{line}；縮放倍率現在是 {scale}",
-    "step {number}: the {figure} is not finite ({names}); lower optimizer.learning_rate or use memory.mixed_precision "
-    "= 'fp32'{intact}": (
-        "第 {number} 步：{figure}不是有限的數字（{names}）；請調低 optimizer.learning_rate，"
-        "或用 memory.mixed_precision = 'fp32'{intact}"
+    "step {number}: the {figure} is not finite ({names}); {advice}{intact}": (
+        "第 {number} 步：{figure}不是有限的數字（{names}）；{advice}{intact}"
+    ),
+    "lower optimizer.learning_rate": "請調低 optimizer.learning_rate",
+    "lower optimizer.learning_rate or use memory.mixed_precision = 'fp32'": (
+        "請調低 optimizer.learning_rate，或用 memory.mixed_precision = 'fp32'"
     ),
     "gradient": "梯度",
     "loss": "損失",
