@@ -32,7 +32,9 @@ def test_a_run_that_ends_early_says_so_in_its_last_line(
     monkeypatch.setattr(RunFolder, "require", lambda _: None)  # there is no such run
     assert cli.main(["resume", "runs/a", "--json"]) in (1, 130)
     out = capsys.readouterr().out
-    assert json.loads(out) == line
+    event = json.loads(out)
+    assert {name: event[name] for name in event if name not in ("key", "values")} == line
+    assert ("key" in event) == (error is STOP)
     assert out.isascii() and out.count("\n") == 1
     cli.main(["resume", "runs/a"])
     assert capsys.readouterr().out == ""

@@ -346,8 +346,8 @@ def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
     # Four steps and a trial of each of two shapes, of twelve blocks.
     assert calls == [True] * (6 * 12)
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
-    assert log.count("compiled the UNet's blocks for this batch shape in ") == 2
-    assert log.count("batches of further shapes run uncompiled: at most 2 are compiled") == 1
+    assert log.count('"message": "compiled the UNet\'s blocks for this batch shape in ') == 2
+    assert log.count('"message": "batches of further shapes run uncompiled: at most 2 are compiled') == 1
     assert "a CPU compiles for minutes" in log
 
 
@@ -369,7 +369,7 @@ def test_on_a_card_compiled_blocks_go_into_the_graph(
     plain = load_file(train.train(run_config(tiny_sd1, photos, tmp_path / "plain", **options)).adapter)
     result = train.train(run_config(tiny_sd1, photos, tmp_path / "run", memory__compile=True, **options))
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
-    assert log.count("compiled the UNet's blocks for this batch shape in ") == 2
+    assert log.count('"message": "compiled the UNet\'s blocks for this batch shape in ') == 2
     assert "CUDA graphs are off" not in log and "without a CUDA graph" not in log
     loss_and_gradients = load_file(result.adapter)
     assert plain.keys() == loss_and_gradients.keys()
