@@ -240,6 +240,7 @@ def test_every_process_has_as_many_batches_and_together_they_have_all(count: int
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):
+    PartialState._reset_state()  # what another test may have left
     with socket.socket() as other:
         other.bind(("localhost", 0))
         other.listen()
