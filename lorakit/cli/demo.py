@@ -126,6 +126,8 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     """Draw the prompts by the base and with the adapter, from equal seeds: (grid, judge's share before, after)."""
     import dataclasses
 
+    from PIL import Image
+
     from lorakit import adapters, families, formats
     from lorakit.core import image_grid
     from lorakit.engine import device as devices
@@ -152,8 +154,8 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
     adapted = draw()
     columns = len(config.sample.prompts)
     file = folder / "before-after.png"
-    image_grid.save(
-        image_grid.grid(base[:columns] + adapted[:columns], ["base", "adapter"], config.sample.prompts), file
-    )
+    photos = [Image.open(path).convert("RGB") for path in sorted(Path(config.data.folder).glob("*.png"))[:columns]]
+    pictures = photos + base[:columns] + adapted[:columns]
+    image_grid.save(image_grid.grid(pictures, ["photos", "base", "adapter"], config.sample.prompts), file)
     classifier = Classifier.load()
     return file, classifier.subject_score(base, subject), classifier.subject_score(adapted, subject)

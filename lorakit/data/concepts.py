@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,11 @@ def of_photo(photo: Photo, config: DataConfig) -> DataConfig:
 def of_photos(photos: Sequence[Photo], config: DataConfig) -> list[DataConfig]:
     """The config of each concept, in the order of the photos."""
     return list(dict.fromkeys(of_photo(photo, config) for photo in photos)) or [config]
+
+
+def counts(photos: Sequence[Photo], config: DataConfig) -> dict[str, int]:
+    """What the photos show, "sks dog", and how many do, in the order of the photos."""
+    return dict(Counter(of_photo(photo, config).name.strip() for photo in photos))
 
 
 def with_name(config: DataConfig, photos: Sequence[Photo]) -> DataConfig:

@@ -89,8 +89,8 @@ def build(
     images: int,
     steps: int,
     epochs: int,
-    started: float,
-    finished: float,
+    times: tuple[float, float],
+    subjects: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """The metadata of an adapter from a run.
 
@@ -100,13 +100,13 @@ def build(
         images: photos trained on.
         steps: optimizer steps made.
         epochs: passes over the photos, rounded down.
-        started: seconds since 1970.
-        finished: seconds since 1970.
+        times: when it began and ended, seconds since 1970.
+        subjects: what the photos show -> how many do; unless given, all show `data.name`.
     """
-    tags = registry.version_of(base.family).tags
+    tags, (started, finished) = registry.version_of(base.family).tags, times
     version, architecture = tags.of(base.prediction_type)
     side = config.data.resolution
-    trigger = config.data.name.strip()
+    subjects = subjects or {config.data.name.strip(): images}
     result = {
         "ss_base_model_version": version,
         "ss_v2": tags.v2,
@@ -133,10 +133,10 @@ def build(
         result["lorakit.base_source"] = base.source
     if config.model.clip_skip:
         result["ss_clip_skip"] = result["modelspec.encoder_layer"] = str(config.model.clip_skip)
-    if trigger:
-        result["modelspec.trigger_phrase"] = trigger
+    if any(subjects):
+        result["modelspec.trigger_phrase"] = ", ".join(subjects)
         # A1111 shows this as the tag cloud; it must be a JSON object of objects.
-        result["ss_tag_frequency"] = json.dumps({"photos": {trigger: images}}, ensure_ascii=False)
+        result["ss_tag_frequency"] = json.dumps({"photos": subjects}, ensure_ascii=False)
     return result
 
 

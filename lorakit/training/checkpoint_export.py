@@ -76,8 +76,7 @@ def read(path: Path) -> AdapterWeights:
         images=photo_count,
         steps=state.step,
         epochs=state.step * config.train.gradient_accumulation_steps // max(1, batches),
-        started=changed,
-        finished=changed,
+        times=(changed, changed),
     )
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in averaged(state.adapter).items():

@@ -20,6 +20,7 @@ from lorakit.core.events import Events, StopRequest
 from lorakit.core.messages import Message
 from lorakit.core.names import step_name
 from lorakit.core.registry import METHODS, resolve
+from lorakit.data import concepts
 from lorakit.engine import device_memory
 from lorakit.formats import files, metadata
 from lorakit.inference import sampling
@@ -94,8 +95,8 @@ class Run:
             images=plan.photo_count,
             steps=step,
             epochs=step * self.config.train.gradient_accumulation_steps // plan.batches,
-            started=self.started,
-            finished=time.time(),
+            times=(self.started, time.time()),
+            subjects=concepts.counts(self.ready.report.photos, self.config.data),
         )
         if (path := METHODS[self.config.adapter.method].whole_model) and (whole := resolve(path)):
             return dict(whole.save(self, weights, name, facts))

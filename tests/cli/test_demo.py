@@ -60,7 +60,7 @@ def test_the_demo_in_little(
     assert report["subject"] == "zib"
     assert 0 <= report["before"] <= 1 and 0 <= report["after"] <= 1
     width, height = Image.open(report["grid"]).size
-    assert width > 5 * 64 and height > 2 * 64
+    assert width > 5 * 64 and height > 3 * 64
     assert Path(report["adapter"]).is_file()
     for line in ("judge: ", "before and after: out/before-after.png", "done in "):
         assert line in captured.err

@@ -142,6 +142,7 @@ def test_each_folder_trains_its_own_subject(photos: Path, base: Any) -> None:
     assert [photo.repeats for photo in report.photos] == [1, 20, 20, 5]
     configs = concepts.of_photos(report.photos, config)
     assert [own.name for own in configs] == ["zwx toy", "ohwx man", "sks dog"]
+    assert concepts.counts(report.photos, config) == {"zwx toy": 1, "ohwx man": 2, "sks dog": 1}
     assert captions.class_text_of_any("a photo of an ohwx man beside a sks dog", configs) == (
         "a photo of a man beside a dog"
     )

@@ -56,7 +56,7 @@ def metadata_of(info=None, **extra):
         },
     )
     return metadata.build(
-        config, info or Info(), name="sks-dog", images=5, steps=100, epochs=20, started=1.7e9, finished=1.7e9 + 60
+        config, info or Info(), name="sks-dog", images=5, steps=100, epochs=20, times=(1.7e9, 1.7e9 + 60)
     )
 
 
@@ -159,6 +159,22 @@ def test_sidecar_has_what_a1111_and_invokeai_read():
 
 def test_family_is_unknown_where_nothing_tells():
     assert metadata.family({}) is None and metadata.family({"format": "pt"}) is None
+
+
+def test_several_subjects_are_all_named():
+    entries = metadata.build(
+        configuration.load(None, {"data.folder": "photos", "data.name": "sks dog", "train.steps": 9}),
+        Info(),
+        name="both",
+        images=5,
+        steps=9,
+        epochs=1,
+        times=(1.7e9, 1.7e9),
+        subjects={"sks dog": 2, "ohwx cat": 3},
+    )
+    assert entries["modelspec.trigger_phrase"] == "sks dog, ohwx cat"
+    assert json.loads(entries["ss_tag_frequency"]) == {"photos": {"sks dog": 2, "ohwx cat": 3}}
+    assert metadata.sidecar(entries)["activation text"] == "sks dog, ohwx cat"
 
 
 def test_without_a_trigger_none_is_claimed():
