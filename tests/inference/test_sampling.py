@@ -159,7 +159,7 @@ def exported(tiny_sd1, tmp_path_factory) -> dict[str, Path]:
     )
     from lorakit.formats import metadata
 
-    facts = metadata.build(settings, family.info, name="toy", images=4, steps=5, epochs=1, started=0.0, finished=1.0)
+    facts = metadata.build(settings, family.info, name="toy", images=4, steps=5, epochs=1, times=(0.0, 1.0))
     folder = tmp_path_factory.mktemp("exported")
     return formats.save(weights, folder, "toy", tuple(registry.FORMATS), "fp16", facts, say=lambda line, **_: None)
 
