@@ -94,7 +94,7 @@ def test_the_bytes_of_a_sum_over_several_cards_are_those_of_the_adapter(monkeypa
     ("option", "loops"),
     [
         ("--stream", ["resident", "streamed"]),
-        ("--convolutions", ["lorakit", "cudnn.benchmark", "channels last"]),
+        ("--convolutions", ["lorakit", "cudnn.benchmark", "channels first"]),
     ],
 )
 def test_the_loops_of_a_gpu_have_further_questions(

@@ -84,7 +84,7 @@ def test_layers_behind_it_get_no_gradient_and_are_listed(
 def test_the_file_says_it_and_sample_reads_it(tiny_sd1: Path) -> None:
     settings = config.load(None, {"train.steps": 1, "model.clip_skip": 2, "data.name": "sks toy"})
     base = families.describe(tiny_sd1)
-    facts = {"name": "a", "images": 1, "steps": 1, "epochs": 1, "started": 0.0, "finished": 1.0}
+    facts = {"name": "a", "images": 1, "steps": 1, "epochs": 1, "times": (0.0, 1.0)}
     paths = metadata.build(settings, base, **facts)
     assert (paths["ss_clip_skip"], paths["modelspec.encoder_layer"]) == ("2", "2")
     assert "ss_clip_skip" not in metadata.build(config.load(None, {"train.steps": 1}), base, **facts)

@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = RunFolder.create(config)
     generator = torch.Generator().manual_seed(0)
     layer = LoraLayer(torch.randn(4, 768, generator=generator), torch.randn(1280, 4, generator=generator), 4.0)
-    facts = {"images": 5, "steps": 100, "epochs": 20, "started": 1.7e9, "finished": 1.7e9 + 60}
+    facts = {"images": 5, "steps": 100, "epochs": 20, "times": (1.7e9, 1.7e9 + 60)}
     texts = metadata.build(config, Info(), name="sks-toy", **facts)
     export_save(AdapterWeights("sd1", "lora", {LAYER: layer}), run.path, "sks-toy", ["kohya"], "fp16", texts)
     (run.path / "sks-toy.json").write_text(json.dumps({"notes": SECRETS[4]}), encoding="utf-8")
