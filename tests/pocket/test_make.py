@@ -43,6 +43,7 @@ def test_a_smoke_run_makes_a_pipeline_that_draws(smoke_run: tuple[Path, Path]) -
     assert (output / "classifier.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_has_nothing_to_do(smoke_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     work, output = smoke_run
     make.make(SMOKE, work, output, 1)

@@ -124,6 +124,7 @@ def test_small_steps_are_not_lost_in_bf16(tiny_sd1: Path) -> None:
     assert 0.005 < changed / total < 0.3
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits_and_its_files_are_what_was_trained(
     tiny_sd1: Path, photos: Path, tmp_path: Path
 ) -> None:
