@@ -33,7 +33,6 @@ def run_probe(args: argparse.Namespace) -> int:
     with model_imports():
         from lorakit import families
         from lorakit.data import decode
-        from lorakit.engine import device as devices
         from lorakit.families.pocket import subjects
         from lorakit.inference.measure_prediction import measure
 
@@ -44,10 +43,7 @@ def run_probe(args: argparse.Namespace) -> int:
         pictures = [decode.decode(Path(photo)).image for photo in args.photo]
     else:
         pictures = [image for image, _ in subjects.photos(BUNDLED_SUBJECT, BUNDLED_PHOTOS)]
-    memory, device = config.memory, devices.device(config.memory)
-    devices.prepare(memory, device)
-    dtype, streams = devices.dtype(memory, device), devices.streams(memory, device)
-    family = families.load(info, device, dtype, memory.base_storage, streams, memory.engine == "plain")
+    family, _ = families.load_as_configured(info, config)
     verdict = measure(family, pictures)
     if args.json:
         print_json(verdict.to_json())

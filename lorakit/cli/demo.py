@@ -130,17 +130,10 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
 
     from lorakit import adapters, families, formats
     from lorakit.core import image_grid
-    from lorakit.engine import device as devices
     from lorakit.families.pocket.classifier import Classifier
     from lorakit.inference import sampling
 
-    device = devices.device(config.memory)
-    devices.prepare(config.memory, device)
-    info = families.describe(config.model)
-    storage, stream = config.memory.base_storage, devices.streams(config.memory, device)
-    family = families.load(
-        info, device, devices.dtype(config.memory, device), storage, stream, config.memory.engine == "plain"
-    )
+    family, _ = families.load_as_configured(families.describe(config.model), config)
 
     def draw() -> list[Any]:
         images = []

@@ -76,17 +76,13 @@ def _measure(ready: Ready, steps: int, events: Events, stop: StopRequest) -> Ite
     """(learning rate, what the adapter takes off the base's error on the middle photo) as the rate rises."""
     with model_imports():
         from lorakit import families
-        from lorakit.engine import device as devices
         from lorakit.training import precompute
         from lorakit.training.trainable import trainable
 
-    config, memory = ready.config, ready.config.memory
-    device = devices.device(memory)
-    for line in devices.prepare(memory, device):
+    config = ready.config
+    family, lines = families.load_as_configured(ready.info, config)
+    for line in lines:
         events.say(line)
-    streams = devices.streams(memory, device)
-    dtype = devices.dtype(memory, device)
-    family = families.load(ready.info, device, dtype, memory.base_storage, streams, config.engine_is_off)
     poll = partial(stop.poll, "nothing was written")
     inputs = precompute.precompute(config, family, None, ready.report, events, poll)
     family.release("vae", "text_encoders")

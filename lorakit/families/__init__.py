@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from lorakit.config import Config
     from lorakit.core.prompt_syntax import Prompt
     from lorakit.families.conditioning import Conditioning
     from lorakit.families.prediction import Prediction
@@ -36,6 +37,7 @@ __all__ = [
     "describe_pipeline",
     "from_pipeline",
     "load",
+    "load_as_configured",
     "of_pipeline",
     "pin",
     "unsuited",
@@ -145,6 +147,21 @@ def load(
     if not family.plain and family.device.type == "cpu" and storage == "full" and not stream:
         onednn_linear.use_onednn_linear(family.denoiser)
     return family
+
+
+def load_as_configured(info: BaseInfo, config: Config) -> tuple[Family, list[str]]:
+    """Load a described base on the device and in the precision that the config asks for: (base, lines on the device).
+
+    Raises:
+        LorakitError: see `load`; the device is not there, or cannot do what the config asks.
+    """
+    from lorakit.engine import device as devices
+
+    memory = config.memory
+    device = devices.device(memory)
+    lines = devices.prepare(memory, device)
+    dtype, stream = devices.dtype(memory, device), devices.streams(memory, device)
+    return load(info, device, dtype, memory.base_storage, stream, config.engine_is_off), lines
 
 
 def from_pipeline(
