@@ -319,6 +319,29 @@ def _apply_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _normed(  # type: ignore[no-untyped-def]
+    gradient: tl.tensor,
+    x: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    center: tl.tensor,
+    width: tl.tensor,
+    factor: tl.tensor,
+    shift: tl.tensor,
+    SILU: tl.constexpr,
+):
+    """Normed values at some places, and their gradients, both `[ROWS, WIDTH]`."""
+    normed = tl.load(x + at, mask=inside[None, :], other=0).to(tl.float32)
+    normed = (normed - center[None, :]) * width[None, :]
+    towards = tl.load(gradient + at, mask=inside[None, :], other=0).to(tl.float32) * factor[None, :]
+    if SILU:
+        y = normed * factor[None, :] + shift[None, :]
+        share = tl.sigmoid(y)
+        towards = towards * share * (1 + y * (1 - share))
+    return normed, towards
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _norm_sums(  # type: ignore[no-untyped-def]
     gradient: tl.tensor,
     x: tl.tensor,
@@ -347,13 +370,7 @@ def _norm_sums(  # type: ignore[no-untyped-def]
     total, product = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
     for tile in range(TILES):
         at = (program * rows + tile * ROWS + tl.arange(0, ROWS)[:, None]) * channels + column[None, :]
-        normed = tl.load(x + at, mask=inside[None, :], other=0).to(tl.float32)
-        normed = (normed - center[None, :]) * width[None, :]
-        towards = tl.load(gradient + at, mask=inside[None, :], other=0).to(tl.float32) * factor[None, :]
-        if SILU:
-            y = normed * factor[None, :] + shift[None, :]
-            share = tl.sigmoid(y)
-            towards = towards * share * (1 + y * (1 - share))
+        normed, towards = _normed(gradient, x, at, inside, center, width, factor, shift, SILU)
         total += towards
         product += towards * normed
     tl.store(sums + program * channels + column, tl.sum(total, axis=0), mask=inside)
@@ -388,12 +405,6 @@ def _norm_gradient(  # type: ignore[no-untyped-def]
     product = tl.load(mean_product + group, mask=inside, other=0)
     program = batch * tl.num_programs(1) + tl.program_id(1)
     at = (program * rows + tl.arange(0, ROWS)[:, None]) * channels + column[None, :]
-    normed = tl.load(x + at, mask=inside[None, :], other=0).to(tl.float32)
-    normed = (normed - center[None, :]) * width[None, :]
-    towards = tl.load(gradient + at, mask=inside[None, :], other=0).to(tl.float32) * factor[None, :]
-    if SILU:
-        y = normed * factor[None, :] + shift[None, :]
-        share = tl.sigmoid(y)
-        towards = towards * share * (1 + y * (1 - share))
+    normed, towards = _normed(gradient, x, at, inside, center, width, factor, shift, SILU)
     to = width[None, :] * (towards - total[None, :] - normed * product[None, :])
     tl.store(result + at, to.to(result.dtype.element_ty), mask=inside[None, :])
