@@ -304,7 +304,7 @@ class TokenCounter:
         self._tokenizer = _load_tokenizer(folder)
 
     def rank(self, word: str) -> int | None:
-        """Place of a word in a large vocabulary, the commonest first; None where it has no token of its own."""
+        """Place of a word in a large vocabulary, the most common first; None where no single token stands for it."""
         ids = self._tokenizer.encode(word, add_special_tokens=False).ids
         return ids[0] if len(ids) == 1 and self._tokenizer.get_vocab_size() > LARGE_VOCABULARY else None
 

@@ -134,7 +134,7 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None,
 
 
 def _edited(pixels: Pixels, edit: PhotoEdit) -> Pixels:
-    """The part of a picture that an edit leaves, as pixels of its own."""
+    """The part of a picture that an edit leaves, as separate pixels."""
     left, top, right, bottom = edit.box((pixels.shape[1], pixels.shape[0]))
     return np.ascontiguousarray(np.rot90(pixels, -edit.turn // 90)[top:bottom, left:right])
 

@@ -171,7 +171,7 @@ def _read_more_folders(result: Folder, more_folders: Mapping[str, str]) -> None:
             replace(photo, relative=f"{name}/{photo.relative}", subject=subject, repeats=repeats)
             for photo in part.photos
         ]
-        result.warnings += [f"{name}/: {line}" for line in part.warnings]
+        result.warnings += [Message("{folder}/: {problem}", printable(name), line) for line in part.warnings]
 
 
 def _edit(result: Folder, edits: Mapping[str, str]) -> None:

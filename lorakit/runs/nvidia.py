@@ -115,7 +115,7 @@ class Reading:
 
 
 class Monitor:
-    """The readings of all cards, asked for in a thread of its own at most every `every` seconds: nobody waits for a
+    """The readings of all cards, asked for in a separate thread at most every `every` seconds: nobody waits for a
     driver that hangs. Without nvidia-smi there are none, and nothing is started."""
 
     FIELDS = "name,memory.used,memory.total,utilization.gpu,temperature.gpu"

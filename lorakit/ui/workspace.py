@@ -232,7 +232,7 @@ def _as_state(state: str, updated: float, message: str = "") -> run_folder.State
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a run's file is no model of its own; only the header of one that is called so is read."""
+    """Whether a run's file is no whole model; only the header of one that is called so is read."""
     if not path.stem.endswith("-model"):
         return True
     try:

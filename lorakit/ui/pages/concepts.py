@@ -1,4 +1,4 @@
-"""The part of the page of photos that reads several folders, each as a concept with a name and a weight of its own."""
+"""The part of the page of photos that reads several folders, each as a concept with its name and weight."""
 
 from __future__ import annotations
 

@@ -46,7 +46,6 @@ BASES = {
     "adapter.new_tokens: base {name} reads texts by {encoder} too, which learns no words; set it to 0": (
         "adapter.new_tokens：基礎模型 {name} 也用 {encoder} 讀文字，而它不學新詞；請設為 0"
     ),
-    "without {encoder}": "沒有 {encoder}",
     "base {path} has no T5: leave model.t5": "基礎模型 {path} 沒有 T5：請勿更改 model.t5",
     "base {file} has T5 and no tokenizer for it on this machine, and HF_HUB_OFFLINE is set: {ways}": (
         "基礎模型 {file} 有 T5，這台電腦上卻沒有它的分詞器，且已設定 HF_HUB_OFFLINE：請把 model.tokenizer "
@@ -131,9 +130,6 @@ BASES = {
     ),
     "base {name}: {repository} has no such file; its .safetensors files: {files}": (
         "基礎模型 {name}：{repository} 沒有這個檔案；它的 .safetensors 檔：{files}"
-    ),
-    "base {link} is a part of a model: give {name} for the whole model": (
-        "{link} 只是模型的一部分：請指定 {name}（完整的模型）"
     ),
     "base {name} is not a safetensors file: give another file": ("基礎模型 {name} 不是 safetensors 檔：請指定別的檔案"),
     "base {name} has no {file}, only weights that are not read here": (

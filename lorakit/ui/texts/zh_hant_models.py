@@ -61,9 +61,6 @@ _WHAT = {
     "base {name} is a pipeline in memory: give it to train or resume, by pipeline=": (
         "基礎模型 {name} 是記憶體中的 pipeline：請以 pipeline= 傳給 train 或 resume"
     ),
-    "base {base} is a {name} without {encoder}, as SDXL's refiner is: give the base model instead": (
-        "基礎模型 {base} 是沒有 {encoder} 的 {name}，如同 SDXL 的 refiner：請改為指定 base 模型"
-    ),
     "without {name}": "沒有 {name}",
     "without {name}, as model.t5 says": "不使用 {name}，依 model.t5",
     "{kind} with zero terminal SNR": "{kind}（終端 SNR 為零）",
@@ -169,10 +166,6 @@ _FILES = {
     "base {link} is a part of a model: give {name} for the whole model": (
         "{link} 只是模型的一部分：請指定 {name}（完整的模型）"
     ),
-    "as its last norm1.bias spreads by {spread}, above 0.09": "因為最後一個 norm1.bias 的離散度 {spread} 大於 0.09",
-    "as its last norm1.bias spreads by {spread}, not above 0.09": (
-        "因為最後一個 norm1.bias 的離散度 {spread} 不大於 0.09"
-    ),
     "T5 and no tokenizer for it on this machine, and T5's": "T5，但這台電腦上沒有它的分詞器；T5 的分詞器",
     "set model.tokenizer to a folder with tokenizer_3/tokenizer.json in it, or to that of ComfyUI; or set model.t5 = "
     "false, which leaves T5 out": (
@@ -181,7 +174,6 @@ _FILES = {
     ),
     "{counts}; no rule for {name}{more}": "{counts}；不認得 {name}{more}",
     "{counts}; {why}: {module}{more}": "{counts}；{why}：{module}{more}",
-    "refuses the file: {why}": "拒絕這個檔案：{why}",
     "{description}; it predicts {kind}, {why}": "{description}；預測 {kind}，{why}",
     "it holds {count} .safetensors files{pickles}": "裡面有 {count} 個 .safetensors 檔{pickles}",
     "the diffusers format cannot carry this DoRA: PEFT's magnitude is one number per output row, this one has one per "

@@ -254,7 +254,6 @@ PARTS = {
     "{name}: {problem}": "{name}：{problem}",
     "{name}: {detail}": "{name}：{detail}",
     "{name}: {path}": "{name}：{path}",
-    "{names}: {cause}": "{names}：{cause}",
     **_PLAN,
     **_CONFIG,
     **_PHOTOS,

@@ -101,16 +101,12 @@ PHOTOS = {
     "cannot keep class images in {folder}: {reason}; set LORAKIT_CACHE": (
         "無法在 {folder} 保存類別圖片：{reason}；請設 LORAKIT_CACHE"
     ),
-    "memory.mixed_precision = 'bf16': this card does not compute in bf16; choose 'fp16' or 'fp32'": (
-        "memory.mixed_precision = 'bf16'：這張顯示卡不支援 bf16；請選 'fp16' 或 'fp32'"
-    ),
     "data.folder_resolutions.{name} = {side}: must be a multiple of 8, and not above data.resolution = {top}": (
         "data.folder_resolutions.{name} = {side}：必須是 8 的倍數，且不大於 data.resolution = {top}"
     ),
     "data.folder_resolutions and data.lower_resolutions are both set: leave one out": (
         "data.folder_resolutions 與 data.lower_resolutions 都設定了：請刪去一個"
     ),
-    "data.folder_resolutions: no photo is in a folder {name}": "data.folder_resolutions：資料夾 {name} 裡沒有照片",
     "data.lower_resolutions = {sides}: each must be below data.resolution = {side}, and stand there once": (
         "data.lower_resolutions = {sides}：每個都必須小於 data.resolution = {side}，且不重複"
     ),

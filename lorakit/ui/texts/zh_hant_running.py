@@ -25,9 +25,6 @@ RUNNING = {
         "{name} 自己保留權重的平均：匯出、作圖與驗證都用它"
     ),
     "train.ema_decay: {name} keeps an average itself: leave it out": "train.ema_decay：{name} 自己有平均，請拿掉",
-    "text encoders are trained, as sd-scripts does without network_train_unet_only": (
-        "會訓練文字編碼器，與 sd-scripts 沒有 network_train_unet_only 時相同"
-    ),
     "loading the base": "正在載入基礎模型",
     "encoding the photos": "正在編碼照片",
     "drawing the class images": "正在繪製類別圖片",

@@ -56,7 +56,6 @@ SENTENCES = {
     ),
     # -- 照片資料夾 data/photo_folder.py
     "no folder of photos given (data.folder)": "尚未指定照片資料夾（data.folder）",
-    "folder {path} does not exist": "資料夾 {path} 不存在",
     "{path} is one picture; give the folder it is in: {folder}": "{path} 是一張圖；請指定它所在的資料夾：{folder}",
     "{path} is a file; give a folder of photos": "{path} 是檔案；請指定照片資料夾",
     "0 images in {path}; looked for {kinds}; found {content}": (
@@ -120,9 +119,6 @@ SENTENCES = {
     "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'": (
         "data.name 是空的，學到的東西將沒有詞可以喚出；請填一個，例如「sks dog」"
     ),
-    'data.name = "{name}" is one word: give a rare word and what it is, such as "{better}"': (
-        'data.name = "{name}" 只有一個詞：請給一個罕見詞加上它是什麼，例如 "{better}"'
-    ),
     "{names}: the same file, counted {count} times": "{names}：同一個檔案，會算 {count} 次",
     "same as {photo}": "與 {photo} 相同",
     "{names}: look almost the same": "{names}：幾乎一樣",
@@ -156,13 +152,11 @@ SENTENCES = {
     ),
     # -- 設定 config/schema.py, config/option.py
     "[{name}] must be a table, not {value}": "[{name}] 必須是表格，而不是 {value}",
-    "unknown option {key}": "沒有 {key} 這個選項",
     "{key} = {value}: must be a list of strings": "{key} = {value}：必須是文字清單",
     "{key} = {value}: must be a table, such as {example}": "{key} = {value}：必須是表格，例如 {example}",
     "{key} = {value}: must be a number, a text, true, false, or a list of these": (
         "{key} = {value}：必須是數字、文字、true、false，或由這些組成的清單"
     ),
-    "{key} = {value}: must be a number": "{key} = {value}：必須是數字",
     "{text}: write it as section.key=value, e.g. train.steps=200": (
         "{text}：請寫成 section.key=value，例如 train.steps=200"
     ),
@@ -242,7 +236,6 @@ SENTENCES = {
     "a guess: nothing in the file tells": "推測：檔案中沒有說明",
     "refuses the file: {why}": "拒絕這個檔案：{why}",
     "reads none of it, as it has no rule for names like {name}": "完全無法讀取，不認得 {name} 這樣的名稱",
-    "{counts}; no rule for {name}": "{counts}；不認得 {name}",
     "{file}: not converted after {seconds} s": "{file}：{seconds} 秒後仍未轉換完成",
     "{name}: the download ended with code {code}": "{name}：下載以代碼 {code} 結束",
     "{file}: the conversion ended with code {code}": "{file}：轉換以代碼 {code} 結束",

@@ -13,20 +13,13 @@ _RUNS = {
     "it is a file": "它是檔案",
     "there is no such folder": "沒有這個資料夾",
     "{path} is not a run folder: it has no state.json": "{path} 不是執行資料夾：沒有 state.json",
-    "{path} is not empty and nothing in it is overwritten; give another --output{hint}": (
-        "{path} 不是空的，其中的內容不會被覆寫；請換一個輸出資料夾{hint}"
-    ),
     "{folder} is not empty and nothing in it is overwritten; give another --output": (
         "{folder} 不是空的，其中的內容不會被覆寫；請換一個資料夾"
     ),
     ", or go on with: lorakit resume {path}": "，或繼續執行：lorakit resume {path}",
-    "{path} is being trained by process {pid}; stop that first": "程序 {pid} 正在訓練 {path}；請先停止它",
     "unknown": "不明",
     "a log of the run cannot be written ({reason}); the run goes on without it": (
         "無法寫入執行紀錄（{reason}）；訓練會繼續"
-    ),
-    "{what} cannot be written ({why}); the run goes on without: make room for it": (
-        "{what} 無法寫入（{why}）；訓練會略過它繼續：請騰出空間"
     ),
     "step {step}: the samples": "第 {step} 步的樣張",
     "step {step}: the adapter": "第 {step} 步的 adapter",
@@ -115,7 +108,6 @@ _RUNS = {
     " (the UNet's weights kept in {places})": "（UNet 的權重存放於 {places}）",
     "trained in it": "以此訓練",
     "adapter in float32": "adapter 為 float32",
-    "done and checked": "完成，並已檢驗",
 }
 _CHECKS = {
     "{format} file": "{format} 檔案",
