@@ -50,6 +50,7 @@ class Option:
         private: the value has names of the user's. It is never written to an adapter's metadata either.
         choices: the valid values; () if any value is valid.
         import_path: "module:Class" is also valid.
+        local_only: only a config file and the command line set it, never the front end, where others may be at work.
         numbered: the choice that may be followed by ":" and a number.
         automatic: the word that stands for None, which is decided when the run begins; "" where there is none.
     """
@@ -66,6 +67,7 @@ class Option:
     private: bool = False
     choices: tuple[str, ...] = ()
     import_path: bool = False
+    local_only: bool = False
     numbered: str = ""
     automatic: str = ""
 

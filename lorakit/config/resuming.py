@@ -36,6 +36,7 @@ FREE |= {
     "output.formats",
     "output.dtype",
     "output.trackers",
+    "output.notify",
 }
 FREE |= {f"memory.{name}" for name in ("device", "gradient_checkpointing", "limit_gib", "compile", "engine")}
 FREE |= {"memory.cuda_graphs", "memory.attention", "memory.stream_base", "memory.triton", "memory.channels_last"}

@@ -59,9 +59,7 @@ class DataConfig:
     """The photos, and the words that go with them."""
 
     folder: str = option(
-        "",
-        "Folder of photos. Only captions that you save or let a model write are put there, photo.txt.",
-        path=True,
+        "", "Folder of photos. Only captions that you save or let a model write are put there, photo.txt.", path=True
     )
     kind: Literal["subject", "style"] = option("subject", "What the photos have in common: a subject or a style.")
     name: str = option("", "The trigger and what it is, as in 'sks dog' or 'sks style'. The first word is the trigger.")
@@ -296,8 +294,7 @@ class TrainConfig:
     )
     prior_loss_weight: float = option(1.0, "Weight of the prior term.", low=0, high=10)
     prior_target: Literal["image", "base"] = option(
-        "image",
-        "What prior = 'images' asks for: the class image, or what the base predicts of it, which leaks less.",
+        "image", "What prior = 'images' asks for: the class image, or what the base predicts of it, which leaks less."
     )
     prior_prompts: tuple[str, ...] = option(
         (), "Prompts of other things that must stay as they are: the prior asks for these too."
@@ -378,13 +375,11 @@ class MemoryConfig:
         "full", "How the UNet's frozen weights are kept: in full, 8 or 4.5 bits. w8a8: linear layers multiply in int8."
     )
     stream_base: bool = option(
-        False,
-        "Keep the UNet's frozen weights in the host's memory and copy each to the card in time: less memory, slower.",
+        False, "Keep the UNet's frozen weights in the host's memory, copied to the card in time: less memory, slower."
     )
     compile: bool = option(False, "Compile the UNet's blocks for training; the first step of each batch shape pays.")
     engine: Literal["fused", "plain"] = option(
-        "fused",
-        "plain: diffusers and PEFT unchanged; no CUDA graphs, flat buffers, compile. Same within rounding, slower.",
+        "fused", "plain: diffusers and PEFT unchanged; no CUDA graphs, flat buffers, compile. Same, slower."
     )
     channels_last: Literal["auto", "on", "off"] = option(
         "auto", "Keep the UNet's pictures channels last. auto: in half precision on a card with Triton."
@@ -427,6 +422,12 @@ class OutputConfig:
         "Trackers that get figures and sample pictures, or module:Class of accelerate's kind.",
         choices=TRACKERS,
         import_path=True,
+    )
+    notify: str = option(
+        "",
+        "At the end of a run: an http or https address that gets a POST of JSON, or a command (docs/how-to.md).",
+        private=True,
+        local_only=True,
     )
 
 

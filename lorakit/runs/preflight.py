@@ -34,7 +34,7 @@ from lorakit.families import BaseInfo
 from lorakit.families.describe import BUNDLED
 from lorakit.families.pocket.spec import KINDS
 from lorakit.formats import compatibility, identify
-from lorakit.runs import launch, nvidia, plan, run_folder, whole_model
+from lorakit.runs import launch, nvidia, plan, results, run_folder, whole_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -185,6 +185,7 @@ def _early_problems(config: Config, resume: bool) -> list[str]:
         *_optimizer_problems(config),
         *_missing_packages(config),
         *_line(plan.device_problem(config.memory.device)),
+        *_line(results.notify_problem(config.output.notify)),
         *_line(_precision_problem(config.memory)),
         *([] if config.data.name else [NO_NAME]),
     ]

@@ -31,8 +31,8 @@ from filelock import FileLock, Timeout
 from lorakit.config import Config, to_toml
 from lorakit.core import atomic, foreign_json, names
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import KEYS
-from lorakit.runs import nvidia, run_folder
+from lorakit.core.messages import KEYS, from_lines
+from lorakit.runs import nvidia, results, run_folder
 
 # A worker that finds the lock taken waits this long (seconds): the other may be about to leave.
 PATIENCE = 5.0
@@ -216,7 +216,7 @@ class Queue:
         while True:
             free = [place for place in range(max(1, len(cards))) if place not in running]
             for job in self.waiting() if free else []:
-                _, _, number = _device(job).partition("cuda:")
+                _, _, number = _option(job, "memory", "device").partition("cuda:")
                 place = int(number) % max(1, len(cards)) if number.isdecimal() else free[0] if free else -1
                 if place in free:
                     free.remove(place)
@@ -230,7 +230,24 @@ class Queue:
                 if (code := process.poll()) is not None:
                     state = ENDED.get(code, "failed" if code >= 0 else "interrupted")
                     self._write(replace(job, state=state, code=code, ended=time.time()))
+                    self._notify(job, state)
                     del running[place]
+
+    def _notify(self, job: Job, state: str) -> None:
+        """Notify of a run that ended before it began, or was killed; all others do it themselves."""
+        target, folder = _option(job, "output", "notify"), Path(job.folder)
+        try:
+            now = run_folder.read(folder)
+        except LorakitError:  # it has made no folder
+            now = run_folder.State()
+        if not target or (now.updated > job.pid_start and now.state != "interrupted"):
+            return
+        if now.updated <= job.pid_start:
+            lines = from_lines(self.log(job.number))
+            now = replace(now, state=state, message=str(lines[-1]) if lines else "")  # type: ignore[arg-type]
+        if problem := results.notify(target, folder, now):
+            with self._file(job.number, "log").open("a", encoding="utf-8") as log:
+                log.write(f"lorakit: {problem}\n")
 
     def _begin(self, job: Job, environment: dict[str, str]) -> tuple[Job, subprocess.Popen[bytes]]:
         with self._file(job.number, "log").open("ab") as log:
@@ -314,11 +331,11 @@ def _parsed(file: Path, changed: int, inode: int, size: int) -> Job:
     return Job(**values | {"arguments": tuple(values["arguments"])})
 
 
-def _device(job: Job) -> str:
-    """`memory.device` of the config that a job trains with; "" where it has none."""
+def _option(job: Job, section: str, name: str) -> str:
+    """An option of the config that a job trains with; "" where it has none."""
     file = Path(job.arguments[2]) if job.verb == "train" else Path(job.folder, "config.toml")
     try:
-        return str(tomllib.loads(file.read_text(encoding="utf-8"))["memory"]["device"])
+        return str(tomllib.loads(file.read_text(encoding="utf-8"))[section][name])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -1,11 +1,31 @@
-"""What came of the runs of a batch, copied to where others look for it: a folder, or a URL that fsspec opens."""
+"""What of a run goes elsewhere: a batch's results, copied to a folder or a URL, and the notification at a run's end."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
+
+from lorakit.config.option import to_text
 from lorakit.core.errors import LorakitError
+from lorakit.core.events import json_value
+from lorakit.core.messages import Message
+from lorakit.runs.run_folder import State
+
+# Seconds that a notification may take.
+NOTIFY_SECONDS = 20.0
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Results:
@@ -51,3 +71,85 @@ def _files(runs: Path, name: str) -> Iterator[Path]:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def notify_problem(target: str) -> str | None:
+    """Why `output.notify` cannot be used on this machine, or None. Nothing is asked or started."""
+    way = "give the address of a server, as https://..., or a command"
+    try:
+        if not ADDRESS.match(target):
+            name = next(iter(_command(target)), "")
+            lacks = not shutil.which(name) and bool(target.strip())
+            return (
+                Message("output.notify: there is no command {name} here; {way}", to_text(name), way) if lacks else None
+            )
+        address = urlsplit(target)
+        is_usable = address.scheme.lower() in ("http", "https") and address.hostname and address.port != 0
+        if is_usable and not address.username and not re.search(r"[\s\0-\x1f]", target):
+            return None
+        reason = "no address of http:// or https:// without a user's name"
+    except ValueError as error:  # quotes that do not close, a port that is none
+        reason = str(error).lower()
+    return Message("output.notify = {value}: {reason}; {way}", to_text(target), reason, way)
+
+
+def notify(target: str, folder: Path, state: State) -> str | None:
+    """Tell `output.notify` how a run ended. Return what went wrong, or None; it takes at most `NOTIFY_SECONDS`."""
+    if not target.strip():
+        return None
+    outcome: list[str] = [Message("no answer within {seconds:g} s", NOTIFY_SECONDS)]
+
+    def tell() -> None:
+        try:
+            (_post if ADDRESS.match(target) else _start)(target, folder.absolute(), state)
+            outcome.clear()
+        except Exception as error:  # whatever it is, the run has ended as it did
+            reason = getattr(error, "reason", None)
+            cause = reason if isinstance(reason, Exception) else error
+            if not isinstance(cause, TimeoutError):
+                outcome[:] = [_reason(cause)]
+
+    # In a thread: the time limit of a connection is one of each packet, and looking up a name has none.
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    thread.join(NOTIFY_SECONDS + 1)
+    return next((Message("output.notify: nobody was notified ({reason})", reason) for reason in outcome), None)
+
+
+def _post(address: str, folder: Path, state: State) -> None:
+    text = f"lorakit: {folder.name}: {state.state}"
+    names = ("state", "step", "steps", "loss", "adapter", "message")
+    body = {"run": folder.name, **{name: getattr(state, name) for name in names}, "text": text, "content": text}
+    headers = {"Content-Type": "application/json", "User-Agent": "lorakit"}
+    request = urllib.request.Request(address, json.dumps(json_value(body)).encode(), headers)
+    try:
+        urllib.request.urlopen(request, timeout=NOTIFY_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+
+
+def _start(command: str, folder: Path, state: State) -> None:
+    facts = {"RUN": str(folder), "STATE": state.state, "STEP": str(state.step), "MESSAGE": state.message}
+    process = subprocess.Popen(
+        [*_command(command), str(folder), state.state],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {f"LORAKIT_{name}": value.replace("\0", "") for name, value in facts.items()},
+    )
+    try:
+        code = process.wait(NOTIFY_SECONDS)
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
+        raise TimeoutError from None
+    if code:
+        raise OSError(f"the command ended with code {code}")
+
+
+def _command(text: str) -> list[str]:
+    """The words of a command; no shell reads them, so nothing in them is expanded but the user's own folder."""
+    words = shlex.split(text, posix=os.name != "nt")
+    return [str(Path(word).expanduser()) if word.startswith("~") else word for word in words]

@@ -118,6 +118,11 @@ class RunFolder:
         self._unwritten: OSError | None = None
 
     @property
+    def current(self) -> State:
+        """Where this process says that the run stands."""
+        return self._state
+
+    @property
     def threads(self) -> int:
         """See `State`."""
         return self._state.threads

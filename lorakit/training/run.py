@@ -28,7 +28,7 @@ from lorakit.core.units import count
 from lorakit.data import photo_folder
 from lorakit.engine import device as devices, quantized_weight
 from lorakit.formats import files
-from lorakit.runs import launch, nvidia, report
+from lorakit.runs import launch, nvidia, report, results
 from lorakit.runs.preflight import Ready, preflight
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint, optimizers, parallel, selfcheck
@@ -239,7 +239,7 @@ def _run(
     """Load the base, precompute, train, export, and check the files."""
     deterministic = devices.deterministic(ready.config.train)
     with (
-        _outcome(folder),
+        _outcome(folder, ready.config.output.notify, Events(*listeners)),
         parallel.join() as processes,
         _begin(ready, folder, listeners, stop, processes) as run,
         deterministic,
@@ -452,8 +452,8 @@ def _loader(run: Run) -> Callable[..., Family]:
 
 
 @contextlib.contextmanager
-def _outcome(folder: RunFolder) -> Iterator[None]:
-    """Leave in the run folder how the run ended, whatever happens inside."""
+def _outcome(folder: RunFolder, notify: str, events: Events) -> Iterator[None]:
+    """Leave in the run folder how the run ended, whatever happens inside, and notify whom the config names."""
     try:
         try:
             yield
@@ -473,3 +473,6 @@ def _outcome(folder: RunFolder) -> Iterator[None]:
         raise
     finally:
         folder.unlock()
+        if problem := results.notify(notify, folder.path, folder.current):
+            folder.event("warning", message=problem)
+            events.say(problem, warning=True)

@@ -58,7 +58,9 @@ class Api:
             raise LorakitError(
                 "quality = {quality!r}: must be one of {names}", quality, ", ".join(quickstart.LENGTH_FACTORS)
             )
-        options, folder = options or {}, str(self.workspace.roots.resolve(photos))
+        options = options or {}
+        form.refuse_local(options)
+        folder = str(self.workspace.roots.resolve(photos))
         base = form.resolve_path(quickstart.BASE, base, self.workspace.roots) if base != "pocket" else base
         answers: Json = {quickstart.PHOTOS: folder, quickstart.NAME: name, quickstart.BASE: base}
         answers[quickstart.KIND] = options.get(quickstart.KIND, "subject")
@@ -67,8 +69,7 @@ class Api:
         if config is None:
             raise LorakitError("\n".join(line for lines in problems.values() for line in lines))
         photo_folder.scan(Path(folder))
-        job = self.workspace.queue.train(config)
-        self.workspace.queue.start()
+        job = self.workspace.train(config)
         return {"run": Path(job.folder).name}
 
     def stop(self, run: str) -> Json:
@@ -106,7 +107,9 @@ class Api:
         return {
             "run": run,
             **asdict(states[run]),
-            "config": folder.config_file.read_text(encoding="utf-8") if folder.config_file.is_file() else "",
+            "config": form.without_local(folder.config_file.read_text(encoding="utf-8"))
+            if folder.config_file.is_file()
+            else "",
             "log": [str(event.get("message", "")) for event in messages][-LOG_LINES:],
             "report": _json_of(folder.report_file),
             "checkpoints": sorted(int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/complete")),

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         access.require_password(args.host, args.share, args.password, args.public)
         access.require_origin(args.embed)
         roots = [Path(root) for root in args.root or default_roots()]
-        workspace = Workspace(Path(args.runs), roots, [Path(folder) for folder in args.bases])
+        workspace = Workspace(Path(args.runs), roots, [Path(folder) for folder in args.bases], args.notify)
         serve(workspace, args)
     except (LorakitError, OSError) as problem:
         print(f"lorakit: {problem}", file=sys.stderr)
@@ -110,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--max-upload", type=int, default=500, metavar="MB", help="largest file taken in (default: 500)"
+    )
+    options.add_argument(
+        "--notify",
+        default="",
+        metavar="TARGET",
+        help="output.notify of its runs, which no page can set: URL or command",
     )
     options.add_argument("--open", action="store_true", help="open the browser")
     return options

@@ -1,4 +1,8 @@
-"""From options to widgets' values and back. All of it follows from `config.options()`; no option has a name here."""
+"""From options to widgets' values and back. All of it follows from `config.options()`; no option has a name here.
+
+Options that are `local_only` have no field: whoever may see the page could otherwise start commands on this machine, or
+have it ask addresses that only it reaches.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 from lorakit import config as configuration
 from lorakit.config import Config, ConfigError, Option
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.runs import quickstart
 from lorakit.ui.access import Roots
 
@@ -90,7 +95,7 @@ def _number(text: str) -> float | str | None:
 
 def fields() -> dict[str, Field]:
     """Every option of every adapter method, by key, in the order of the config."""
-    by_key = {option.key: _field(option) for option in configuration.every_option()}
+    by_key = {option.key: _field(option) for option in configuration.every_option() if not option.local_only}
     order = list(configuration.SECTIONS)
     # The adapter's method says which other options there are.
     return dict(
@@ -139,7 +144,7 @@ def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[
     problems: dict[str, list[str]] = {}
     overrides: dict[str, Any] = {}
     for key, value in answers.items():
-        if key not in of_method:
+        if key not in of_method or key not in by_key:
             continue
         overrides[key] = by_key[key].read(value)
         if by_key[key].option.path and overrides[key] not in ("", by_key[key].option.default):
@@ -154,6 +159,24 @@ def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[
             problems.setdefault(field_of(problem, by_key), []).append(problem)
         return None, problems
     return (None if problems else config), problems
+
+
+def refuse_local(options: Mapping[str, object]) -> None:
+    """Refuse values of options that only whoever starts the front end may set.
+
+    Raises:
+        LorakitError: there is one.
+    """
+    for option in configuration.every_option():
+        if option.local_only and options.get(option.key):
+            way = Message("start the front end with --{name}", option.name)
+            raise LorakitError("{option} cannot be set from a page: leave it out, or {way}", option.key, way)
+
+
+def without_local(toml: str) -> str:
+    """A config's text without what others than its owner may not see, such as an address with a token."""
+    names = "|".join(option.name for option in configuration.every_option() if option.local_only)
+    return re.sub(rf"^({names}) = .+\n", "", toml, flags=re.MULTILINE)
 
 
 def _resolve(key: str, value: object, roots: Roots) -> object:

@@ -23,9 +23,9 @@ from lorakit.core.messages import from_lines, join
 from lorakit.data import checks, photo_folder
 from lorakit.data.photo_folder import Photo
 from lorakit.formats import identify
-from lorakit.runs import nvidia, run_folder
+from lorakit.runs import nvidia, results, run_folder
 from lorakit.runs.preflight import Preflight, preflight
-from lorakit.runs.queue import Queue
+from lorakit.runs.queue import Job, Queue
 from lorakit.ui import uploads
 from lorakit.ui.access import Roots
 from lorakit.ui.tasks import Progress, Tasks
@@ -47,9 +47,16 @@ class Workspace:
         runs: folder of the run folders; it is made, and is below the roots by itself.
         roots: other folders that may be read.
         base_folders: of base models, which may be read too.
+        notify: `output.notify` of the runs that are started here.
+
+    Raises:
+        LorakitError: nobody can be notified so.
     """
 
-    def __init__(self, runs: Path, roots: Sequence[Path], base_folders: Sequence[Path] = ()):
+    def __init__(self, runs: Path, roots: Sequence[Path], base_folders: Sequence[Path] = (), notify: str = ""):
+        if problem := results.notify_problem(notify):
+            raise LorakitError(problem)
+        self.notify = notify
         self.runs = runs.expanduser().resolve()
         self.runs.mkdir(parents=True, exist_ok=True)
         self.base_folders = [folder.expanduser().resolve() for folder in base_folders]
@@ -113,6 +120,12 @@ class Workspace:
                 watcher(count, total)
 
         return self._pool.submit(checks.check, config.data, info, cache=self._measurements, progress=progress), watchers
+
+    def train(self, config: Config) -> Job:
+        """Put a run into the queue, and see that it is worked off."""
+        job = self.queue.train(replace(config, output=replace(config.output, notify=self.notify)))
+        self.queue.start()
+        return job
 
     def preflight(self, config: Config, progress: Progress | None = None) -> Preflight:
         """What `lorakit check` says of a run that the queue would start; waits until the photos are looked at."""

@@ -22,7 +22,9 @@ def test_a_form_gives_back_the_config_it_shows(preset: str, tmp_path: Path):
 
 def test_every_option_has_a_field_and_every_kind_occurs():
     fields = form.fields()
-    assert {k.key for method in config.ADAPTER_SECTIONS for k in config.options(method)} == set(fields)
+    assert {k.key for method in config.ADAPTER_SECTIONS for k in config.options(method) if not k.local_only} == set(
+        fields
+    )
     assert {field.kind for field in fields.values()} == {
         "text", "lines", "table", "number", "whole", "switch", "choice", "choices",
     }  # fmt: skip

@@ -99,7 +99,7 @@ class RunTools:
         note = note_of(run.path)
         settings = run.config_file.read_text(encoding="utf-8") if run.config_file.is_file() else ""
         title = escape(say("tools.settings"))
-        text = f"<h2>{title}</h2><pre tabindex=0>{escape(settings)}</pre>" if settings else ""
+        text = f"<h2>{title}</h2><pre tabindex=0>{escape(form.without_local(settings))}</pre>" if settings else ""
         return [note["title"], note["note"], "", choices, "", text, self.remedies_of(run, say)]
 
     def remedies_of(self, run: RunFolder, say: Say) -> str:

@@ -224,6 +224,8 @@ class TrainPage:
         """Keep an uploaded preset, if it is one: (message, the dropdown)."""
         try:
             config = configuration.load(Path(file))
+            tables = configuration.as_tables(config)
+            form.refuse_local({f"{section}.{name}": table[name] for section, table in tables.items() for name in table})
         except LorakitError as problem:
             return widgets.problem(say.explain(str(problem).replace(file, Path(file).name))), gr.skip()
         return self._write_preset(Path(file).stem, configuration.to_toml(config), say)
@@ -391,10 +393,9 @@ class TrainPage:
                 say("train.cannot", problem="\n".join(p for one in problems.values() for p in one))
             ), None
         try:
-            job = self.workspace.queue.train(self.workspace.preflight(config, progress).or_raise().config)
+            job = self.workspace.train(self.workspace.preflight(config, progress).or_raise().config)
         except LorakitError as problem:
             return widgets.problem(say("train.cannot", problem=say.explain(str(problem)))), None
-        self.workspace.queue.start()
         name = job.folder.rpartition("/")[2].rpartition("\\")[2]
         return widgets.good(say("train.started", name=name)), name
 

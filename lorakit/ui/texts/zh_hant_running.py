@@ -233,6 +233,14 @@ RUNNING = {
     "output.trackers = {name}: the package {package} is not installed": (
         "output.trackers = {name}：套件 {package} 未安裝"
     ),
+    "output.notify: there is no command {name} here; {way}": "output.notify：這裡沒有指令 {name}；{way}",
+    "output.notify = {value}: {reason}; {way}": "output.notify = {value}：{reason}；{way}",
+    "give the address of a server, as https://..., or a command": "請填伺服器的網址，例如 https://...，或一個指令",
+    "no address of http:// or https:// without a user's name": "不是不含使用者名稱的 http:// 或 https:// 網址",
+    "output.notify: nobody was notified ({reason})": "output.notify：通知沒有送出（{reason}）",
+    "no answer within {seconds} s": "{seconds} 秒內沒有回應",
+    "{option} cannot be set from a page: leave it out, or {way}": "{option} 不能從頁面設定：請拿掉，或{way}",
+    "start the front end with --{name}": "啟動前端時加上 --{name}",
     "output.trackers: {name} does not start: {problem}": "output.trackers：{name} 無法啟動：{problem}",
     "optimizer.name = {name}: the package {package} is not installed": "optimizer.name = {name}：套件 {package} 未安裝",
     "optimizer.name = {name}: a step failed: {why}": "optimizer.name = {name}：執行一步時失敗：{why}",
