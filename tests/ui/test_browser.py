@@ -153,6 +153,11 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     with page.expect_download() as download:
         page.locator("#run-download").click()
     assert Path(download.value.path()).read_bytes() == (run / state.adapter).read_bytes()
+    # The same file beside the pictures of its step.
+    page.locator("#run-samples button[data-take='6']").click()
+    with page.expect_download() as download:
+        page.locator("#run-file a").first.click()
+    assert Path(download.value.path()).read_bytes() == (run / state.adapter).read_bytes()
     compare_and_export(person, run)
     # What the adapter is, and the same in another format.
     person.tab("adapter")

@@ -1,5 +1,6 @@
 """The pages' handlers, called as the browser calls them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from lorakit.config import TrainConfig  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
 from lorakit.data import photo_folder  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
-from lorakit.runs.run_folder import RunFolder  # noqa: E402
+from lorakit.runs.run_folder import RunFolder, read  # noqa: E402
 from lorakit.ui import app, commands, texts  # noqa: E402
 from lorakit.ui.pages.adapter import AdapterPage  # noqa: E402
-from lorakit.ui.pages.compare import ComparePage, _photos_of  # noqa: E402
+from lorakit.ui.pages.compare import ComparePage, _photos_of, export_step  # noqa: E402
 from lorakit.ui.pages.photos import PAGE, PhotosPage  # noqa: E402
+from lorakit.ui.pages.runs import _samples  # noqa: E402
 from lorakit.ui.pages.train import TrainPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
@@ -287,10 +289,17 @@ def test_only_checkpoints_that_have_a_file_are_offered(workspace: Workspace, tin
     assert table.count("no file any more") == 1 and "step 5" in table and "marked as best" in table
     assert "no longer has its own file" in page.mark_best("one", 5, SAY)
     assert "Step 10 is marked" in page.mark_best("one", 10, SAY) and page.show("one", SAY)[2]["value"] == 10
+    # The page of runs offers the same files, each beside its pictures; a checkpoint without pictures too.
+    (run.checkpoints / "step-000012").mkdir()
+    (run.checkpoints / "step-000012" / "complete").touch()
+    samples = _samples(workspace, run, read(place), SAY)
+    assert re.findall(r"data-take=(\d+)", samples) == ["15", "12", "10"] and "no file any more" in samples
+    message, file = export_step(workspace, "one", 15, "", SAY)
+    assert "Exported: toy.safetensors" in message and Path(file["value"][0]).read_bytes() == b"adapter"
     # The file of the last step, deleted by hand.
     (place / "toy.safetensors").unlink()
     assert [step for _, step in page.show("one", SAY)[2]["choices"]] == [10]
-    assert "no longer has its own file" in page.export_step("one", 15, "kohya", SAY)[0]
+    assert "no longer has its own file" in export_step(page.workspace, "one", 15, "kohya", SAY)[0]
 
 
 def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: Workspace):
@@ -298,13 +307,16 @@ def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: W
         page = ComparePage(workspace, T)
     gone = "not there any more"
     assert gone in page.show("gone", SAY)[0] and gone in page.mark_best("gone", 2, SAY)
-    assert "is not a run folder" in page.export_step("gone", 2, "kohya", SAY)[0]
+    assert "is not a run folder" in export_step(page.workspace, "gone", 2, "kohya", SAY)[0]
     assert "lk-problem" in page.draw_grids("gone", ["a.safetensors"], "", "1", SAY)[0]
     assert not (workspace.runs / "gone").exists()
     for text in ("abc", "0, x", "1;2", "nan"):
         assert "is no strength: give numbers" in page.draw_grids("gone", ["a.safetensors"], "", text, SAY)[0]
     # Nothing chosen at all.
-    for message in (page.export_step(None, None, "kohya", SAY)[0], page.draw_grids(None, [], "", "1", SAY)[0]):
+    for message in (
+        export_step(page.workspace, None, None, "kohya", SAY)[0],
+        page.draw_grids(None, [], "", "1", SAY)[0],
+    ):
         assert "lk-problem" in message and "No pictures yet" in message
 
 

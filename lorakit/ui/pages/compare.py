@@ -95,7 +95,7 @@ class ComparePage:
             return self.mark_best(name, step, say), self.table_of(name, say)
 
         def export(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
-            return self.export_step(data[self.run], data[self.step], data[self.format], say)
+            return export_step(self.workspace, data[self.run], data[self.step], data[self.format], say)
 
         def draw(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
             return self.draw_grids(data[self.run], data[self.files], data[self.prompts], data[self.strengths], say)
@@ -161,20 +161,15 @@ class ComparePage:
         marked, photos = marked_step(run), _photos_of(run, self.workspace)
         prompts = [str(recipe.get("prompt", "")) for recipe in _recipes(run, max(grids))]
         head = "".join(f"<th scope=col>{escape(prompt)}</th>" for prompt in prompts)
-        count = sum(1 for _ in run.checkpoints.glob("step-*/complete"))
-        take_label = escape(say("compare.take"))
         rows: list[str] = []
-        reason = escape(say("compare.gone", count=count))
         for step in grids:
             title = say("compare.step", step=step) if step else say("compare.base")
             star = f"<br>★ <small>{escape(say('compare.marked'))}</small>" if step == marked else ""
-            gone = "" if not step or file_of_step(run, step) else f"<br><small>{reason}</small>"
             cells = "".join(
                 self._cell(path, title, (len(rows), column), photos, say)
                 for column, path in enumerate(run.sample_pictures(step))
             )
-            take = "" if gone or not step else f"<br><button type=button data-take={step}>{take_label}</button>"
-            head_cell = f"<th scope=row>{escape(title)}{star}{gone}{take}</th>"
+            head_cell = f"<th scope=row>{escape(title)}{star}{take_button(run, step, say)}</th>"
             rows.append(f"<tr{' class=lk-marked' if star else ''}>{head_cell}{cells}</tr>")
         return (
             "<div class=lk-scroll tabindex=0 data-pictures><table class=lk-compare>"
@@ -204,23 +199,6 @@ class ComparePage:
             return widgets.problem(say("compare.not_there", step=step))
         atomic.write(self.workspace.run(name) / CHOICE, json.dumps({"step": int(step), "time": round(time.time())}))
         return widgets.good(say("compare.marked_done", step=step))
-
-    def export_step(self, name: str | None, step: int | None, kind: str, say: Say) -> tuple[str, Any]:
-        """Export the adapter of a step in a format: (message, the file to download)."""
-        hidden = gr.update(visible=False)
-        if not name:
-            return widgets.problem(say("compare.none")), hidden
-        run = RunFolder(self.workspace.run(name))
-        try:
-            source = file_of_step(run, int(step or 0))
-            if source is None:
-                return widgets.problem(say("compare.not_there", step=step)), hidden
-            files = commands.export(source, kind, self.workspace.unused(f"{run.path.name}/exports"))
-        except LorakitError as problem:
-            return widgets.problem(say.translate(str(problem))), hidden
-        staged = [str(self.workspace.staged(path)) for path in files if path.is_file()]
-        text = ", ".join(str(path.relative_to(run.path)) for path in files)
-        return widgets.good(say("compare.exported", name=text)), gr.update(visible=bool(staged), value=staged or None)
 
     def draw_grids(
         self, name: str | None, files: Sequence[str], prompts: str, strengths: str, say: Say
@@ -304,6 +282,37 @@ def file_of_step(run: RunFolder, step: int) -> Path | None:
         return exported
     checkpoint = run.checkpoints / names.step_name(step)
     return checkpoint if (checkpoint / "complete").is_file() else None
+
+
+def export_step(workspace: Workspace, name: str | None, step: int | None, kind: str, say: Say) -> tuple[str, Any]:
+    """Export the adapter of a step in a format, "": as the run does: (message, the file to download)."""
+    hidden = gr.update(visible=False)
+    if not name:
+        return widgets.problem(say("compare.none")), hidden
+    run = RunFolder(workspace.run(name))
+    try:
+        source = file_of_step(run, int(step or 0))
+        if source is None:
+            return widgets.problem(say("compare.not_there", step=step)), hidden
+        files = [source]
+        if kind or source.is_dir():
+            place = workspace.unused(f"{run.path.name}/exports")
+            files = commands.export(source, kind or next(iter(FORMATS)), place)
+    except LorakitError as problem:
+        return widgets.problem(say.translate(str(problem))), hidden
+    staged = [str(workspace.staged(path)) for path in files if path.is_file()]
+    text = ", ".join(str(path.relative_to(run.path)) for path in files)
+    return widgets.good(say("compare.exported", name=text)), gr.update(visible=bool(staged), value=staged or None)
+
+
+def take_button(run: RunFolder, step: int, say: Say) -> str:
+    """The button that takes a step's file, see `TAKE`; why there is none where the run keeps it no more."""
+    if not step:
+        return ""
+    if file_of_step(run, step):
+        return f"<br><button type=button data-take={step}>{escape(say('compare.take'))}</button>"
+    count = sum(1 for _ in run.checkpoints.glob("step-*/complete"))
+    return f"<br><small>{escape(say('compare.gone', count=count))}</small>"
 
 
 def _recipes(run: RunFolder, step: int) -> list[Mapping[str, object]]:

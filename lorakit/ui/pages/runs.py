@@ -18,8 +18,9 @@ from lorakit.core.messages import KEY_LINE, Message, from_json
 from lorakit.runs import charts
 from lorakit.runs.run_folder import LIVE, LogReader, RunFolder, State, read
 from lorakit.ui import address, widgets
-from lorakit.ui.pages import viewer
+from lorakit.ui.pages import compare, viewer
 from lorakit.ui.pages.run_tools import RunTools, note_of
+from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -91,7 +92,9 @@ class RunsPage:
                     self.download = gr.DownloadButton(t("run.download"), visible=False, elem_id="run-download")
                 self.message = widgets.html(elem_id="run-message")
                 self.tools = RunTools(workspace, t, run_name)
-                self.samples = widgets.html(elem_id="run-samples")
+                self.samples = widgets.html(elem_id="run-samples", js_on_load=compare.TAKE)
+                self.taking = widgets.html(elem_id="run-taking")
+                self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="run-file")
                 with gr.Accordion(t("run.view"), open=False, elem_id="run-view"), gr.Row(equal_height=False):
                     self.smoothing = gr.Slider(
                         0, 0.99, 0, step=0.01, label=t("run.smoothing"), info=t("run.smoothing_help")
@@ -140,7 +143,23 @@ class RunsPage:
             return self.go_on(run_name or "", say_for(request), int(steps or 0))
 
         self.resume.click(go_on, [self.run_name, self.steps], self.message, **ACT)
+        self._wire_files()
         self.work.click(lambda: self.workspace.queue.start(), None, None, **ACT)
+
+    def _wire_files(self) -> None:
+        """Wire the buttons that take a checkpoint's file."""
+        step = gr.State(0)
+
+        def choose(event: gr.EventData) -> int:
+            return int(event.step)
+
+        def take(data: Values, say: Say, progress: Progress) -> tuple[str, object]:
+            return compare.export_step(self.workspace, data[self.run_name], data[step], "", say)
+
+        inputs, outputs = {self.run_name, step}, [self.taking, self.file]
+        event = self.samples.select(choose, None, step, **EACH)
+        polled(self.workspace.tasks, [(event.then, take)], inputs, outputs, **ACT)
+        self.run_name.change(lambda: ("", gr.update(visible=False, value=None)), None, outputs, **FOLLOW)
 
     @property
     def outputs(self) -> list[Any]:
@@ -355,13 +374,15 @@ def _finding(name: str, detail: str, say: Say) -> str:
 
 def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> str:
     grids = run.sample_grids()
-    if not grids:
+    steps = {*grids, *(int(path.parent.name[5:]) for path in run.checkpoints.glob("step-*/complete"))}
+    if not steps:
         return widgets.quiet(say("run.no_samples")) if state.state in LIVE else ""
-    figures, result = [], "" if state.state in LIVE else _result(workspace, run, max(grids), say)
-    for row, (step, path) in enumerate(reversed(grids.items())):
+    figures, result = [], "" if state.state in LIVE else _result(workspace, run, max(grids, default=0), say)
+    for row, step in enumerate(sorted(steps, reverse=True)):
         title = say("compare.step", step=step) if step else say("compare.base")
-        picture = viewer.button(workspace, path, title, row, 0, side=SAMPLE_SIDE)
-        figures.append(f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>")
+        picture = viewer.button(workspace, grids[step], title, row, 0, side=SAMPLE_SIDE) if step in grids else ""
+        text = escape(title) + compare.take_button(run, step, say)
+        figures.append(f"<figure>{picture}<figcaption>{text}</figcaption></figure>")
     title = escape(say("run.samples"))
     return f"{result}<h2>{title}</h2><div class=lk-samples tabindex=0 data-pictures>{''.join(figures)}</div>"
 
