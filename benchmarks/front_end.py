@@ -28,7 +28,7 @@ from playwright.sync_api import sync_playwright
 
 from lorakit.config import Config, load
 from lorakit.runs.run_folder import RunFolder
-from lorakit.ui import app, texts
+from lorakit.ui import app, language, texts
 from lorakit.ui.pages.photos import PhotosPage
 from lorakit.ui.pages.runs import RunsPage
 from lorakit.ui.workspace import Workspace
@@ -102,7 +102,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def of_runs(workspace: Workspace) -> list[tuple[str, float, str]]:
     """The page of runs: opened first, and looked at again each second."""
     with gr.Blocks():
-        page = RunsPage(workspace, gr.I18n(**texts.tables()), gr.BrowserState())
+        page = RunsPage(workspace, language.Translations(), gr.BrowserState())
     name = sorted(path.name for path in workspace.runs.glob("run-*"))[-1]
     hashes: dict[str, object] = {}
 
@@ -119,7 +119,7 @@ def of_runs(workspace: Workspace) -> list[tuple[str, float, str]]:
 def of_photos(workspace: Workspace, photos: Path) -> list[tuple[str, float, str]]:
     """The page of photos: the first cards, and all of it with the check."""
     with gr.Blocks():
-        page = PhotosPage(workspace, gr.I18n(**texts.tables()))
+        page = PhotosPage(workspace, language.Translations())
     config: Config = load("subject-pocket", {"data.folder": str(photos), "data.name": "sks toy"})
     first, _ = timed(lambda: page.show(str(photos), 0, config, SAY))
     checked, _ = timed(lambda: page.checked(str(photos), 0, config, SAY))

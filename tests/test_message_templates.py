@@ -73,13 +73,14 @@ def test_a_template_has_as_many_values_as_names() -> None:
     assert not wrong
 
 
-def test_templates_have_a_line_in_each_language() -> None:
+def test_templates_have_a_line_in_chinese() -> None:
+    lines = texts.sentences("zh-Hant").lines
     missing = {
         key(template, call)
         for path in sources()
         if path.relative_to(PACKAGE).parts[0] != "cli"
         for name, call in calls(path)
         for template in templates(call)
-        if name != "Unreadable" and any(key(template, call) not in table.lines for table in texts.SENTENCES.values())
+        if name != "Unreadable" and key(template, call) not in lines
     }
     assert len(missing) <= UNTRANSLATED, sorted(missing)

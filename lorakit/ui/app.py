@@ -25,7 +25,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
-from lorakit.ui import access, address, language, texts, widgets
+from lorakit.ui import access, address, language, widgets
 from lorakit.ui.api import Api
 from lorakit.ui.checked import Page
 from lorakit.ui.guard import Guard
@@ -133,7 +133,7 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
     Raises:
         LorakitError: it cannot listen, or has no public address.
     """
-    t = gr.I18n(**texts.tables())
+    t = language.Translations()
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.private("gradio"))  # its own is shared, and kept for ever
     server = Server(
         build(workspace, t),

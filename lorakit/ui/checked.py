@@ -38,7 +38,17 @@ def fits(component: object, value: object) -> bool:
 
 
 class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
-    """Blocks that take a request only with values of the types that the page sends."""
+    """Blocks that take a request only with values of the types that the page sends, and that send one language."""
+
+    @property
+    def config(self) -> dict[str, object]:
+        """What the browser makes the page from, its texts in the language of the request."""
+        translations = getattr(self, "i18n_instance", None)
+        return {**self.__dict__["config"], "i18n_translations": translations and translations.translations_dict}
+
+    @config.setter
+    def config(self, config: dict[str, object]) -> None:
+        self.__dict__["config"] = config
 
     async def process_api(
         self, block_fn: BlockFunction | int, inputs: list[object], *args: object, **kwargs: object

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from html import escape
 
+import gradio as gr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,9 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorakit.ui import texts
 
 COOKIE = "lorakit-language"
-# The names that browsers give to the languages, and what each calls itself.
-LOCALES = {"en": "en", "zh-Hant": "zh-TW"}
-NAMES = {"en": "English", "zh-TW": "繁體中文"}
+# The language of the request that is being answered.
+REQUEST_LANGUAGE = ContextVar("REQUEST_LANGUAGE", default="en")
 # Gradio reads its translations by the browser's language when its script begins.
 SCRIPT = '<script>Object.defineProperty(navigator, "language", {{value: "{0}"}});</script>'
 SWITCH = (
@@ -23,13 +24,24 @@ SWITCH = (
 )
 
 
+class Translations(gr.I18n):  # type: ignore[misc]  # Gradio has no types
+    """The texts of the page, for Gradio: those of the language that is asked for, and no other."""
+
+    @property
+    def translations_dict(self) -> dict[str, dict[str, str]]:
+        """locale -> key -> text."""
+        language = REQUEST_LANGUAGE.get()
+        return {texts.source(language).about.locale: texts.table(language)}
+
+
 def buttons() -> str:
     """A button for each language, which `SWITCH` listens to."""
+    every = [texts.source(language).about for language in texts.LANGUAGES]
     choices = "".join(
-        f'<button type=button data-language="{locale}" lang="{locale}">{escape(name)}</button>'
-        for locale, name in NAMES.items()
+        f'<button type=button data-language="{one.locale}" lang="{one.locale}">{escape(one.name)}</button>'
+        for one in every
     )
-    return f'<nav class=lk-languages aria-label="Language · 語言">{choices}</nav>'
+    return f"<nav class=lk-languages aria-label=Language>{choices}</nav>"
 
 
 class Language:
@@ -44,10 +56,11 @@ class Language:
             await self.app(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
-        choice = cookie_parser(headers.get("cookie", "")).get(COOKIE)
-        if choice in NAMES:
+        choice = cookie_parser(headers.get("cookie", "")).get(COOKIE) or ""
+        if choice in [texts.source(language).about.locale for language in texts.LANGUAGES]:
             headers["accept-language"] = choice
-        locale = LOCALES[texts.language_of(headers.get("accept-language", ""))]
+        language = texts.language_of(headers.get("accept-language", ""))
+        REQUEST_LANGUAGE.set(language)
         page: list[Message] = []
 
         async def send_marked(message: Message) -> None:
@@ -59,19 +72,19 @@ class Language:
             elif page:
                 page.append(message)
                 if not message.get("more_body"):
-                    await _send_page(page, locale, send)
+                    await _send_page(page, texts.source(language).about.locale, send)
                 return
             await send(message)
 
         await self.app(scope, receive, send_marked)
 
 
-async def _send_page(messages: list[Message], locale: str, send: Send) -> None:
+async def _send_page(messages: list[Message], name: str, send: Send) -> None:
     """Send a page with the script in its head."""
     start, *parts = messages
     body = b"".join(part.get("body", b"") for part in parts)
-    body = body.replace(b"<head>", b"<head>" + SCRIPT.format(locale).encode(), 1)
-    body = body.replace(b'lang="en"', f'lang="{locale}"'.encode(), 1)
+    body = body.replace(b"<head>", b"<head>" + SCRIPT.format(name).encode(), 1)
+    body = body.replace(b'lang="en"', f'lang="{name}"'.encode(), 1)
     MutableHeaders(scope=start)["content-length"] = str(len(body))
     await send(start)
     await send({"type": "http.response.body", "body": body})

@@ -10,7 +10,7 @@ import gradio as gr
 
 from lorakit.ui import texts
 from lorakit.ui.form import Field
-from lorakit.ui.texts import Say, en
+from lorakit.ui.texts import Say
 
 # How events are sent: each as one plain request with one answer. Gradio's own queue answers over a stream that it opens
 # and closes all the time; an event sent while one closes can be lost, and a page that looks at its run once a second
@@ -117,7 +117,7 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
         "elem_id": element_id(field.key),
     } | more
     widget_value = field.to_widget(value)
-    words = [(t(f"choice.{name}"), name) if name in en.CHOICES else name for name in field.choices]
+    words = [(t(f"choice.{name}"), name) if f"choice.{name}" in texts.table("en") else name for name in field.choices]
     if field.kind == "switch":
         return gr.Checkbox(value=widget_value, **common)
     if field.kind == "choices":

@@ -118,7 +118,7 @@ def test_the_plan_says_it_and_its_samples_are_few_steps(tiny_sd1: Path, tmp_path
     ready = preflight(settings(base, tmp_path / "photos"))
     line = "distilled model (Turbo, as its scheduler says): samples take 4 steps at guidance 1"
     assert any(text.startswith(line) for text in ready.lines()) and distilled.UNDONE in ready.lines()
-    assert all(texts.SENTENCES["zh-Hant"].translated(line) for line in ready.info.notes)
+    assert all(texts.sentences("zh-Hant").translated(line) for line in ready.info.notes)
     plain = preflight(settings(tiny_sd1, tmp_path / "photos"))
     assert not any("distilled" in text for text in plain.lines())
     for config, steps, guidance in [(SampleConfig(), 4, 1.0), (SampleConfig(steps=9, guidance=3.0), 9, 3.0)]:
@@ -184,7 +184,7 @@ def test_a_base_that_may_predict_v_is_warned_of(tiny_sd1: Path, tiny_sd1_v: Path
     (warning,) = preflight(settings(base, tmp_path / "photos")).info.warnings
     assert warning.endswith(f"find out with `lorakit probe {base}`, and set model.prediction_type")
     assert warning in preflight(settings(base, tmp_path / "photos")).warnings
-    assert texts.SENTENCES["zh-Hant"].translated(warning)
+    assert texts.sentences("zh-Hant").translated(warning)
     for sure in ("epsilon", "v_prediction"):
         changed = settings(base, tmp_path / "photos", model__prediction_type=sure)
         assert not preflight(changed).info.warnings
@@ -197,7 +197,7 @@ def test_a_model_that_predicts_the_picture_is_refused_by_its_name() -> None:
         assert kind is not None
         with pytest.raises(LorakitError, match="which predicts the picture") as caught:
             distilled.require_noise(name, [name], kind, "auto")
-        assert texts.SENTENCES["zh-Hant"].translated(str(caught.value))
+        assert texts.sentences("zh-Hant").translated(str(caught.value))
         distilled.require_noise(name, [name], kind, "epsilon")
     for name in ("sdxl_lightning_2step", "lightning_mix01_v1_step4", "lightning_v1_10steps"):
         kind = distilled.find([name], {}, {}, LEADING)
@@ -209,4 +209,4 @@ def test_a_unet_that_takes_the_guidance_says_what_training_gives_it() -> None:
     kind = distilled.find(["x-1step"], {}, {"time_cond_proj_dim": 256}, LEADING)
     assert kind is not None and distilled.GUIDANCE_INPUT in kind.notes()
     assert kind.notes()[0].startswith("distilled model (LCM, as its UNet says): samples take 1 step at guidance 8")
-    assert all(texts.SENTENCES["zh-Hant"].translated(line) for line in kind.notes())
+    assert all(texts.sentences("zh-Hant").translated(line) for line in kind.notes())

@@ -53,7 +53,7 @@ def test_it_is_named_by_its_tensors(names: list[str], words: str, tmp_path: Path
     with pytest.raises(LorakitError) as caught:
         families.describe(str(path))
     assert str(caught.value).startswith(f"base x.gguf {words}")
-    assert texts.SENTENCES["zh-Hant"].translated(str(caught.value))
+    assert texts.sentences("zh-Hant").translated(str(caught.value))
 
 
 def test_a_damaged_one_is_a_gguf_file(tmp_path: Path) -> None:

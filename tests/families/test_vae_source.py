@@ -151,7 +151,7 @@ def test_another_familys_is_refused(change: dict[str, Any], reason: str, room: P
     vae = altered(room / "folder", tmp_path / "vae", **change)
     with pytest.raises(LorakitError, match=f"model.vae: .*{reason}") as error:
         described(room, "sd1", vae)
-    assert texts.SENTENCES["zh-Hant"].translated(str(error.value))
+    assert texts.sentences("zh-Hant").translated(str(error.value))
 
 
 def test_an_early_configuration_names_no_scale(room: Path, tmp_path: Path, tiny_sdxl: Path) -> None:
@@ -184,7 +184,7 @@ def test_what_is_no_vae_is_refused(name: str, content: Any, reason: str, room: P
         path.write_bytes(content)
     with pytest.raises(LorakitError, match=rf"model\.vae: .*{reason}") as error:
         described(room, "sd1", name if "/" in name else path)
-    assert texts.SENTENCES["zh-Hant"].translated(str(error.value))
+    assert texts.sentences("zh-Hant").translated(str(error.value))
 
 
 def test_a_name_of_another_family_is_warned_of(room: Path, tmp_path: Path, tiny_sdxl: Path) -> None:

@@ -12,7 +12,7 @@ gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip insta
 from lorakit import config  # noqa: E402
 from lorakit.config import Config  # noqa: E402
 from lorakit.core.names import unique_path  # noqa: E402
-from lorakit.ui import texts  # noqa: E402
+from lorakit.ui import language, texts  # noqa: E402
 from lorakit.ui.pages.captions import ROWS, CaptionTools, Change  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
@@ -24,7 +24,7 @@ WISHES = {"model": "nowhere", "prompt": "", "without": "", "overwrite": False, "
 def tools(tmp_path_factory: pytest.TempPathFactory) -> CaptionTools:
     place = tmp_path_factory.mktemp("pictures")
     with gr.Blocks():
-        return CaptionTools(Workspace(place / "runs", [place]), gr.I18n(**texts.tables()))
+        return CaptionTools(Workspace(place / "runs", [place]), language.Translations())
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from lorakit import config
 from lorakit.runs import quickstart
 from lorakit.ui import form, texts
 from lorakit.ui.access import Roots
-from lorakit.ui.texts import en, zh_hant
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,15 +95,6 @@ def test_quality_is_a_factor_on_the_presets_length():
     assert lengths["quick"] == pytest.approx(lengths["balanced"] / 2, abs=1)
 
 
-def test_neither_language_lacks_a_line():
-    assert set(texts.table("en")) == set(texts.table("zh-Hant"))
-    assert set(zh_hant.OPTIONS) == set(form.fields()), "every option has its name and help in every language"
-    gaps = re.compile(r"{(\w+)}")
-    for key, english in en.TEXTS.items():
-        assert set(gaps.findall(english)) == set(gaps.findall(zh_hant.TEXTS[key])), key
-        assert zh_hant.TEXTS[key].strip(), key
-
-
 def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
     code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "lorakit/ui").rglob("*.py"))
     keys = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
@@ -125,7 +115,7 @@ def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
         "photos.notes",
     )
     assert keys <= set(texts.table("en"))
-    unused = {key for key in en.TEXTS if key not in keys and not key.startswith(prefixed)}
+    unused = {key for key in texts.source("en").texts if key not in keys and not key.startswith(prefixed)}
     assert unused == set()
 
 

@@ -42,7 +42,7 @@ def ask(server: Server, path: str, payload: object = None, **headers: str) -> tu
 
 def test_the_page_is_small(server: Server):
     _, page, _ = ask(server, "/")
-    assert len(page) < 500_000, "each language once, and no description of events that are the page's own"
+    assert len(page) < 500_000, "one language, and no description of events that are the page's own"
     _, small, headers = ask(server, "/", Accept_Encoding="gzip")
     assert headers["content-encoding"] == "gzip" and len(small) < 100_000 and gzip.decompress(small) == page
 
@@ -57,6 +57,9 @@ def test_a_choice_on_the_page_goes_before_the_browsers_language(
 ):
     text = ask(server, "/", Accept_Language=accepted, Cookie=cookie)[1].decode()
     assert f'navigator, "language", {{value: "{locale}"}}' in text and re.search(rf'<html\s+lang="{locale}"', text)
+    config = json.loads(ask(server, "/config", Accept_Language=accepted, Cookie=cookie)[1])
+    assert list(config["i18n_translations"]) == [locale], "a language that is not shown does not travel"
+    assert re.findall(r'"i18n_translations":\s*{"([^"]+)"', text) == [locale] and text.count('"tab.train":') == 1
 
 
 def function_with(server: Server, kind: str) -> tuple[int, list[str], int]:

@@ -15,7 +15,7 @@ from lorakit.core.errors import LorakitError  # noqa: E402
 from lorakit.data import photo_folder  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.run_folder import RunFolder, read  # noqa: E402
-from lorakit.ui import app, commands, texts  # noqa: E402
+from lorakit.ui import app, commands, language, texts  # noqa: E402
 from lorakit.ui.pages.adapter import AdapterPage  # noqa: E402
 from lorakit.ui.pages.compare import ComparePage, _photos_of, export_step  # noqa: E402
 from lorakit.ui.pages.photos import PAGE, PhotosPage  # noqa: E402
@@ -24,7 +24,7 @@ from lorakit.ui.pages.train import TrainPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 SAY = texts.sayer("en")
-T = gr.I18n(**texts.tables())
+T = language.Translations()
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip insta
 
 from lorakit.config import Config, DataConfig  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
-from lorakit.ui import form, texts  # noqa: E402
+from lorakit.ui import form, language, texts  # noqa: E402
 from lorakit.ui.pages.concepts import ConceptFolders  # noqa: E402
 from lorakit.ui.pages.photos import PhotosPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 SAY = texts.sayer("en")
-T = gr.I18n(**texts.tables())
+T = language.Translations()
 
 
 @pytest.fixture

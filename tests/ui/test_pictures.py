@@ -15,14 +15,14 @@ from lorakit.core import image_grid  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.queue import Queue  # noqa: E402
 from lorakit.runs.run_folder import RunFolder  # noqa: E402
-from lorakit.ui import commands, texts  # noqa: E402
+from lorakit.ui import commands, language, texts  # noqa: E402
 from lorakit.ui.pages import viewer  # noqa: E402
 from lorakit.ui.pages.compare import ComparePage  # noqa: E402
 from lorakit.ui.pages.try_it import TryPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 SAY = texts.sayer("en")
-T = gr.I18n(**texts.tables())
+T = language.Translations()
 
 
 def picture(prompt: str, seed: int) -> Image.Image:

@@ -11,7 +11,7 @@ import pytest
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
 from lorakit.runs import nvidia  # noqa: E402
-from lorakit.ui import app, texts  # noqa: E402
+from lorakit.ui import app, language, texts  # noqa: E402
 from lorakit.ui.pages.runs import RunsPage  # noqa: E402
 from lorakit.ui.pages.try_it import drawing_line  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
@@ -44,7 +44,7 @@ def test_a_front_end_ends_with_the_process_that_started_it(tmp_path: Path) -> No
 def test_a_card_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace, say = Workspace(tmp_path / "runs", [tmp_path]), texts.sayer("en")
     with gr.Blocks():
-        page = RunsPage(workspace, gr.I18n(**texts.tables()), gr.BrowserState())
+        page = RunsPage(workspace, language.Translations(), gr.BrowserState())
     monkeypatch.setenv("PATH", str(tmp_path))
     assert page._cards(say) == "", "without a driver there is no line"
     program = tmp_path / "nvidia-smi"

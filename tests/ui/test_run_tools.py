@@ -13,13 +13,13 @@ from lorakit.runs import memory_estimate, quickstart  # noqa: E402
 from lorakit.runs.run_folder import RunFolder  # noqa: E402
 from lorakit.training import checkpoint  # noqa: E402
 from lorakit.training.loop import Milestones  # noqa: E402
-from lorakit.ui import texts  # noqa: E402
+from lorakit.ui import language, texts  # noqa: E402
 from lorakit.ui.pages.runs import RunsPage  # noqa: E402
 from lorakit.ui.pages.train import TrainPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 SAY = texts.sayer("en")
-T = gr.I18n(**texts.tables())
+T = language.Translations()
 
 
 @pytest.fixture

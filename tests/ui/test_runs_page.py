@@ -16,7 +16,7 @@ from lorakit.core.events import Event  # noqa: E402
 from lorakit.core.messages import Message  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.run_folder import LogReader, RunFolder  # noqa: E402
-from lorakit.ui import address, texts  # noqa: E402
+from lorakit.ui import address, language, texts  # noqa: E402
 from lorakit.ui.pages.runs import ENDED_SILENTLY, RunsPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
@@ -27,7 +27,7 @@ SAY = texts.sayer("en")
 def page(tmp_path: Path) -> RunsPage:
     workspace = Workspace(tmp_path / "runs", [])
     with gr.Blocks():
-        return RunsPage(workspace, gr.I18n(**texts.tables()), gr.BrowserState())
+        return RunsPage(workspace, language.Translations(), gr.BrowserState())
 
 
 @pytest.fixture

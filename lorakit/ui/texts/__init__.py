@@ -1,19 +1,19 @@
-"""All texts of the front end: a table for each language, chosen from what the browser asks for."""
+"""All texts of the front end: a file for each language in this folder, chosen from what the browser asks for."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from lorakit.core.messages import Message
 from lorakit.ui import form
-from lorakit.ui.texts import en, zh_hant, zh_hant_sentences
 from lorakit.ui.texts.sentences import Sentences
 
-LANGUAGES = {"en": en, "zh-Hant": zh_hant}
-# What the rest of lorakit says, which is English already.
-SENTENCES = {"zh-Hant": Sentences(zh_hant_sentences.SENTENCES, zh_hant_sentences.JOINTS)}
+FOLDER = Path(__file__).parent
+LANGUAGES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 # An option's dotted key in a message; not in a command or a file's name.
 OPTION_KEY = re.compile(r"(?<![\w`./-])(?<!--set )[a-z]+\.[a-z_0-9]+(?![\w/]|\.\w)")
 
@@ -31,11 +31,11 @@ class Say:
 
     def translate(self, text: str) -> str:
         """What another room said, line by line; as it was said where the language has no sentence for it."""
-        sentences = SENTENCES.get(self.language)
-        if sentences is None:
+        table = sentences(self.language)
+        if not table.lines:
             return text
         lines = text.splitlines() if isinstance(text, Message) else text.split("\n")
-        return sentences.translated(text) or "\n".join(sentences.translated(line) or line for line in lines)
+        return table.translated(text) or "\n".join(table.translated(line) or line for line in lines)
 
     def explain(self, text: str) -> str:
         """As `translate`, with options by the names that they have on the page; in a command they stay as they are."""
@@ -46,24 +46,63 @@ class Say:
         )
 
 
+@dataclass(frozen=True)
+class About:
+    """Who reads a language: its name for itself, the browser's name of it, and the beginnings of those it serves."""
+
+    name: str
+    locale: str
+    serves: list[str]
+    by_machine: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file of a language, see docs/adding.md."""
+
+    about: About
+    texts: dict[str, str]
+    sections: dict[str, str]
+    options: dict[str, list[str]]
+    choices: dict[str, str]
+    joints: dict[str, str]
+    sentences: dict[str, str]
+
+
+@cache
+def source(language: str) -> Source:
+    """The file of a language."""
+    content = json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+    return Source(About(**content.pop("about")), **content)
+
+
+@cache
+def sentences(language: str) -> Sentences:
+    """What the other rooms say, in that language; they speak English themselves."""
+    return Sentences(source(language).sentences, source(language).joints)
+
+
 @cache
 def table(language: str) -> dict[str, str]:
-    """Every text of a language by its key: `help.<option>`, `option.<option>` and `section.<section>` among them."""
-    module = LANGUAGES[language]
-    texts = dict(module.TEXTS)
-    texts |= {f"section.{name}": title for name, title in module.SECTIONS.items()}
+    """Every text of a language by its key: `help.<option>`, `option.<option>` and `section.<section>` among them.
+
+    What its file lacks is there in English.
+    """
+    content = source(language)
+    texts = dict(table("en")) if language != "en" else {}
+    texts |= content.texts
+    texts |= {f"section.{name}": title for name, title in content.sections.items()}
+    texts |= {f"choice.{name}": words for name, words in content.choices.items()}
     for key, field in form.fields().items():
-        name = field.option.name.replace("_", " ").capitalize()
-        default = (module.NAMES.get(key, name), field.option.help)
-        name, help = module.OPTIONS.get(key, default)
-        texts |= {f"choice.{choice}": module.CHOICES[choice] for choice in field.choices if choice in module.CHOICES}
+        # Where a file gives no name or no help, these are from config/schema.py.
+        default = [texts.get(f"option.{key}", field.option.name.replace("_", " ").capitalize()), field.option.help]
+        pair = content.options.get(key, [])
+        name, help = pair + default[len(pair) :]
         texts |= {f"option.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
+    if content.about.note:
+        texts["app.tagline"] += f" {content.about.note}"
     return texts
-
-
-def tables() -> dict[str, dict[str, str]]:
-    """The tables by the names that the page asks for, see `language`."""
-    return {"en": table("en"), "zh-TW": table("zh-Hant")}
 
 
 def language_of(accept_language: str) -> str:
@@ -72,14 +111,14 @@ def language_of(accept_language: str) -> str:
     for part in (accept_language or "").split(","):
         name, _, weight = part.strip().partition(";q=")
         try:
-            weighted.append((float(weight or 1), name.lower()))
+            weighted.append((float(weight or 1), f"{name.lower()}-"))
         except ValueError:
             continue
-    for _, name in sorted(weighted, key=lambda one: -one[0]):
-        if name.startswith("zh"):  # Simplified too, whose readers this serves better than English
-            return "zh-Hant"
-        if name.startswith("en"):
-            return "en"
+    served = [(code.lower(), name) for name in LANGUAGES for code in source(name).about.serves]
+    for _, tag in sorted(weighted, key=lambda one: -one[0]):
+        fits = [(len(code), name) for code, name in served if tag.startswith(f"{code}-")]
+        if fits:
+            return max(fits)[1]
     return "en"
 
 
