@@ -40,7 +40,7 @@ def prompts(words: str) -> list[str]:
 
 @functools.cache
 def judge() -> Classifier:
-    """Loaded once: it looks at 1,264 pictures first."""
+    """Loaded once."""
     return Classifier.load()
 
 

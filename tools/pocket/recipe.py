@@ -30,6 +30,7 @@ class Recipe:
     judge_batch: int = 64
     judge_pictures: int = 200_000
     judge_rate: float = 2e-3
+    judge_references: int = 48  # renders of each kind, subject and style whose mean features are its centroid
 
     text_width: int = 128
     text_layers: int = 3
@@ -56,7 +57,7 @@ SHIPPED = Recipe()
 SMOKE = replace(
     SHIPPED,
     pictures=128, captions=400, vae_channels=(16, 16, 32), vae_pictures=256, decoder_pictures=32,
-    judge_channels=(16, 16, 32, 32), judge_pictures=256,
+    judge_channels=(16, 16, 32, 32), judge_pictures=256, judge_references=1,
     text_width=32, text_layers=1, text_heads=2, text_captions=1024, unet_channels=(32, 32, 32),
     unet_heads=(1, 1, 1), unet_batch=16, unet_every=2, unet_pictures=128, save_seconds=1.0,
 )  # fmt: skip

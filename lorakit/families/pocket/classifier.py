@@ -42,9 +42,9 @@ class Net(nn.Module):
 class Classifier:
     """Labels pictures. Load it once: `Classifier.load()`."""
 
-    def __init__(self, model: Net) -> None:
+    def __init__(self, model: Net, centroids: dict[str, np.ndarray] | None = None) -> None:
         self.model = model.eval()
-        self._centroids: dict[str, np.ndarray] | None = None
+        self._centroids = centroids
 
     @classmethod
     def load(cls, file: Path | None = None) -> Classifier:
@@ -53,10 +53,14 @@ class Classifier:
 
         file = path() / "classifier.safetensors" if file is None else file
         with safe_open(file, framework="pt") as tensors:
-            model = Net([int(c) for c in tensors.metadata()["channels"].split(",")])
+            metadata = tensors.metadata()
+            model = Net([int(c) for c in metadata["channels"].split(",")])
             weights = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
-            model.load_state_dict(weights, strict=False)
-        return cls(model)
+        rows = weights.pop("centroids", None)
+        model.load_state_dict(weights, strict=False)
+        if rows is None:
+            return cls(model)
+        return cls(model, dict(zip(metadata["centroids"].split(","), rows.numpy(), strict=True)))
 
     @staticmethod
     def _batch(images: Sequence[Image.Image]) -> Tensor:
@@ -103,14 +107,16 @@ class Classifier:
         return shares
 
     def centroids(self) -> dict[str, np.ndarray]:
-        """Mean features (128,) of real renders of every kind, subject and style."""
+        """Mean features (128,) of real renders of every kind, subject and style: those of the file, if it has them."""
         if self._centroids is None:
             from lorakit.families.pocket import subjects
 
-            self._centroids = {
-                name: self.features(images).mean(axis=0) for name, images in subjects.references().items()
-            }
+            self._centroids = self.measure_centroids(subjects.references())
         return self._centroids
+
+    def measure_centroids(self, pictures: dict[str, list[Image.Image]]) -> dict[str, np.ndarray]:
+        """Mean features (128,) of the pictures of each name."""
+        return {name: self.features(images).mean(axis=0) for name, images in pictures.items()}
 
     def nearest(self, images: Sequence[Image.Image]) -> list[str]:
         """The kind, subject or style with the nearest centroid, for each picture."""

@@ -112,10 +112,12 @@ def photos(
 
 
 @cache
-def references(count: int = 48) -> dict[str, list[Image.Image]]:
-    """Real pictures of every kind, subject and style, on all scenes: what `classifier` compares with."""
+def references(count: int = 48, names: tuple[str, ...] = (*KINDS, *SUBJECTS, *STYLES)) -> dict[str, list[Image.Image]]:
+    """Real pictures of kinds, subjects and styles, on all scenes: what `classifier` compares with."""
     images_by_name: dict[str, list[Image.Image]] = {}
     for k, kind in enumerate(KINDS):
+        if kind not in names:
+            continue
         numbers = range(2_000_000_000 + k * 1000, 2_000_000_000 + k * 1000 + count)
         specs = [
             Spec(
@@ -129,5 +131,6 @@ def references(count: int = 48) -> dict[str, list[Image.Image]]:
         ]
         images_by_name[kind] = [render(spec, number) for spec, number in zip(specs, numbers, strict=True)]
     for name in (*SUBJECTS, *STYLES):
-        images_by_name[name] = [image for image, _ in pictures(name, count, seed=77)]
+        if name in names:
+            images_by_name[name] = [image for image, _ in pictures(name, count, seed=77)]
     return images_by_name
