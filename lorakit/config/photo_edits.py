@@ -1,9 +1,14 @@
-"""What is done to a photo before it is trained on, as text: "turn 90, crop 10 0 90 100". The file stays as it is."""
+"""What is done to a photo before it is trained on, as text: "turn 90, crop 10 0 90 100, paint 20 30 40 60 70".
+
+The file stays as it is. Strokes of a brush are in percent of the file's picture, so that they stay where they are when
+the photo is turned or cropped further.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -13,7 +18,13 @@ from lorakit.core.messages import Message
 if TYPE_CHECKING:
     from lorakit.config.schema import DataConfig
 
-GRAMMAR = "turn 90, 180 or 270, crop LEFT TOP RIGHT BOTTOM in percent of the turned photo: 'turn 90, crop 10 0 90 100'"
+GRAMMAR = (
+    "turn 90, 180 or 270, crop LEFT TOP RIGHT BOTTOM in percent of the turned photo: 'turn 90, crop 10 0 90 100'; "
+    "for a mask paint or erase SIZE X Y X Y ... in percent of the file's picture"
+)
+# A stroke: what it does, the brush's width in percent of the picture's longer side, then the points.
+STROKE = re.compile(r"(paint|erase)((?: \d{1,3}(?:\.\d+)?){3,})")
+MAX_STROKES, MAX_POINTS = 500, 2000
 # Percent; a smaller part of a photo is a slip of the mouse.
 MIN_SIDE = 2.0
 WHOLE = (0.0, 0.0, 100.0, 100.0)
@@ -21,23 +32,33 @@ WHOLE = (0.0, 0.0, 100.0, 100.0)
 
 @dataclass(frozen=True)
 class PhotoEdit:
-    """Turned clockwise by `turn` degrees, then cut to `crop`: left, top, right, bottom, in percent of its sides."""
+    """Turned clockwise by `turn` degrees, then cut to `crop`: left, top, right, bottom, in percent of its sides.
+
+    `strokes` paint the mask, see `STROKE`: what is painted is learned. Where the first one erases, all else is learned.
+    """
 
     turn: int = 0
     crop: tuple[float, float, float, float] = WHOLE
+    strokes: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def __str__(self) -> str:
         """As it is written in a config; "" where nothing is done."""
         turn = [f"turn {self.turn}"] if self.turn else []
         crop = ["crop " + " ".join(f"{side:g}" for side in self.crop)] if self.crop != WHOLE else []
-        return ", ".join(turn + crop)
+        strokes = [" ".join([act, *(f"{number:g}" for number in numbers)]) for act, numbers in self.strokes]
+        return ", ".join(turn + crop + strokes)
+
+    @property
+    def geometry(self) -> PhotoEdit:
+        """The same without the mask: what the picture depends on."""
+        return replace(self, strokes=())
 
     def turned(self, degrees: int) -> PhotoEdit:
         """The same part of the photo, turned further."""
         left, top, right, bottom = self.crop
         for _ in range(degrees // 90 % 4):
             left, top, right, bottom = 100 - bottom, left, 100 - top, right
-        return PhotoEdit((self.turn + degrees) % 360, (left, top, right, bottom))
+        return replace(self, turn=(self.turn + degrees) % 360, crop=(left, top, right, bottom))
 
     def cropped(self, box: tuple[float, float, float, float]) -> PhotoEdit:
         """A part of the part, in percent of that."""
@@ -46,7 +67,20 @@ class PhotoEdit:
         x1, y1, x2, y2 = box
         sides = left + x1 * width, top + y1 * height, left + x2 * width, top + y2 * height
         crop = tuple(round(min(100.0, max(0.0, side)), 2) for side in sides)
-        return PhotoEdit(self.turn, (crop[0], crop[1], crop[2], crop[3]))
+        return replace(self, crop=(crop[0], crop[1], crop[2], crop[3]))
+
+    def painted(self, act: str, width: float, points: Sequence[float], ratio: float) -> PhotoEdit:
+        """One more stroke, in percent of what is left of the photo, whose width is `ratio` times its height."""
+        left, top, right, bottom = self.crop
+        sides = ratio / (right - left), 1 / (bottom - top)  # of the whole photo, in hundredths of the part's height
+        numbers = [width * max(ratio, 1) / max(sides) / 100]
+        for x, y in zip(points[::2], points[1::2], strict=True):
+            x, y = left + x * (right - left) / 100, top + y * (bottom - top) / 100
+            for _ in range(self.turn // 90):
+                x, y = y, 100 - x
+            numbers += [min(100.0, max(0.0, x)), min(100.0, max(0.0, y))]
+        stroke = act, tuple(round(number, 1) for number in numbers)
+        return replace(self, strokes=(*self.strokes, stroke))
 
     def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """The part in pixels of the turned photo; at least one pixel. `size` is that of the photo before."""
@@ -72,13 +106,24 @@ def parse(text: str) -> PhotoEdit:
     Raises:
         ValueError: it is none.
     """
-    match = re.fullmatch(r"(?:turn (90|180|270))?(?:(?:^|, ?)crop((?: \d{1,3}(?:\.\d+)?){4}))?", text.strip())
-    if match is None or not any(match.groups()):
+    parts = [part.strip() for part in text.split(",")]
+    strokes = tuple(_stroke(part) for part in parts if part.startswith(("paint", "erase")))
+    rest = ", ".join(part for part in parts if not part.startswith(("paint", "erase")))
+    match = re.fullmatch(r"(?:turn (90|180|270))?(?:(?:^|, )crop((?: \d{1,3}(?:\.\d+)?){4}))?", rest)
+    if match is None or not (strokes or any(match.groups())) or len(strokes) > MAX_STROKES:
         raise ValueError(text)
     left, top, right, bottom = map(float, (match[2] or "0 0 100 100").split())
     if right - left < MIN_SIDE or bottom - top < MIN_SIDE or max(right, bottom) > 100:
         raise ValueError(text)
-    return PhotoEdit(int(match[1] or 0), (left, top, right, bottom))
+    return PhotoEdit(int(match[1] or 0), (left, top, right, bottom), strokes)
+
+
+def _stroke(text: str) -> tuple[str, tuple[float, ...]]:
+    match = STROKE.fullmatch(text)
+    numbers = tuple(map(float, match[2].split())) if match else ()
+    if match is None or len(numbers) % 2 == 0 or len(numbers) > 2 * MAX_POINTS or max(numbers) > 100 or not numbers[0]:
+        raise ValueError(text)
+    return match[1], numbers
 
 
 def problems(data: DataConfig) -> list[str]:

@@ -86,7 +86,7 @@ class DataConfig:
     exclude: tuple[str, ...] = option(
         (), "Photos of data.folder to leave out, by name or pattern: 'blurred.jpg', 'old/*'.", private=True
     )
-    edits: dict[str, str] = option({}, "Turn and crop photos: {'a.jpg' = 'turn 90, crop 10 0 90 99'}.", private=True)  # noqa: RUF009
+    edits: dict[str, str] = option({}, "Turn, crop, mask photos: {'a.jpg' = 'turn 90, crop 10 0 90 99'}.", private=True)  # noqa: RUF009
     more_folders: dict[str, str] = option({}, "More folders, by concept: {'3_sks cat' = '/photos/cat'}.", path=True)  # noqa: RUF009
     resolution: int = option(
         512,

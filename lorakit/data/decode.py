@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 
 from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core import install
@@ -128,7 +128,7 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None,
         if orientation in ROTATIONS:
             image = ImageOps.exif_transpose(image)
         content, alpha = _to_srgb(image, notes)
-        if str(edit):
+        if edit.geometry != NO_EDIT:
             content, alpha = _edited(np.array(content), edit), None if alpha is None else _edited(alpha, edit)
     return Picture(content, alpha, ROTATIONS.get(orientation, ""), tuple(dict.fromkeys(notes)))
 
@@ -169,6 +169,19 @@ def decode_mask(path: Path, size: tuple[int, int], edit: PhotoEdit = NO_EDIT) ->
         own, other = (f"{width} x {height}" for width, height in (picture.size, size))
         raise Unreadable(name, Message("mask is {size}, its photo {other}: make them equal", own, other))
     return np.array(picture.image.convert("L"))
+
+
+def painted_mask(edit: PhotoEdit, size: tuple[int, int]) -> Pixels:
+    """The mask that an edit paints on a photo of `size` before it: uint8 as `decode_mask`, turned and cropped."""
+    image = Image.new("L", size, 0 if edit.strokes[0][0] == "paint" else 255)
+    draw = ImageDraw.Draw(image)
+    for act, (width, *places) in edit.strokes:
+        radius, colour = width / 200 * max(size), 255 if act == "paint" else 0
+        points = [(x * size[0] / 100, y * size[1] / 100) for x, y in zip(places[::2], places[1::2], strict=True)]
+        draw.line(points, colour, max(1, round(2 * radius)))
+        for x, y in points:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+    return _edited(np.asarray(image), edit)
 
 
 def read(path: Path, name: str) -> bytes:

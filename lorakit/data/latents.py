@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from lorakit.config import NO_LATENT_CACHE, DataConfig, TrainConfig
-from lorakit.config.photo_edits import PhotoEdit
+from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core import atomic, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
@@ -195,7 +195,7 @@ class _Encoder:
         disk_latents = [self._load(key, variant) for key, variant in zip(keys, variants, strict=True)]
         needs_pixels = None in disk_latents or self.train.masked_loss
         picture = decode.decode(raw, photo.relative, edit=photo.edit) if needs_pixels else None
-        mask = _photo_mask(photo, picture) if picture and self.train.masked_loss else None
+        mask = _photo_mask(photo, picture, raw) if picture and self.train.masked_loss else None
         rows = []
         for (resolution, number, variant), key, latent in zip(numbered, keys, disk_latents, strict=True):
             target = (variant.bucket.height, variant.bucket.width)
@@ -209,7 +209,7 @@ class _Encoder:
 
     def key(self, raw: bytes, variant: Variant, edit: PhotoEdit) -> str:
         """Key on disk: hash of the file's bytes, its edit, crop, flip and colours, and the base's hash."""
-        edits = [str(edit)] if str(edit) else []
+        edits = [str(edit.geometry)] if edit.geometry != NO_EDIT else []
         content = json.dumps([CACHE_VERSION, self.identity, "float32", *astuple(variant), *edits])
         return hashlib.sha256(hashlib.sha256(raw).digest() + content.encode()).hexdigest()
 
@@ -267,12 +267,9 @@ def _cache_path(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.safetensors"
 
 
-def _photo_mask(photo: Photo, picture: Picture) -> Pixels | None:
-    """The mask of a photo: its mask file, else its alpha channel, else None (the loss counts every pixel)."""
-    if photo.mask is not None:
-        mask: Pixels | None = decode.decode_mask(photo.mask, picture.size, photo.edit)
-    else:
-        mask = picture.alpha
+def _photo_mask(photo: Photo, picture: Picture, raw: bytes) -> Pixels | None:
+    """As `masks.of_photo`; a mask that is black all over is refused."""
+    mask = masks.of_photo(photo, raw, picture.size, picture.alpha)
     if mask is not None and int(mask.max()) == 0:
         raise LorakitError(masks.BLACK_MASK, photo.relative)
     return mask

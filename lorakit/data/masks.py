@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from lorakit.core.messages import Message
 from lorakit.core.names import printable
+from lorakit.data import decode
 from lorakit.data.entries import Names, some_names, usable
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Item
+    from lorakit.data.decode import Pixels
     from lorakit.data.photo_folder import Photo
 
 # What stands between the name of a photo and the ending of its mask; `x.mask.png` itself is read with the photos.
@@ -29,9 +31,21 @@ BLACK_MASK = "{photo}: its mask is black all over, so nothing of it would be lea
 def problems(items: Sequence[Item]) -> list[str]:
     """Why `train.masked_loss` cannot be used with these photos, a line each. Transparent ones are masked by that."""
     readable = [item for item in items if item.readable]
-    if not any(item.photo.mask or item.transparent for item in readable):
+    if not any(item.photo.has_mask or item.transparent for item in readable):
         return [NO_MASK]
     return [Message(BLACK_MASK, item.relative) for item in readable if item.black_mask]
+
+
+def of_photo(photo: Photo, raw: bytes, size: tuple[int, int], alpha: Pixels | None) -> Pixels | None:
+    """The mask of a photo: painted, else its mask file, else its alpha channel, else None (every pixel is learned).
+
+    Args:
+        raw: bytes of the photo.
+        size: of the photo after its edit.
+    """
+    if photo.edit.strokes:
+        return decode.painted_mask(photo.edit, decode.measure(raw, photo.relative))
+    return alpha if photo.mask is None else decode.decode_mask(photo.mask, size, photo.edit)
 
 
 @dataclass

@@ -55,6 +55,11 @@ class Photo:
     caption_lines: tuple[str, ...] = ()
     edit: PhotoEdit = NO_EDIT
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether it has a mask, as a file or painted in `data.edits`."""
+        return self.mask is not None or bool(self.edit.strokes)
+
 
 @dataclass
 class Folder:
@@ -178,11 +183,15 @@ def _edit(result: Folder, edits: Mapping[str, str]) -> None:
     """Give each photo of `data.edits` its edit, and say which there are."""
     parsed = {name: photo_edits.parse(text) for name, text in edits.items()}
     names = [photo.relative for photo in result.photos if photo.relative in parsed]
+    masked = [name for name in names if parsed[name].strokes]
+    geometric = [name for name in names if parsed[name].geometry != NO_EDIT]
     result.photos = [replace(photo, edit=parsed.get(photo.relative, photo.edit)) for photo in result.photos]
     absent = [printable(name) for name in parsed if name not in names]
     result.warnings += [Message("data.edits: no photo is called {name}", some_names(absent))] if absent else []
-    if names:
-        result.notes.append(Message("turned or cropped by data.edits: {names}", some_names(names)))
+    if geometric:
+        result.notes.append(Message("turned or cropped by data.edits: {names}", some_names(geometric)))
+    if masked:
+        result.notes.append(Message("with a mask painted in data.edits: {names}", some_names(masked)))
 
 
 def versions(photos: Sequence[Photo]) -> dict[str, list[int]]:

@@ -210,7 +210,7 @@ def _check_folder(report: Report, config: DataConfig) -> None:
     transparent = [item for item in readable if item.transparent]
     if transparent:
         report.notes.append(Message("transparent parts are shown on white: {names}", names(transparent)))
-    masks = sum(item.photo.mask is not None for item in report.items)
+    masks = sum(item.photo.has_mask for item in report.items)
     if masks:
         report.notes.append(
             Message("{some} of {count} photos have a mask; train.masked_loss = true uses it", masks, len(report.items))

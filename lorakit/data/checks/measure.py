@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lorakit.config import DataConfig
-from lorakit.data import buckets, decode, duplicates
+from lorakit.data import buckets, decode, duplicates, masks
 from lorakit.data.checks.report import Item
 
 # What `image_grid.save` puts before the pixels of a picture that a model drew.
@@ -71,9 +71,9 @@ def _measure_picture(
     placement, *lower = placements
     # Twice the trained size is enough to see whether a photo is sharp there.
     picture = decode.decode(raw, item.relative, at_least=2 * max(placement.bucket), edit=item.photo.edit)
-    mask = picture.alpha if item.photo.mask is None else decode.decode_mask(item.photo.mask, size, item.photo.edit)
+    mask = masks.of_photo(item.photo, raw, size, picture.alpha)
     item.black_mask = mask is not None and not mask.any()
-    item.digest = hashlib.sha256(raw).hexdigest() + str(item.photo.edit)
+    item.digest = hashlib.sha256(raw).hexdigest() + str(item.photo.edit.geometry)
     item.width, item.height = size
     item.orientation, item.transparent = picture.orientation, picture.alpha is not None
     item.bucket, item.scale = placement.bucket, placement.scale

@@ -114,7 +114,7 @@ class Report:
         rows = []
         for item in self.items:
             row = {"file": item.relative} | {name: _round(getattr(item, name)) for name in ITEM_JSON}
-            row |= {"caption_source": item.photo.caption_source, "mask": item.photo.mask is not None}
+            row |= {"caption_source": item.photo.caption_source, "mask": item.photo.has_mask}
             row["bucket"] = item.bucket and item.bucket._asdict()
             row["lower_buckets"] = [bucket._asdict() for bucket in item.lower_buckets]
             rows.append(row)
