@@ -1,6 +1,7 @@
 """Budgets: how large things may grow, and how many names of old habits are left. Numbers here may only fall."""
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_house import MAY_IMPORT, PACKAGE, ROOT, code, room_of, sources
-from trees import syntax_tree
+from trees import nodes, nodes_of
 
 from lorakit import config
 
@@ -149,9 +150,7 @@ ANY_ANYWHERE, LATE_ATTRIBUTES = 322, 0
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(syntax_tree(path)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node
+    yield from nodes_of(path, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def label(path: Path, function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
@@ -164,10 +163,11 @@ def over(numbers: dict[str, int], limits: dict[str, int], limit: int) -> list[st
     return wrong + [f"{key}: not an exception any more" for key in limits if numbers.get(key, 0) <= limit]
 
 
+@functools.cache
 def identifiers(path: Path) -> set[str]:
-    """Every name that a file defines or gives to something."""
+    """Every name that a file defines or gives to something. Shared: only read it."""
     names = {path.stem, path.parent.name}
-    for node in ast.walk(syntax_tree(path)):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -181,6 +181,7 @@ def identifiers(path: Path) -> set[str]:
     return names
 
 
+@functools.cache
 def words(identifier: str) -> set[str]:
     """`held_out`, `heldOut` and `HeldOut` -> {"held", "out"}; a plural counts as its word."""
     result = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", identifier)}
@@ -190,9 +191,7 @@ def words(identifier: str) -> set[str]:
 def late_attributes(path: Path) -> list[str]:
     """Attributes that a method other than `__init__` makes."""
     late = []
-    for cls in ast.walk(syntax_tree(path)):
-        if not isinstance(cls, ast.ClassDef):
-            continue
+    for cls in nodes_of(path, ast.ClassDef):
         declared = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
         declared |= {t.id for n in cls.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
         methods = [node for node in cls.body if isinstance(node, ast.FunctionDef)]
@@ -302,8 +301,8 @@ def test_names_with_one_meaning_have_no_other_type() -> None:
     places = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sources()
-        for node in ast.walk(syntax_tree(path))
-        if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None
+        for node in nodes_of(path, ast.arg, ast.AnnAssign)
+        if node.annotation is not None
         for name in [node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)]
         if ast.unparse(node.annotation).removesuffix(" | None") in NEVER.get(name, ())
     ]
@@ -331,9 +330,7 @@ def test_attributes_are_assigned_by_init() -> None:
 
 def untyped(path: Path) -> Iterator[str]:
     """Arguments and results whose annotation is `Any`, as "function: argument"."""
-    for node in ast.walk(syntax_tree(path)):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
+    for node in functions(path):
         parameters = node.args
         arguments = [
             *parameters.posonlyargs,

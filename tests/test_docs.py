@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from trees import syntax_tree
+from trees import nodes_of
 
 from lorakit import config
 from lorakit.cli import main as cli
@@ -99,11 +99,11 @@ def literals() -> list[str]:
     """Every text of the package; what an f-string or a format fills in is "…"."""
     texts = []
     for path in (ROOT / "lorakit").rglob("*.py"):
-        for node in ast.walk(syntax_tree(path)):
+        for node in nodes_of(path, ast.JoinedStr, ast.Constant):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
                 texts.append("".join(str(part) for part in parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            elif isinstance(node.value, str):
                 texts.append(re.sub(r"\{[^{}]*\}", "…", node.value))
     return texts
 
@@ -130,8 +130,8 @@ def sentences(text: str) -> list[str]:
 def docstrings() -> list[str]:
     """Docstrings of the package, an argument or attribute a paragraph."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    trees = [syntax_tree(path) for path in (ROOT / "lorakit").rglob("*.py")]
-    texts = [ast.get_docstring(node) or "" for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
+    paths = (ROOT / "lorakit").rglob("*.py")
+    texts = [ast.get_docstring(node) or "" for path in paths for node in nodes_of(path, *kinds)]
     return [re.sub(r"^\s*\w+(?:, \w+)*: ", "\n\n", text, flags=re.MULTILINE) for text in texts]
 
 

@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and what must not be in the repository."""
 
 import ast
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from trees import syntax_tree
+from trees import nodes_of, syntax_tree, walk
 
 from lorakit import config
 from lorakit.core import registry
@@ -82,15 +83,23 @@ def executed(tree: ast.AST) -> Iterator[ast.AST]:
     waiting = [tree]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in (
+            getattr(node.test, "id", ""),
+            getattr(node.test, "attr", ""),
+        ):
             waiting += node.orelse
             continue
         yield node
         waiting += ast.iter_child_nodes(node)
 
 
-def imported_rooms(path: Path) -> Iterator[str]:
+@functools.cache
+def imported_rooms(path: Path) -> tuple[str, ...]:
     """Rooms of lorakit that a file imports, at module level or inside a function."""
+    return tuple(_imported_rooms(path))
+
+
+def _imported_rooms(path: Path) -> Iterator[str]:
     for node in executed(syntax_tree(path)):
         if isinstance(node, ast.ImportFrom):
             package = list(path.relative_to(ROOT).with_suffix("").parts)[: -node.level] if node.level else []
@@ -163,8 +172,8 @@ def test_imports_name_modules_that_are_there() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}: {node.module}"
         for path in code()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("lorakit.")
+        for node in nodes_of(path, ast.ImportFrom)
+        if not node.level and (node.module or "").startswith("lorakit.")
         for place in [ROOT.joinpath(*(node.module or "").split("."))]
         if not place.is_dir() and not place.with_suffix(".py").is_file()
     ]
@@ -244,8 +253,7 @@ def test_every_option_is_read_somewhere() -> None:
         node.attr
         for path in sources()
         if path.name not in ("schema.py", "loading.py")
-        for node in ast.walk(syntax_tree(path))
-        if isinstance(node, ast.Attribute)
+        for node in nodes_of(path, ast.Attribute)
     }
     assert not [option.key for option in config.options() if option.name not in read]
 
@@ -267,7 +275,7 @@ def compared_strings(node: ast.expr) -> Iterator[str]:
 
 def name_comparisons(tree: ast.AST, names: set[str]) -> Iterator[tuple[int, str]]:
     """(line, name) of each comparison with one of `names` by ==, !=, in, not in or a `case`."""
-    for node in ast.walk(tree):
+    for node in walk(tree):
         sides: list[ast.expr] = []
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
@@ -324,9 +332,7 @@ match a:
 def test_no_error_is_swallowed() -> None:
     wrong = []
     for path in sources():
-        for node in ast.walk(syntax_tree(path)):
-            if not isinstance(node, ast.ExceptHandler):
-                continue
+        for node in nodes_of(path, ast.ExceptHandler):
             broad = node.type is None or (
                 isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from test_house import PACKAGE, sources
+from trees import nodes_of
 
 from lorakit.ui import texts
 
@@ -17,8 +18,8 @@ OUTSIDE, UNTRANSLATED = 45, 234
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
     """The calls that take a message, by the name of what is called."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and node.args:
+    for node in nodes_of(path, ast.Call):
+        if node.args:
             called = node.func
             name = (
                 called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""

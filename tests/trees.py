@@ -1,11 +1,37 @@
-"""Syntax trees of the package, each made once: parsing all of it takes a second, and a dozen tests walk through it."""
+"""Syntax trees of the project, each made and walked once: that takes seconds, and two dozen tests look at them all."""
 
 import ast
 import functools
 from pathlib import Path
+from typing import Any
 
 
 @functools.cache
 def syntax_tree(path: Path) -> ast.Module:
     """The tree of a file. Shared: only read it."""
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file, in the order of `ast.walk`."""
+    return tuple(walk(syntax_tree(path)))
+
+
+@functools.cache
+def nodes_of(path: Path, *kinds: type[ast.AST]) -> tuple[Any, ...]:
+    """The nodes of a file that are of these classes."""
+    return tuple(node for node in nodes(path) if isinstance(node, kinds))
+
+
+def walk(tree: ast.AST) -> list[ast.AST]:
+    """`list(ast.walk(tree))`, in half the time."""
+    every = [tree]
+    for node in every:
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if isinstance(value, ast.AST):
+                every.append(value)
+            elif isinstance(value, list):
+                every += [item for item in value if isinstance(item, ast.AST)]
+    return every
