@@ -81,7 +81,7 @@ def _run(machine: parts.Machine, title: str, arguments: list[str], changes: dict
     graphs = [event.get("message", "") for event in log if "CUDA graph" in event.get("message", "")]
     took = 1e3 * (times.get(steps, 0.0) - times.get(steps // 2, 0.0)) / (steps / 2)
     memory = {"peak_gib": round((state["memory_mib"] or 0) / 2**10, 2), "predicted_gib": predicted}
-    facts = {"exit": result.returncode, "seconds": seconds, "planned_s": round(plan["seconds"], 1), **memory}
+    facts = {"exit": result.returncode, "seconds": seconds, "planned_s": plan["seconds"], **memory}
     parts.row(f"run {title}", took, unit="ms a step", **facts, warnings=warnings, graphs=graphs)
     for event in log:
         if event.get("message", "").startswith(("ok: ", "FAILED: ")):
