@@ -24,11 +24,11 @@ def test_the_file_that_is_written_fits_into_the_shipped_model(tmp_path: Path) ->
     model.save(tmp_path / "unet.safetensors")
 
     shipped = load_file(pocket.path() / "unet" / "diffusion_pytorch_model.safetensors")
-    written = load_file(tmp_path / "unet.safetensors")
-    assert {name: (v.shape, v.dtype) for name, v in written.items()} == {
+    result = load_file(tmp_path / "unet.safetensors")
+    assert {name: (v.shape, v.dtype) for name, v in result.items()} == {
         name: (v.shape, v.dtype) for name, v in shipped.items()
     }
-    assert any(not torch.equal(written[name], shipped[name]) for name in shipped)
+    assert any(not torch.equal(result[name], shipped[name]) for name in shipped)
     with safe_open(tmp_path / "unet.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 

@@ -137,8 +137,8 @@ class Further:
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         with torch.no_grad():
-            for kept, weight in zip(self.average.parameters(), self.weights, strict=True):
-                kept.lerp_(weight, 1 - min(SHIPPED.ema, (1 + self.steps) / (10 + self.steps)))
+            for mean, weight in zip(self.average.parameters(), self.weights, strict=True):
+                mean.lerp_(weight, 1 - min(SHIPPED.ema, (1 + self.steps) / (10 + self.steps)))
         return loss.detach()
 
     @torch.no_grad()
@@ -173,8 +173,8 @@ def train(model: Further, folder: Path, batch: int, seconds: float, say: Callabl
         if now > report + 10:
             report = now
             unseen = next((model.unseen_loss(model.encode(file)) for file in folder.glob("*.unseen")), math.nan)
-            seen = f"{model.steps * batch} of {len(chunks.mean)} pictures"
-            say(f"{now - start:.0f} s: {seen}, loss {float(loss):.4f}, unseen {unseen:.4f}")
+            progress = f"{model.steps * batch} of {len(chunks.mean)} pictures"
+            say(f"{now - start:.0f} s: {progress}, loss {float(loss):.4f}, unseen {unseen:.4f}")
 
 
 def main(arguments: list[str] | None = None) -> None:
