@@ -168,7 +168,7 @@ def _measure(name: str, run_config: config.Config, adapter: Path, noun: str, gri
 
     expected_kinds = [{"kind": kind} for kind in OTHERS] * DRAWS
     before, plain_before, others_before = draw(texts), draw(untriggered), draw(others)
-    adapters.apply(family, formats.read(adapter))
+    adapters.apply(family, formats.read(adapter, embedding=True))
     after, plain_after, others_after = draw(texts), draw(untriggered), draw(others)
     if grids:
         grids.mkdir(parents=True, exist_ok=True)

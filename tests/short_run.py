@@ -44,7 +44,7 @@ def run_config(base: Path, photos: Path, folder: Path, steps: int, **changes: ob
         "output.dtype": "fp32",
     }
     changes = {name.replace("__", "."): value for name, value in changes.items()}
-    if registry.METHODS[str(changes.get("adapter.method", "lora"))].whole_model:
+    if str(changes.get("adapter.method", "lora")) not in registry.adapter_methods():
         del settings["adapter.rank"]
     return config.load(None, settings | changes)
 

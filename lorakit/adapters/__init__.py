@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["apply", "attach", "flatten", "optimize_blocks"]
 
 
-def attach(target: Family | DiffusionPipeline, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
+def attach(
+    target: Family | DiffusionPipeline,
+    config: AdapterConfig,
+    *,
+    seed: int = 0,
+    trigger: str = "",
+    init_word: str = "",
+) -> Adapter:
     """Put a new adapter into a base, ready to be trained; until it is, the base's output is unchanged to the bit.
 
     Args:
@@ -31,13 +38,14 @@ def attach(target: Family | DiffusionPipeline, config: AdapterConfig, *, seed: i
         config: method, rank and so on.
         seed: the first weights follow from it and from each layer's name, whatever else is adapted.
         trigger: the word that `config.new_tokens` vectors are learned for.
+        init_word: what they begin as; by default the trigger.
 
     Raises:
         LorakitError: `target` is no such thing, already carries an adapter, or has none of the layers asked for.
     """
     from lorakit.adapters import adapter
 
-    return adapter.attach(target, config, seed=seed, trigger=trigger)
+    return adapter.attach(target, config, seed=seed, trigger=trigger, init_word=init_word)
 
 
 def apply(target: Family | DiffusionPipeline, weights: AdapterWeights, strength: float = 1.0) -> Adapter:

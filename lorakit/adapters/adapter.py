@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorakit.families.spec import FamilySpec
 
 
-def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "") -> Adapter:
+def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = "", init_word: str = "") -> Adapter:
     """See `lorakit.adapters.attach`."""
     if config.new_tokens and not trigger:
         raise LorakitError("adapter.new_tokens needs a word to learn: give a trigger")
@@ -38,7 +38,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     selected = targets.select(family, paths, config.target_modules, config.train_text_encoder)
     if problems := targets.adapter_pattern_problems(config, selected, layer_names):
         raise LorakitError(join("\n", problems))
-    if not layer_names:
+    if not layer_names and not config.words_only:
         raise LorakitError(targets.no_layer(config))
     layers = _inject(
         modules, {name: paths[name] for name in layer_names}, config, plain=getattr(target, "plain", False)
@@ -48,7 +48,7 @@ def attach(target: Any, config: AdapterConfig, *, seed: int = 0, trigger: str = 
     adapter._reserve = getattr(target, "reserve", adapter._reserve)
     adapter.reset(seed)
     if config.new_tokens:
-        adapter.learn_word(trigger, _tokenizers(target), config.new_tokens)
+        adapter.learn_word(trigger, _tokenizers(target), config.new_tokens, init_word=init_word)
     if getattr(target, "gradient_scale", 1.0) != 1:
         adapter.divide_gradients(lambda: target.gradient_scale)
     return adapter
@@ -79,8 +79,9 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
                 actual,
             )
     # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
-    rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
-    config = ADAPTER_SECTIONS[method](method=method, rank=rank)
+    ranks = Counter(layer.rank for layer in weights.layers.values()).most_common(1)
+    section = ADAPTER_SECTIONS[method]
+    config = section(method=method, rank=ranks[0][0]) if ranks else section(method=method)
     layer_paths = {name: paths[name] for name in weights.layers}
     layers = _inject(modules, layer_paths, config, plain=getattr(target, "plain", False))
     adapter = Adapter(modules, layers, family, config)
@@ -152,8 +153,10 @@ class Adapter:
         tokenizers: dict[str, Any],
         count: int = 0,
         vectors: dict[str, torch.Tensor] | None = None,
+        init_word: str = "",
     ) -> None:
-        """Give every text encoder vectors of its own for a word: `count` that begin as the word's own, or these.
+        """Give every text encoder vectors of its own for a word: these, or `count` that begin as those of `init_word`,
+        or as the word's own.
 
         Raises:
             LorakitError: vectors for a second word, or of another width than the encoder's.
@@ -167,7 +170,7 @@ class Adapter:
             width = self._modules[part].get_input_embeddings().weight.shape[1]
             if vectors is not None and (initial is None or initial.shape[1] != width):
                 raise LorakitError("the embedding of {word!r} does not fit {part}: it is for another base", word, part)
-            self._learned_tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, initial)
+            self._learned_tokens[part] = LearnedToken(self._modules[part], tokenizer, word, count, initial, init_word)
         self._word = word
         self._reserve(word, max((len(token.vectors) for token in self._learned_tokens.values()), default=0))
 

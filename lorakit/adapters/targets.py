@@ -31,6 +31,8 @@ TEXT = {"attention": _TEXT_ATTENTION, "linear": _TEXT_LINEAR, "linear+conv": _TE
 def adapted(family: str, layers: Iterable[str], adapter: AdapterConfig) -> list[str]:
     """Canonical names of the layers that an adapter enters: `select`, without those of rank 0 by a pattern. Where the
     base's own weights are trained, all layers of what is trained."""
+    if METHODS[adapter.method].words_only:
+        return []
     if METHODS[adapter.method].whole_model:
         parts = registry.family_of(family).trainable_encoders() if adapter.train_text_encoder else ()
         return [name for name in layers if name.partition(".")[0] in ("unet", *parts)]

@@ -25,7 +25,8 @@ class LearnedToken:
         encoder: the text encoder; it is changed until `remove`.
         tokenizer: its tokenizer, which is only asked.
         word: the trigger.
-        vectors: `[n, width]`; None: the word's own, over and over until there are `count`.
+        vectors: `[n, width]`; None: those of `init_word`, over and over until there are `count`.
+        init_word: by default the word itself.
     """
 
     def __init__(
@@ -35,13 +36,15 @@ class LearnedToken:
         word: str,
         count: int,
         vectors: torch.Tensor | None = None,
+        init_word: str = "",
     ):
         table = encoder.get_input_embeddings()
         self.encoder, self.off = encoder, False
         ids = tokenizer(word, add_special_tokens=False).input_ids
         self.word_ids, self.end = torch.tensor(ids, device=table.weight.device), int(tokenizer.eos_token_id)
         if vectors is None:
-            vectors = table.weight.detach()[[ids[n % len(ids)] for n in range(count)]]
+            first = tokenizer(init_word, add_special_tokens=False).input_ids if init_word else ids
+            vectors = table.weight.detach()[[first[n % len(first)] for n in range(count)]]
         self.embedding = _Embedding(table, vectors)
         encoder.set_input_embeddings(self.embedding)
         self._hook = encoder.register_forward_pre_hook(self._before, with_kwargs=True)

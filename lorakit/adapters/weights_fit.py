@@ -119,6 +119,8 @@ def method(weights: AdapterWeights) -> str:
     Raises:
         LorakitError: several methods in one adapter.
     """
+    if weights.embeddings and not weights.layers:
+        return "embedding"
     rows = any(layer.magnitude is not None and len(layer.magnitude) > 1 for layer in weights.layers.values())
     methods = {layer.method for layer in weights.layers.values()}
     foreign = sorted(methods - {spec.layers for spec in registry.METHODS.values()} - {LoraLayer.METHOD})

@@ -318,7 +318,8 @@ def run_install_adapter(args: argparse.Namespace) -> int:
     files = hosts.install(
         Path(args.adapter), host, Path(args.at), name=args.name, any_folder=args.any_folder, say=remark
     )
-    remark(f"{host.title}: {host.then.format(folder=files['adapter'].parent.absolute())}")
+    if "adapter" in files:
+        remark(f"{host.title}: {host.then.format(folder=files['adapter'].parent.absolute())}")
     _tell(args, files)
     return 0
 
@@ -348,21 +349,22 @@ def _write(
 
     if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
         raise LorakitError(f"{shorten(name, 40)}: too long for the name of a file: give one of at most 200 letters")
+    fmt = args.to if weights.layers else "kohya"  # whose ending an embedding has
     folder = Path(args.output)
-    target = destination(folder, name, args.to).resolve()
+    target = destination(folder, name, fmt).resolve()
     for source in sources:
         if Path(source).resolve() == target:
             raise LorakitError(f"{source} would be written over: name another folder with --output")
-    there = [] if args.force else occupied(folder, name, args.to)
+    there = [] if args.force else occupied(folder, name, fmt)
     if there:
         raise LorakitError(f"{there[0]} exists already: name another folder with --output, or give --force")
     say = functools.partial(print, file=sys.stderr)
     for kind in adapter_math.kinds(weights):
-        if warning := compatibility.warning(kind, args.to):
+        if warning := compatibility.warning(kind, fmt):
             say(f"export: {warning}")
-    paths = formats.save(weights, folder, name, [args.to], args.dtype, metadata, say=say)
-    if len(sources) == 1:
-        take_along(Path(sources[0]), paths[args.to], args.to)
+    paths = formats.save(weights, folder, name, [fmt], args.dtype, metadata, say=say)
+    if len(sources) == 1 and fmt in paths:
+        take_along(Path(sources[0]), paths[fmt], fmt)
     _tell(args, paths)
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lorakit.config import full, photo_edits, sample_prompts
+from lorakit.config import embedding, full, photo_edits, sample_prompts
 from lorakit.config.option import label, to_text, unquote
 from lorakit.config.schema import LENGTHS, AdapterConfig, Config, DataConfig, OptimizerConfig, TrainConfig
 from lorakit.core.messages import Message
@@ -27,7 +27,8 @@ def problems(config: Config) -> list[str]:
     if optimizer.learning_rate == 0:
         problems.append("optimizer.learning_rate = 0 trains nothing: give a rate above 0")
     problems += _text_encoder_problems(optimizer, adapter) + _factor_problems(config)
-    if adapter.new_tokens and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
+    is_named = bool(data.name) or not adapter.words_only
+    if adapter.new_tokens and is_named and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
     problems += _schedule_problems(optimizer) + _noise_problems(train)
     if data.keep_tags and not (data.shuffle_tags or data.tag_dropout):
@@ -54,7 +55,7 @@ def problems(config: Config) -> list[str]:
             Message("data.max_tokens = {tokens}: texts are read in chunks of 75: set 75, 150 or 225", data.max_tokens)
         )
     problems += sample_prompts.problems(config.sample)
-    problems += full.problems(config)
+    problems += full.problems(config) + embedding.problems(config)
     return problems + _resolution_problems(data) + photo_edits.problems(data) + _engine_problems(config)
 
 

@@ -223,6 +223,9 @@ def _other_method(preset: Mapping[str, object], overrides: Mapping[str, object])
         keys |= {f"optimizer.{name}" for name in ("learning_rate", "text_encoder_learning_rate")}
     if METHODS[method].whole_model:  # what makes an adapter's frozen base small
         keys |= {"memory.base_storage", "memory.stream_base", "adapter.train_text_encoder"}
+    if METHODS[method].words_only:
+        keys |= {key for key in preset if key.startswith(("train.prior", "train.class_", "output."))}
+        keys |= {"optimizer.text_encoder_2_learning_rate", "optimizer.text_encoder_stop"}
     return keys
 
 

@@ -2,8 +2,7 @@
 
 `load(preset, overrides)` is the only way in. It reads TOML strictly: unknown keys, wrong types and values out of range
 are collected and raised together as one `ConfigError`, each with the nearest known name. Nothing writes back into a
-`Config`; values that follow from others (trigger, prompts, number of steps) are properties or are computed where used.
-This module never imports torch: a preset is checked in a tenth of a second.
+`Config`; values that follow from others (trigger, prompts, steps) are properties or computed where used. No torch.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lorakit.config.option import Option, option
 from lorakit.core.registry import FORMATS, METHODS, OPTIMIZERS, TRACKERS, resolve
@@ -167,6 +166,7 @@ class AdapterConfig:
     new_tokens: int = option(0, "Vectors to learn for the trigger as a new token (pivotal tuning).", low=0, high=32)
 
     method: str
+    words_only: ClassVar[bool] = False  # vectors of the trigger are trained, and no layers
 
     @property
     def scale(self) -> float:

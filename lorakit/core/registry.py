@@ -96,6 +96,7 @@ class MethodSpec:
             adds to a weight, for merging it and for its size.
         whole_model: "module:attribute" of a `training.whole_model.WholeModel`: it trains the base's own weights instead
             of layers of an adapter, and writes a model. `functions` is unused then.
+        words_only: it trains the trigger's vectors and no layers, so that its file is an embedding.
         learning_rate: what is usual, where it is another order of magnitude than an adapter's; None where it is not.
     """
 
@@ -110,6 +111,7 @@ class MethodSpec:
     factors: tuple[str, ...] = ()
     change: str = ""
     whole_model: str = ""
+    words_only: bool = False
     learning_rate: float | None = None
 
 
@@ -271,13 +273,22 @@ METHODS = Registry[MethodSpec](
             whole_model="lorakit.training.whole_model:WHOLE_MODEL",
             learning_rate=5e-6,
         ),
+        # Gal et al. 2022, arXiv 2208.01618. The rate is that of diffusers' examples/textual_inversion, scaled as there.
+        "embedding": MethodSpec(
+            "lorakit.adapters.lora:LORA",
+            section="lorakit.config.embedding:EmbeddingConfig",
+            layers="embedding",
+            begins_from_base=True,
+            words_only=True,
+            learning_rate=2e-3,
+        ),
     },
 )
 
 
 def adapter_methods() -> list[str]:
     """The methods that train layers of an adapter."""
-    return [name for name, spec in METHODS.items() if not spec.whole_model]
+    return [name for name, spec in METHODS.items() if not (spec.whole_model or spec.words_only)]
 
 
 def own_kinds() -> dict[str, MethodSpec]:

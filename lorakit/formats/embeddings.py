@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.weights import AdapterWeights
-from lorakit.core import safetensors_header
+from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.core.names import is_file_name, printable, shorten
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 WordVectors = dict[str, dict[str, "torch.Tensor"]]
+ONE_ENCODER = "text_encoder"
 # Text encoder -> what its vectors are called, where there is one encoder and where there are two.
-ONE, TWO = {"text_encoder": "emb_params"}, {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+ONE, TWO = {ONE_ENCODER: "emb_params"}, {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _BUNDLED = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
 _ENCODERS = {"string_to_param.*": "text_encoder", "emb_params": "text_encoder"}
 _ENCODERS |= {name: part for part, name in TWO.items()}
@@ -47,8 +48,12 @@ def bundle(path: Path) -> Path:
 
 def tensors(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What an embedding file holds: `emb_params` `[n, width]`, or for SDXL `clip_l` and `clip_g`."""
-    names = TWO if "text_encoder_2" in vectors else ONE
-    return {names[part]: rows.float().contiguous() for part, rows in vectors.items()}
+    return {tensor_name(vectors, part): rows.float().contiguous() for part, rows in vectors.items()}
+
+
+def tensor_name(vectors: Mapping[str, torch.Tensor], encoder: str) -> str:
+    """What the vectors of a text encoder are called in the file."""
+    return (TWO if "text_encoder_2" in vectors else ONE)[encoder]
 
 
 def bundled(vectors_of_words: WordVectors) -> dict[str, torch.Tensor]:
@@ -62,17 +67,69 @@ def bundled(vectors_of_words: WordVectors) -> dict[str, torch.Tensor]:
 
 def write(weights: AdapterWeights, place: Path, adapter_metadata: Mapping[str, str]) -> list[Path]:
     """Write every word's embedding file into the folder `place`, with what the adapter says of itself."""
+    return [write_word(weights, word, place / f"{word}.safetensors", adapter_metadata) for word in weights.embeddings]
+
+
+def write_word(weights: AdapterWeights, word: str, path: Path, adapter_metadata: Mapping[str, str]) -> Path:
+    """Write one word's embedding file.
+
+    Raises:
+        LorakitError: a number is not finite.
+    """
+    import torch
+
     from lorakit.formats import files
 
-    paths = []
-    for word, vectors in weights.embeddings.items():
-        header = metadata.complete(weights, adapter_metadata)
-        architecture = header["modelspec.architecture"].replace("/lora", "/textual-inversion")
-        header |= {"modelspec.architecture": architecture, "modelspec.title": word, "ss_output_name": word}
-        embedding_header = {key: value for key, value in header.items() if not key.startswith("ss_network_")}
-        files.write_safetensors(place / f"{word}.safetensors", tensors(vectors), embedding_header)
-        paths.append(place / f"{word}.safetensors")
-    return paths
+    vectors = weights.embeddings[word]
+    if not all(bool(torch.isfinite(rows).all()) for rows in vectors.values()):
+        raise LorakitError("the vectors of {word!r} are not finite (NaN or infinity): nothing is written", word)
+    header = metadata.complete(weights, adapter_metadata)
+    architecture = header["modelspec.architecture"].replace("/lora", "/textual-inversion")
+    header |= {"modelspec.architecture": architecture, "modelspec.title": word, "ss_output_name": word}
+    embedding_header = {key: value for key, value in header.items() if not key.startswith("ss_network_")}
+    files.write_safetensors(path, tensors(vectors), embedding_header)
+    return path
+
+
+def read_alone(head: safetensors_header.Header) -> AdapterWeights:
+    """An embedding that belongs to no adapter, as an adapter without layers. Its word is what its metadata says, its
+    only tensor's name as diffusers writes it, or the name of the file.
+
+    Raises:
+        LorakitError: its tensors are no vectors of CLIP's text encoders.
+    """
+    parts = safetensors_header.load(head)
+    own, one = parts.keys() <= _ENCODERS.keys(), len(parts) == 1
+    if not (own or one) or any(rows.ndim not in (1, 2) for rows in parts.values()):
+        raise LorakitError("{path}: an embedding of a kind that lorakit does not read", head.path)
+    vectors = {
+        _ENCODERS.get(name, ONE_ENCODER): rows.float().reshape(-1, rows.shape[-1]) for name, rows in parts.items()
+    }
+    return AdapterWeights(family(head), "embedding", {}, dict(head.metadata), {word_of(head): vectors})
+
+
+def word_of(head: safetensors_header.Header) -> str:
+    """What an embedding that belongs to no adapter is for."""
+    name = next(iter(head.tensors))
+    return head.metadata.get(metadata.WORDS, "") or (head.path.stem if name in _ENCODERS else name)
+
+
+def family(head: safetensors_header.Header) -> str:
+    """What an embedding is for: what it says, or what its widths tell.
+
+    Raises:
+        LorakitError: no family has text encoders of this width.
+    """
+    shapes = head.shapes()
+    if tagged := metadata.family(head.metadata):
+        return tagged
+    if set(TWO.values()) & shapes.keys():
+        return "sdxl"
+    width = next(iter(shapes.values()))[-1]
+    by_width = {version.cross_dim: name for name, (_, version) in registry.versions().items()}
+    if width not in by_width:
+        raise LorakitError("{path}: vectors of width {width}, which no base known here has", head.path, width)
+    return by_width[width]
 
 
 def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], WordVectors]:

@@ -187,6 +187,8 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
     what = other_models.what_file(head)
     if kind == "unknown" and what != other_models.KINDS[kind]:
         description = _no_adapter(what)
+    if kind == "embedding":
+        return _embedding(head, size)
     family, by = identify.base_family(head.shapes()), "the width of the text it attends to"
     if kind == "checkpoint":
         try:
@@ -203,6 +205,26 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
     return Report(head.path.name, kind, description, size, family, by if family else "", **common)
 
 
+def _embedding(head: safetensors_header.Header, size: int) -> Report:
+    """A textual-inversion embedding: a word and its vectors, and no layer."""
+    count = next((shape[0] for shape in head.shapes().values() if len(shape) == 2), 1)
+    word, description = shorten(printable(embeddings.word_of(head)), 60), identify.DESCRIPTIONS["embedding"]
+    report = Report(
+        head.path.name, "embedding", description, size, dtype=_dtype([head]), trigger=word, metadata=head.metadata
+    )
+    try:
+        family = embeddings.family(head)
+    except LorakitError as error:
+        return dataclasses.replace(report, notes=[str(error)])
+    by = "metadata" if meta.family(head.metadata) else "its width"
+    notes: list[str] = [Message(WORD_FOLDER, count, head.path.stem)]
+    return dataclasses.replace(report, family=family, family_evidence=by, notes=notes)
+
+
+WORD_FOLDER = (
+    "vectors: {count}; it goes into a program's folder of embeddings, and the word to type there is the name of the "
+    "file, {word}"
+)
 EMBEDDING = "needs its embedding {file}, {there}"
 UNKNOWN_NAMES = "{name}: an adapter for no model known here: its names are of no program known here, such as {tensor}"
 

@@ -156,6 +156,8 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     from lorakit.formats import adapter_math  # needs torch; the rest of this page does not
 
     tags = registry.version_of(weights.family).tags
+    if not weights.layers:
+        return _of_words(weights)
     layers = adapter_math.uniform(weights)
     # Of a file of several methods, the one that has a rank.
     first = min(layers.values(), key=lambda layer: isinstance(layer, ForeignLayer))
@@ -184,6 +186,22 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
     if registry.version_of(weights.family).kohya.sgm and per_block != keys.DEFAULT_LAYERS_PER_BLOCK:
         result["lorakit.layers_per_block"] = str(per_block)
     return result
+
+
+def _of_words(weights: AdapterWeights) -> dict[str, str]:
+    """`of_weights` of a word alone."""
+    tags = registry.version_of(weights.family).tags
+    return {
+        "ss_base_model_version": tags.version,
+        "ss_v2": tags.v2,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": tags.architecture,
+        "modelspec.implementation": tags.implementation,
+        "lorakit.version": __version__,
+        "lorakit.family": weights.family,
+        "lorakit.method": weights.method,
+        WORDS: " ".join(weights.embeddings),
+    }
 
 
 def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, str]:

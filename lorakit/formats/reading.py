@@ -24,8 +24,11 @@ from lorakit.formats.facts.peft_config import Scaling
 _BIASES = {"diff_b", "b_norm", "up_bias"}
 
 
-def read(path: Path) -> AdapterWeights:
+def read(path: Path, *, embedding: bool = False) -> AdapterWeights:
     """Read an adapter: a `.safetensors` file, a PEFT folder, or a folder that holds one adapter file.
+
+    Args:
+        embedding: also read a textual-inversion embedding, as an adapter without layers.
 
     Returns:
         Weights in float32 on the CPU. A layer without an alpha has alpha = rank, as for every other reader.
@@ -35,7 +38,12 @@ def read(path: Path) -> AdapterWeights:
     """
     path = identify.adapter_file(Path(path))
     if not path.is_dir():
-        return _read_file(path)
+        head = safetensors_header.read(path)
+        if embedding and identify.kind(head.shapes()) == "embedding":
+            weights = embeddings.read_alone(head)
+            _require_finite(path, next(iter(weights.embeddings.values())))
+            return weights
+        return _read_file(head)
     parts = identify.peft_parts(path)
     if parts:
         return _read_peft(path, parts)
@@ -45,8 +53,8 @@ def read(path: Path) -> AdapterWeights:
     raise LorakitError("{path}: {holds}{path_2}: name the file itself", path, holds, identify.pickles(path))
 
 
-def _read_file(path: Path) -> AdapterWeights:
-    head = safetensors_header.read(path)
+def _read_file(head: safetensors_header.Header) -> AdapterWeights:
+    path = head.path
     what = identify.kind(head.shapes())
     if what != "adapter":
         raise LorakitError("{file}: this is {kind}", path, identify.DESCRIPTIONS[what])

@@ -49,7 +49,8 @@ def save(
     """Export `weights` as `<folder>/<name>` in each of `formats`; returns format -> the file or folder written.
 
     Each format writes its side files, with `preview` (PNG bytes) where one is given. A trained word gets its own files,
-    see `embeddings`. Where `dtype` would turn numbers into 0 or infinity, float32 is written and said.
+    see `embeddings`; where there is nothing else, its embedding is `<folder>/<name>.safetensors`, whatever `formats`.
+    Where `dtype` would turn numbers into 0 or infinity, float32 is written and said.
 
     Raises:
         LorakitError: a method that a format cannot carry, a layer that is not portable or not finite, too little space.
@@ -58,6 +59,9 @@ def save(
     metadata = {**weights.metadata, **metadata}
     if not name or Path(name).name != name:
         raise LorakitError("{name!r} cannot be a file name: leave out slashes", name)
+    if weights.embeddings and not weights.layers:
+        word, path = next(iter(weights.embeddings)), Path(folder) / f"{name}.safetensors"
+        return {"embedding": embeddings.write_word(weights, word, path, metadata)}
     specs = {fmt: FORMATS[fmt] for fmt in formats}
     for spec in specs.values():
         adapter_math.require_writable(weights, spec.check)

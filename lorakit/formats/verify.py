@@ -47,6 +47,8 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
         What is wrong; empty means that the file is right.
     """
     findings: list[Finding] = []
+    if not weights.layers:
+        return _word_findings(Path(path), weights)
     try:
         heads = _headers(path)
         spec = of_file(Path(path), (name for head in heads.values() for name in head.tensors))
@@ -73,6 +75,17 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     if spec.bundles_embeddings and weights.embeddings:
         findings += _bundle_findings(embeddings.bundle(Path(path)), load_file(Path(path)), weights)
     return findings
+
+
+def _word_findings(path: Path, weights: AdapterWeights) -> list[Finding]:
+    """The file of a word alone."""
+    try:
+        copy = read(path, embedding=True)
+    except LorakitError as error:
+        return [Finding(path.name, str(error))]
+    if copy.family != weights.family:
+        return [Finding(path.name, f"reads as {copy.family}, not {weights.family}")]
+    return [Finding(word, problem) for word, problem in embeddings.problems(copy.embeddings, weights.embeddings)]
 
 
 def _bundle_findings(bundle: Path, tensors: Mapping[str, torch.Tensor], weights: AdapterWeights) -> list[Finding]:

@@ -224,7 +224,7 @@ def base_of(adapter: str | Path) -> str:
     Raises:
         LorakitError: not an adapter, or the base is not found; the message says what to give.
     """
-    return adapter_base.find(Path(adapter), formats.read(Path(adapter)).metadata)
+    return adapter_base.find(Path(adapter), formats.read(Path(adapter), embedding=True).metadata)
 
 
 def findings(adapter: str | Path, prompts: Sequence[str], *, base: str, overrides: Mapping[str, object]) -> list[str]:
@@ -266,7 +266,7 @@ def from_file(
         LorakitError: not an adapter, or one for another family than the base's; no prompt and no trigger; a folder
             with something in it.
     """
-    weights = formats.read(adapter)
+    weights = formats.read(adapter, embedding=True)
     config = _recorded(weights.metadata, {})
     prompts = list(prompts) or (captions.sample_prompts(config.data) if config.data.name else [])
     if not prompts:
@@ -348,7 +348,7 @@ def recorded(adapter: Path, overrides: Mapping[str, Any]) -> Config:
         ConfigError: an override is wrong.
         LorakitError: not an adapter.
     """
-    return _recorded(formats.read(adapter).metadata, overrides)
+    return _recorded(formats.read(adapter, embedding=True).metadata, overrides)
 
 
 def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Config:

@@ -286,7 +286,7 @@ def problems(config: Config, info: BaseInfo) -> list[str]:
     if line := _resolution_problem(config, info):
         result.append(line)
     selected = targets.adapted(info.family, info.layers, config.adapter)
-    if not selected:
+    if not selected and not config.adapter.words_only:
         result.append(targets.no_layer(config.adapter))
         return result
     result += targets.pattern_problems(config, info.family, info.layers)

@@ -326,7 +326,7 @@ def _unsuited(info: BaseInfo, config: Config) -> list[str]:
 def _rate_warning(config: Config) -> str | None:
     """A learning rate that was meant for another optimizer or method, or None."""
     optimizer, own = config.optimizer, registry.METHODS[config.adapter.method].learning_rate
-    if own is not None and optimizer.learning_rate > MAX_RATE_FACTOR * own:
+    if own is not None and not config.adapter.words_only and optimizer.learning_rate > MAX_RATE_FACTOR * own:
         return Message(
             "optimizer.learning_rate = {rate:g}: for adapter.method = {method!r} {usual:g} is usual; at so "
             "much a model forgets what it knew",

@@ -291,7 +291,8 @@ class RunFolder:
     @property
     def adapter_name(self) -> str:
         """Stem of the exported file: the name the run was made for, as a file name that every system takes."""
-        return _slug(load(self.config_file))
+        config = load(self.config_file)
+        return config.data.trigger if config.adapter.words_only else _slug(config)  # an embedding's word is its name
 
     @property
     def stop_requested(self) -> bool:

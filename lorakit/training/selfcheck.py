@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file
 
 from lorakit import adapters, formats
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
@@ -25,7 +26,7 @@ from lorakit.core import rng
 from lorakit.core.layer_names import canonical
 from lorakit.core.messages import Message, join, some
 from lorakit.engine import device as devices
-from lorakit.formats import compatibility, verify
+from lorakit.formats import compatibility, embeddings, verify
 
 if TYPE_CHECKING:
     from lorakit.families import Family
@@ -116,9 +117,11 @@ def examine(
         family = load()
         # Neither DoRA in the web UIs' axis, LyCORIS' methods nor a PEFT folder is something that this loader reads.
         only_lora = all(layer.is_lora for layer in weights.layers.values())
-        if only_lora and compatibility.has_rule("diffusers", name, path, family.info.family):
+        if not weights.layers:
+            findings.append(read_word_by_diffusers(name, path, family, weights))
+        elif only_lora and compatibility.has_rule("diffusers", name, path, family.info.family):
             findings.append(read_by_diffusers(name, path, family, weights, TOLERANCE[dtype] / 4))
-        adapters.apply(family, formats.read(path))
+        adapters.apply(family, formats.read(path, embedding=not weights.layers))
         read = probe(family, prompt, size)
         findings += compare(
             name,
@@ -137,6 +140,10 @@ def examine(
 def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Sequence[str]) -> list[Finding]:
     """The exported file, opened again: is every announced layer there, finite, not nil and as trained?"""
     wrong = verify.verify_file(path, weights, announced)
+    if not weights.layers:
+        count = sum(len(rows) for vectors in weights.embeddings.values() for rows in vectors.values())
+        right = Message("vectors: {count} there, finite and as trained", count)
+        return [Finding(f"{name} file", not wrong, some(map(str, wrong), 3, "; ") if wrong else right)]
     if not wrong:
         text = "{some} of {count} modules there, finite and not zero"
         return [Finding(f"{name} file", True, Message(text, len(announced), len(announced)))]
@@ -171,6 +178,28 @@ def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWei
     pipeline.unload_lora_weights()
     count = len(weights.layers)
     right = Message("{some} of {count} modules applied, each as trained", count, count)
+    return Finding(f"{name} in diffusers", not wrong, some(wrong, 3, "; ") if wrong else right)
+
+
+def read_word_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWeights) -> Finding:
+    """Load the file with `load_textual_inversion`, compare what is then in each text encoder's table, and take it out
+    again."""
+    pipeline, wrong = family.pipeline(), list[str]()
+    word, vectors = next(iter(weights.embeddings.items()))
+    file = load_file(path)
+    for encoder in family.info.spec.text_encoders:
+        if encoder.name not in vectors:
+            continue
+        model, tokenizer = (pipeline.components[part] for part in (encoder.name, encoder.tokenizer))
+        token, key = f"<{word}>", embeddings.tensor_name(vectors, encoder.name)
+        pipeline.load_textual_inversion({key: file[key]}, token=token, text_encoder=model, tokenizer=tokenizer)
+        ids = tokenizer(pipeline.maybe_convert_prompt(token, tokenizer), add_special_tokens=False).input_ids
+        rows = model.get_input_embeddings().weight.detach()[ids].float().cpu()
+        if not torch.allclose(rows, vectors[encoder.name], rtol=CAST[family.dtype], atol=CAST[family.dtype]):
+            wrong.append(Message("{encoder}: its vectors are not those that were trained", encoder.name))
+        tokens = [token, *(f"{token}_{number}" for number in range(1, len(ids)))]  # what it calls further vectors
+        pipeline.unload_textual_inversion(tokens=tokens, tokenizer=tokenizer, text_encoder=model)
+    right = Message("text encoders that have the word as trained: {count}", len(vectors))
     return Finding(f"{name} in diffusers", not wrong, some(wrong, 3, "; ") if wrong else right)
 
 

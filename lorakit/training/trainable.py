@@ -23,6 +23,7 @@ from lorakit.training.parallel import SINGLE, Processes
 from lorakit.training.validation import Validation
 
 if TYPE_CHECKING:
+    from lorakit.config import Config
     from lorakit.core.protocols import Trainable
     from lorakit.families import Family
     from lorakit.runs.preflight import Ready
@@ -76,7 +77,9 @@ def trainable(
     adapter = (
         whole.attach(family, config.adapter)
         if whole
-        else adapters.attach(family, config.adapter, seed=config.train.seed, trigger=config.data.trigger)
+        else adapters.attach(
+            family, config.adapter, seed=config.train.seed, trigger=config.data.trigger, init_word=_init_word(config)
+        )
     )
     for component, (modules, parameters) in adapter.describe().items():
         say(Message(TRAINED, component, modules, parameters))
@@ -110,3 +113,10 @@ def trainable(
     photo_validation = Validation(family, inputs.dataset.unaugmented(), *parts)
     validation = Validation(family, inputs.holdout, *parts, from_holdout=True) if inputs.holdout else photo_validation
     return Model(family, adapter, loss_step, optimizer_step, validation, photo_validation)
+
+
+def _init_word(config: Config) -> str:
+    """What the trigger's vectors begin as: of a word alone the last word of the noun, as a noun says most."""
+    return getattr(config.adapter, "init_word", None) or (
+        config.data.noun.rpartition(" ")[2] if config.adapter.words_only else ""
+    )

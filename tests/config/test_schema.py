@@ -79,7 +79,8 @@ def test_an_option_of_another_method_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_method_names_those_there_are() -> None:
     assert problem("adapter.method", "lorra") == (
-        "adapter.method = 'lorra': choose one of lora, rslora, dora, pissa, loha, lokr, full (did you mean lora?)"
+        "adapter.method = 'lorra': choose one of lora, rslora, dora, pissa, loha, lokr, full, embedding "
+        "(did you mean lora?)"
     )
 
 

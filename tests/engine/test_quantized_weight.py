@@ -16,6 +16,7 @@ from lorakit import adapters, config, families
 from lorakit.adapters import adapter as adapter_module
 from lorakit.config import ADAPTER_SECTIONS, LoraConfig
 from lorakit.core.errors import LorakitError
+from lorakit.core.registry import adapter_methods
 from lorakit.engine import (
     device as devices,
     onednn_linear,
@@ -284,7 +285,7 @@ def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int)
 
 
 # Every method of adapters once, and every storage and precision with those whose layers differ most.
-LEARNED = [(method, "full", torch.bfloat16) for method in ADAPTER_SECTIONS if method != "full"]
+LEARNED = [(method, "full", torch.bfloat16) for method in adapter_methods()]
 LEARNED += [("lora", "full", torch.float32), ("dora", "full", torch.float32)]
 LEARNED += [("lora", "int8", torch.float32), ("dora", "nf4", torch.bfloat16)]
 

@@ -192,7 +192,7 @@ def test_what_is_not_an_adapter_is_named(tmp_path, description):
     save_file({name: torch.zeros(shape) for name, shape in NOT_ADAPTERS[description].items()}, path)
     report = inspect(path)
     assert report.description == description and report.readers == {}
-    assert report.family == {"a whole": "sdxl", "a UNet ": "sd2"}.get(description[:7])
+    assert report.family == {"a whole": "sdxl", "a UNet ": "sd2", "a textu": "sd1"}.get(description[:7])
     assert description in report.to_text()
     with pytest.raises(LorakitError) as error:
         read(path)

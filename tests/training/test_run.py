@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from short_run import unchecked
 
 from lorakit import config, families
+from lorakit.core import registry
 from lorakit.core.errors import LorakitError
 from lorakit.data import latents
 from lorakit.inference import sampling
@@ -159,7 +160,7 @@ def test_an_effect_that_rounding_alone_would_give_is_none(tiny_sd1, photos, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [method for method in config.ADAPTER_SECTIONS if method != "full"])
+@pytest.mark.parametrize("method", registry.adapter_methods())
 def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolutions(
     tiny_sd1, photos, tmp_path, method
 ):

@@ -29,7 +29,8 @@ _LORA_NAMES = {"lora", "loras", "lycoris", "locon"}
 def install(
     source: Path, host: Host, place: Path, *, name: str = "", any_folder: bool = False, say: Say = lambda _: None
 ) -> dict[str, Path]:
-    """Copy an adapter and its side files; what is there now: "adapter", "json", "preview", "embedding <word>".
+    """Copy an adapter and its side files; what is there now: "adapter", "json", "preview", "embedding <word>";
+    of an embedding that belongs to no adapter "embedding".
 
     A file that is there is never replaced: another name is taken, and where the same adapter is there already only
     what is missing beside it is copied.
@@ -45,10 +46,13 @@ def install(
         LorakitError: the program does not read all of it, the folder is not the program's, or cannot be written.
     """
     report = inspect(source)
-    _require_reader(source, report, host)
+    if report.kind != "embedding":
+        _require_reader(source, report, host)
     source = identify.adapter_file(source)
     if name and not is_file_name(name):
         raise LorakitError("--name {name!r} cannot be a file name: leave out slashes", name)
+    if report.kind == "embedding":
+        return _install_word(source, report, host, place, name, any_folder)
     of_words = embeddings.word_files(source, report.metadata)
     folder, words = folders(host, place, bool(of_words), any_folder)
     target = _free(folder, name or source.stem, source)
@@ -81,6 +85,19 @@ def install(
         )
     result = {"adapter": target} | {label: there for label, (_, there) in copies.items()}
     return result | ({"json": json_file} if text else {})
+
+
+def _install_word(
+    source: Path, report: Report, host: Host, place: Path, name: str, any_folder: bool
+) -> dict[str, Path]:
+    """Copy an embedding that is all there is; its word there is the name of the file."""
+    _require_family(report, host)
+    target = folders(host, place, True, any_folder)[1] / f"{name or source.stem}.safetensors"
+    _require_same([(source, target)])
+    with _undo(target):
+        if not target.exists():
+            _copy(source, target)
+    return {"embedding": target}
 
 
 def _require_same(copies: Iterable[tuple[Path, Path]]) -> None:
@@ -139,12 +156,7 @@ def _holds_adapters(folder: Path) -> bool:
 def _require_reader(source: Path, report: Report, host: Host) -> None:
     """Refuse what the program would read in part or not at all, with what to do."""
     failures = report.failures([host.reader])
-    if host.families and report.family not in host.families:
-        titles = " and ".join(registry.version_of(family).title for family in host.families)
-        family = registry.version_of(report.family).title if report.family else "an unknown model"
-        raise LorakitError(
-            "{report} is for {family}, and {host} draws with {titles} only", report.name, family, host.title, titles
-        )
+    _require_family(report, host)
     odd = next((word for word in host.methods if word in report.method.lower()), "")
     if not failures and not odd:
         return
@@ -167,6 +179,16 @@ def _require_reader(source: Path, report: Report, host: Host) -> None:
             quote(source),
         )
     raise LorakitError("{host} does not read all of {report}: {why}; {way}", host.title, report.name, why, way)
+
+
+def _require_family(report: Report, host: Host) -> None:
+    """Refuse what is for bases that the program does not draw with."""
+    if host.families and report.family not in host.families:
+        titles = " and ".join(registry.version_of(family).title for family in host.families)
+        family = registry.version_of(report.family).title if report.family else "an unknown model"
+        raise LorakitError(
+            "{report} is for {family}, and {host} draws with {titles} only", report.name, family, host.title, titles
+        )
 
 
 def _free(folder: Path, name: str, source: Path) -> Path:
