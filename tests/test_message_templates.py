@@ -1,31 +1,61 @@
-"""Messages are templates with values: none is built outside of them, and each template has its values and a line."""
+"""Messages are templates with values: none is built outside of them, and each template has its values and a line.
+
+What a message is made of is followed through the names, lists and functions of its module, so that a sentence that is
+put together first and used later counts too.
+"""
 
 import ast
+import contextlib
+import functools
+import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from test_house import PACKAGE, sources
-from trees import nodes_of
+from trees import nodes_of, syntax_tree, walk
 
+from lorakit.core.units import count
 from lorakit.ui import texts
 
-MAKERS = {"Message", "LorakitError", "ConfigError", "MissingFile", "NotFinite", "Unwritable", "Unreadable"}
+MAKERS = {"Message", "LorakitError", "ConfigError", "MissingFile", "NotFinite", "Unwritable", "Unreadable", "Refusal"}
+# What prints or records a line for the person.
+SPEAKERS = {"say", "complain", "remark", "print_lines", "fail", "ArgumentTypeError", "ValueError"}
 LISTS = {"problems", "errors", "warnings", "notes", "findings", "lines"}
-# Messages that are put together from finished text, and templates without a line in a language: both may only fall.
-OUTSIDE, UNTRANSLATED = 45, 234
+# Modules whose texts are no messages: prompts and pictures of the bundled base, and what only its programmer can meet.
+OTHER_TEXTS = ("families/pocket/",)
+# The one place that makes a plural.
+PLURALS = {"core/units.py": 1}
+# Two words, or the beginning or the end of a sentence.
+WORDS = re.compile(r"[A-Za-z]{2,}[,:;]? [a-z]{2,}|[a-z]{3,} $|^ [a-z]{3,}|^[;:] [a-z]")
+COMMAND = re.compile(r"(lorakit|pipx|uv|--[a-z-]+)( |$)| -m pip ")
+
+Node = ast.AST
+
+
+def called_name(call: ast.Call) -> str:
+    called = call.func
+    return called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+
+
+def owner_name(call: ast.Call) -> str:
+    """Whose method is called."""
+    owner = getattr(call.func, "value", None)
+    return owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+
+
+def target_name(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> str:
+    """The name or the attribute that is set."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+    return target.id if isinstance(target, ast.Name) else getattr(target, "attr", "")
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
     """The calls that take a message, by the name of what is called."""
     for node in nodes_of(path, ast.Call):
         if node.args:
-            called = node.func
-            name = (
-                called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
-            )
-            owner = getattr(called, "value", None)
-            kind = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+            name, kind = called_name(node), owner_name(node)
             if name in MAKERS or (name == "append" and kind in LISTS) or (name == "say" and kind.endswith("events")):
                 yield name, node
 
@@ -42,23 +72,168 @@ def names(template: str) -> set[str]:
 
 
 def key(template: str, call: ast.Call) -> str:
-    if len(call.args) == 1:
-        return template
+    return template if len(call.args) == 1 else as_key(template)
+
+
+def as_key(template: str) -> str:
+    """A template without its format specifications."""
     parts = string.Formatter().parse(template)
     places = ((literal.replace("{", "{{").replace("}", "}}"), name) for literal, name, _, _ in parts)
     return "".join(literal + (f"{{{name}}}" if name else "") for literal, name in places)
 
 
+class Texts:
+    """The texts that may stand where a message is said, in one module."""
+
+    def __init__(self, tree: ast.Module):
+        self.nodes = every = walk(tree)
+        self.parents = {child: node for node in every for child in ast.iter_child_nodes(node)}
+        functions = [node for node in every if isinstance(node, ast.FunctionDef)]
+        self.returned: dict[str, list[Node]] = {
+            function.name: [
+                node.value
+                for node in ast.walk(function)
+                if isinstance(node, ast.Return | ast.Yield) and node.value is not None and self.scope(node) is function
+            ]
+            for function in functions
+        }
+        self.assigned: dict[tuple[Node | None, str], list[Node]] = {}
+        for node in every:
+            targets: list[ast.expr] = []
+            if isinstance(node, ast.Assign):
+                targets = node.targets
+            elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr) and node.value is not None:
+                targets = [node.target]
+            for target in targets:
+                if isinstance(target, ast.Name):
+                    value = getattr(node, "value")  # noqa: B009
+                    self.assigned.setdefault((self.scope(node), target.id), []).append(value)
+
+    def scope(self, node: Node) -> Node | None:
+        """The function that it is in."""
+        inside = self.parents.get(node)
+        while inside is not None and not isinstance(inside, ast.FunctionDef):
+            inside = self.parents.get(inside)
+        return inside
+
+    def of(self, node: Node, before: frozenset[Node] = frozenset()) -> Iterator[Node]:
+        """Every text that an expression may be."""
+        if node in before:
+            return
+        before |= {node}
+        inside: list[Node] = []
+        if isinstance(node, ast.IfExp):
+            inside = [node.body, node.orelse]
+        elif isinstance(node, ast.BoolOp):
+            inside = [*node.values]
+        elif isinstance(node, ast.List | ast.Tuple):
+            inside = [*node.elts]
+        elif isinstance(node, ast.ListComp | ast.GeneratorExp):
+            inside = [node.elt]
+        elif isinstance(node, ast.Starred | ast.NamedExpr):
+            inside = [node.value]
+        elif isinstance(node, ast.Name):
+            here, module = (self.scope(node), node.id), (None, node.id)
+            inside = self.assigned.get(here, self.assigned.get(module, []))
+        elif isinstance(node, ast.Call) and called_name(node) in ("join", "next", "some", "filter"):
+            separated = isinstance(node.func, ast.Name) and node.func.id == "join"
+            inside = [*node.args[separated:]]
+            yield node
+        elif isinstance(node, ast.Call) and called_name(node) not in MAKERS | SPEAKERS:
+            own = isinstance(node.func, ast.Name) or getattr(getattr(node.func, "value", None), "id", "") == "self"
+            inside = [*self.returned.get(called_name(node), [])] if own else []
+            yield node
+        else:
+            yield node
+            if isinstance(node, ast.BinOp):
+                inside = [node.left, node.right]
+        for part in inside:
+            yield from self.of(part, before)
+
+
+@functools.cache
+def texts_of(path: Path) -> Texts:
+    return Texts(syntax_tree(path))
+
+
+def is_built(node: Node) -> bool:
+    """Whether an expression puts words together: an f-string, "+", "%", `format`, or `join` with a word."""
+    literals: list[Node] = []
+    if isinstance(node, ast.JoinedStr):
+        literals = [*node.values]
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mod):
+        literals = [node.left, node.right]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("format", "join"):
+        literals = [node.func.value]
+    words = [part.value for part in literals if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return any(map(WORDS.search, words)) and not any(map(COMMAND.match, words))
+
+
+def outside(module: Texts) -> list[int]:
+    """The lines of a module that put a message together without a template."""
+    places = set[int]()
+    for node in module.nodes:
+        messages: list[Node] = []
+        if isinstance(node, ast.Call) and node.args:
+            name, kind = called_name(node), owner_name(node)
+            if name in MAKERS | SPEAKERS or (name in ("append", "extend") and kind in LISTS):
+                messages = [*node.args]
+            if name in MAKERS - {"Unreadable"}:  # a template is one as it stands
+                first = [text for text in module.of(node.args[0]) if isinstance(text, ast.JoinedStr | ast.BinOp)]
+                places |= {text.lineno for text in first}
+        elif isinstance(node, ast.AugAssign | ast.Assign | ast.AnnAssign) and target_name(node) in LISTS:
+            messages = [node.value] if node.value else []
+        places |= {getattr(text, "lineno", 0) for one in messages for text in module.of(one) if is_built(text)}
+    return sorted(places)
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        'raise LorakitError(f"{a} is bad")',
+        'raise LorakitError(f"{a}{b}")',
+        'raise ValueError(f"{a} is not there")',
+        'raise LorakitError("{a} is bad: {b}", a, f"the file of {b}")',
+        'raise LorakitError("{a} is bad: {b}", a, "the file " + b)',
+        'raise LorakitError("%s is bad" % a)',
+        'raise LorakitError("{} is not there".format(a))',
+        'raise ConfigError([f"{a} is bad: {b}" for b in a])',
+        'problems += [f"{a} is bad"]',
+        'problems = [*b, f"{a} is bad"]',
+        'self.notes.append(f"{a} is bad")',
+        'text = f"{a} is bad"\nraise LorakitError(text)',
+        'text = "good" if b else f"{a} is bad"\nsay(text)',
+        'if text := f"{a} is bad":\n  raise LorakitError(text)',
+        'say(f"{a} is bad")',
+        'print_lines(*(f"{a} is bad" for a in b))',
+        'def why(a):\n  return f"{a} is bad"\nraise LorakitError(why(b))',
+        'def why(a):\n  text = b or f"{a} is bad"\n  return text\nraise LorakitError("{file}: {why}", a, why(b))',
+        'raise LorakitError("; ".join(f"{a} is bad" for a in b))',
+        'raise LorakitError("{names} differ", " as well as ".join(b))',
+    ],
+)
+def test_a_message_that_is_built_outside_fails(built: str) -> None:
+    assert outside(Texts(ast.parse(built)))
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        'raise LorakitError("{name} is bad", f"{a}.{b}")',
+        'raise LorakitError("good" if a else "{b} is bad", b)',
+        'say(Message("{name} is bad", b))',
+        'lines = [Message("{name} is bad", b)]',
+        'raise LorakitError("{name} is bad", ", ".join(b))',
+    ],
+)
+def test_a_message_of_a_template_is_none_of_these(built: str) -> None:
+    assert not outside(Texts(ast.parse(built)))
+
+
 def test_messages_are_built_from_templates() -> None:
-    outside = [
-        f"{path.relative_to(PACKAGE)}:{call.lineno}"
-        for path in sources()
-        for name, call in calls(path)
-        for argument in call.args
-        if isinstance(argument, ast.JoinedStr | ast.BinOp) and (name != "Message" or argument is not call.args[0])
-        if name != "Message" and argument is call.args[-1]
-    ]
-    assert len(outside) <= OUTSIDE, outside
+    lines = {path.relative_to(PACKAGE).as_posix(): outside(texts_of(path)) for path in sources()}
+    built = {name: places for name, places in lines.items() if places and not name.startswith(OTHER_TEXTS)}
+    assert {name: len(places) for name, places in built.items()} == PLURALS, built
 
 
 def test_a_template_has_as_many_values_as_names() -> None:
@@ -74,14 +249,66 @@ def test_a_template_has_as_many_values_as_names() -> None:
     assert not wrong
 
 
-def test_templates_have_a_line_in_chinese() -> None:
+def phrases(name: str, kind: str, call: ast.Call) -> list[ast.expr]:
+    """The arguments that may be a message without values, or a part of one."""
+    if name in MAKERS | {"Finding"} or (name == "say" and kind.endswith("events")):
+        return call.args[name != "Unreadable" and name != "Finding" :]
+    return call.args if name in SPEAKERS or (name in ("append", "extend") and kind in LISTS) else []
+
+
+@functools.cache
+def all_messages(path: Path) -> set[str]:
+    """The keys of all that a module may say: templates, and sentences and phrases without values."""
+    return set(keys(texts_of(path)))
+
+
+def keys(module: Texts) -> Iterator[str]:
+    for node in module.nodes:
+        first: list[ast.expr] = []
+        rest: list[ast.expr] = []
+        if isinstance(node, ast.Call) and node.args:
+            name, kind = called_name(node), owner_name(node)
+            rest = phrases(name, kind, node)
+            is_template = name in MAKERS - {"Unreadable"} or (name == "say" and kind.endswith("events"))
+            first = node.args[:1] if is_template else []
+            noun = node.args[-1]
+            if name == "count" and isinstance(noun, ast.Constant) and re.fullmatch("[A-Za-z ]+", str(noun.value)):
+                yield from plurals(str(noun.value))
+        elif isinstance(node, ast.AugAssign | ast.Assign | ast.AnnAssign) and target_name(node) in LISTS:
+            rest = [node.value] if node.value else []
+        for argument in first:
+            for text in module.of(argument):
+                if isinstance(text, ast.Constant) and isinstance(text.value, str) and text.value:
+                    assert isinstance(node, ast.Call)
+                    yield key(text.value, node)
+        for argument in rest:
+            for text in module.of(argument):
+                if isinstance(text, ast.Constant) and isinstance(text.value, str) and WORDS.search(text.value):
+                    yield text.value
+
+
+def plurals(noun: str) -> list[str]:
+    """The keys of `units.count`."""
+    return [str(getattr(count(number, noun), "template")) for number in (1, 2)] if noun else []  # noqa: B009
+
+
+def literals(path: Path) -> Iterator[str]:
+    """All texts of a module, as keys."""
+    for node in nodes_of(path, ast.Constant):
+        if isinstance(node.value, str):
+            yield node.value
+            with contextlib.suppress(ValueError):
+                yield as_key(node.value)
+
+
+def test_each_message_has_a_line_in_chinese() -> None:
+    """Which the other languages are compared with, in tests/ui/test_languages.py. The command line speaks English."""
     lines = texts.sentences("zh-Hant").lines
-    missing = {
-        key(template, call)
-        for path in sources()
-        if path.relative_to(PACKAGE).parts[0] != "cli"
-        for name, call in calls(path)
-        for template in templates(call)
-        if name != "Unreadable" and key(template, call) not in lines
-    }
-    assert len(missing) <= UNTRANSLATED, sorted(missing)
+    ours = [path for path in sources() if not path.relative_to(PACKAGE).as_posix().startswith((*OTHER_TEXTS, "cli/"))]
+    assert sorted({message for path in ours for message in all_messages(path)} - set(lines)) == []
+
+
+def test_each_line_belongs_to_a_message() -> None:
+    every = {text for path in sources() for text in literals(path)}
+    every |= {message for path in sources() for message in all_messages(path)}
+    assert sorted(set(texts.sentences("zh-Hant").lines) - every) == []

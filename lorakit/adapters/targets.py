@@ -18,7 +18,7 @@ from typing import TypeVar
 from lorakit.adapters.weights import factorization
 from lorakit.config import AdapterConfig, Config
 from lorakit.core import registry
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.core.registry import METHODS, resolve
 
 Value = TypeVar("Value")
@@ -116,7 +116,7 @@ def near(pattern: str, layers: Sequence[str]) -> str:
     by_letters = {re.sub("[^a-z0-9]", "", name.lower()): name for name in layers}
     letters = re.sub("[^a-z0-9]", "", pattern.lower().removeprefix("lora_"))
     names = [by_letters[match] for match in difflib.get_close_matches(letters, by_letters, n=2, cutoff=0)]
-    return Message("layers are such as {names}", " and ".join(names)) if names else "there are none"
+    return Message("layers are such as {names}", join(" and ", names)) if names else "there are none"
 
 
 def select(family: str, layers: Iterable[str], target_modules: str, train_text_encoder: bool) -> list[str]:

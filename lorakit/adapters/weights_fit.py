@@ -11,6 +11,7 @@ from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, Lor
 from lorakit.config import AdapterConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import join
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,8 @@ def method(weights: AdapterWeights) -> str:
     foreign = sorted(methods - {spec.layers for spec in registry.METHODS.values()} - {LoraLayer.METHOD})
     mixed = any(layer.magnitude is not None and not isinstance(layer, LoraLayer) for layer in weights.layers.values())
     if rows or mixed or foreign or weights.biases:
-        what = " and ".join(foreign) or ("DoRA per output row" if rows else "DoRA over LyCORIS" if mixed else "biases")
+        other = "DoRA per output row" if rows else "DoRA over LyCORIS" if mixed else "biases"
+        what = join(" and ", foreign) if foreign else other
         raise LorakitError(
             "the adapter has {what}, which lorakit does not put into a model in use: merge it into a base", what
         )
@@ -135,6 +137,6 @@ def method(weights: AdapterWeights) -> str:
         methods -= {LoraLayer.METHOD}
     if len(methods) > 1:
         raise LorakitError(
-            f"the adapter mixes {' and '.join(sorted(methods))}: only one method at a time can be applied"
+            "the adapter mixes {methods}: only one method at a time can be applied", join(" and ", sorted(methods))
         )
     return next(iter(methods))

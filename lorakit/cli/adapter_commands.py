@@ -18,6 +18,7 @@ from lorakit.cli.train_commands import Command, add_model, add_prompts, read_ove
 from lorakit.config import unquote
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import MAX_NAME_BYTES, shorten
 from lorakit.core.registry import FORMATS
 from lorakit.formats.facts.hosts import HOSTS
@@ -157,7 +158,7 @@ def run_sample(args: argparse.Namespace) -> int:
     prompts = [unquote(prompt) for prompt in read_prompts(args) or ()]
     for prompt in args.prompt or ():
         if unquote(prompt) != prompt.strip():
-            remark(f"--prompt: the quotes around {shorten(prompt.strip(), 60)} are left out")
+            remark(Message("--prompt: the quotes around {prompt} are left out", shorten(prompt.strip(), 60)))
     for line in sampling.findings(args.adapter, prompts, base=base, overrides=overrides):
         remark(line)
     files = sampling.sample(
@@ -168,7 +169,7 @@ def run_sample(args: argparse.Namespace) -> int:
         folder=args.output,
         size=args.size,
         overrides=overrides,
-        progress=lambda count, total: remark(f"picture {count} of {total}"),
+        progress=lambda count, total: remark(Message("picture {count} of {total}", count, total)),
     )
     if args.json:
         print_json({"grid": str(files[0]), "files": [str(file) for file in files[1:]]})
@@ -271,17 +272,25 @@ def run_merge(args: argparse.Namespace) -> int:
     base = args.base or adapter_base.find(Path(args.adapter), weights.metadata)
     overrides = {"model.base": base, "model.vae": args.vae or "", **read_overrides(args.set)}
     if other := [key for key in overrides if not key.startswith("model.")]:
-        raise LorakitError(f"--set {other[0]}: merge takes options of the section model only")
+        raise LorakitError("--set {option}: merge takes options of the section model only", other[0])
     info = families.describe(configuration.load(None, {"train.steps": 1, **overrides}).model)
     if weights.family != info.family:
-        raise LorakitError(f"{Path(args.adapter).name} was made for {weights.family} and {info.title} is {info.family}")
+        raise LorakitError(
+            "{adapter} was made for {family} and {title} is {other}",
+            Path(args.adapter).name,
+            weights.family,
+            info.title,
+            info.family,
+        )
     if args.output.lower().endswith(".safetensors") and (untold := single_file.untold(info)):
         raise LorakitError(
-            f"one file does not tell {untold} of base {info.title}, so that no program would read it right: --output "
-            "must be a new folder"
+            "one file does not tell {untold} of base {title}, so that no program would read it "
+            "right: --output must be a new folder",
+            untold,
+            info.title,
         )
     for word in weights.embeddings:
-        remark(f"the embedding of {word!r} is no part of a model: keep it beside the merged one")
+        remark(Message("the embedding of {word!r} is no part of a model: keep it beside the merged one", word))
     precision = Precision(keep_fp8=args.keep_fp8)
     merged = merge(weights, info, Path(args.output), args.strength, precision=precision)
     remark(precision.line())
@@ -296,7 +305,13 @@ def run_extract(args: argparse.Namespace) -> int:
 
     base, tuned = families.describe(args.base), families.describe(args.tuned)
     if base.family != tuned.family:
-        raise LorakitError(f"{tuned.title} is {tuned.family} and {base.title} is {base.family}: nothing to compare")
+        raise LorakitError(
+            "{title} is {family} and {base} is {other}: nothing to compare",
+            tuned.title,
+            tuned.family,
+            base.title,
+            base.family,
+        )
     weights = extract(base.path, tuned.path, base.family, rank=args.rank, energy=args.energy)
     name = f"{tuned.path.name}-extracted"
     return _write(args, weights, name, {ALIAS: name, TITLE: name}, [])
@@ -332,7 +347,7 @@ def _with_strength(text: str) -> tuple[Path, float]:
     try:
         return Path(path), float(strength)
     except ValueError:
-        raise LorakitError(f"{text}: write ADAPTER=STRENGTH, e.g. toy.safetensors=0.7") from None
+        raise LorakitError("{text}: write ADAPTER=STRENGTH, e.g. toy.safetensors=0.7", text) from None
 
 
 def _write(
@@ -348,16 +363,18 @@ def _write(
     from lorakit.formats.saving import destination, occupied, take_along
 
     if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
-        raise LorakitError(f"{shorten(name, 40)}: too long for the name of a file: give one of at most 200 letters")
+        raise LorakitError(
+            "{name}: too long for the name of a file: give one of at most 200 letters", shorten(name, 40)
+        )
     fmt = args.to if weights.layers else "kohya"  # whose ending an embedding has
     folder = Path(args.output)
     target = destination(folder, name, fmt).resolve()
     for source in sources:
         if Path(source).resolve() == target:
-            raise LorakitError(f"{source} would be written over: name another folder with --output")
+            raise LorakitError("{source} would be written over: name another folder with --output", source)
     there = [] if args.force else occupied(folder, name, fmt)
     if there:
-        raise LorakitError(f"{there[0]} exists already: name another folder with --output, or give --force")
+        raise LorakitError("{file} exists already: name another folder with --output, or give --force", there[0])
     say = functools.partial(print, file=sys.stderr)
     for kind in adapter_math.kinds(weights):
         if warning := compatibility.warning(kind, fmt):
@@ -383,7 +400,7 @@ def _strengths(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if not values or not all(math.isfinite(value) for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between, as in 0,0.5,1")
+        raise argparse.ArgumentTypeError(Message("{text!r}: write numbers with commas between, as in 0,0.5,1", text))
     return values
 
 
@@ -391,5 +408,7 @@ def _side(text: str) -> int:
     side = next(option for option in configuration.options() if option.key == "data.resolution")
     low, high = int(side.low or 0), int(side.high or 0)
     if not text.isdecimal() or int(text) % 8 or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a multiple of 8 from {low} to {high}")
+        raise argparse.ArgumentTypeError(
+            Message("{text!r}: must be a multiple of 8 from {low} to {high}", text, low, high)
+        )
     return int(text)

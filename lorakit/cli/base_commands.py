@@ -11,6 +11,8 @@ from lorakit.cli.imports import model_imports
 from lorakit.cli.terminal import print_json, print_lines
 from lorakit.cli.train_commands import Command, add_model, read_overrides
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
+from lorakit.core.units import count
 
 # Of a bundled subject, where no photo is named.
 BUNDLED_SUBJECT, BUNDLED_PHOTOS = "zib", 4
@@ -49,6 +51,7 @@ def run_probe(args: argparse.Namespace) -> int:
         print_json(verdict.to_json())
     else:
         print_lines(
-            f"base: {info.title} ({info.family}), {len(pictures)} photo{'s'[: len(pictures) > 1]}", *verdict.lines()
+            Message("base: {name} ({family}), {photos}", info.title, info.family, count(len(pictures), "photo")),
+            *verdict.lines(),
         )
     return 0 if verdict.prediction_type else 1

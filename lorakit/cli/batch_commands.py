@@ -10,6 +10,7 @@ from pathlib import Path
 from lorakit.cli.terminal import complain, print_json, print_lines, remark
 from lorakit.cli.train_commands import Command, add_set, read_overrides
 from lorakit.core.errors import ConfigError, LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import quote
 
 STATUS = "status"
@@ -63,9 +64,11 @@ def run_batch(args: argparse.Namespace) -> int:
         return send.all(_show(runs, args.json))
     count = batch.enqueue(runs, rows)
     if not args.wait:
-        rest = f", {len(rows) - count} are done or under way" if count < len(rows) else ""
+        rest = Message(", {count} are done or under way", len(rows) - count) if count < len(rows) else ""
         if not args.json:
-            print_lines(f"{count} runs are queued{rest}; see: lorakit batch status {quote(runs)}")
+            print_lines(
+                Message("{count} runs are queued{rest}; see: lorakit batch status {folder}", count, rest, quote(runs))
+            )
             return 0
     else:
         _wait(runs, [row.name for row in rows], send)

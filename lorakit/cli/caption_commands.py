@@ -116,9 +116,11 @@ def _end(args: argparse.Namespace, result: Captions, others: int) -> int:
             f"{count(len(result.texts), 'caption')} {'shown, not' if args.dry_run else ''} written".replace("  ", " ")
         )
         if others:
-            print_lines(f"{count(others, 'photo')} had a caption: left as they were; --overwrite replaces them")
+            print_lines(
+                Message("{photos} had a caption: left as they were; --overwrite replaces them", count(others, "photo"))
+            )
         if result.texts and not args.dry_run:
-            print_lines(f"undo it with: lorakit caption {quote(args.photos)} --undo")
+            print_lines(Message("undo it with: lorakit caption {folder} --undo", quote(args.photos)))
     for name, reason in result.failed.items():
         complain(Message("{photo}: no caption: {reason}", name, reason))
     if result.stopped:
@@ -135,11 +137,11 @@ def _undo(args: argparse.Namespace, folder: Path) -> int:
     if args.json:
         print_json(vars(result))
         return 0
-    print_lines(f"{count(len(result.restored), 'caption')} as before")
+    print_lines(Message("{captions} as before", count(len(result.restored), "caption")))
     if result.changed_since:
-        print_lines(f"left alone, changed since: {some_names(result.changed_since)}")
+        print_lines(Message("left alone, changed since: {names}", some_names(result.changed_since)))
     if result.remaining:
-        print_lines(f"{count(result.remaining, 'earlier change')} can be undone too")
+        print_lines(Message("{changes} can be undone too", count(result.remaining, "earlier change")))
     return 0
 
 
@@ -151,13 +153,13 @@ def _config(args: argparse.Namespace) -> configuration.Config:
     """
     overrides = read_overrides(args.set)
     problems = [
-        f"{key}: captions do not depend on it; --set takes {', '.join(OPTIONS)} here"
+        Message("{key}: captions do not depend on it; --set takes {options} here", key, ", ".join(OPTIONS))
         for key in overrides
         if key not in OPTIONS
     ]
     for flag, value in (("--threshold", args.threshold), ("--character-threshold", args.character_threshold)):
-        problems += [] if 0 < value < 1 else [f"{flag} {value:g}: must be between 0 and 1"]
-    problems += [] if args.max_tokens >= 1 else [f"--max-tokens {args.max_tokens}: must be 1 or more"]
+        problems += [] if 0 < value < 1 else [Message("{flag} {value:g}: must be between 0 and 1", flag, value)]
+    problems += [] if args.max_tokens >= 1 else [Message("--max-tokens {count}: must be 1 or more", args.max_tokens)]
     if problems:
         raise ConfigError(problems)
     flags = {"data.folder": args.photos, "train.steps": 1, "data.name": args.subject or args.style}

@@ -12,6 +12,7 @@ from lorakit import config as configuration
 from lorakit.cli.imports import model_imports
 from lorakit.cli.terminal import Terminal
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.units import duration
 
 PHOTOS = 16
@@ -68,7 +69,9 @@ def demo(
     from lorakit.families.pocket import scene_captions, subjects
 
     if subject not in subjects.SUBJECTS:
-        raise LorakitError(f"unknown subject {subject!r}; bundled subjects: {', '.join(subjects.SUBJECTS)}")
+        raise LorakitError(
+            "unknown subject {subject!r}; bundled subjects: {names}", subject, ", ".join(subjects.SUBJECTS)
+        )
     folder = folder or Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-demo"
     start = time.monotonic()
     noun = subjects.SUBJECTS[subject].kind
@@ -83,7 +86,8 @@ def demo(
     }
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
     photos = write_photos(subject, folder / "photos")
-    terminal.say(f"demo: {PHOTOS} photos of {subject}, a {noun} the base has never seen, in {photos}")
+    begin = "demo: {count} photos of {subject}, a {noun} the base has never seen, in {folder}"
+    terminal.say(Message(begin, PHOTOS, subject, noun, photos))
     with model_imports():
         from lorakit.training import run
 
@@ -93,12 +97,12 @@ def demo(
     outcome = Outcome(
         subject, folder, photos, result.folder, result.adapter, grid, before, after, time.monotonic() - start
     )
-    count = len(UNSEEN) * PICTURES_PER_SCENE
-    terminal.say(f"judge: {before:.0%} of {count} pictures by the base show {subject}, {after:.0%} with the adapter")
-    terminal.say(f"before and after: {grid}")
+    verdict = "judge: {before:.0%} of {count} pictures by the base show {subject}, {after:.0%} with the adapter"
+    terminal.say(Message(verdict, before, len(UNSEEN) * PICTURES_PER_SCENE, subject, after))
+    terminal.say(Message("before and after: {file}", grid))
     terminal.say(f"adapter: {result.adapter}")
     terminal.say(f"report: {result.folder / 'report.html'}")
-    terminal.say(f"done in {duration(outcome.seconds)}")
+    terminal.say(Message("done in {time}", duration(outcome.seconds)))
     return outcome
 
 
@@ -111,7 +115,7 @@ def write_photos(subject: str, folder: Path) -> Path:
     from lorakit.families.pocket import scene_captions, spec, subjects
 
     if folder.exists() and any(folder.iterdir()):
-        raise LorakitError(f"{folder} is not empty; name another place with --output")
+        raise LorakitError("{folder} is not empty; name another place with --output", folder)
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [scene for scene in spec.SCENES if scene not in UNSEEN]
     noun = subjects.SUBJECTS[subject].kind

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from lorakit.cli.threads import available_cores
 from lorakit.core import install, registry
 from lorakit.core.cache_dir import cache_dir
+from lorakit.core.messages import Message
 from lorakit.core.units import count
 from lorakit.runs import nvidia
 
@@ -61,7 +62,7 @@ def to_text(lines: Sequence[Line]) -> str:
         if line.fix:
             rows.append(f"     {'':{width}}  {line.fix}")
     bad = [line.name for line in lines if line.state == "bad"]
-    rows.append(f"not ready: {', '.join(bad)}" if bad else "ready")
+    rows.append(Message("not ready: {names}", ", ".join(bad)) if bad else "ready")
     return "\n".join(rows)
 
 
@@ -79,7 +80,9 @@ def versions(
         requirements: requirement strings; those of the installed lorakit unless given.
         installed: gives a package's version, or raises PackageNotFoundError.
     """
-    lines = [Line("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")]
+    lines = [
+        Line("python", "ok", Message("{version} on {system}", platform.python_version(), platform.platform(terse=True)))
+    ]
     if requirements is None:
         try:
             requirements = importlib.metadata.requires("lorakit") or []
@@ -93,12 +96,19 @@ def versions(
         try:
             version = installed(name)
         except importlib.metadata.PackageNotFoundError:
-            lines.append(Line(name, "bad", f"missing; wanted {bounds}", install.command(f"{name}{bounds}")))
+            lines.append(
+                Line(name, "bad", Message("missing; wanted {bounds}", bounds), install.command(f"{name}{bounds}"))
+            )
             continue
         lines.append(
             Line(name, "ok", version)
             if bounds.contains(version, prereleases=True)
-            else Line(name, "bad", f"{version}; tested with {bounds}", install.command(f"{name}{bounds}"))
+            else Line(
+                name,
+                "bad",
+                Message("{version}; tested with {bounds}", version, bounds),
+                install.command(f"{name}{bounds}"),
+            )
         )
     return lines
 
@@ -108,7 +118,7 @@ def devices() -> list[Line]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: one of its own libraries is missing
-        return [Line("device", "bad", f"torch does not import: {error}", install.command(nvidia.TORCH))]
+        return [Line("device", "bad", Message("torch does not import: {error}", error), install.command(nvidia.TORCH))]
     lines = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -142,15 +152,30 @@ def cpu_line(threads: int) -> Line:
     """What is to be said where torch computes on the CPU: that is bad where there is a card."""
     total = available_cores()
     detail = f"cpu, {count(threads, 'thread')}"
-    detail += f" of {total}, the other cores are busy, or OMP_NUM_THREADS says so" if threads < total else ""
+    detail += (
+        Message(" of {total}, the other cores are busy, or OMP_NUM_THREADS says so", total) if threads < total else ""
+    )
     if nvidia.is_hidden() or not nvidia.has_driver():
         return Line("device", "ok", detail)
     cards = nvidia.cards()
-    names = ", ".join(f"{card.name} with driver {card.driver}" for card in cards) or "an NVIDIA driver"
+    names = (
+        ", ".join(Message("{name} with driver {driver}", card.name, card.driver) for card in cards)
+        or "an NVIDIA driver"
+    )
     command = nvidia.torch_command(cards)
     if not nvidia.torch_has_cuda():
-        return Line("device", "bad", f"{detail}; {names} is there, but this torch is built without CUDA", command)
-    return Line("device", "bad", f"{detail}; {names} is there, but torch does not see it: update its driver", command)
+        return Line(
+            "device",
+            "bad",
+            Message("{device}; {names} is there, but this torch is built without CUDA", detail, names),
+            command,
+        )
+    return Line(
+        "device",
+        "bad",
+        Message("{device}; {names} is there, but torch does not see it: update its driver", detail, names),
+        command,
+    )
 
 
 def cuda_lines(
@@ -168,7 +193,14 @@ def cuda_lines(
     if not _runs_on(capability, architectures):
         built = ", ".join(architectures) or "no CUDA device"
         fix = nvidia.torch_command([nvidia.Card(name, "", capability)])
-        lines.append(Line(f"{device} kernels", "bad", f"this torch is built for {built}, not for {architecture}", fix))
+        lines.append(
+            Line(
+                f"{device} kernels",
+                "bad",
+                Message("this torch is built for {built}, not for {name}", built, architecture),
+                fix,
+            )
+        )
     lines.append(Line(f"{device} bf16", "ok", "yes") if bf16 else Line(f"{device} bf16", "note", "no; fp16 is used"))
     return lines
 
@@ -191,10 +223,12 @@ def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:
     lines = []
     for extra, (module, purpose) in optional_extras().items():
         if find(module) is not None:
-            lines.append(Line(f"extra {extra}", "ok", f"{module} is there: {purpose}"))
+            lines.append(Line(f"extra {extra}", "ok", Message("{module} is there: {purpose}", module, purpose)))
         else:
             fix = install.hint(extra)
-            lines.append(Line(f"extra {extra}", "note", f"{module} is missing: {purpose}", fix))
+            lines.append(
+                Line(f"extra {extra}", "note", Message("{module} is missing: {purpose}", module, purpose), fix)
+            )
     return lines
 
 
@@ -203,9 +237,11 @@ def storage(folder: Path | None = None) -> list[Line]:
     folder = Path.cwd() if folder is None else folder
     free = shutil.disk_usage(folder).free
     fits = free >= SMALLEST_FREE_DISK
-    lines = [Line("disk", "ok" if fits else "bad", f"{free / 2**30:.1f} GiB free in {folder}")]
+    lines = [Line("disk", "ok" if fits else "bad", Message("{size:.1f} GiB free in {folder}", free / 2**30, folder))]
     cache = cache_dir()
-    lines.append(Line("cache", "ok", f"{cache}: {folder_size(cache) / 2**20:.0f} MiB; it may be deleted"))
+    lines.append(
+        Line("cache", "ok", Message("{folder}: {size:.0f} MiB; it may be deleted", cache, folder_size(cache) / 2**20))
+    )
     return lines
 
 

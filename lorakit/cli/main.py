@@ -37,6 +37,7 @@ from lorakit.config.option import format_bound, suggest
 from lorakit.core import install
 from lorakit.core.errors import LorakitError, MissingFile
 from lorakit.core.events import Event
+from lorakit.core.messages import Message
 from lorakit.runs import launch
 
 # Kept for one release under their old names.
@@ -97,7 +98,14 @@ def _run(argv: Sequence[str] | None) -> int:
 
             fail(memory_estimate.advice("this command"))
             return 1
-        fail(f"internal error: {type(error).__name__}: {_first_line(error)}; traceback in {_log(error)}")
+        fail(
+            Message(
+                "internal error: {type}: {problem}; traceback in {file}",
+                type(error).__name__,
+                _first_line(error),
+                _log(error),
+            )
+        )
         return 1
 
 
@@ -198,7 +206,7 @@ def run_options(args: argparse.Namespace) -> int:
 def run_ui(arguments: Sequence[str]) -> int:
     """`lorakit ui`: the front end has options of its own (`lorakit ui --help`)."""
     if not _has("gradio"):
-        raise LorakitError(f"the front end needs gradio; {install.hint('ui')}")
+        raise LorakitError("the front end needs gradio; {hint}", install.hint("ui"))
     # By name: the front end and the command line do not know each other.
     with quick_imports():
         app = import_module("lorakit.ui.app")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorakit.core import install
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.runs import batch
 
 # A task whose worker is lost more often than this has a cause of its own, such as too little memory.
@@ -36,7 +37,7 @@ def run(
         LorakitError: ray is not installed, or there is no cluster.
     """
     if find_spec("ray") is None:
-        raise LorakitError(f"--ray needs ray; {install.hint('ray')}")
+        raise LorakitError("--ray needs ray; {hint}", install.hint("ray"))
     import ray
 
     if not ray.is_initialized():
@@ -45,7 +46,7 @@ def run(
         except (ConnectionError, ValueError, RuntimeError) as error:
             line = (str(error).splitlines() or [""])[0]
             raise LorakitError(
-                f"--ray {address}: no cluster answers there ({line}); start one with: ray start"
+                "--ray {address}: no cluster answers there ({problem}); start one with: ray start", address, line
             ) from None
     # A process for each run: what torch holds of a card is free after it.
     task = ray.remote(max_calls=1, max_retries=RETRIES)(work)
@@ -57,10 +58,14 @@ def run(
     while left:
         (ended,), left = ray.wait(left)
         try:
-            problem = "" if (code := ray.get(ended)) == 0 else f"ended with code {code}, see {names[ended]}.log"
+            problem = (
+                ""
+                if (code := ray.get(ended)) == 0
+                else Message("ended with code {code}, see {name}.log", code, names[ended])
+            )
         except ray.exceptions.RayError as error:
-            problem = f"lost {RETRIES + 1} times ({type(error).__name__})"
-        say(f"{names[ended]}: {problem or 'done'}; {len(left)} left")
+            problem = Message("lost {count} times ({error})", RETRIES + 1, type(error).__name__)
+        say(Message("{name}: {result}; {count} left", names[ended], problem or "done", len(left)))
         end(names[ended])
 
 
@@ -69,7 +74,9 @@ def work(runs: str, name: str) -> int:
     from lorakit.cli.main import main
 
     if not Path(runs, batch.MANIFEST).is_file():
-        raise LorakitError(f"{runs} is not there on {platform.node()}: all machines need the shared folder")
+        raise LorakitError(
+            "{folder} is not there on {machine}: all machines need the shared folder", runs, platform.node()
+        )
     arguments = batch.command(Path(runs), name)
     if arguments is None:
         return 0

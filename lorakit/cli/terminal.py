@@ -21,6 +21,7 @@ from typing import TextIO
 
 from lorakit.core import messages
 from lorakit.core.events import Event
+from lorakit.core.messages import Message
 from lorakit.core.names import printable
 from lorakit.core.units import duration
 
@@ -156,7 +157,15 @@ class Terminal:
             self.bar.advance(event.step or 0, **event.facts)
         elif event.kind == "validation":
             mse, drift = event.facts["mse"], event.facts["prior_drift"]
-            self.say(f"step {event.step}: validation mse {mse:.4f}, prior drift {drift:.2%}{self._explanation}")
+            self.say(
+                Message(
+                    "step {step}: validation mse {mse:.4f}, prior drift {drift:.2%}{explanation}",
+                    event.step,
+                    mse,
+                    drift,
+                    self._explanation,
+                )
+            )
             self._explanation = ""
 
     def _work(self, doing: str, position: int, total: int) -> None:

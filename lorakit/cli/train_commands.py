@@ -21,6 +21,7 @@ from lorakit.config import sample_prompts
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Event, Listener
+from lorakit.core.messages import Message
 from lorakit.core.names import quote
 from lorakit.runs import launch
 from lorakit.runs.run_folder import RunFolder
@@ -230,12 +231,14 @@ def run_import_config(args: argparse.Namespace) -> int:
     source = Path(args.file)
     target = Path(args.output) if args.output else source.with_name(f"{source.stem}-lorakit.toml")
     if target.exists():
-        raise configuration.ConfigError([f"{target} exists already: name another file with --output"])
+        raise configuration.ConfigError([Message("{file} exists already: name another file with --output", target)])
     text, rest, notes = importing.convert(foreign.read(source))
     try:
         atomic.write(target, text)
     except OSError as error:
-        raise LorakitError(f"cannot write {target}: {error.strerror or error}; give another --output") from None
+        raise LorakitError(
+            "cannot write {file}: {reason}; give another --output", target, error.strerror or error
+        ) from None
     if args.json:
         print_json({"config": str(target), "without_twin": rest, "notes": notes})
         return 0
@@ -243,7 +246,9 @@ def run_import_config(args: argparse.Namespace) -> int:
         print_lines("without a twin, left out:", *(f"  {line}" for line in rest))
     if notes:
         print_lines("filled in or joined:", *(f"  {line}" for line in notes))
-    print_lines(f"written: {target}", f"see what it does: lorakit check --preset {quote(target)}")
+    print_lines(
+        Message("written: {file}", target), Message("see what it does: lorakit check --preset {file}", quote(target))
+    )
     return 0
 
 

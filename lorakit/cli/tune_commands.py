@@ -22,6 +22,7 @@ from lorakit.config import Config
 from lorakit.core import atomic, install
 from lorakit.core.errors import ConfigError, LorakitError, Stopped
 from lorakit.core.events import Event
+from lorakit.core.messages import Message
 from lorakit.core.names import quote
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run_tune(args: argparse.Namespace) -> int:
     if args.trials < 1 or not 0 <= args.drift < math.inf:
         raise ConfigError(["--trials is 1 or more, and --drift 0 or more"])
     if find_spec("optuna") is None:
-        raise LorakitError(f"tune needs optuna; {install.hint('tune')}")
+        raise LorakitError("tune needs optuna; {hint}", install.hint("tune"))
     threads.use_idle_cores()
     say = remark if args.json else print_lines
     from lorakit.runs.preflight import preflight
@@ -81,7 +82,9 @@ def _study(folder: Path, seed: int) -> Study:
         folder.mkdir(parents=True, exist_ok=True)
         backend = JournalFileBackend(file, lock_obj=JournalFileOpenLock(file))
     except OSError as error:
-        raise LorakitError(f"cannot write to {folder}: {error.strerror or error}; give another --output") from None
+        raise LorakitError(
+            "cannot write to {folder}: {reason}; give another --output", folder, error.strerror or error
+        ) from None
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),
         study_name="lorakit",
@@ -160,11 +163,15 @@ class Search:
         except Stopped:
             if self.stop():
                 trial.study.stop()
-            self.say(f"trial {trial.number}: ended early at {scores[-1] if scores else float('nan'):.4f}")
+            self.say(
+                Message(
+                    "trial {number}: ended early at {score:.4f}", trial.number, scores[-1] if scores else float("nan")
+                )
+            )
             raise optuna.TrialPruned from None
         finally:
             gc.collect()  # the base of this trial leaves memory before the next one's is loaded
-        self.say(f"trial {trial.number}: {_text(trial.params)}: score {scores[-1]:.4f}")
+        self.say(Message("trial {number}: {options}: score {score:.4f}", trial.number, _text(trial.params), scores[-1]))
         return scores[-1]
 
 
@@ -193,7 +200,13 @@ def _tell(study: Study, search: Search, as_json: bool) -> int:
     drift = next(each.prior_drift for each in outcomes if each.name == name)
     print_lines(
         *batch.table(outcomes),
-        f"recommended: {_text(best.params)} ({name}): score {best.value:.4f}, prior drift {drift or 0:.2%}",
-        f"train with: lorakit train --preset {quote(search.folder / BEST)}",
+        Message(
+            "recommended: {options} ({name}): score {score:.4f}, prior drift {drift:.2%}",
+            _text(best.params),
+            name,
+            best.value,
+            drift or 0,
+        ),
+        Message("train with: lorakit train --preset {file}", quote(search.folder / BEST)),
     )
     return 0

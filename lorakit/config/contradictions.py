@@ -7,7 +7,7 @@ import re
 from lorakit.config import embedding, full, photo_edits, sample_prompts
 from lorakit.config.option import label, to_text, unquote
 from lorakit.config.schema import LENGTHS, AdapterConfig, Config, DataConfig, OptimizerConfig, TrainConfig
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.core.registry import METHODS
 
 
@@ -17,8 +17,7 @@ def problems(config: Config) -> list[str]:
     problems = list[str]()
     lengths = [f"train.{name}" for name in LENGTHS if getattr(train, name) is not None]
     if len(lengths) != 1:
-        names = " and ".join(lengths)
-        detail = Message("{names} are set", names) if names else "none is set"
+        detail = Message("{names} are set", join(" and ", lengths)) if lengths else "none is set"
         problems.append(
             Message("set exactly one of {options}: {detail}", ", ".join(f"train.{n}" for n in LENGTHS), detail)
         )

@@ -14,7 +14,7 @@ from lorakit.config.loading import from_tables, to_toml
 from lorakit.config.option import to_text
 from lorakit.config.sd_scripts import LR_WEIGHTS, block_patterns, square_side
 from lorakit.core.errors import ConfigError
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 
 Convert = Callable[[Any], Any]
 Options = dict[str, Any]
@@ -141,7 +141,7 @@ def convert(tables: Mapping[str, object]) -> Imported:
         ConfigError: it is a config of no program that is known here.
     """
     if not (program := program_of(tables)):
-        raise ConfigError("neither a config of {programs}", " nor of ".join(MARKS))
+        raise ConfigError("neither a config of {programs}", join(" nor of ", MARKS))
     options, rest, notes = Options(), list[str](), list[str]()
     has_data_sets = isinstance(tables.get("datasets"), list)
     values = flatten({key: table for key, table in tables.items() if not has_data_sets or key != "datasets"})

@@ -30,12 +30,11 @@ def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
 
 def text_rates(config: OptimizerConfig) -> str:
     """A line on the text encoders' learning rates, or "" where they have that of the rest."""
-    rates = {"": config.text_encoder_learning_rate, " 2": config.text_encoder_2_learning_rate}
-    own = [
-        Message(f"text encoder{name} {{rate:g}}", rate)
-        for name, rate in rates.items()
-        if rate not in (None, config.learning_rate)
-    ]
+    rates = {
+        "text encoder {rate:g}": config.text_encoder_learning_rate,
+        "text encoder 2 {rate:g}": config.text_encoder_2_learning_rate,
+    }
+    own = [Message(text, rate) for text, rate in rates.items() if rate not in (None, config.learning_rate)]
     return Message("learning rate: {rate:g}, {rates}", config.learning_rate, join(", ", own)) if own else ""
 
 

@@ -161,7 +161,7 @@ def _rows(content: object) -> list[object]:
         )
     rows: list[object] = content if isinstance(content, list) else [content]
     if wrong := [row for row in rows if not isinstance(row, (str, Mapping))]:
-        raise ValueError(f"{to_text(wrong[0])} is no prompt")
+        raise ValueError(Message("{row} is no prompt", to_text(wrong[0])))
     return rows
 
 

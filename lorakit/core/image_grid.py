@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lorakit.core import atomic
+from lorakit.core.messages import Message
 
 # Smaller cells are enlarged to at least this many pixels by a whole factor, so that a label fits below.
 SMALLEST_CELL = 160
@@ -31,7 +32,11 @@ def grid(
         ValueError: the number of pictures is not rows times columns, or there is none.
     """
     if len(images) != len(rows) * len(columns) or not any(images):
-        raise ValueError(f"{len(images)} pictures do not fill {len(rows)} rows and {len(columns)} columns")
+        raise ValueError(
+            Message(
+                "{count} pictures do not fill {rows} rows and {columns} columns", len(images), len(rows), len(columns)
+            )
+        )
     font = ImageFont.load_default(FONT_SIZE)
     line = FONT_SIZE + 5
     sizes = [image.size for image in images if image is not None]

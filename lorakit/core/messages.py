@@ -10,7 +10,7 @@ import json
 import os
 import string
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 Value = str | int | float
 # Where this variable is set, commands write the keys of what they complain of, in lines that begin so.
@@ -59,6 +59,11 @@ class Message(str):
     def __getnewargs__(self) -> tuple[Value, ...]:  # type: ignore[override]
         return self.template, *self.values.values()
 
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Message:
+        """As of a str, in its values too, so that it can still be translated."""
+        values = {name: v.replace(old, new, count) if isinstance(v, str) else v for name, v in self.values.items()}
+        return _new(type(self), super().replace(old, new, count), self.template, values)
+
     def splitlines(self, keepends: bool = False) -> list[str]:
         """Its lines; those of `join("\\n", ...)` are messages still."""
         if "\n" not in self:
@@ -83,6 +88,9 @@ class Joined(Message):
         self = _new(cls, separator.join(parts), separator, {})
         self.parts = parts
         return self
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Joined:
+        return Joined(self.template, *(part.replace(old, new, count) for part in self.parts))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         """The lines of its parts, where each part is a line or several."""

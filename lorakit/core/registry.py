@@ -178,7 +178,9 @@ def missing_package(name: str) -> str | None:
     if not spec.package or importlib.util.find_spec(spec.package) is not None:
         return None
     if spec.extra:
-        return f"optimizer.name = {name!r} needs {spec.package}; {install.hint(spec.extra)}"
+        return Message(
+            "optimizer.name = {name!r} needs {package}; {hint}", name, spec.package, install.hint(spec.extra)
+        )
     return Message("optimizer.name = {name!r}: the package {package} is not installed", name, spec.package)
 
 

@@ -159,8 +159,9 @@ def _placed(table: dict[str, object], size: int, data_start: int) -> dict[str, T
     end, before = data_start, ""
     for name, info in sorted(result.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != end:
-            what = "overlaps" if info.start < end else "leaves a gap after"
-            raise ValueError(f"damaged: {_excerpt(name)} {what} {_excerpt(before) if before else 'the header'}")
+            overlap, gap = "damaged: {name} overlaps {other}", "damaged: {name} leaves a gap after {other}"
+            other = _excerpt(before) if before else "the header"
+            raise ValueError(Message(overlap if info.start < end else gap, _excerpt(name), other))
         end, before = info.end, name
     if end > size:
         raise ValueError(
@@ -184,7 +185,7 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     if not _are_sizes(shape):
         raise ValueError(Message("damaged: the shape of {name} is {shape}", _excerpt(name), _excerpt(shape)))
     if len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"damaged: {_excerpt(name)} has {len(shape)} dimensions")
+        raise ValueError(Message("damaged: {name} has {count} dimensions", _excerpt(name), len(shape)))
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(Message("damaged: the offsets of {name} are {offsets}", _excerpt(name), _excerpt(offsets)))
     size = offsets[1] - offsets[0]

@@ -272,9 +272,8 @@ def _note_frames(image: Image.Image) -> list[str]:
         return []  # the damage is named when the pixels are loaded
     if count < 2:
         return []
-    is_tiff = image.format == "TIFF"
-    template = f"holds {{count}} {'pages' if is_tiff else 'pictures'}: the first is used"
-    return [Message(template, count)]
+    pages, pictures = "holds {count} pages: the first is used", "holds {count} pictures: the first is used"
+    return [Message(pages if image.format == "TIFF" else pictures, count)]
 
 
 def _pages(image: Image.Image) -> int:

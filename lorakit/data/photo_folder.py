@@ -441,7 +441,7 @@ def _describe_folders(result: Folder) -> None:
     result.notes.append(Message("subfolders: {names}", names))
     repeats = {photo.relative.partition("/")[0]: photo.repeats for photo in result.photos if photo.repeats > 1}
     if repeats:
-        counts_by_name = ", ".join(f"{name}/ {count} times" for name, count in repeats.items())
+        counts_by_name = join(", ", (Message("{name}/ {count} times", *item) for item in repeats.items()))
         result.notes.append(Message("repeats: an epoch shows each photo of {names}", counts_by_name))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.config import Config, ModelConfig
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message, some
+from lorakit.core.messages import Message, join, some
 from lorakit.core.names import expand
 from lorakit.families import clip_tokenizer, hub, ldm, pocket, single_file, text_encoders, vae_source, weight_files
 from lorakit.families.facts import distilled, fit, noise_schedule, other_models
@@ -375,7 +375,7 @@ def base_info(
     noise_schedule.check(path, configs["scheduler"], flow=spec.predicts_flow)
     prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
     if prediction not in (*PREDICTIONS, FLOW):
-        kinds = " and ".join(PREDICTIONS)
+        kinds = join(" and ", PREDICTIONS)
         raise LorakitError("base {path} predicts {kind!r}: only {kinds} can be trained", path, prediction, kinds)
     clip = min(
         _max_tokens(facts["tokenizers"].get(name.replace("text_encoder", "tokenizer")), config)

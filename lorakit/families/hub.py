@@ -58,6 +58,10 @@ class HubId:
         return self.at(self.revision).removesuffix("@main")
 
 
+class Refusal(LorakitError):
+    """Why the hub gives no model; who asked for it says for which option."""
+
+
 class Checks(NamedTuple):
     """Refuse a model by its title and what is small of it; nothing larger is fetched before they return.
 
@@ -124,7 +128,10 @@ def find(hub_id: HubId, checks: Checks, without: Collection[str] = ()) -> tuple[
         LorakitError: there is no such model, revision or file, it is gated, it is not in diffusers layout, or the
             network cannot be reached; or as `checks` do.
     """
-    path = cached(hub_id, without) or _fetch(hub_id, checks, without)
+    try:
+        path = cached(hub_id, without) or _fetch(hub_id, checks, without)
+    except Refusal as error:
+        raise LorakitError("base {problem}; or give a folder or a file", error) from error
     return path, path.parents[hub_id.file.count("/")].name if hub_id.file else path.name
 
 
@@ -173,22 +180,18 @@ def find_vae(hub_id: HubId) -> tuple[Path, str]:
 
     try:
         if hub_id.file:
-            return find(hub_id, Checks(lambda title, folder: None, lambda header: None))
+            path = cached(hub_id) or _fetch(hub_id, Checks(lambda title, folder: None, lambda header: None), ())
+            return path, path.parents[hub_id.file.count("/")].name
         if there := cached_vae(hub_id):
             return there, there.relative_to(_repository(hub_id) / "snapshots").parts[0]
         if is_offline_mode():
-            raise LorakitError(
-                "model.vae: {name} is not in the cache and HF_HUB_OFFLINE is set: unset it once; or give a "
-                "folder or a file",
-                hub_id.title,
-            )
+            raise Refusal("{name} is not in the cache and HF_HUB_OFFLINE is set: unset it once", hub_id.title)
         info = HfApi().model_info(hub_id.name, revision=hub_id.revision)
         place, files = _vae_files(hub_id.title, [sibling.rfilename for sibling in info.siblings or []])
         folder = Path(snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files))
         return folder / place, folder.name
-    except LorakitError as error:
-        why = str(error).removeprefix("base ").removeprefix("model.vae: ").removesuffix("; or give a folder or a file")
-        raise LorakitError("model.vae: {name}; or give a folder or a file", why) from error
+    except Refusal as error:
+        raise LorakitError("model.vae: {problem}; or give a folder or a file", error) from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
         raise LorakitError("model.vae: {problem}; or give a folder or a file", refusal(hub_id, error)) from error
 
@@ -226,10 +229,7 @@ def _fetch(hub_id: HubId, checks: Checks, without: Collection[str]) -> Path:
     from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
     if is_offline_mode():
-        raise LorakitError(
-            "base {name} is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file",
-            hub_id.title,
-        )
+        raise Refusal("{name} is not in the cache and HF_HUB_OFFLINE is set: unset it once", hub_id.title)
     title = hub_id.title
     try:
         info = HfApi().model_info(hub_id.name, revision=hub_id.revision)
@@ -244,7 +244,7 @@ def _fetch(hub_id: HubId, checks: Checks, without: Collection[str]) -> Path:
         checks.configs(title, Path(snapshot_download(hub_id.name, revision=info.sha, allow_patterns=configs)))
         folder = snapshot_download(hub_id.name, revision=hub_id.revision, allow_patterns=files)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, ImportError) as error:  # type: ignore[attr-defined]
-        raise LorakitError("base {problem}; or give a folder or a file", refusal(hub_id, error)) from error
+        raise Refusal(refusal(hub_id, error)) from error
     return Path(folder)
 
 
@@ -254,8 +254,8 @@ def _fetch_file(hub_id: HubId, commit: str, names: list[str], checks: Checks) ->
     if hub_id.file not in names:
         others = sorted(name for name in names if name.lower().endswith(".safetensors"))
         there = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "") or "none"
-        raise LorakitError(
-            "base {name}: {repository} has no such file; its .safetensors files: {files}",
+        raise Refusal(
+            "{name}: {repository} has no such file; its .safetensors files: {files}",
             *(hub_id.title, hub_id.name, there),
         )
     tensors, metadata = {}, {}
@@ -263,7 +263,7 @@ def _fetch_file(hub_id: HubId, commit: str, names: list[str], checks: Checks) ->
         try:
             remote = HfApi().parse_safetensors_file_metadata(hub_id.name, hub_id.file, revision=commit)
         except (errors.SafetensorsParsingError, struct.error):
-            raise LorakitError("base {name} is not a safetensors file: give another file", hub_id.title) from None
+            raise Refusal("{name} is not a safetensors file: give another one", hub_id.title) from None
         metadata = remote.metadata
         for name, info in remote.tensors.items():
             tensors[name] = safetensors_header.TensorInfo(info.dtype, tuple(info.shape), *info.data_offsets)
@@ -294,9 +294,13 @@ def refusal(hub_id: HubId, error: Exception) -> str:
     elif isinstance(error, errors.GatedRepoError):
         why = Message("{name} is gated: accept its terms at {page} and log in with: hf auth login", title, page)
     elif absent:
-        here = "{name} is not a file on this machine, and its repository" if hub_id.file else "{name}"
-        line = f"{here} is not on the hub, or is private: look at {{page}}, and log in with: hf auth login"
-        why = Message(line, title, page)
+        why = Message(
+            "{name} is not a file on this machine, and its repository is not on the hub, or is private: look at "
+            "{page}, and log in with: hf auth login"
+            if hub_id.file
+            else "{name} is not on the hub, or is private: look at {page}, and log in with: hf auth login",
+            *(title, page),
+        )
     elif isinstance(error, errors.RevisionNotFoundError):
         why = Message("{name} has no revision {revision!r}: look at {page}", title, hub_id.revision, page)
     elif status in (403, 451):
@@ -327,7 +331,7 @@ def base_files(title: str, names: Iterable[str]) -> list[str]:
     if "model_index.json" not in names:
         single = next((name for name in sorted(names) if name.endswith(".safetensors") and "/" not in name), None)
         repository, _, revision = title.partition("@")
-        instead = f"; give {HubId(repository, revision or 'main', single).title}" if single else ""
+        instead = Message("; give {name}", HubId(repository, revision or "main", single).title) if single else ""
         raise LorakitError("base {title} is not in diffusers layout (no model_index.json){instead}", title, instead)
     files = ["model_index.json", *(name for name in names if name.startswith(tuple(f"{f}/" for f in _folders())))]
     for part, stem in registry.weight_stems().items():

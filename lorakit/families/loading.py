@@ -74,8 +74,10 @@ def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) ->
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = f"of base {info.path}" if component not in info.sources else info.sources[component].path
-        raise LorakitError("cannot load {part} {path}: {why}", component, where, reason[:200]) from error
+        if component in info.sources:
+            path = info.sources[component].path
+            raise LorakitError("cannot load {part} {path}: {why}", component, path, reason[:200]) from error
+        raise LorakitError("cannot load {part} of base {path}: {why}", component, info.path, reason[:200]) from error
     return module.eval().requires_grad_(False)
 
 
@@ -177,10 +179,15 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: PreTrainedModel) -> 
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     words, rows = len(tokenizer), encoder.config.vocab_size
     if not 256 <= words <= rows or (in_file and words != rows):
-        whose = f"tokenizer {folder}" if in_file else f"{component} of base {info.path}"
-        what = "set model.tokenizer to the folder of the base's own" if in_file else "get the base again"
+        if in_file:
+            own = "set model.tokenizer to the folder of the base's own"
+            raise LorakitError(
+                "tokenizer {folder} knows {count} words where its text encoder has {words}: {advice}",
+                *(folder, words, rows, own),
+            )
         raise LorakitError(
-            "{folder} knows {words} words where its text encoder has {rows}: {hint}", whose, words, rows, what
+            "{name} of base {path} knows {count} words where its text encoder has {rows}: get the base again",
+            *(component, info.path, words, rows),
         )
     if in_file:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(encoder.config.pad_token_id)
@@ -355,7 +362,7 @@ def move(parts: dict[str, list[nn.Module]], names: tuple[str, ...], device: torc
     changed = False
     for name in names:
         if name not in parts:
-            raise ValueError(f"unknown component {name!r}: {', '.join(map(repr, parts))}")
+            raise ValueError(Message("unknown component {name!r}: {names}", name, ", ".join(map(repr, parts))))
         away = [module for module in parts[name] if next(module.parameters()).device.type != device.type]
         if device.type == "cpu" and any(w.requires_grad for module in away for w in module.parameters()):
             continue

@@ -172,8 +172,10 @@ def _reading(
     refused = _refused(key, consumer, by_stem, unknown, shapes, family, metadata) if not folder else ""
     for stem, module in by_stem.items() if not folder and not refused else ():
         if trait := next((trait for trait in module_traits[stem] if trait in consumer.refused), ""):
-            what = {"bias beside": "changes a bias", "rank 0": "has rank 0"}.get(trait, f"is {module.method}")
-            refused = f"{stem} {what}; {consumer.refused[trait]}"
+            what = {"bias beside": "changes a bias", "rank 0": "has rank 0"}.get(trait) or Message(
+                "is {method}", module.method
+            )
+            refused = Message("{module} {what}; {why}", stem, what, consumer.refused[trait])
             break
     totals = Counter(_component(stem) for stem in by_stem)
     good = Counter(_component(stem) for stem in matched if stem not in wrong and not refused)
@@ -276,7 +278,7 @@ def _lycoris_defect(module: Module, shapes: Shapes) -> str:
             return (
                 Message("its {side} is missing", side)
                 if a is b
-                else f"its {side}_{'b' if a else 'a'} factor is missing"
+                else Message("its {missing} factor is missing", f"{side}_{'b' if a else 'a'}")
             )
         tucker = f"{side.replace('w', 't')}" in there
         if a[0 if tucker else 1] != b[0]:
@@ -393,7 +395,7 @@ def _refused(
         if consumer.lone_alpha and set(module.parts) == {"alpha"}:
             return Message("{module} has an alpha and no factors", module.stem)
         if consumer.lone_alpha and module.has_kohya_name and not _has_reader(consumer, module, own_kinds):
-            return f"it does not know factors with names like {module.parts.get('down', module.stem)}"
+            return Message("it does not know factors with names like {name}", module.parts.get("down", module.stem))
     if key == "invokeai":
         if not kohya:
             return "it reads kohya names only"

@@ -298,7 +298,7 @@ def peft_weights(folder: Path) -> Path:
 
 def require_whole(path: Path) -> None:
     """Raise LorakitError: a lone file with PEFT's names has no config, which has its alpha."""
-    where = "in the folder of each part" if path.name == PEFT_MODEL else f"and call it {PEFT_MODEL}"
+    where = "in the folder of each part" if path.name == PEFT_MODEL else Message("and call it {name}", PEFT_MODEL)
     raise LorakitError(
         "{path}: its names are PEFT's, and {peft_config}, which has its alpha, is not beside it: put the two "
         "together, {where}",

@@ -14,10 +14,10 @@ from lorakit import families
 from lorakit.adapters.weights import LoraLayer
 from lorakit.core import foreign_json, registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.core.names import is_file_name, printable, shorten
 from lorakit.families import ldm
-from lorakit.families.facts import other_models
+from lorakit.families.facts import noise_schedule, other_models
 from lorakit.formats import compatibility, embeddings, identify, keys, metadata as meta
 from lorakit.formats.compatibility import Reading
 from lorakit.formats.facts import health, peft_config
@@ -81,7 +81,11 @@ class Report:
             raise LorakitError(
                 "{name} is {description}: no program reads it as an adapter", self.name, self.description
             )
-        return [f"{key}: {self.readers[key].line()}" for key in consumers if not self.readers[key].complete]
+        return [
+            Message("{key}: {why}", key, self.readers[key].line())
+            for key in consumers
+            if not self.readers[key].complete
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain tables."""
@@ -93,12 +97,12 @@ class Report:
     def to_text(self) -> str:
         """Everything, for a person."""
         title = self.model or (registry.version_of(self.family).title if self.family else "")
-        lines = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
+        rows = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
             "for": self._fitting_base(title),
             "type": self._typed(),
             "healthy": self._health(),
-            "note": "; ".join(self.notes),
+            "note": join("; ", self.notes),
             "trained": health.history(self.metadata) if self.kind == "adapter" else "",
             "format": f"{self.format}, {self.dtype}" if self.format else "",
             "method": self.method,
@@ -110,26 +114,26 @@ class Report:
             alphas = _counted(component.alphas, component.alpha_counts) or ("= rank" if ranks else "")
             values = [f"rank {ranks}" if ranks else "", f"alpha {alphas}" if alphas else ""]
             facts[part] = "; ".join(filter(None, (f"{component.modules} modules", *values)))
-        lines += [f"  {name:<15} {text}" for name, text in facts.items() if text]
+        rows += [f"  {name:<15} {text}" for name, text in facts.items() if text]
         if self.strength.modules:
-            lines += ["size of the change of each block (norm of delta W):", *self.strength.lines()]
+            rows += ["size of the change of each block (norm of delta W):", *self.strength.lines()]
         if self.damage:
-            lines.append("no program can use it")
+            rows.append("no program can use it")
         elif self.readers:
-            lines.append(f"who reads it{', on that base only' if self.only else ''}, and how many modules:")
+            rows.append(f"who reads it{', on that base only' if self.only else ''}, and how many modules:")
             for reading in self.readers.values():
-                lines.append(f"  {'yes' if reading.complete else 'NO ':<4}{reading.title:<21} {reading.line()}")
+                rows.append(f"  {'yes' if reading.complete else 'NO ':<4}{reading.title:<21} {reading.line()}")
         if self.metadata:
-            lines.append("metadata:")
-            lines += [f"  {key} = {_shortened(value)}" for key, value in sorted(self.metadata.items())]
-        return "\n".join(lines)
+            rows.append("metadata:")
+            rows += [f"  {key} = {_shortened(value)}" for key, value in sorted(self.metadata.items())]
+        return "\n".join(rows)
 
     def _fitting_base(self, title: str) -> str:
         """The bases that it fits."""
-        evidence = f"told by {self.family_evidence}"
+        evidence = Message("told by {evidence}", self.family_evidence)
         if self.only:
             return Message("{only}; its names are those of {title} ({evidence})", self.only, title, evidence)
-        return f"{title} ({evidence})" if title else ""
+        return Message("{title} ({evidence})", title, evidence) if title else ""
 
     def _typed(self) -> str:
         """What to type into a program, of an adapter."""
@@ -194,10 +198,9 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
         try:
             checkpoint = ldm.read(head)
             family, by = checkpoint.family, "its keys"
-            prediction = checkpoint.prediction
-            zero = " with zero terminal SNR" if prediction.zero_snr else ""
+            prediction = noise_schedule.name(checkpoint.prediction.type, checkpoint.prediction.zero_snr)
             line = "{description}; it predicts {kind}, {why}"
-            description = Message(line, description, f"{prediction.type}{zero}", prediction.evidence)
+            description = Message(line, description, prediction, checkpoint.prediction.evidence)
         except LorakitError as error:  # of another architecture, or in part
             common["notes"] = [Message("it cannot be trained as it is: {problem}", error)]
             if all(name.startswith(ldm.UNET) for name in head.tensors):
@@ -231,7 +234,9 @@ UNKNOWN_NAMES = "{name}: an adapter for no model known here: its names are of no
 
 def _no_adapter(what: str) -> str:
     """What `other_models` says of a part of a model, as a description."""
-    return re.sub(r"^is |(, not a base model|: .*)$", "", what) + ", not an adapter"
+    if isinstance(what, Message) and "kind" in what.values:
+        return Message("{title} model, not an adapter", what.values["kind"])
+    return Message("{what}, not an adapter", re.sub(r"^is |(, not a base model|: .*)$", "", what))
 
 
 def _word_notes(path: Path, head: safetensors_header.Header) -> list[str]:
@@ -301,7 +306,7 @@ def _base_folder(path: Path) -> Report:
     return Report(
         path.name,
         "base",
-        f"a base model in diffusers layout ({index.get('_class_name', 'no class named')})",
+        Message("a base model in diffusers layout ({name})", str(index.get("_class_name", "no class named"))),
         sum(file.stat().st_size for file in weights),
         None if version is None else version.name,
         "" if version is None and not title else by,
@@ -335,9 +340,8 @@ def _adapter(
     methods = " and ".join(_ordered(Counter(module.method for module in modules.values())))
     if other and (other[0].family is None or names != set(shapes)):
         model, by = other
-        title = model.title
-        report = Report(name, "adapter", f"an adapter for {title}", size, model.family, by, method=methods, model=title)
-        return dataclasses.replace(report, **common)
+        text = Message("an adapter for {title}", model.title)
+        return Report(name, "adapter", text, size, model.family, by, method=methods, model=model.title, **common)
     if not modules:
         raise LorakitError(UNKNOWN_NAMES, name, next(iter(shapes)))
     family, source = identify.adapter_family(modules, shapes, metadata)
@@ -348,7 +352,7 @@ def _adapter(
         alphas |= {} if value is None else {part: float(value)}
     components, scales = _components(modules, shapes, alphas, scalings)
     defects = compatibility.module_defects(modules, shapes)
-    first = next((f"{stem}: {why}" for stem, why in defects.items()), "")
+    first = next((join(": ", item) for item in defects.items()), "")
     broken = Message("{count} of {all} modules are broken, {first}", len(defects), len(modules), first)
     common |= {"defects": broken if first else ""}
     ranks = {rank for component in components.values() for rank in component.ranks}

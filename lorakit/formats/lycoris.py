@@ -17,6 +17,7 @@ import torch
 
 from lorakit.adapters.weights import AnyLayer, ForeignLayer, LohaLayer, LokrLayer, from_factors
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import join
 from lorakit.formats import identify
 from lorakit.formats.facts import peft_config
 
@@ -43,12 +44,12 @@ def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) 
     for left in [name for name in own if name.endswith("_a")]:
         a, b = own[left], _part(path, stem, own, f"{left[:-1]}b")
         if a.ndim != 2 or a.shape[1] != b.shape[0]:
-            raise LorakitError("{path}: the factors of {stem} do not fit together: {a}", path, stem, _shapes(a, b))
+            raise LorakitError("{path}: the factors of {stem} do not fit together: {shapes}", path, stem, _shapes(a, b))
         own[f"{left[:-1]}b"] = b.flatten(1)
     layer: AnyLayer = from_factors(own, 1.0)
     if isinstance(layer, LohaLayer) and (len(layer.w1_a), *layer.w1_b.shape) != (len(layer.w2_a), *layer.w2_b.shape):
         raise LorakitError(
-            "{path}: the two products of {stem} do not fit together: {w1_b}",
+            "{path}: the two products of {stem} do not fit together: {shapes}",
             path,
             stem,
             _shapes(layer.w1_b, layer.w2_b),
@@ -227,7 +228,7 @@ def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor
             parts = {**parts, **dict(zip(needed, (a1, a2, b1, b2), strict=True))}
         if not a1.shape[:2] == a2.shape[1::-1] or b1.shape[1] != len(b2) or len(a2) != len(b2):
             raise LorakitError(
-                "{path}: the factors of {stem} do not fit together: {a1}", path, stem, _shapes(a1, a2, b1, b2)
+                "{path}: the factors of {stem} do not fit together: {shapes}", path, stem, _shapes(a1, a2, b1, b2)
             )
     missing = len(parts["a2.weight"]) if method == "GLoRA" else 0  # the rank; no constraint
     return ForeignLayer(method, parts, float(missing) if alpha is None else alpha, change)
@@ -236,7 +237,7 @@ def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor
 def _product(path: Path, stem: str, core: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`[i, j, kh, kw]` and `[j, r]` -> `[i, r, kh, kw]`."""
     if core.ndim != 4 or core.shape[1] != b.shape[0]:
-        raise LorakitError("{path}: the factors of {stem} do not fit together: {core}", path, stem, _shapes(core, b))
+        raise LorakitError("{path}: the factors of {stem} do not fit together: {shapes}", path, stem, _shapes(core, b))
     return torch.einsum("ijkl,jr->irkl", core, b.flatten(1))
 
 
@@ -251,4 +252,4 @@ def _part(path: Path, stem: str, parts: Mapping[str, torch.Tensor], name: str) -
 
 
 def _shapes(*tensors: torch.Tensor) -> str:
-    return " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
+    return join(" and ", (str(tuple(tensor.shape)) for tensor in tensors))

@@ -16,7 +16,7 @@ import torch
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, LokrLayer, LoraLayer, from_factors
 from lorakit.core import registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.formats import adapter_math, embeddings, identify, keys, lycoris, metadata as meta
 from lorakit.formats.facts import peft_config
 from lorakit.formats.facts.peft_config import Scaling
@@ -49,8 +49,8 @@ def read(path: Path, *, embedding: bool = False) -> AdapterWeights:
         return _read_peft(path, parts)
     if (path / identify.PEFT_CONFIG).is_file():
         return _read_peft(path, {_component(identify.peft_weights(path)): path})
-    holds = f"holds {len(list(path.glob('*.safetensors')))} .safetensors files and no PEFT adapter"
-    raise LorakitError("{path}: {holds}{path_2}: name the file itself", path, holds, identify.pickles(path))
+    holds = Message("holds {count} .safetensors files and no PEFT adapter", len(list(path.glob("*.safetensors"))))
+    raise LorakitError("{path}: {holds}{pickles}: name the file itself", path, holds, identify.pickles(path))
 
 
 def _read_file(head: safetensors_header.Header) -> AdapterWeights:
@@ -200,7 +200,7 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         return lycoris.of_peft(path, module.stem, str(module.canonical), parts, scaling)
     if own := registry.own_kinds().get(module.method):
         if missing := [part for part in own.factors if part not in parts]:
-            raise LorakitError("{path}: {module} has no {missing} factor", path, module.stem, missing[0])
+            raise LorakitError("{path}: {stem} has no {name} factor", path, module.stem, missing[0])
         return from_factors(parts, 1.0)
     if module.method in lycoris.CHANGES:
         there = _alpha(path, module, tensors, 0, scaling) if "alpha" in module.parts else None
@@ -224,11 +224,11 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
     if len(missing) == 2:  # of another method
         _require_parts(path, [module])
     if missing:
-        raise LorakitError("{path}: {module} has no {missing} factor", path, module.stem, missing[0])
+        raise LorakitError("{path}: {stem} has no {name} factor", path, module.stem, missing[0])
     down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")
     if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != len(down) or up[0, 0].numel() != 1:
-        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        raise LorakitError("{path}: the factors of {module} do not fit together: {shapes}", path, module.stem, shapes)
+        shapes = join(" and ", (str(tuple(factor.shape)) for factor in (down, up)))
+        raise LorakitError("{path}: the factors of {stem} do not fit together: {shapes}", path, module.stem, shapes)
     if "mid" in parts:
         down = lycoris.untucked_down(path, module.stem, parts["mid"], down)
     if magnitude is not None:

@@ -67,7 +67,7 @@ def save(
         adapter_math.require_writable(weights, spec.check)
     partly = [name for name in (*weights.layers, *weights.biases) if not keys.is_read_everywhere(name)]
     if partly:
-        see = f"see lorakit inspect {quote(destination(Path(folder), name, formats[0]))}"
+        see = Message("see lorakit inspect {path}", quote(destination(Path(folder), name, formats[0])))
         say(
             Message(
                 "export: {count} layers, such as {partly}, are not read by every program: {see}",

@@ -119,4 +119,4 @@ def of_file(path: Path, names: Iterable[str]) -> FormatSpec:
     for spec in FORMATS.values():
         if spec.is_folder if path.is_dir() else not spec.is_folder and spec.recognizes(names):
             return spec
-    raise LorakitError(f"{path.name}: no format has names like {names[0] if names else 'none'}")
+    raise LorakitError("{file}: no format has names like {name}", path.name, names[0] if names else "none")

@@ -31,7 +31,7 @@ class Finding:
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}"
+        return Message("{name}: {detail}", self.where, self.problem)
 
 
 def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> list[Finding]:
@@ -59,7 +59,9 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     dtypes = {info.dtype for head in heads.values() for name, info in head.tensors.items() if _is_factor(name)}
     tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     if copy.family != weights.family:
-        findings.append(Finding(Path(path).name, f"reads as {copy.family}, not {weights.family}"))
+        findings.append(
+            Finding(Path(path).name, Message("reads as {family}, not {other}", copy.family, weights.family))
+        )
     for name in layers:
         if name not in weights.layers:
             findings.append(Finding(name, "announced, but not trained"))
@@ -124,7 +126,7 @@ def _tensor_findings(
         findings += [Finding(name, "missing") for name in shapes if name not in there]
         findings += [Finding(name, "not expected") for name in there if name not in shapes]
         findings += [
-            Finding(name, f"shape {there[name]}, expected {shape}")
+            Finding(name, Message("shape {shape}, expected {other}", there[name], shape))
             for name, shape in shapes.items()
             if there.get(name, shape) != shape
         ]
@@ -137,7 +139,7 @@ def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | Non
         return _parts_difference(trained.parts, copy.factors(), tolerance)
     shapes = [_shape(layer) for layer in (trained, copy)]
     if shapes[0] != shapes[1]:
-        return Message("delta W is {shapes}, expected {shapes_2}", shapes[1], shapes[0])
+        return Message("delta W is {shapes}, expected {other}", shapes[1], shapes[0])
     if not all(bool(torch.isfinite(tensor).all()) for tensor in copy.factors().values()):
         return "not finite"
     if trained.magnitude is None and _norm([copy]) == 0:
@@ -158,7 +160,9 @@ def _parts_difference(
 ) -> str | None:
     """As `difference`, tensor by tensor, where delta W follows from the base's weight."""
     if {name: tensor.shape for name, tensor in trained.items()} != {name: t.shape for name, t in copy.items()}:
-        return f"its tensors are {', '.join(sorted(copy)) or 'none'}, expected {', '.join(sorted(trained))}"
+        return Message(
+            "its tensors are {names}, expected {others}", ", ".join(sorted(copy)) or "none", ", ".join(sorted(trained))
+        )
     for name, tensor in trained.items():
         error, size = (float(torch.linalg.vector_norm(t.float())) for t in (copy[name] - tensor, tensor))
         if not error <= tolerance * size:

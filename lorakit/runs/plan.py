@@ -62,6 +62,7 @@ SAME_SIZE = (
     "one out"
 )
 STRENGTH = "strength: rank {rank}, alpha {alpha:g}, effective scale {scale:g}"
+SIZES = ("base {size}", "adapter and optimizer {size}", "activations {size}", "runtime {size}")
 MEMORY = "memory: about {total} on {device} ({parts}); {encoding} to encode the photos, {samples} to draw samples"
 LONG_TEXTS = (
     "texts: all are filled up to {tokens} tokens, as the longest needs; a pass of the UNet computes {share:.1%} more "
@@ -136,8 +137,8 @@ class Plan:
         """The plan as a person reads it."""
         weights = "{part} {count} modules ({weights} weights)"
         trained = join(", ", [Message(weights, part, m, millions(p)) for part, (m, p) in self.modules.items()])
-        holdout = "{count} to train on, {held} held out for validation"
-        validation = f"photos: {holdout if self.holdout_count else '{count} to train on, none held out'}"
+        holdout = "photos: {count} to train on, {held} held out for validation"
+        validation = holdout if self.holdout_count else "photos: {count} to train on, none held out"
         photos = [self.photo_count, *([self.holdout_count] if self.holdout_count else [])]
         strength = Message(STRENGTH, self.rank, self.alpha, self.scale)
         return [
@@ -160,7 +161,8 @@ class Plan:
         total, encoding, samples = (
             gibibytes(size) for size in (sum(self.memory.values()), self.peaks["encoding"], self.peaks["samples"])
         )
-        parts = join(", ", [Message(f"{part} {{size}}", gibibytes(size)) for part, size in self.memory.items()])
+        templates = {template.removesuffix(" {size}"): template for template in SIZES}
+        parts = join(", ", [Message(templates[part], gibibytes(size)) for part, size in self.memory.items()])
         return Message(MEMORY, total, self.device, parts, encoding, samples)
 
     def _time(self) -> str:

@@ -22,6 +22,7 @@ from lorakit.config import DataConfig
 from lorakit.config.option import suggest
 from lorakit.core import foreign_json, image_grid, registry, safetensors_header
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.core.names import quote
 from lorakit.data import captions
 from lorakit.families import hub
@@ -124,16 +125,23 @@ def gather(
     """
     if license not in LICENSES:
         raise LorakitError(
-            f"--license {license!r}: give the adapter's license as the hub names it{suggest(license, LICENSES)}: "
-            "apache-2.0, cc-by-4.0, creativeml-openrail-m, openrail++ ...; other, where it has no name for it"
+            "--license {license!r}: give the adapter's license as the hub names it{hint}: "
+            "apache-2.0, cc-by-4.0, creativeml-openrail-m, openrail++ ...; other, where it has no "
+            "name for it",
+            license,
+            suggest(license, LICENSES),
         )
     adapter = _adapter(Path(source))
     report = inspect(adapter)
     if report.kind != "adapter" or report.damage:
-        raise LorakitError(f"{adapter.name}: {report.damage or f'this is {report.description}'}; give an adapter file")
+        raise LorakitError(
+            "{file}: {problem}; give an adapter file",
+            adapter.name,
+            report.damage or Message("this is {description}", report.description),
+        )
     base_id = hub.parse(base_model or report.metadata.get("lorakit.base_source", ""))
     if base_model and (base_id is None or Path(base_model).exists()):
-        raise LorakitError(f"--base-model {base_model}: give a hub id, owner/name")
+        raise LorakitError("--base-model {name}: give a hub id, owner/name", base_model)
     notes = [] if base_id is None else _compare_base(report, base_id.name, not base_model, license, ask)
     run = RunFolder(adapter.parent)
     pictures: list[tuple[Path, str]] = []
@@ -161,9 +169,9 @@ def write(publication: Publication, repo: str, folder: Path) -> list[Path]:
         LorakitError: the folder is not empty or cannot be written, or `repo` is no name of a repository.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-        raise LorakitError(f"--repo {repo}: give a repository of the hub as owner/name")
+        raise LorakitError("--repo {name}: give a repository of the hub as owner/name", repo)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise LorakitError(f"{folder} is not an empty folder: name another one")
+        raise LorakitError("{folder} is not an empty folder: name another one", folder)
     try:
         (folder / "images").mkdir(parents=True)
         _copy_clean(publication.adapter, folder / publication.adapter.name)
@@ -177,7 +185,7 @@ def write(publication: Publication, repo: str, folder: Path) -> list[Path]:
             pixels.save(folder / "images" / f"{number:02d}.png")
         (folder / "README.md").write_text(card(publication, repo), encoding="utf-8", newline="\n")
     except OSError as error:
-        raise LorakitError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        raise LorakitError("{file}: cannot be written ({reason})", folder, error.strerror or error) from None
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -283,7 +291,9 @@ def _compare_base(report: Report, base: str, is_recorded: bool, license: str, as
     from huggingface_hub import HfApi, errors
 
     if report.only and report.metadata.get("ss_sd_model_name") == BUNDLED:
-        raise LorakitError(f"--base-model {base}: {report.name} fits {report.only} only: leave --base-model out")
+        raise LorakitError(
+            "--base-model {base}: {file} fits {only} only: leave --base-model out", base, report.name, report.only
+        )
     api, family, terms = HfApi(), None, ""
     try:
         card = api.model_info(base).card_data if ask else None
@@ -294,15 +304,21 @@ def _compare_base(report: Report, base: str, is_recorded: bool, license: str, as
         family = inspect(index.parent).family
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError, LorakitError) as error:  # type: ignore[attr-defined]
         if isinstance(error, errors.RepositoryNotFoundError) and not is_recorded:
-            raise LorakitError(f"--base-model {base}: the hub has no such model, or does not show it to you") from None
+            raise LorakitError(
+                "--base-model {base}: the hub has no such model, or does not show it to you", base
+            ) from None
     if family and report.family and family != report.family:
         mine, other = (registry.version_of(name).title for name in (report.family, family))
-        raise LorakitError(f"--base-model {base}: {report.name} is for {mine}, and that is a {other} model")
-    lines = [] if family or is_recorded else [f"whether {base} is a base of that family was not checked"]
+        raise LorakitError(
+            "--base-model {base}: {file} is for {mine}, and that is a {other} model", base, report.name, mine, other
+        )
+    lines: list[str] = []
+    if not family and not is_recorded:
+        lines.append(Message("whether {base} is a base of that family was not checked", base))
     if not terms:
-        lines.append(f"see that the license of {base} permits {license}: it was not checked")
+        lines.append(Message("see that the license of {base} permits {license}: it was not checked", base, license))
     elif terms != license:
-        lines.append(f"{base} has the license {terms}: see that it permits {license}")
+        lines.append(Message("{base} has the license {terms}: see that it permits {license}", base, terms, license))
     return lines
 
 
@@ -313,10 +329,10 @@ def _adapter(source: Path) -> Path:
         source = named if named.is_file() else source
     adapter = identify.adapter_file(source)
     if not adapter.exists():
-        raise LorakitError(f"{source}: there is no such file or run")
+        raise LorakitError("{path}: there is no such file or run", source)
     if adapter.is_dir():
-        way = f"write one: lorakit export {quote(adapter)} --to kohya"
-        raise LorakitError(f"{adapter}: give a finished run or an adapter's .safetensors file; {way}")
+        way = Message("write one: lorakit export {path} --to kohya", quote(adapter))
+        raise LorakitError("{path}: give a finished run or an adapter's .safetensors file; {way}", adapter, way)
     return adapter
 
 
@@ -374,10 +390,10 @@ def _upload(folder: Path, repo: str, *, public: bool, replace: bool) -> str:
             api.create_repo(repo, private=not public)
             info = api.model_info(repo)
         if not info.private and not public:
-            raise LorakitError(f"{repo} is public: give --public to publish there, or another --repo")
+            raise LorakitError("{name} is public: give --public to publish there, or another --repo", repo)
         there = sorted(files & {sibling.rfilename for sibling in info.siblings or []})
         if there and not replace:
-            raise LorakitError(f"{repo} has {', '.join(there)} already: give another --repo, or --replace")
+            raise LorakitError("{name} has {files} already: give another --repo, or --replace", repo, ", ".join(there))
         commit = api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="Add an adapter", parent_commit=info.sha
         )
@@ -395,9 +411,13 @@ def _refusal(repo: str, error: Exception) -> str:
     message = response.headers.get("X-Error-Message", "") if response is not None else ""
     reason = message or next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
-        return f"{repo}: the hub does not know who you are: log in with: hf auth login"
+        return Message("{name}: the hub does not know who you are: log in with: hf auth login", repo)
     if status in (403, 404):
-        return f"{repo}: the hub does not let this token write there ({reason}): it needs the permission to write"
+        return Message(
+            "{name}: the hub does not let this token write there ({reason}): it needs the permission to write",
+            repo,
+            reason,
+        )
     if status in (409, 412):
-        return f"{repo} was changed by somebody else just now: try again"
-    return f"{repo}: cannot be written at {constants.ENDPOINT} ({reason}): try again later"
+        return Message("{name} was changed by somebody else just now: try again", repo)
+    return Message("{name}: cannot be written at {hub} ({reason}): try again later", repo, constants.ENDPOINT, reason)

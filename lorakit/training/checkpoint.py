@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save as serialise
 from lorakit.config import Config, as_tables, options, resuming
 from lorakit.core import atomic, foreign_json
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message, some
+from lorakit.core.messages import Message, join, some
 from lorakit.core.names import quote, step_name, unique_path
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
@@ -229,7 +229,9 @@ def named(folder: Path, name: str) -> Path:
     by_name = {path.name.removeprefix(REPLACED): path for path in complete(folder)}
     step = step_name(int(name)) if name.isdecimal() else Path(name).name
     if step not in by_name:
-        raise LorakitError(f"{folder.parent} has no checkpoint {name}; it has {', '.join(by_name) or 'none'}")
+        raise LorakitError(
+            "{folder} has no checkpoint {name}; it has {names}", folder.parent, name, ", ".join(by_name) or "none"
+        )
     return by_name[step]
 
 
@@ -294,10 +296,14 @@ def _put_tensors(node: Any, tensors: Mapping[str, torch.Tensor], expected: set[s
 
 
 def _same_names(file: Path, actual: set[str], expected: set[str]) -> None:
-    for what, names in (("lacks", expected - actual), ("has an unknown", actual - expected)):
-        if names:
-            template = f"{{file}} {what} tensor {{names}}; resume from another checkpoint"
-            raise LorakitError(template, file, some(sorted(names), 1))
+    if lacking := expected - actual:
+        raise LorakitError(
+            "{file} lacks tensor {names}; resume from another checkpoint", file, some(sorted(lacking), 1)
+        )
+    if unknown := actual - expected:
+        raise LorakitError(
+            "{file} has an unknown tensor {names}; resume from another checkpoint", file, some(sorted(unknown), 1)
+        )
 
 
 def _compared(config: Config) -> dict[str, Any]:
@@ -323,8 +329,12 @@ def _same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         if before.get(key, defaults.get(key)) != now.get(key) and not resuming.may_change(key)
     ]
     if changed:
-        differences = ", ".join(
-            f"{key} (was {_value_text(before.get(key))}, is {_value_text(now.get(key))})" for key in changed
+        differences = join(
+            ", ",
+            (
+                Message("{key} (was {before}, is {now})", key, _value_text(before.get(key)), _value_text(now.get(key)))
+                for key in changed
+            ),
         )
         raise LorakitError(
             "{path} was saved with another config: {differences}; a resumed run goes on exactly as it began. "

@@ -15,7 +15,7 @@ from lorakit.config import OptimizerConfig, lr_schedule, optimizer_builder
 from lorakit.config.optimizer_builder import Groups, construct
 from lorakit.core import registry
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 
 
 def rate_groups(
@@ -58,7 +58,7 @@ def build(
     ]
     one_rate = len({group["lr"] for group in named}) == 1
     if lines := registry.unmet_needs(config.name, has_cuda=groups[0][1][0].is_cuda, one_rate=one_rate):
-        raise LorakitError("\n".join(lines))
+        raise LorakitError(join("\n", lines))
     return optimizer_builder.build(config, named)
 
 

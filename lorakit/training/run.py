@@ -461,7 +461,7 @@ def _outcome(folder: RunFolder, notify: str, events: Events) -> Iterator[None]:
             raise Stopped(folder.path, folder.step) from None
         except parallel.ProcessLost as loss:
             newest = checkpoint.latest(folder.checkpoints)
-            intact = f"{newest.name} is intact" if newest else "there is no checkpoint yet"
+            intact = Message("{name} is intact", newest.name) if newest else "there is no checkpoint yet"
             text = Message("{loss}; {intact}, continue with: lorakit resume {folder}", loss, intact, quote(folder.path))
             raise LorakitError(text) from None
     except Stopped as stop:

@@ -15,6 +15,7 @@ import gradio as gr
 
 from lorakit.core import foreign_json, image_grid
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import join
 from lorakit.data import photo_folder
 from lorakit.runs import quickstart, run_folder
 from lorakit.runs.run_folder import RunFolder
@@ -67,7 +68,7 @@ class Api:
         values = form.values(quickstart.config_for_answers(answers, quality, changed=options))
         config, problems = form.read(values, self.workspace.roots)
         if config is None:
-            raise LorakitError("\n".join(line for lines in problems.values() for line in lines))
+            raise LorakitError(join("\n", (line for lines in problems.values() for line in lines)))
         photo_folder.scan(Path(folder))
         job = self.workspace.train(config)
         return {"run": Path(job.folder).name}

@@ -129,7 +129,7 @@ def test_half_a_base_in_the_cache_is_none(cache: Path, gone: str) -> None:
     with pytest.raises(LorakitError) as caught:
         families.describe("org/tiny")
     assert str(caught.value) == (
-        "base org/tiny is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder or a file"
+        "base org/tiny is not in the cache and HF_HUB_OFFLINE is set: unset it once; or give a folder or a file"
     )
 
 

@@ -94,7 +94,7 @@ def test_a_name_in_capitals_is_a_file_here_and_there(requests: list[str], served
     [
         ("org/tiny/flux.safetensors", "flux.safetensors is a FLUX"),
         ("org/tiny/lora.safetensors", "base lora.safetensors is an adapter (LoRA), not a base model"),
-        ("org/tiny/page.safetensors", "base org/tiny/page.safetensors is not a safetensors file: give another file"),
+        ("org/tiny/page.safetensors", "base org/tiny/page.safetensors is not a safetensors file: give another one"),
         ("org/tiny/model.ckpt", "base model.ckpt is a pickle"),
         ("org/tiny/unet.bin", "base unet.bin is a pickle"),
         ("org/tiny/model.gguf", "base model.gguf is a GGUF file"),
@@ -120,6 +120,6 @@ def test_offline_the_cache_is_all_there_is(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert refusal("org/tiny/x.safetensors@v1") == (
-        "base org/tiny/x.safetensors@v1 is not in the cache and HF_HUB_OFFLINE is set: unset it once, or give a folder "
+        "base org/tiny/x.safetensors@v1 is not in the cache and HF_HUB_OFFLINE is set: unset it once; or give a folder "
         "or a file"
     )

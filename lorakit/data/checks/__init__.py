@@ -17,6 +17,7 @@ from lorakit.config.option import suggest
 from lorakit.core.messages import Message, some
 from lorakit.core.names import printable
 from lorakit.core.protocols import Base
+from lorakit.core.units import count
 from lorakit.data import captions, concepts, decode, duplicates, photo_folder, time_limit
 from lorakit.data.checks.measure import Measurement, MeasurementCache, measure
 from lorakit.data.checks.report import Item, Report, names
@@ -184,7 +185,7 @@ def _check_sizes(report: Report) -> None:
 def _check_folder(report: Report, config: DataConfig) -> None:
     readable = [item for item in report.items if item.readable]
     if 0 < len(report.items) < MIN_PHOTOS:
-        photos = "1 photo" if len(report.items) == 1 else f"{len(report.items)} photos"
+        photos = count(len(report.items), "photo")
         report.warnings.append(Message("only {photos}: 5 to 20 from different sides and places teach more", photos))
     folders = {item.relative.partition("/")[0] for item in report.items if "/" in item.relative}
     report.errors += [

@@ -58,9 +58,14 @@ def _sd2_guess(header: safetensors_header.Header) -> ldm.Prediction:
     values = (safetensors_header.values(header, biases[max(biases)]) if biases else []) or [0.0]
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
-    kind, side = (VELOCITY, "above") if spread > 0.09 else (EPSILON, "not above")
-    evidence = Message(f"as its last norm1.bias spreads by {{spread:.3f}}, {side} 0.09", spread)
-    return ldm.Prediction(kind, False, evidence, certain=False)
+    above = spread > 0.09
+    evidence = Message(
+        "as its last norm1.bias spreads by {spread:.3f}, above 0.09"
+        if above
+        else "as its last norm1.bias spreads by {spread:.3f}, not above 0.09",
+        spread,
+    )
+    return ldm.Prediction(VELOCITY if above else EPSILON, False, evidence, certain=False)
 
 
 SD1_FILE = FileLayout(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorakit.core import atomic, registry, safetensors_header
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.core.names import is_file_name, quote
 from lorakit.core.registry import FORMATS
 from lorakit.formats import compatibility, embeddings, identify, metadata as meta
@@ -184,7 +184,7 @@ def _require_reader(source: Path, report: Report, host: Host) -> None:
 def _require_family(report: Report, host: Host) -> None:
     """Refuse what is for bases that the program does not draw with."""
     if host.families and report.family not in host.families:
-        titles = " and ".join(registry.version_of(family).title for family in host.families)
+        titles = join(" and ", (registry.version_of(family).title for family in host.families))
         family = registry.version_of(report.family).title if report.family else "an unknown model"
         raise LorakitError(
             "{report} is for {family}, and {host} draws with {titles} only", report.name, family, host.title, titles

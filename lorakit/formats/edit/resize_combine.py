@@ -10,6 +10,7 @@ import torch
 
 from lorakit.adapters.weights import AdapterWeights, AnyLayer, ForeignLayer, LohaLayer, LokrLayer, LoraLayer
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import join
 from lorakit.formats import keys
 
 
@@ -120,7 +121,7 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
         raise LorakitError("combine: give at least one adapter")
     families = sorted({weights.family for weights, _ in parts})
     if len(families) > 1:
-        raise LorakitError(f"combine: adapters for {' and '.join(families)} do not go together")
+        raise LorakitError("combine: adapters for {families} do not go together", join(" and ", families))
     if any(layer.magnitude is not None for weights, _ in parts for layer in weights.layers.values()):
         raise LorakitError("combine: DoRA adapters do not add up; merge them into a base one after the other")
     collected: dict[str, list[LoraLayer]] = {}

@@ -17,7 +17,7 @@ import numpy as np
 
 from lorakit.core import image_grid, registry
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.families.weight_files import of_last
 from lorakit.formats.facts.health import numbers
 
@@ -51,7 +51,7 @@ class Strength:
 
     def health(self) -> str:
         """What stands out, in words, or ""."""
-        lines = []
+        lines: list[str] = []
         if self.modules and not any(self.modules.values()):
             return "every module is zero: it changes nothing"
         if self.dead:
@@ -74,7 +74,7 @@ class Strength:
                     times,
                 )
             )
-        return "; ".join(lines)
+        return join("; ", lines)
 
     def lines(self) -> list[str]:
         """A line with a bar for each block."""

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from lorakit import __version__
+from lorakit.core import units
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Event
 from lorakit.core.messages import Message
@@ -311,7 +312,7 @@ class Group(Processes):
         for rank in ranks:
             if self.rank == 0 and self._store.check([f"problem/{rank}"]):
                 return str(self._store.get(f"problem/{rank}"), "utf-8")
-        which = f"process {self.lost[0]}" if self.lost else "a process"
+        which = Message("process {rank}", self.lost[0]) if self.lost else "a process"
         return Message("{which} of {count} was lost (killed, out of memory, or its machine is gone)", which, self.count)
 
 
@@ -378,12 +379,11 @@ def card_problem(world: launch.World, cards: int, has_nccl: bool) -> str:
     if not has_nccl:
         return Message(NO_NCCL, torch.__version__)
     if world.local_rank >= cards:
-        many = f"{cards} card{'s' * (cards > 1)}"
         return Message(
             "process {rank} on {platform} has no card of its own: there are {many}, start as many there",
             world.rank,
             platform.node(),
-            many,
+            units.count(cards, "card"),
         )
     return ""
 

@@ -37,6 +37,8 @@ ENDED_SILENTLY = (
     "its process ended without a word: it was killed, the machine was restarted, or its memory ran out; "
     "Resume goes on from the last checkpoint"
 )
+# What the self-check looks at in an exported file.
+CHECKS = ("{format} file", "{format} in diffusers", "{format} unet", "{format} text encoder", "{format} weights")
 RESUMABLE = ("interrupted", "stopped", "failed", "done")
 CHOOSE = """
 element.addEventListener('click', (event) => {
@@ -369,7 +371,8 @@ def _findings(run: RunFolder, say: Say) -> str:
 def _finding(name: str, detail: str, say: Say) -> str:
     """A line of the self-check, in the language of the page."""
     export, _, part = name.partition(" ")
-    return say.translate(Message("{name}: {detail}", Message(f"{{format}} {part}", export) if part else name, detail))
+    template = next((template for template in CHECKS if part and template.endswith(f" {part}")), "")
+    return say.translate(Message("{name}: {detail}", Message(template, export) if template else name, detail))
 
 
 def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> str:

@@ -14,6 +14,7 @@ from lorakit import config as configuration
 from lorakit.config import Config
 from lorakit.core import atomic, names
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import join
 from lorakit.runs import quickstart
 from lorakit.runs.plan import Plan
 from lorakit.runs.preflight import Preflight
@@ -133,7 +134,7 @@ class TrainPage:
         config, problems = self.read(answers, say)
         changed = form.changed(answers, {k: v for k, v in marks["values"].items() if k not in quickstart.BASIC_OPTIONS})
         unanswered = [say("train.required")]  # nothing is wrong yet
-        wrong = {key: "\n".join(lines) for key, lines in problems.items() if lines != unanswered}
+        wrong = {key: join("\n", lines) for key, lines in problems.items() if lines != unanswered}
         new_marks = {key: wrong.get(key, "changed" if key in changed else "") for key in self.keys}
         updates = [
             self._update(key, new_marks[key], marks["shown"].get(key, ""), adjustments, say) for key in self.keys
@@ -216,7 +217,7 @@ class TrainPage:
             config, problems = form.read(self.form_values(values) | basic, self.workspace.roots)
             lines = [line for texts in problems.values() for line in texts]
         if config is None:
-            return widgets.problem(say("train.cannot_keep", problem=say.explain("\n".join(lines)))), gr.skip()
+            return widgets.problem(say("train.cannot_keep", problem=say.explain(join("\n", lines)))), gr.skip()
         data = replace(config.data, folder="", name="")
         return self._write_preset(name, configuration.to_toml(replace(config, data=data)), say)
 
@@ -390,7 +391,7 @@ class TrainPage:
         config, problems = self.read(self.form_values(values), say)
         if config is None:
             return widgets.problem(
-                say("train.cannot", problem="\n".join(p for one in problems.values() for p in one))
+                say("train.cannot", problem=join("\n", (p for one in problems.values() for p in one)))
             ), None
         try:
             job = self.workspace.train(self.workspace.preflight(config, progress).or_raise().config)
