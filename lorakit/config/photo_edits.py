@@ -48,6 +48,13 @@ class PhotoEdit:
         strokes = [" ".join([act, *(f"{number:g}" for number in numbers)]) for act, numbers in self.strokes]
         return ", ".join(turn + crop + strokes)
 
+    def is_valid(self) -> bool:
+        """Whether it can be written in a config."""
+        try:
+            return parse(str(self)) is not None
+        except ValueError:
+            return False
+
     @property
     def geometry(self) -> PhotoEdit:
         """The same without the mask: what the picture depends on."""

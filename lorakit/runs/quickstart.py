@@ -23,6 +23,8 @@ EXCLUDE, EDITS, MORE_FOLDERS, CONCEPTS = OF_PHOTOS = (
     "data.more_folders",
     "data.concepts",
 )
+# With a mask that is painted there.
+MASKED_LOSS = "train.masked_loss"
 VAE = "model.vae"
 # Decided by whoever starts a run, not asked.
 SET_BY_CALLER = ("output.folder",)
