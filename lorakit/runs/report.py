@@ -25,7 +25,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.data import augment, buckets, decode
 from lorakit.runs import charts
-from lorakit.runs.lessons import sentences
+from lorakit.runs.lessons import sentences, too_short
 from lorakit.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ def lesson_lines(folder: RunFolder, config: Config, photos: Report, history: Seq
     pictures = [] if last is None else [image_grid.read(file) for file in folder.sample_pictures(last)]
     samples = {_prompt(picture): picture for picture in pictures}
     crops = {item.relative: image for item, image in _crops(config, photos)} if samples else {}
-    return sentences(samples, crops, history[-1] if history else {})
+    measured = history[-1] if history else {}
+    return [*sentences(samples, crops, measured), *too_short(history, config.optimizer)]
 
 
 def _crops(config: Config, report: Report) -> Iterator[tuple[Item, Image.Image]]:

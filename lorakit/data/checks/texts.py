@@ -12,7 +12,7 @@ from lorakit.data.checks.report import Item, Report, names
 # Seen on real photos: bound to the sentence that ends after the noun, a subject is gone once the prompt goes on.
 NO_CAPTIONS = (
     "; a prompt that goes on after it, with a place say, may then show little of what is learned: write a caption for "
-    "each photo that names its scene"
+    "each photo that names its scene (`lorakit caption` lets a model do that)"
 )
 
 
