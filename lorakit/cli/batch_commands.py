@@ -76,7 +76,7 @@ def run_batch(args: argparse.Namespace) -> int:
 
 
 class _Sender:
-    """Copies what came of a run to `--results`, where that is given; a problem is said and not raised."""
+    """Copies the results of a run to `--results`, if that is given. A problem is reported, not raised."""
 
     def __init__(self, runs: Path, url: str | None):
         from lorakit.runs.results import Results

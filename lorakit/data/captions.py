@@ -13,7 +13,7 @@ from lorakit.config.sample_prompts import parse_all
 from lorakit.core import foreign_json, prompt_syntax
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
-from lorakit.core.names import shorten
+from lorakit.core.names import DETERMINERS, shorten
 from lorakit.data import concepts
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # Words that begin with a vowel sound, or with a consonant sound, against their first letter.
 VOWEL_SOUNDS = ("hour", "honest", "honor", "honour", "heir")
 CONSONANT_SOUNDS = ("uni", "use", "usu", "util", "uku", "ura", "eu", "one", "once", "ewe")
-DETERMINERS = ("a", "an", "the", "my", "your", "his", "her", "our", "their", "this", "that", "some")
 
 
 def article(noun: str) -> str:

@@ -416,7 +416,7 @@ def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Ite
 
 
 def _index(path: Path) -> dict[str, Any]:
-    """The folder's model_index.json, or what is there instead."""
+    """The content of the folder's model_index.json. A folder without one is refused, by its kind or its files."""
     if not path.is_dir():
         raise LorakitError(hub.absence(str(path)))
     if not (path / "model_index.json").is_file():

@@ -77,7 +77,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model was trained to predict, and how that was told: in words, and whether for certain."""
+    """What a model was trained to predict, the evidence in words, and whether it is certain."""
 
     type: str
     zero_snr: bool

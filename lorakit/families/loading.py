@@ -82,8 +82,10 @@ def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) ->
 
 
 def share(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module once more, frozen and in eval mode, around the same weights, where they are; of another dtype, around
-    a copy of them. What is done to its layers, and where it is moved to, is no matter of the first one."""
+    """A copy of the module, frozen and in eval mode, that shares its weights; for another dtype it has copies of them.
+
+    Changes to the layers of the copy, and moves to another device, do not reach the original.
+    """
     full = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     weights: dict[int, torch.Tensor] = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -123,7 +125,7 @@ def load_unet(
     unet = load_module(info, "unet", getattr(diffusers, info.spec.denoiser_class), dtype)
     if storage == "full" and not stream:
         return unet
-    # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
+    # Each weight is quantized on the device one by one, so the whole UNet is never there.
     quantized_weight.store_layers(unet, storage, device, offload=stream)
     return unet.to(HOST)
 

@@ -56,7 +56,7 @@ SHORT = (
 def sentences(
     samples: Mapping[str, Image.Image], photos: Mapping[str, Image.Image], measured: Mapping[str, Any]
 ) -> list[Message]:
-    """Sentences on what is not as it should be.
+    """A sentence for each fault.
 
     Args:
         samples: the last ones, by prompt.

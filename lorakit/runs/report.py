@@ -140,7 +140,7 @@ def _versions() -> dict[str, str]:
 
 
 def environment(folder: RunFolder) -> dict[str, str]:
-    """Versions, system and device; nothing that names the machine or its user."""
+    """Versions, system and device, without names of the machine or its user."""
     versions = _versions()
     device = next((e["message"] for e in folder.events("message") if e["message"].startswith("device: ")), "")
     return {"device": device.removeprefix("device: "), **versions} if device else dict(versions)
@@ -163,7 +163,7 @@ def _charts(folder: RunFolder) -> list[str]:
 
 
 def lesson_lines(folder: RunFolder, config: Config, photos: Report, history: Sequence[dict[str, Any]]) -> list[Message]:
-    """What is not as it should be in what the run has learned, in sentences."""
+    """A sentence for each fault in what the run has learned."""
     last = max(folder.sample_grids(), default=None)
     pictures = [] if last is None else [image_grid.read(file) for file in folder.sample_pictures(last)]
     samples = {_prompt(picture): picture for picture in pictures}

@@ -261,21 +261,8 @@ class Readings:
         )
         self.run.events.say("{line}; their scale is {scale:g} now", line, scale.scale.item(), warning=True)
 
-    def _damaged_weight(self) -> str:
-        """The first weight of the base that is not finite, or ""."""
-        for part, module in self.model.family.modules().items():
-            for name, weight in module.named_parameters():
-                is_frozen = (
-                    type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.requires_grad
-                )
-                if is_frozen and not bool(torch.isfinite(weight).all()):
-                    return f"{part}.{name.replace('.base_layer', '')}"
-        return ""
-
     def _problem(self, number: int, loss: float) -> str:
         """What is wrong with step `number`, and what to do."""
-        if name := self._damaged_weight():
-            return Message("the base holds NaN or infinity in {name}: it is damaged; get the base again", name)
         figure = "gradient" if math.isfinite(loss) else "loss"
         parts = self.run.config.train.gradient_accumulation_steps
         names: set[str] = set()
@@ -336,10 +323,11 @@ class Milestones:
                 left.pop(0)
         if stop.requested:
             self.save(step, [name for name in left if name != "save"])
+            exports: dict[str, Path] = {}
             if step:
                 with self.run.optional(Message("step {step}: the adapter", step)):
-                    self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
-            raise Stopped(self.run.folder.path, step)
+                    exports = self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
+            raise Stopped(self.run.folder.path, step, next(iter(exports.values()), None))
 
     def validate(self, step: int, left: list[str]) -> None:
         """Examine the weights."""

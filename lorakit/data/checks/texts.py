@@ -42,7 +42,7 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
     cuts, syntax, loose = [], [], []
     for item in report.items:
         texts = captions.all_texts(item.photo, concepts.of_photo(item.photo, config))
-        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for text in texts for character in text):
             texts = [printable(text) for text in texts]
             report.errors.append(
                 Message("{photo}: its text has what is no character: {text}", item.relative, shorten(texts[0], 60))

@@ -150,7 +150,7 @@ def _position(name: str) -> tuple[int, list[int]]:
 
 
 def _size(parts: Mapping[str, np.ndarray]) -> float | None:
-    """The norm of delta W without its scale; None where the parts are not of a change that holds by itself."""
+    """The norm of delta W without its scale; None where the change depends on the base."""
     try:
         if "mid" in parts:
             delta = np.einsum("mnhw,im,nj->ijhw", parts["mid"], _flat(parts["up"]), _flat(parts["down"]))

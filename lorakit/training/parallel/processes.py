@@ -180,7 +180,7 @@ class Group(Processes):
         return value
 
     def map(self, task: str, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        """See `Processes`. An item goes to its process as a result of `first` does, and so does what comes of it."""
+        """See `Processes`. Items and results are sent as the result of `first` is."""
         rest = iter(items)
         while turn := list(itertools.islice(rest, self.count)):
             others = range(1, len(turn))

@@ -112,7 +112,7 @@ def save(run: Run, weights: TrainedModel, name: str, metadata: Mapping[str, str]
 
 
 def _replace(path: Path, weights: TrainedModel) -> None:
-    """Write a model beside its place first: what was there stays whole until the new one is."""
+    """Write a model to a temporary place, then replace the old one: a complete model is there at every moment."""
     temporary = atomic.temporary_path(path)
     temporary = temporary.with_name(temporary.name + path.suffix)
     assert weights.base is not None, "a run gives it"

@@ -32,8 +32,12 @@ PRESETS = "presets"
 class TrainPage:
     """Builds the page. `widgets` holds every option's widget by key, `draft` the answers, in the browser.
 
-    `marks` is what the page remembers between events: {"preset": name or "", "values": {key: the preset's value},
-    "moved": {key: a value that gave way to one changed by hand}, "shown": {key: "changed", a problem or ""}}.
+    `marks` is what the page remembers between events:
+
+    - "preset": its name or "";
+    - "values": option's key -> the preset's value;
+    - "moved": option's key -> a value that another, changed by hand, has replaced;
+    - "shown": option's key -> "changed", a problem or "".
     """
 
     def __init__(self, workspace: Workspace, t: gr.I18n, draft: gr.BrowserState):
@@ -172,8 +176,11 @@ class TrainPage:
     def _follow(
         self, quality: str, marks: dict[str, Any], answers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The preset that the answers suggest now, and the new values of options that were not changed by hand: the
-        preset's, but for what gives way to a change (a length of one's own to the preset's, say)."""
+        """The preset that the answers suggest now, and the new values of options that were not changed by hand.
+
+        These are the preset's. One that a change by hand excludes is left out, such as the preset's length beside
+        another.
+        """
         adjustments = marks["moved"]
         by_hand = {
             key: now
