@@ -153,7 +153,7 @@ class AdapterConfig:
     alpha: float | None = option(None, "Scale is alpha / rank. Unset: alpha = rank, so that the scale is 1.", above=0)
     ranks: dict[str, int] = option(  # noqa: RUF009
         {},
-        "Ranks of layers by pattern: {'*.attn2.*' = 32, 'unet.mid_block.*' = 0}. The last match counts; 0: left out.",
+        "Ranks of layers by pattern: {'unet.mid_block.*' = 4}. The last match counts; 0: left out.",
         low=0,
         high=1024,
     )
