@@ -195,7 +195,8 @@ def _joined(value: object) -> str | None:
 
 
 def photo_key(file: str, level: Path) -> str:
-    """A photo's path relative to the folder of the table, from what a table of Windows or of another place calls it."""
+    """A photo's path relative to the folder of the table, also from a Windows path or an absolute path of another
+    machine."""
     parts = file.replace("\\", "/").removeprefix("./").split("/")
     is_absolute = len(parts) > 1 and (not parts[0] or parts[0].endswith(":"))
     if not is_absolute:

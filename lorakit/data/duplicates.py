@@ -74,7 +74,7 @@ def first_matches(hashes: Hashes, colours: Colours) -> dict[int, int]:
 
 
 def some_lines(lines: list[str], limit: int = 5) -> list[str]:
-    """The first `limit` lines; where there are more, the last says how many, so that they bury nothing else."""
+    """The first `limit` lines, and a last line with the number of the others."""
     if len(lines) <= limit + 1:
         return lines
     last = lines[-1]

@@ -1,4 +1,4 @@
-"""Whole models in one file, as LDM, SGM and their successors lay them out: what each tensor is called there and in
+"""Whole models in one file in the layout of LDM, SGM and their successors: the names of each tensor there and in
 diffusers.
 
 A version's `FileLayout` has its names; this module reads and writes files by them. Names serve both directions. Blocks

@@ -1,4 +1,4 @@
-"""What all loaded families have in common; a family's model.py adds what is its own."""
+"""The shared part of all loaded families. The model.py of each family adds the rest."""
 
 from __future__ import annotations
 

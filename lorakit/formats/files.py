@@ -61,7 +61,7 @@ class Unwritable(LorakitError):
 
 
 def write_bytes(path: Path, raw: bytes) -> None:
-    """Write `raw` to `path`, whole or not at all, making its folder where it is not there.
+    """Write `raw` to `path` atomically. The folder is created if needed.
 
     Raises:
         LorakitError: too little space, or the folder cannot be written.

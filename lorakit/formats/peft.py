@@ -58,7 +58,7 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, dict[str, torch.Te
 
 
 def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
-    """Write the folder `path`, whole or not at all; returns the files in it. An older PEFT folder there is replaced.
+    """Write the folder `path` atomically and return its files. An older PEFT folder there is replaced.
 
     Raises:
         LorakitError: see `tensors`; `path` is something else than a PEFT folder; too little space.

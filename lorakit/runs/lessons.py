@@ -71,8 +71,10 @@ def sentences(
 
 
 def too_short(history: Sequence[Mapping[str, float]], optimizer: OptimizerConfig) -> list[Message]:
-    """Whether a run ended before it had learned what it could: by how much its error fell for the same sum of learning
-    rates from the first validation to the second quarter of them, and from there to the third.
+    """Whether a run ended while its error still fell fast.
+
+    The fall for the same sum of learning rates is compared: from the first validation to the second quarter of them,
+    and from there to the third.
 
     Args:
         history: the validations, one dict for each with "step" and "mse"; too few of them say nothing.

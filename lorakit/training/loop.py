@@ -1,4 +1,4 @@
-"""The training loop, and what happens between its steps: validation, checkpoints, samples."""
+"""The training loop, with validation, checkpoints and samples between its steps."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, doing: str) -> Iterator[None]:
-        """Announce a part of the run; inside, an end of memory is explained."""
+        """Emit the phase of the run. Inside, an out-of-memory error gets an explanation."""
         self.events.emit("phase", phase=doing)
         with out_of_memory.explain_out_of_memory(doing, self.config):
             yield
@@ -185,7 +185,7 @@ def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None =
 
 
 class Readings:
-    """Losses and gradient norms: kept on the device, read together, logged, and checked to be finite.
+    """Losses and gradient norms: stored on the device, read together, logged, and checked for NaN and infinity.
 
     Args:
         mean: smooths the loss.
@@ -202,7 +202,7 @@ class Readings:
         self.first, self.clock = step, time.monotonic()
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Keep the figures of step `step`, counted from 0; the host does not wait for them."""
+        """Store the figures of step `step`, counted from 0. The host does not wait for them."""
         self.losses[step % READ_EVERY] = loss
         self.norms[step % READ_EVERY] = norm
         if (count := self.model.optimizer_step.limited) is not None:
@@ -292,7 +292,7 @@ class Milestones:
         self.retry = 0
 
     def due(self, step: int) -> list[str]:
-        """Names of what is due after so many steps, in order."""
+        """Names of the tasks that are due after so many steps, in order."""
         train, total = self.run.config.train, self.run.ready.plan.steps
         every = {"validate": train.validate_every, "save": train.save_every, "sample": self.run.config.sample.every}
         if step == total:  # the last samples are drawn from the exported file
@@ -301,7 +301,8 @@ class Milestones:
         return export + [name for name, number in every.items() if step % plan.interval(number, total) == 0]
 
     def reach(self, step: int, due: list[str]) -> None:
-        """Do what is due, in the first process; where a stop is asked for, save the rest as still due, export and end.
+        """Do the tasks that are due, in the first process. On a request to stop, save the other tasks as still due,
+        export and end.
 
         Raises:
             Stopped: somebody asked for a stop.
@@ -368,7 +369,7 @@ class Milestones:
             self.run.export(self.model.adapter.weights(), f"{self.run.folder.adapter_name}-{step_name(step)}", step)
 
     def sample(self, step: int, left: list[str]) -> None:
-        """Draw the sample prompts; a run goes on without where memory does not suffice."""
+        """Draw the sample prompts. If memory does not suffice, the run continues without them."""
         model, samples = self.model, self.inputs.samples
         model.adapter.train(False)
         share = functools.partial(self.run.processes.map, "draw")
@@ -396,7 +397,7 @@ class Milestones:
             model.family.release("vae")
 
     def save(self, step: int, left: list[str]) -> None:
-        """Write a checkpoint; what is `left` to do at this step is done by the run that resumes from it."""
+        """Write a checkpoint. A run that resumes from it does the tasks that are `left` at this step."""
         folder, config = self.run.folder, self.run.config
         extra = {
             "retry": self.retry,
@@ -420,7 +421,7 @@ class Milestones:
         self.run.events.emit("checkpoint", step)
 
     def restore(self, path: Path) -> tuple[int, list[str]]:
-        """Put a checkpoint back: its step, and what is still due there.
+        """Restore a checkpoint. Return its step, and the tasks that are still due there.
 
         Raises:
             LorakitError: the checkpoint is damaged, or config, photos or base have changed since.
@@ -438,7 +439,7 @@ class Milestones:
         return state.step, [name for name in state.extra["due"] if name not in complete]
 
     def roll_back(self, problem: NotFinite) -> int:
-        """Go back to the newest whole checkpoint once, with other noise; its step.
+        """Go back to the newest complete checkpoint once, with other noise. Return its step.
 
         Raises:
             NotFinite: `problem`, where that is not wanted, or was done before, or there is no

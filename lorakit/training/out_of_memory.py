@@ -36,7 +36,7 @@ def retry_after_freeing(free: Callable[[], bool], compute: Callable[[], Value]) 
 
 @contextlib.contextmanager
 def explain_out_of_memory(doing: str, config: Config) -> Iterator[None]:
-    """Where memory runs out inside, say what was being done and what to change.
+    """If memory runs out inside, raise an error that says what was being done and what to change.
 
     Raises:
         LorakitError: instead of torch's OutOfMemoryError.

@@ -141,7 +141,7 @@ def resume(
     stop: Stop | None = None,
     pipeline: DiffusionPipeline | None = None,
 ) -> Result:
-    """Continue a run exactly where its newest whole checkpoint stands; without one it starts from step 0 in its folder.
+    """Continue a run from its newest complete checkpoint. Without one it starts from step 0 in its folder.
 
     Args:
         from_checkpoint: name or step of an earlier checkpoint to go back to; those after it are set aside.
@@ -271,7 +271,7 @@ def _run(
 
 
 def follow(*, stop: Stop | None = None) -> Result:
-    """Train in a run of several processes that another one, the first, has begun or resumed; its result.
+    """Train in a run of several processes that the first process has begun or resumed. Return its result.
 
     Raises:
         EndedElsewhere: the first process has ended the run.
@@ -416,8 +416,8 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
 
 
 def dropped_layers(weights: AdapterWeights, adapter: AdapterConfig) -> list[str]:
-    """Layers that dropout has left out of every step of a short run, so that they are as they began; none where all
-    are."""
+    """Layers that dropout left out of every step of a short run, so that they did not change; [] if no layer
+    changed."""
     if not (getattr(adapter, "module_dropout", 0.0) or getattr(adapter, "rank_dropout", 0.0)):
         return []
     zero = [name for name, layer in weights.layers.items() if not all(part.any() for part in layer.factors().values())]

@@ -48,7 +48,7 @@ CAST = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked: what, whether it held, and the figure or the cause."""
+    """One check: its name, whether it passed, and the figure or the cause."""
 
     name: str
     passed: bool
@@ -140,7 +140,7 @@ def examine(
 
 
 def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Sequence[str]) -> list[Finding]:
-    """The exported file, opened again: is every announced layer there, finite, not nil and as trained?"""
+    """Open the exported file again: every announced layer must be there, finite, not zero and as trained."""
     wrong = verify.verify_file(path, weights, announced)
     if not weights.layers:
         count = sum(len(rows) for vectors in weights.embeddings.values() for rows in vectors.values())

@@ -38,7 +38,7 @@ BRACES = (
 
 
 def check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
-    """Add what is wrong with the text of each photo, and with those of each concept."""
+    """Add the problems of each photo's text, and of the texts of each concept."""
     cuts, syntax, loose = [], [], []
     for item in report.items:
         texts = captions.all_texts(item.photo, concepts.of_photo(item.photo, config))

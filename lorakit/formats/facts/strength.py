@@ -1,4 +1,4 @@
-"""How much each module of an adapter changes, from its numbers alone; no torch.
+"""The size of each module's change in an adapter, from its tensors only. No torch.
 
 The size of a change is the Frobenius norm of delta W. What depends on a base (OFT, (IA)^3, GLoRA) has none.
 """
