@@ -92,7 +92,7 @@ class _Sender:
             complain(str(error))
 
     def all(self, code: int) -> int:
-        """Copy what shows all runs; the exit code."""
+        """Copy the report over all runs. Return the exit code."""
         for name in ("batch.json", "report.html"):
             self(name)
         return 1 if self.failures else code

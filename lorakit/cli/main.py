@@ -108,7 +108,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names the nearest of the choices, too; those of the commands are of the same class."""
+    """A parser whose errors also name the nearest choice. The parsers of the commands have this class too."""
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser`."""

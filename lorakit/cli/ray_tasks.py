@@ -70,7 +70,7 @@ def run(
 
 
 def work(runs: str, name: str) -> int:
-    """Begin a run or go on with it, in a worker of Ray; the exit code."""
+    """Begin or resume a run in a worker of Ray. Return the exit code."""
     from lorakit.cli.main import main
 
     if not Path(runs, batch.MANIFEST).is_file():

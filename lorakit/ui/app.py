@@ -1,4 +1,4 @@
-"""The front end's command and its wiring: which event calls what. `lorakit ui --help` lists the options."""
+"""The front end's command, and the functions that events of the page call. `lorakit ui --help` lists the options."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STYLE = Path(__file__).with_name("style.css")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the front end and serve until it is interrupted; the exit code."""
+    """Start the front end and serve until it is interrupted. Return the exit code."""
     args = parser().parse_args(argv)
     try:
         access.require_password(args.host, args.share, args.password, args.public)

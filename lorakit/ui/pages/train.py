@@ -126,7 +126,7 @@ class TrainPage:
         return [self.plan_card, self.changed, self.start, self.fetch, self.marks, self.draft, *every]
 
     def form_values(self, values: Sequence[Any]) -> dict[str, Any]:
-        """Key -> what the widget holds."""
+        """Key -> value of the widget."""
         return dict(zip(self.keys, values, strict=True))
 
     def answer(self, quality: str, marks: dict[str, Any], values: Sequence[Any], say: Say) -> list[Any]:
@@ -215,7 +215,8 @@ class TrainPage:
         return [(say("train.automatic"), AUTOMATIC), *shipped, *own]
 
     def keep_preset(self, name: str, values: Sequence[Any], say: Say) -> tuple[str, object]:
-        """Save the form as a preset of that name: (message, the dropdown). One that is there is not written over."""
+        """Save the form as a preset of that name. Return a message and the dropdown. An existing preset is not
+        overwritten."""
         config, problems = form.read(self.form_values(values), self.workspace.roots)
         lines = [line for key, texts in problems.items() if key not in quickstart.BASIC_OPTIONS for line in texts]
         if config is None and not lines:  # what is not answered is no part of a preset
@@ -394,7 +395,7 @@ class TrainPage:
         return [marks | {"preset": preset, "values": suggestion, "moved": {}}, *updates]
 
     def begin(self, values: Sequence[Any], say: Say, progress: Progress | None = None) -> tuple[str, str | None]:
-        """Put the run into the queue; (message, name of the run folder or None)."""
+        """Put the run into the queue. Return a message, and the name of the run folder or None."""
         config, problems = self.read(self.form_values(values), say)
         if config is None:
             return widgets.problem(
