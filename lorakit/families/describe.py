@@ -37,7 +37,7 @@ NO_ENCODER = "base {base} is a {name} without {encoder}, as SDXL's refiner is: g
 NO_VAE = "base {path} lacks {parts}: get the base again, or give a VAE by model.vae (--vae)"
 NO_INDEX = "base {path} is not a folder in diffusers layout: no model_index.json; {content}"
 NO_SNR = "train.min_snr_gamma is not defined for base {name}, which predicts the flow: leave it unset"
-NO_WORDS = "adapter.new_tokens: base {name} reads texts by {encoder} too, which learns no words; set it to 0"
+NO_WORDS = "adapter.new_tokens: base {name} reads texts by {encoder} too, which learns no words; use an adapter"
 GUESS = "prediction type: {kind}, {why}; if that is wrong, set model.prediction_type (`lorakit probe` measures it)"
 
 

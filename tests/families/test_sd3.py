@@ -271,7 +271,7 @@ def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
         ),
         ({"train__timestep_shift": 3.0}, "train.timestep_shift = 3.0 is not defined for base sd3"),
         ({"train__min_snr_gamma": 5.0}, "train.min_snr_gamma is not defined for base sd3, which predicts the flow"),
-        ({"adapter__new_tokens": 2}, "adapter.new_tokens: base sd3 reads texts by T5 too, which learns no words"),
+        ({"adapter__new_tokens": 2}, "reads texts by T5 too, which learns no words; use an adapter"),
         ({"model__prediction_type": "epsilon"}, "predicts the flow: leave model.prediction_type"),
         ({"adapter__method": "dora"}, "the diffusers format cannot carry this DoRA"),
     ],
