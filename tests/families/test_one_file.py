@@ -20,6 +20,7 @@ from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.run import Stopped
 
 FORMATS = ("kohya", "diffusers", "peft")
+pytestmark = pytest.mark.usefixtures("short_validation")
 
 
 @pytest.fixture
