@@ -40,20 +40,34 @@ LONGEST = (
     "test_card.py",
     "test_quality.py",
     "test_run.py",
+    "test_compile.py",
     "test_golden.py",
-    "test_parallel.py",
     "test_adapter.py",
     "test_formats_page.py",
     "test_silent_failures.py",
+    "test_parallel.py",
     "test_quantized_weight.py",
-    "test_compile.py",
+    "test_formats.py",
     "test_stop.py",
-    "test_flat_parameters.py",
     "test_house.py",
-    "test_docs.py",
-    "test_optimizer_step.py",
+    "test_flat_parameters.py",
     "test_plain.py",
+    "test_merge.py",
+    "test_bases_page.py",
+    "test_single_file.py",
+    "test_adapter_weights.py",
+    "test_docs.py",
+    "test_methods.py",
+    "test_single_file_forms.py",
+    "test_preflight.py",
+    "test_vae_source.py",
+    "test_main.py",
+    "test_pages.py",
+    "test_one_file.py",
+    "test_clip_tokenizer.py",
     "test_cuda_graphs.py",
+    "test_benchmarks.py",
+    "test_sampling.py",
     "test_demo.py",
     "test_comfyui.py",
     "test_notebook.py",
@@ -82,12 +96,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    # Python 3.11 takes up to twice as long while lines are counted: no slow tests, and of others three cases.
+    # Python 3.11 takes up to twice as long while lines are counted: no slow tests, and of others the first case.
     cases = Counter[str]()
     for item in items:
         function = item.nodeid.partition("[")[0]
         cases[function] += 1
-        if item.get_closest_marker("slow") or cases[function] > 3:
+        if item.get_closest_marker("slow") or cases[function] > 1:
             item.add_marker("no_cover")
 
 

@@ -1,5 +1,4 @@
-"""Inspect a file: whether it is an adapter or a base, for which model, how it was made, and what each program reads of
-it. No torch."""
+"""What a file is: adapter or base, for what, how it was made, and what each program will read of it. No torch."""
 
 from __future__ import annotations
 
@@ -157,7 +156,7 @@ class Report:
 
 
 def inspect(path: Path) -> Report:
-    """Identify a `.safetensors` file, a PEFT folder or a base folder in diffusers layout.
+    """Say what a `.safetensors` file, a PEFT folder or a base folder in diffusers layout is.
 
     Raises:
         LorakitError: nothing there, another kind of file (named for what it is), or a damaged one.

@@ -23,8 +23,6 @@ EXCLUDE, EDITS, MORE_FOLDERS, CONCEPTS = OF_PHOTOS = (
     "data.more_folders",
     "data.concepts",
 )
-# With a mask that is painted there.
-MASKED_LOSS = "train.masked_loss"
 VAE = "model.vae"
 # Decided by whoever starts a run, not asked.
 SET_BY_CALLER = ("output.folder",)
@@ -37,7 +35,7 @@ LENGTH_FACTORS = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
 def config_for_answers(
     answers: Mapping[str, Any], quality: str, preset: str | None = None, changed: Mapping[str, Any] | None = None
 ) -> Config:
-    """The config for some answers (option's key -> value). Other options have the preset's values.
+    """The config for some answers (an option's key -> value); what is not answered is as the preset has it.
 
     Args:
         changed: other options that were set by hand. What belongs to them gives way as it does in `config.load`.

@@ -59,7 +59,7 @@ class Tracker:
             self._guard(lambda: self.tracker.log_images({"samples": pictures}, step=event.step, **options))
 
     def close(self) -> None:
-        """Write the remaining values."""
+        """Write out what is left."""
         self._guard(self.tracker.finish)
 
     def _start(self, config: Config, run: RunFolder) -> GeneralTracker:

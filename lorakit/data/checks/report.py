@@ -1,4 +1,4 @@
-"""The report of the check of a folder, on each photo and on all, as a table and as JSON."""
+"""What the check of a folder says: of each photo, and of all; as a table and as JSON."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class PipelineInfo(BaseInfo):
 
     @functools.cached_property
     def hash(self) -> str:
-        """A hash of all configurations and weights. It differs for another precision."""
+        """Identity of configurations and weights, all of which are read; of another precision, another."""
         import torch
 
         digest = hashlib.sha256()

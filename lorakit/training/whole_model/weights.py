@@ -1,4 +1,4 @@
-"""The weights of the base as a `Trainable`."""
+"""The base's own weights as what is trained."""
 
 from __future__ import annotations
 

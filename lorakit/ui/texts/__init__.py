@@ -79,7 +79,7 @@ def source(language: str) -> Source:
 
 @cache
 def sentences(language: str) -> Sentences:
-    """The table of messages from other rooms in that language. These rooms write English."""
+    """What the other rooms say, in that language; they speak English themselves."""
     return Sentences(source(language).sentences, source(language).joints)
 
 
