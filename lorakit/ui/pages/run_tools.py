@@ -141,7 +141,7 @@ class RunTools:
             finite = [(step, loss) for step, loss in points if isinstance(loss, float)]
             lines.append(charts.Line(run_name, sorted(dict(finite).items()), colour))
         figure = charts.chart(say("chart.loss"), lines)
-        return f"<style>{charts.STYLE}</style><div class=lk-charts>{figure}</div>" if figure else ""
+        return f"<style>{charts.STYLE}</style><div class=lk-charts tabindex=0>{figure}</div>" if figure else ""
 
     def keep_note(self, name: str, title: str, note: str, say: Say) -> str:
         """Keep the name and the note of a run; its folder stays as it is."""

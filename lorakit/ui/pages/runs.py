@@ -414,7 +414,11 @@ def _curves(run: RunFolder, state: State, say: Say, view: tuple[float, float]) -
     labels = tuple(say(f"chart.{key}") for key in charts.ENGLISH)
     figures = "".join(_drawing(run.log_file, labels, view).charts(size, state.state in LIVE))
     title = escape(say("run.curves"))
-    return f"<style>{charts.STYLE}</style><h2>{title}</h2><div class=lk-charts>{figures}</div>" if figures else ""
+    return (
+        f"<style>{charts.STYLE}</style><h2>{title}</h2><div class=lk-charts tabindex=0>{figures}</div>"
+        if figures
+        else ""
+    )
 
 
 class _Drawing:

@@ -348,7 +348,10 @@ class TrainPage:
         if mark != before:
             wrong = mark not in ("", "changed")
             help = say(f"help.{key}")
-            change["info"] = f"✕ {mark} — {help}" if wrong else f"● {say('train.changed')} — {help}" if mark else help
+            problem = mark.replace("*", r"\*")  # as in `texts.table`
+            change["info"] = (
+                f"✕ {problem} — {help}" if wrong else f"● {say('train.changed')} — {help}" if mark else help
+            )
             change["elem_classes"] = ["lk-wrong"] if wrong else ["lk-changed"] if mark else []
         return gr.update(**change) if change else gr.skip()
 
