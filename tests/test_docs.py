@@ -159,3 +159,16 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert 'id="train"' in page and "--subject" in page
     page = (tmp_path / "site" / "python" / "index.html").read_text(encoding="utf-8")
     assert "Raises" in page and "lorakit.train" in page
+
+
+def test_the_memory_of_each_preset_stands_in_one_table() -> None:
+    """README has the largest figure of its rows; the headers of presets have none."""
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").partition("## Which preset needs what")[2]
+    rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    peaks = {name: max(map(float, figures)) for name, *figures in rows}
+    for page in ("README.md", "README.zh-TW.md"):
+        row = re.search(r"which-preset-needs-what\).*\n", (ROOT / page).read_text(encoding="utf-8"))
+        names = ("subject-sd15", "subject-sd15-lowmem", "subject-sdxl", "subject-sdxl-lowmem")
+        assert row is not None and re.findall(r"\d+\.\d", row[0]) == [str(peaks[name]) for name in names], page
+    for preset in (ROOT / "presets").glob("*-sd*.toml"):
+        assert "docs/memory.md has a table" in preset.read_text(encoding="utf-8"), preset.name

@@ -19,7 +19,7 @@ from lorakit.adapters.weights import AnyLayer
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-# PEFT's name for the adapter. One at a time: what is trained or drawn is then exactly what was attached.
+# PEFT's name for the adapter. There is one at a time, so training and drawing use exactly the attached one.
 NAME = "default"
 Factors = dict[str, nn.Parameter]
 

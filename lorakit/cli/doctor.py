@@ -21,7 +21,7 @@ from lorakit.core.messages import Message
 from lorakit.core.units import count
 from lorakit.runs import nvidia
 
-# Extra -> the module it brings and what that is for. The optimizers' extras are added by `optional_extras`.
+# Extra -> its module and its purpose. `optional_extras` adds the extras of optimizers.
 EXTRAS = {
     "ui": ("gradio", "the front end, `lorakit ui`"),
     "xformers": ("xformers", "memory.attention = xformers"),

@@ -80,7 +80,7 @@ def _run(argv: Sequence[str] | None) -> int:
         parser().parse_args(args.words, args)
         return int(args.run(args))
     except BrokenPipeError:
-        # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
+        # The reader (`| head`) has ended. Python would report an error again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

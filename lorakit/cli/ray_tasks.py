@@ -48,7 +48,7 @@ def run(
             raise LorakitError(
                 "--ray {address}: no cluster answers there ({problem}); start one with: ray start", address, line
             ) from None
-    # A process for each run: what torch holds of a card is free after it.
+    # A process for each run, so that torch's memory on the card is freed after it.
     task = ray.remote(max_calls=1, max_retries=RETRIES)(work)
     names = {
         task.options(num_gpus=0 if row.config.memory.device == "cpu" else 1).remote(str(runs), row.name): row.name

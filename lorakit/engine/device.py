@@ -191,7 +191,7 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
     Args:
         candidate: takes query, key and value `[B, T, heads, size]`, as xformers has them.
     """
-    # Room for tensor cores' shortened float32; what is sought is wrong by far more.
+    # A tolerance for tensor cores' shortened float32. Broken kernels are wrong by far more.
     allowed = 2e-3 if dtype == torch.float32 else 2e-2
     draw = torch.Generator(device).manual_seed(0)
     for size, queries in itertools.product(HEAD_SIZES, (77, 256)):

@@ -190,7 +190,7 @@ def torch_norm_backward(
     gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: nn.GroupNorm, silu: bool
 ) -> Tensor:
     """The gradient of x in its layout; the twin of `triton_kernels.norm_backward`."""
-    # The kernels read both as NCHW, whatever they are; autograd's own formula makes them so, too.
+    # The kernels read both as NCHW, in any memory layout. autograd's formula converts them, too.
     original, x, gradient = x, x.contiguous(), gradient.contiguous()
     if silu:
         gradient = _silu_backward(gradient, _normed(x, norm)[0])

@@ -354,7 +354,7 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
         target = full_name if not part.names else names[head] if head is not None else ()
         group = target if isinstance(target, tuple) else (target,)
         targets = [(third, ours) for third, ours in enumerate(group) if pattern.fullmatch(ours + tail)]
-        # Programs read the other parts without a look at what else is there.
+        # Programs read the other parts and ignore further tensors.
         if not targets and component == "unet":
             raise LorakitError("{file} has a tensor {name} that Stable Diffusion does not have", file, prefix + name)
         scale = weight_files.scale_of(name, shapes) if name.endswith(".weight") else None

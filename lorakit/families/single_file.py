@@ -59,7 +59,7 @@ def configs(checkpoint: ldm.Checkpoint, shapes: Mapping[str, Shapes] | None = No
         raise LorakitError("{key} has a shape that no such model has: get the whole checkpoint", reads[-1]) from error
 
 
-# What programs take from the kind of model, as no file in LDM layout says it; and what it is where a config is silent.
+# Values that programs take from the kind of model, because no file in LDM layout has them; and defaults of configs.
 _UNTOLD = {"attention_head_dim": 8, "num_attention_heads": None, "scaling_factor": 0.18215, "norm_num_groups": 32}
 
 

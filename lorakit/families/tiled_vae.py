@@ -118,7 +118,7 @@ def _layer(
     channel = None if norm is None else _affine(x, norm, device, strip)
     height, width = x.shape[2] * scale, x.shape[3] * scale
     (size, stride, margin) = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-    # diffusers' downsampler has no padding of its own: a row below and a column to the right are added before it.
+    # diffusers' downsampler has no padding: a row below and a column to the right are added before it.
     after = 1 if stride == 2 and margin == 0 else margin
     out_height, out_width = ((side + margin + after - size) // stride + 1 for side in (height, width))
     output = x.new_empty(1, conv.out_channels, out_height, out_width)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WordVectors = dict[str, dict[str, "torch.Tensor"]]
 ONE_ENCODER = "text_encoder"
-# Text encoder -> what its vectors are called, where there is one encoder and where there are two.
+# Text encoder -> names of its vectors, in a file for one encoder and in a file for two.
 ONE, TWO = {ONE_ENCODER: "emb_params"}, {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _BUNDLED = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
 _ENCODERS = {"string_to_param.*": "text_encoder", "emb_params": "text_encoder"}

@@ -61,7 +61,7 @@ _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
         _FACTORS,
     ),
 }
-# What a tensor's name ends in that is part of an adapter, of whatever model.
+# Endings of the names of adapter tensors, for any model.
 _ADAPTER_PART = re.compile(
     r"\.(?:lora_(?:down|up|mid|A|B)\b.*|lora_magnitude_vector\b.*|(?:hada|lokr|oft)_\w+|[wb]_norm|diff|diff_b|on_input"
     r"|ia3_l|boft_[Rs]|oft_R\.\w+"

@@ -209,7 +209,7 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         layer = lycoris.read(path, module.stem, module.method, parts)
         if layer.magnitude is not None:
             lycoris.magnitude(path, module.stem, layer.magnitude, layer.size)
-        # PEFT divides by the rank it was told, even where a LoKr has none; everyone else goes by the file.
+        # PEFT divides by the rank in its config, even if a LoKr has none. Other programs use the file.
         is_full = isinstance(layer, LokrLayer) and layer.is_full
         alpha = _alpha(
             path, module, tensors, peft_config.rank(str(module.canonical), scaling) if is_full else layer.rank, scaling

@@ -24,7 +24,7 @@ EXCLUDE, EDITS, MORE_FOLDERS, CONCEPTS = OF_PHOTOS = (
     "data.concepts",
 )
 VAE = "model.vae"
-# Decided by whoever starts a run, not asked.
+# The person who starts a run sets these; the page does not ask for them.
 SET_BY_CALLER = ("output.folder",)
 # Exactly one of these is set.
 LENGTH_KEYS = tuple(f"train.{name}" for name in LENGTHS)

@@ -49,7 +49,7 @@ LogLine = dict[str, Any]
 LIVE = ("preparing", "running")
 # A run on another machine that has written nothing for so many seconds was interrupted.
 SILENCE = 900
-# Progress (no change of state) is written at most so often, in seconds: an fsync is not free, and nobody looks faster.
+# Seconds between two writes of mere progress: an fsync takes time, and nobody reads faster.
 PROGRESS_EVERY = 0.5
 LOCKED = "{path} is being trained by process {pid}; stop that first"
 NO_WRITING = "cannot write to {path}: {why}; give another --output"
@@ -152,7 +152,7 @@ class RunFolder:
         try:
             run = cls(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Captions and prompts are in the config, the report and the samples: for nobody else on this machine.
+            # Config, report and samples have captions and prompts, so other users of this machine may not read them.
             path.mkdir(mode=0o700, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
             run.samples.mkdir(exist_ok=True)
@@ -184,7 +184,7 @@ class RunFolder:
         run = cls(path)
         run.require()
         state = _read_or_guess(run.path)
-        # Of another machine only the lock can tell: whoever resumes knows that it is gone.
+        # For another machine only the lock can tell. The person who resumes knows that the machine is gone.
         is_here = state.host in ("", platform.node())
         if state.state in LIVE and is_here and state.pid != _this_process()[0]:
             raise LorakitError(LOCKED, run.path, state.pid)

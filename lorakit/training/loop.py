@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 # Losses and gradient norms stay on the device and are read together, every so many steps.
 READ_EVERY = 10
-# More steps in fp16 that overflow one after the other are no matter of the gradients' scale.
+# If more steps in a row overflow in fp16, the scale of the gradients is not the cause.
 MAX_SKIPPED = 13
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
-# The timesteps are cut into so many bands of equal width, from little noise to nothing but noise.
+# The timesteps are cut into so many bands of equal width, from little noise to pure noise.
 BANDS = 4
 # Photos looked at, at most, and noisy versions in each band, at least: what keeps an evaluation short and its figures
 # steady.

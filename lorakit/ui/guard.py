@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Where a request's scope says what its status is, if Gradio knows only 500.
+# The key of a request's scope that has its status, if Gradio would answer 500.
 STATUS = "lorakit.status"
 # Wrong passwords from one address before it has to wait, and the longest wait in seconds.
 FREE_TRIES, LONGEST = 5, 300.0

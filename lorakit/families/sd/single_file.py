@@ -11,7 +11,7 @@ from lorakit.families import ldm, single_file, unet
 from lorakit.families.spec import EPSILON, VELOCITY, Configs, FileLayout, Shapes
 
 SCALING = 0.18215
-# SD1 has eight heads whatever their width.
+# SD1 has eight heads of any width.
 SD1_HEADS = 8
 # SD2 reads its text encoder before the last of the published model's 24 layers; diffusers leaves that out.
 SD2_LAYERS = 23

@@ -122,7 +122,7 @@ class StableDiffusion3(LoadedFamily):
                 vae=self.vae,
                 **(absent | self.text_encoders | self.tokenizers),
             )
-        # Other pipelines ask for one prompt; here each encoder could be told another.
+        # Other pipelines take one prompt; this one could take another for each encoder.
         pipeline.encode_prompt = functools.partial(pipeline.encode_prompt, prompt_2=None, prompt_3=None)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -132,7 +132,7 @@ class StableDiffusion3(LoadedFamily):
         return {"unet": self.denoiser, **{name: self.text_encoders[name] for name in CLIPS}}
 
     def _parts(self) -> dict[str, list[Any]]:
-        # T5, never trained and the largest of all, comes and goes by itself.
+        # T5 is never trained and is the largest part, so it is moved separately.
         parts = loading.by_name(self.denoiser, self.vae, {name: self.text_encoders[name] for name in CLIPS})
         return parts | {T5: [self.text_encoders[T5]] if T5 in self.text_encoders else []}
 

@@ -105,7 +105,7 @@ def _indexes(path: Path) -> Iterable[tuple[Path, list[Path]]]:
 
 def _in_a_process(paths: list[str]) -> None:
     """Convert in a separate process: a source, its target, the next source and so on."""
-    # -P: what lies in the folder where the command is given is not imported.
+    # -P: modules in the current folder are not imported.
     command = [sys.executable, "-P", "-m", __name__, *paths]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
     child = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)

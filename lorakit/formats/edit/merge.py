@@ -203,7 +203,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, tor
         for name, slot in sorted(slots.items(), key=lambda item: (item[1].key, item[1].third or 0)):
             by_key.setdefault(slot.key, []).append(name)
         if layout.parts[part].used_layers:
-            # Readers drop the last layer; what they drop is a copy of the one before, as sd-scripts writes it.
+            # Readers drop the last layer. It is a copy of the layer before, as sd-scripts writes it.
             last = 1 + max(int(match[1]) for key in by_key if (match := _RESBLOCK.search(key)))
             by_key |= {
                 _RESBLOCK.sub(f".resblocks.{last}.", key): names

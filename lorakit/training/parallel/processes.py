@@ -222,7 +222,7 @@ class Group(Processes):
             receive(size)
             data = torch.empty(int(size), dtype=torch.uint8)
             receive(data)
-        # What lies on the card of another process, on whatever machine, comes to this one's.
+        # Tensors on the card of another process, also of another machine, go to the card of this one.
         places = dict.fromkeys((f"cuda:{number}" for number in range(CARDS)), f"cuda:{self.local_rank}")
         # It comes from a process of this run: the pickle is trusted.
         return torch.load(io.BytesIO(data.numpy().tobytes()), map_location=places, weights_only=False)

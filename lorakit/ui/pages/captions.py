@@ -34,7 +34,7 @@ TOOLS = ("trigger", "front", "behind", "replace")
 ROWS = 30
 # component -> value
 Values = dict[Any, Any]
-# What a captioner is told of the run.
+# The options that a captioner gets.
 OPTIONS = ("name", "kind", "concepts", "exclude", "edits", "class_folder")
 
 

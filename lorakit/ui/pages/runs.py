@@ -75,7 +75,7 @@ class RunsPage:
 
     def __init__(self, workspace: Workspace, t: gr.I18n, run_name: gr.BrowserState):
         self.workspace, self.run_name = workspace, run_name
-        # What is on the screen, so that only what changed is sent again.
+        # The content of the screen, so that only changes are sent.
         self.screen_hashes = gr.State({})
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
