@@ -4,6 +4,11 @@
 
 The photos are small JPEG files; the runs have a state and a log, and the one that is on display is under way. `--axe`
 is the script of axe-core (`npm pack axe-core`); each page is then opened in Chromium at 1280 and 390 pixels.
+
+    python benchmarks/front_end.py --journey
+
+is what somebody does who comes with five photos and leaves with an adapter that has drawn a picture: clicks, fields to
+fill in, and seconds until each is there, the shortest training on the bundled base included.
 """
 
 from __future__ import annotations
@@ -24,8 +29,9 @@ import gradio as gr
 import numpy as np
 import psutil
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
+from lorakit.cli import demo
 from lorakit.config import Config, load
 from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import app, language, texts
@@ -46,8 +52,12 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=50_000)
     parser.add_argument("--axe", type=Path, help="axe.min.js")
+    parser.add_argument("--journey", action="store_true", help="only: from photos to a tested adapter")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.journey:
+        common.finish([common.row(*row) for row in journey()], args.json)
+        return
     with tempfile.TemporaryDirectory() as place:
         room = Path(place)
         photos = make_photos(room / "photos", args.photos)
@@ -59,6 +69,67 @@ def main() -> None:
         rows += of_axe(server.address, args.axe.read_text(encoding="utf-8")) if args.axe else []
         server.close()
     common.finish([common.row(*row) for row in rows], args.json)
+
+
+class Journey:
+    """Somebody at the page, who counts clicks, fields and seconds."""
+
+    def __init__(self, page: Page):
+        self.page, self.clicks, self.fields, self.rows = page, 0, 0, list[tuple[str, float, str]]()
+        self.start = self.last = time.perf_counter()
+
+    def click(self, selector: str) -> None:
+        """Press what is there once it may be pressed."""
+        self.page.locator(selector).click()
+        self.clicks += 1
+
+    def fill(self, selector: str, text: str) -> None:
+        """Type into a field."""
+        self.page.locator(selector).fill(text)
+        self.fields += 1
+
+    def arrive(self, what: str, selector: str) -> None:
+        """Wait for what the person waits for."""
+        self.page.locator(selector).first.wait_for()
+        now = time.perf_counter()
+        self.rows.append((f"journey: {what}", now - self.last, "s"))
+        self.last = now
+
+
+def journey() -> list[tuple[str, float, str]]:
+    """From five photos to an adapter that was tried."""
+    with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
+        room = Path(place)
+        demo.write_photos("zib", room / "all")
+        photos = sorted((room / "all").glob("*.png"))[:5]
+        server = app.serve(Workspace(room / "runs", [room]), app.parser().parse_args([]), block=False)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en")
+        page.set_default_timeout(10 * LIMIT)
+        person = Journey(page)
+        page.goto(server.address)
+        person.arrive("the page", "body[data-ready]")
+        page.locator("#photos-upload input[type=file]").set_input_files(photos)
+        person.clicks += 2  # the box, and the system's dialog
+        person.arrive("cards of the photos", ".lk-card:nth-child(5) img")
+        person.click("#photos-next")
+        person.fill("#option-data-name :is(input, textarea)", "sks toy")
+        person.click("#quality input[value=quick]")
+        person.arrive("the plan", "#train-start:enabled")
+        person.click("#train-start")
+        person.arrive("the first step", "#run-status section:not([data-step='0'])")
+        person.arrive("the adapter, checked", "#run-status section[data-state=done]")
+        person.click("#pages button[role=tab]:nth-of-type(5)")
+        page.wait_for_timeout(1500)  # the choices come
+        person.click("#try-adapter input")
+        person.click("#try-adapter [role=option]")
+        person.fill("#try-prompts textarea", "a photo of sks toy in the snow")
+        person.click("#try-draw")
+        person.arrive("a picture by it, beside the base's", "#try-pictures img")
+        person.rows.append(("journey: from start to end", time.perf_counter() - person.start, "s"))
+        browser.close()
+        server.close()
+    return [*person.rows, ("journey", person.clicks, "clicks"), ("journey", person.fields, "fields")]
 
 
 def make_photos(folder: Path, count: int) -> Path:

@@ -50,6 +50,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "prompts-teacher": (PROMPTS, "train.prior=teacher"),
     "prompts-teacher-weight-5": (PROMPTS, "train.prior=teacher", "train.prior_loss_weight=5"),
     "tokens": (*BEFORE, "train.prior_target=base", "adapter.new_tokens=2"),
+    "embedding": ("adapter.method=embedding", "adapter.new_tokens=4", "optimizer.learning_rate=2e-2"),
     "text-1e-3": ("optimizer.text_encoder_learning_rate=1e-3",),
     "text-2e-3": ("optimizer.text_encoder_learning_rate=2e-3",),
     "text-off": ("adapter.train_text_encoder=false",),

@@ -28,7 +28,6 @@ MANY_PARAMETERS = {
     "lorakit/data/latents.py:build": 10,
     "lorakit/formats/compatibility.py:_reading": 10,
     "lorakit/training/selfcheck.py:examine": 9,
-    "lorakit/inference/class_images.py:class_images": 9,
     "lorakit/formats/metadata.py:build": 8,
     "lorakit/formats/saving.py:save": 8,
     "lorakit/inference/recipe.py:picture_info": 8,

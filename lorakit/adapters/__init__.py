@@ -31,7 +31,7 @@ def attach(
     trigger: str = "",
     init_word: str = "",
 ) -> Adapter:
-    """Put a new adapter into a base, ready to be trained; until it is, the base's output is unchanged to the bit.
+    """Attach a new adapter to a base for training. Before training the base's output is the same to the bit.
 
     Args:
         target: a `families.Family`, or any Stable Diffusion pipeline of diffusers, whose modules are changed in place.
@@ -49,7 +49,7 @@ def attach(
 
 
 def apply(target: Family | DiffusionPipeline, weights: AdapterWeights, strength: float = 1.0) -> Adapter:
-    """Put a finished adapter into a base, of any method, rank and set of layers; `set_strength` turns it up and down.
+    """Attach a trained adapter of any method, rank and set of layers to a base. `set_strength` scales its effect.
 
     Raises:
         LorakitError: as `attach`, or the adapter was made for another family or shape of base.
@@ -62,7 +62,7 @@ def apply(target: Family | DiffusionPipeline, weights: AdapterWeights, strength:
 def optimize_blocks(
     target: Family | DiffusionPipeline, *, save_less: bool = False, channels_last: bool = False
 ) -> None:
-    """Let the UNet of a base, with its adapter attached, compute in fewer operations; for training.
+    """Make the UNet of a base with an attached adapter compute in fewer operations, for training.
 
     Args:
         target: the `families.Family`.

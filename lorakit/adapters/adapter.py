@@ -141,7 +141,7 @@ class Adapter:
         """Divide every gradient by `scale()`, except while `scaled_gradients`."""
 
         def divided(gradient: torch.Tensor | None) -> torch.Tensor | None:
-            # None: a layer has added its gradient by itself (`FlatParameters`).
+            # None: the layer has added its gradient already (`FlatParameters`).
             return None if gradient is None or self.scaled_gradients else gradient / scale()
 
         for parameter in self.parameters().values():
@@ -155,8 +155,9 @@ class Adapter:
         vectors: dict[str, torch.Tensor] | None = None,
         init_word: str = "",
     ) -> None:
-        """Give every text encoder vectors of its own for a word: these, or `count` that begin as those of `init_word`,
-        or as the word's own.
+        """Give every text encoder vectors for a word: `vectors`, or `count` copies of an embedding.
+
+        The embedding is that of `init_word`, or of the word itself.
 
         Raises:
             LorakitError: vectors for a second word, or of another width than the encoder's.
@@ -203,7 +204,7 @@ class Adapter:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base alone while inside."""
+        """Inside, the adapter is off."""
         before = self._off
         self._switch(True)
         try:
@@ -218,13 +219,13 @@ class Adapter:
         self._switch(strength == 0)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the weights are their average over the steps, where there is one."""
+        """Inside, the weights are replaced by their average over the steps, if there is one."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
     @torch.no_grad()
     def limit_norms(self, maximum: float) -> torch.Tensor:
-        """Scale each layer's factors down, all by the same, where the norm of its change is above `maximum`; how many
-        layers were (sd-scripts' `scale_weight_norms`)."""
+        """Scale down the factors of each layer whose change has a norm above `maximum`. Return the number of such
+        layers. This is sd-scripts' `scale_weight_norms`."""
         count = torch.zeros((), device=next(iter(self.parameters().values())).device)
         for name, layer in self._layers.items():
             factors = self._method.factors(layer)
@@ -234,7 +235,7 @@ class Adapter:
         return count
 
     def weights(self) -> AdapterWeights:
-        """A copy of the weights, or of their average where there is one, float32 on the CPU, at strength 1."""
+        """A copy of the weights, or of their average if there is one: float32, on the CPU, at strength 1."""
         with self.averaged():
             return self._weights()
 
@@ -267,7 +268,7 @@ class Adapter:
                 self._learned_tokens[part].vectors.copy_(vectors)
 
     def fill(self, weights: AdapterWeights) -> None:
-        """Take factors of any rank and scale as they are; the layers must be these."""
+        """Set the factors, of any rank and scale. The names of the layers must be those of the adapter."""
         assert self._method.fill is not None, "weights are applied by a method that reads them"
         for name, layer in weights.layers.items():
             self._method.fill(self._layers[name], layer)
@@ -290,7 +291,7 @@ class Adapter:
                 tensor.copy_(state[name])
 
     def detach(self) -> None:
-        """Take the adapter out; the base is as it was before `attach`."""
+        """Remove the adapter; the base is the same as before `attach`."""
         for token in self._learned_tokens.values():
             token.remove()
         self._reserve("", 0)
@@ -365,7 +366,7 @@ def _tokenizers(target: Any) -> dict[str, Any]:
 
 
 def _family(target: Any, modules: dict[str, Any]) -> str:
-    """A Family says what it is; of a pipeline it is told as `families.describe` tells it."""
+    """The name of the family: of a Family its own, of a pipeline as `families.describe` finds it."""
     if hasattr(target, "info"):
         return str(target.info.family)
     spec = _pipeline_family(target)
@@ -401,8 +402,10 @@ def _inject(
 
 
 def _set_patterns(peft: PeftConfig, config: AdapterConfig, names: dict[str, str]) -> None:
-    """Tell PEFT the layers (path -> canonical name) with a rank or an alpha of their own: one pattern for each size, as
-    it compares every layer with every pattern."""
+    """Set PEFT's patterns for layers (path -> canonical name) whose rank or alpha differs from the config's.
+
+    There is one pattern for each size, because PEFT compares every layer with every pattern.
+    """
     paths: dict[tuple[int, float], list[str]] = {}
     for path, name in names.items():
         layer = targets.layer_config(config, name)

@@ -1,5 +1,5 @@
-"""An average of an adapter's weights over the last steps (Polyak and Juditsky 1992, doi 10.1137/0330046), which is
-steadier than the last ones: exponential, as diffusion models are trained (Ho et al. 2020, arXiv 2006.11239, B)."""
+"""An exponential moving average of an adapter's weights. It varies less than the last weights (Polyak and Juditsky
+1992, doi 10.1137/0330046; for diffusion models Ho et al. 2020, arXiv 2006.11239, appendix B)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The parameters are the average while inside, and afterwards what they were, to the bit."""
+        """Inside, the parameters hold the average. Afterwards they are restored to the bit."""
         if self._in_place:
             yield
             return
@@ -55,8 +55,8 @@ class WeightAverage:
 
 
 class OptimizerAverage(WeightAverage):
-    """The average that an optimizer keeps itself and puts in place in its eval mode, as schedule-free ones do (Defazio
-    et al. 2024, arXiv 2405.15682)."""
+    """The average that a schedule-free optimizer keeps and activates in its eval mode (Defazio et al. 2024, arXiv
+    2405.15682)."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer):
         super().__init__(parameters, decay=0.0)
@@ -81,5 +81,5 @@ def decay_at(decay: float, step: int) -> float:
 
 
 def averaged(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint with the average, where there is one, in place of the last weights."""
+    """The tensors of a checkpoint; the average, if there is one, replaces the last weights."""
     return {name: state.get(PREFIX + name, last) for name, last in state.items() if not name.startswith(PREFIX)}

@@ -40,7 +40,7 @@ class InputDropout(nn.Module):
 
 
 class OutputDropout(nn.Module):
-    """The same for a layer that makes delta W whole: of what it adds, rows of each picture, or all of a pass.
+    """The same for a layer that materializes delta W: drops rows of its output for each picture, or all of a pass.
 
     Args:
         share: of the rows of delta W that are dropped, the rest scaled up.

@@ -54,7 +54,7 @@ def factors(layer: LoraLayer) -> Factors:
 
 
 def fill(layer: LoraLayer, weights: AnyLayer) -> None:
-    """Take these factors; among DoRA's layers there may be plain ones."""
+    """Set these factors. An adapter of DoRA may have layers without a magnitude."""
     tensors, magnitudes = weights.factors(), layer.lora_magnitude_vector
     layer.lora_A[NAME].weight = parameter(tensors["down"], layer)
     layer.lora_B[NAME].weight = parameter(tensors["up"], layer)

@@ -26,8 +26,8 @@ Factors = dict[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Method:
-    """One method. `layer` is one of the layers that PEFT has put in for it; while it is used, `layer.scaling[NAME]` is
-    the scale times the strength, and `layer._disable_adapters` says that the base computes alone.
+    """One method. `layer` is a layer that PEFT has inserted for it. `layer.scaling[NAME]` is the scale times the
+    strength. `layer._disable_adapters` is True while the adapter is off.
 
     Attributes:
         peft: (section of the config, full paths inside one component) -> PEFT's config.
@@ -49,7 +49,7 @@ class Method:
 
 
 def parameter(weight: torch.Tensor, layer: BaseTunerLayer) -> nn.Parameter:
-    """A float32 parameter on the base layer's device; PEFT makes its own in the base's precision."""
+    """A float32 parameter on the base layer's device. PEFT's parameters have the precision of the base."""
     device = layer.base_layer.weight.device
     return nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
 
@@ -61,8 +61,11 @@ def uniform(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
 
 
 def recompute_delta(layer: BaseTunerLayer) -> None:
-    """Let a layer that makes delta W whole do so once more for the backward pass, rather than keep it until then: kept
-    for all layers it would take as much memory as the base in float32. What it adds goes through its dropout."""
+    """Make a layer that materializes delta W compute it again in the backward pass instead of keeping it.
+
+    Kept for all layers, delta W would take as much memory as the base in float32. The output goes through the layer's
+    dropout.
+    """
     compute = functools.partial(type(layer)._get_delta_activations, layer)
     change = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
     dropout = layer.lora_dropout[NAME] if hasattr(layer, "lora_dropout") else None

@@ -1,12 +1,12 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that begins as the principal part of the weight it adapts.
 
-The paper trains W - s B0 A0 + s B A with s B0 A0 the first singular directions of W, so that B A = B0 A0 to begin with.
-Here W stays as it is, in whatever precision it is kept, and the layer computes the same as
+The paper trains W - s B0 A0 + s B A, where s B0 A0 are the first singular directions of W, and B A = B0 A0 at first.
+Here W does not change, in whatever precision it is stored, and the layer computes the same as
 
     y = W x + s ((B - B0) A x + B0 (A - A0) x),
 
-which is exactly the base to begin with and subtracts nothing large from anything large. The same sum is what is
-exported: plain LoRA of twice the rank, on the base as everybody has it.
+At first this is exactly the base, and no large number is subtracted from another. The export has the same sum: plain
+LoRA of twice the rank, for the unchanged base.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which layers of a base an adapter enters: names only, so that a plan can be made without loading anything.
+"""Which layers of a base get an adapter. Only names are used, so a plan needs no model.
 
 The sets are those of sd-scripts, which every program reads: attention blocks, resnets and samplers of the UNet, and
 attention and MLP of the text encoders. Not `conv_in`, `conv_out`, time and size embeddings or norms: they are lost in
@@ -29,8 +29,8 @@ TEXT = {"attention": _TEXT_ATTENTION, "linear": _TEXT_LINEAR, "linear+conv": _TE
 
 
 def adapted(family: str, layers: Iterable[str], adapter: AdapterConfig) -> list[str]:
-    """Canonical names of the layers that an adapter enters: `select`, without those of rank 0 by a pattern. Where the
-    base's own weights are trained, all layers of what is trained."""
+    """Canonical names of the layers that get an adapter: those of `select` except layers of rank 0 by a pattern. If the
+    base's weights are trained, all layers of the trained parts."""
     if METHODS[adapter.method].words_only:
         return []
     if METHODS[adapter.method].whole_model:
@@ -53,7 +53,7 @@ def last_match(patterns: Mapping[str, Value], name: str, default: Value) -> Valu
 
 
 def layer_config(adapter: AdapterConfig, name: str) -> AdapterConfig:
-    """The config of one layer: with its own rank and alpha where patterns say so."""
+    """The config of one layer, with the rank and alpha of the last matching patterns."""
     if not adapter.ranks and not adapter.alphas:
         return adapter
     rank, alpha = last_match(adapter.ranks, name, adapter.rank), last_match(adapter.alphas, name, adapter.alpha)
@@ -138,7 +138,7 @@ def select(family: str, layers: Iterable[str], target_modules: str, train_text_e
 
 
 def trained(adapter: AdapterConfig, shape: Sequence[int]) -> int:
-    """How many numbers a method trains in one layer, whose weight is `[out, in]` or `[out, in, kh, kw]`."""
+    """Number of trained weights in one layer, whose weight is `[out, in]` or `[out, in, kh, kw]`."""
     return int(resolve(METHODS[adapter.method].trained_weights)(adapter, shape))
 
 

@@ -1,9 +1,8 @@
 """A trigger as its own word (textual inversion, Gal et al. 2022, arXiv 2208.01618), learned beside an adapter.
 
-Neither tokenizer nor text is touched. Where the tokens of the trigger stand, the text encoder is given the learned
-vectors instead, as many as there are, and the rest of the text moves up or down: what A1111 and ComfyUI do with an
-embedding of that name. Inside, the vectors have negative ids, which leaves CLIP's search for the end of the text (the
-largest id, or the first that ends it) as it is.
+Tokenizer and text do not change. The text encoder gets the learned vectors in place of the trigger's tokens, and the
+rest of the text moves accordingly. A1111 and ComfyUI do the same with an embedding of that name. Internally the vectors
+have negative ids, so that CLIP still finds the end of the text (the largest id, or the first end token).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""An adapter's weights under canonical names: what training gives, and what every file is read to and written from.
+"""An adapter's weights under canonical names. Training gives them, and every file format is read to and written from
+them.
 
 Canonical layer names are the module paths of diffusers' UNet and of CLIP as real checkpoints spell it, with the
 component in front, whatever the installed transformers calls its modules:
@@ -161,7 +162,7 @@ class LokrLayer:
 
     @property
     def rank(self) -> int:
-        """Rank of what is factorised; 1 where nothing is."""
+        """Rank of the factorised part; 1 if no part is factorised."""
         return next((int(pair[1].shape[0]) for pair in (self.w1, self.w2) if len(pair) == 2), 1)
 
     @property
@@ -209,8 +210,10 @@ class LokrLayer:
 
 @dataclass(frozen=True)
 class ForeignLayer:
-    """One layer that is not LoRA, LoHa or LoKr: of a method that lorakit reads and does not train (full differences,
-    norms, GLoRA, (IA)^3, OFT, BOFT), or of one whose `MethodSpec` names a new kind of layer.
+    """One layer that is not LoRA, LoHa or LoKr.
+
+    It belongs to a method that lorakit reads but does not train (full differences, norms, GLoRA, (IA)^3, OFT, BOFT), or
+    to one whose `MethodSpec` names a new kind of layer.
 
     Attributes:
         method: what LyCORIS calls it, or `MethodSpec.layers`.
@@ -261,9 +264,9 @@ AnyLayer = LoraLayer | LohaLayer | LokrLayer | ForeignLayer
 def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
     """One layer from its tensors, named as `factors()` names them.
 
-    PiSSA's has beside `down` and `up` what they began as, `down_0` and `up_0`, which was taken from the base. What it
-    adds to the base as it was is up @ down - up_0 @ down_0 = (up - up_0) @ down + up_0 @ (down - down_0): LoRA of twice
-    the rank, in which nothing large is subtracted from something large.
+    PiSSA has `down` and `up`, and their initial values `down_0` and `up_0`, which were taken from the base. Its change
+    of the original base is up @ down - up_0 @ down_0 = (up - up_0) @ down + up_0 @ (down - down_0). That is LoRA of
+    twice the rank, and no large number is subtracted from another.
     """
     for kind, spec in registry.own_kinds().items():
         if factors.keys() == set(spec.factors):

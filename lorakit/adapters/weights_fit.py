@@ -1,4 +1,4 @@
-"""Whether the weights of an adapter fit a base and a config, by names, ranks and sizes; no model is loaded for it."""
+"""Check that the weights of an adapter fit a base and a config, by names, ranks and sizes. No model is loaded."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def size_text(layer: AnyLayer) -> str:
 
 
 def method(weights: AdapterWeights) -> str:
-    """By which method weights are applied: what their layers are, however they were trained.
+    """The method by which weights are applied. It follows from their layers, not from their training.
 
     Raises:
         LorakitError: several methods in one adapter.

@@ -33,7 +33,7 @@ TRIGGER, ALIAS, TITLE = "modelspec.trigger_phrase", "ss_output_name", "modelspec
 def add(command: Command) -> None:
     """Add the commands of this page by `command(name, run, help)`."""
     sample = command("sample", run_sample, "draw pictures with an adapter")
-    sample.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
+    sample.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
     add_prompts(sample)
     sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
@@ -59,12 +59,12 @@ def add(command: Command) -> None:
     )
 
     export = command("export", run_export, "write an adapter in another format")
-    export.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder, in any of the formats")
+    export.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
     export.add_argument("--to", choices=tuple(FORMATS), required=True, help="format to write")
     _add_output(export)
 
     resize = command("resize", run_resize, "reduce the rank of an adapter")
-    resize.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
+    resize.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
     _add_size(resize)
     _add_format(resize)
 
@@ -91,7 +91,7 @@ def add(command: Command) -> None:
 
 def _add_merge(command: Command) -> None:
     merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
-    merge.add_argument("adapter", metavar="ADAPTER", help="adapter file or PEFT folder")
+    merge.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
     merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
     add_model(merge)
     merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")

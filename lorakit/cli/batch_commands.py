@@ -76,7 +76,7 @@ def run_batch(args: argparse.Namespace) -> int:
 
 
 class _Sender:
-    """Copies what came of a run to `--results`, where that is given; a problem is said and not raised."""
+    """Copies the results of a run to `--results`, if that is given. A problem is reported, not raised."""
 
     def __init__(self, runs: Path, url: str | None):
         from lorakit.runs.results import Results
@@ -92,7 +92,7 @@ class _Sender:
             complain(str(error))
 
     def all(self, code: int) -> int:
-        """Copy what shows all runs; the exit code."""
+        """Copy the report over all runs. Return the exit code."""
         for name in ("batch.json", "report.html"):
             self(name)
         return 1 if self.failures else code

@@ -25,7 +25,7 @@ PICTURES_PER_SCENE = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo made, and how it went.
+    """The files of the demo, and its figures.
 
     Attributes:
         before, after: share of pictures on unseen scenes that the judge takes for the subject, base and adapter.

@@ -39,7 +39,7 @@ SMALLEST_FREE_DISK = 2 * 2**30
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at. `state` is "ok", "note" or "bad"; `fix` says what to do about it."""
+    """One finding. `state` is "ok", "note" or "bad"; `fix` says what to do."""
 
     name: str
     state: str
@@ -149,7 +149,7 @@ def devices() -> list[Line]:
 
 
 def cpu_line(threads: int) -> Line:
-    """What is to be said where torch computes on the CPU: that is bad where there is a card."""
+    """The line if torch computes on the CPU. It is "bad" if there is a card."""
     total = available_cores()
     detail = f"cpu, {count(threads, 'thread')}"
     detail += (

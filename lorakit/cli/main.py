@@ -33,7 +33,7 @@ from lorakit.cli import (
 )
 from lorakit.cli.imports import quick_imports
 from lorakit.cli.terminal import complain, open_streams, print_event, print_json, print_lines, quiet_libraries
-from lorakit.config.option import format_bound, suggest
+from lorakit.config.option import NEAR, format_bound, suggest
 from lorakit.core import install
 from lorakit.core.errors import LorakitError, MissingFile
 from lorakit.core.events import Event
@@ -42,8 +42,6 @@ from lorakit.runs import launch
 
 # Kept for one release under their old names.
 ALIASES = {"options": ["knobs"]}
-# How like an option a flag is that was meant for one.
-NEAR = 0.8
 # Where it is more than the report of what was done.
 JSON_HELP = dict.fromkeys(
     ("train", "resume", "caption"), "every event of the run as a line of JSON on stdout, the result last"
@@ -51,7 +49,7 @@ JSON_HELP = dict.fromkeys(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code. User mistakes are told in a line each, without a traceback."""
+    """Run one command and return its exit code. A mistake of the user is reported in a line, without a traceback."""
     code = _run(argv)
     if code and launch.world().count > 1:
         # Threads of torch.distributed that wait for the others would keep the process from ending, or abort it.
@@ -110,7 +108,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names the nearest of the choices, too; those of the commands are of the same class."""
+    """A parser whose errors also name the nearest choice. The parsers of the commands have this class too."""
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser`."""
@@ -160,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _with_full_names(argv: Sequence[str]) -> list[str]:
-    """The arguments, a name or prompt in single quotes as one: cmd.exe passes each of its words by itself."""
+    """The arguments, with the words of a name or prompt in single quotes joined: cmd.exe passes them separately."""
     result, rest = list[str](), list(argv)
     while rest:
         word = rest.pop(0)

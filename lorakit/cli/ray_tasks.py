@@ -1,6 +1,6 @@
 """A batch on the machines of a Ray cluster: each run is a task with a GPU, whose run folder is on a shared disk.
 
-Ray places the tasks, and starts one again where its worker or its machine was lost: it goes on with the run folder.
+Ray places the tasks. If a worker or a machine is lost, Ray starts the task again, and the task resumes the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.runs import batch
 
-# A task whose worker is lost more often than this has a cause of its own, such as too little memory.
+# If the worker of a task is lost more often than this, the task is the cause, for example by too little memory.
 RETRIES = 5
 
 
@@ -70,7 +70,7 @@ def run(
 
 
 def work(runs: str, name: str) -> int:
-    """Begin a run or go on with it, in a worker of Ray; the exit code."""
+    """Begin or resume a run in a worker of Ray. Return the exit code."""
     from lorakit.cli.main import main
 
     if not Path(runs, batch.MANIFEST).is_file():

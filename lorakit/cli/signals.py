@@ -32,7 +32,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             return
         # Not by print: the handler may interrupt one.
         with contextlib.suppress(OSError):
-            os.write(2, NOTICE)
+            os.write(2, b"\n" * os.isatty(2) + NOTICE)  # below the bar
 
     try:
         numbers = [signal.SIGINT, signal.SIGTERM]

@@ -83,7 +83,7 @@ def open_streams() -> None:
 
 
 def write(stream: TextIO, text: str) -> bool:
-    """Write at once; False where that cannot be done. Then nothing is written to the stream any more."""
+    """Write and flush. Return False if that fails; then the stream gets no further output."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         stream.write(_safe(text).encode(encoding, "replace").decode(encoding))
@@ -190,7 +190,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, total: int, start: int = 0, what: str = "training") -> Iterator[Bar]:
-        """A bar from `done` to `total`; lines said meanwhile appear above it."""
+        """A bar from `start` to `total`. Lines that are written meanwhile appear above it."""
         self.bar = bar = Bar(self, total, start, what)
         try:
             yield bar
@@ -222,7 +222,7 @@ class Bar:
         memory_mib: float | None = None,
         eta_s: float | None = None,
     ) -> None:
-        """So much of the total is done; `loss` is smoothed already. Facts that are None are not shown."""
+        """Move the bar to `position`. `loss` is smoothed already. Values that are None are not shown."""
         self.position = position
         figures = {
             "loss {:.4f}": loss,
@@ -236,7 +236,7 @@ class Bar:
         self._show()
 
     def clear(self) -> bool:
-        """Take the bar off the screen; whether it was there."""
+        """Remove the bar from the screen. Return whether it was there."""
         if not self._width:
             return False
         self.terminal.write("\r" + " " * self._width + "\r")

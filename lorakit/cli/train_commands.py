@@ -64,7 +64,7 @@ def add(command: Command) -> None:
     resume.add_argument(
         "--from", dest="checkpoint", default="", metavar="STEP", help="go back to this checkpoint, e.g. step-000120"
     )
-    resume.add_argument("--steps", metavar="COUNT", help="length of the whole run, where it is to be another")
+    resume.add_argument("--steps", metavar="COUNT", help="new length of the whole run")
     _add_gpus(resume, "go on with so many GPUs of this machine")
     add_set(resume)
 
@@ -130,6 +130,7 @@ def run_demo(args: argparse.Namespace) -> int:
         with stop_on_signals() as stop:
             result = demo.demo(args.subject, terminal, folder, overrides, stop=stop)
     except Stopped as stopped:
+        terminal.close()
         complain(str(stopped))
         return 130
     if args.json:
@@ -232,7 +233,11 @@ def run_import_config(args: argparse.Namespace) -> int:
     target = Path(args.output) if args.output else source.with_name(f"{source.stem}-lorakit.toml")
     if target.exists():
         raise configuration.ConfigError([Message("{file} exists already: name another file with --output", target)])
-    text, rest, notes = importing.convert(foreign.read(source))
+    tables = foreign.read(source)
+    try:
+        text, rest, notes = importing.convert(tables)
+    except configuration.ConfigError as error:
+        raise configuration.ConfigError("{file}: {problem}", source, error) from None
     try:
         atomic.write(target, text)
     except OSError as error:
@@ -272,15 +277,19 @@ def _progress_of_photos(terminal: Terminal) -> Iterator[partial[Report]]:
 
 
 def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[..., Any]) -> int:
-    """Run a training job, which takes listeners and the function that asks for a stop, and say what came of it."""
+    """Run a training job with listeners and a stop function, report its result, and return the exit code."""
     listeners: list[Listener] = [terminal, *([print_event] if args.json else [])]
     try:
         with stop_on_signals() as stop:
             result = job(listeners=listeners, stop=stop)
     except Stopped as stopped:
+        terminal.close()
+        if stopped.adapter is not None:
+            terminal.say(Message("adapter of step {step}: {path}", stopped.step, stopped.adapter))
         complain(str(stopped))
         if args.json:
             where = {"message": str(stopped), "folder": str(stopped.folder.absolute())}
+            where |= {"adapter": str(stopped.adapter)} if stopped.adapter else {}
             print_event(Event("stopped", stopped.step, where))
         return 130
     terminal.say(f"adapter: {result.adapter}")

@@ -8,6 +8,7 @@ from lorakit.config import embedding, full, photo_edits, sample_prompts
 from lorakit.config.option import label, to_text, unquote
 from lorakit.config.schema import LENGTHS, AdapterConfig, Config, DataConfig, OptimizerConfig, TrainConfig
 from lorakit.core.messages import Message, join
+from lorakit.core.names import DETERMINERS
 from lorakit.core.registry import METHODS
 
 
@@ -183,7 +184,8 @@ def _prior_problems(train: TrainConfig, data: DataConfig) -> list[str]:
         for name in ("prior_loss_weight", "prior_prompts")
         if train.prior == "none" and getattr(train, name) != getattr(TrainConfig, name)
     ]
-    triggered = [text for text in train.prior_prompts if data.trigger and data.trigger in text.split()]
+    trigger = "" if data.trigger.lower() in DETERMINERS else data.trigger  # the preflight refuses these
+    triggered = [text for text in train.prior_prompts if trigger and trigger in text.split()]
     if triggered:
         problems.append(
             Message(

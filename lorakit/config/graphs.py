@@ -1,4 +1,4 @@
-"""When a training step can be replayed as CUDA graphs, told without torch."""
+"""When a training step can be replayed as CUDA graphs. No torch."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ _UNSET: tuple[object, ...] = (None, "", 0, False, [], {})
 
 
 class Imported(NamedTuple):
-    """A config of lorakit as TOML; the keys without a twin, or whose value has none, each with its value; and what was
-    filled in or joined."""
+    """Convert to a config of lorakit. Return its TOML; the keys and values without an equivalent; and notes on defaults
+    that were filled in and keys that were joined."""
 
     text: str
     rest: list[str]
@@ -141,7 +141,7 @@ def convert(tables: Mapping[str, object]) -> Imported:
         ConfigError: it is a config of no program that is known here.
     """
     if not (program := program_of(tables)):
-        raise ConfigError("neither a config of {programs}", join(" nor of ", MARKS))
+        raise ConfigError("this is neither a config of {programs}", join(" nor of ", MARKS))
     options, rest, notes = Options(), list[str](), list[str]()
     has_data_sets = isinstance(tables.get("datasets"), list)
     values = flatten({key: table for key, table in tables.items() if not has_data_sets or key != "datasets"})

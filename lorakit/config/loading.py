@@ -338,4 +338,4 @@ def _read_toml(path: Path) -> dict[str, Any]:
         number = re.search(r"at line (\d+)", str(error))
         line = text.splitlines()[int(number[1]) - 1] if number else ""
         hint = f"; {SINGLE_QUOTES}" if re.search(r'"[^"]*\\', line) else ""
-        raise ConfigError("{path}: not valid TOML: {problem}{hint}", path.name, error, hint) from None
+        raise ConfigError("{path}: not valid TOML: {problem}{hint}", path, error, hint) from None

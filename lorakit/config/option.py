@@ -19,6 +19,8 @@ from lorakit.core.names import printable, shorten
 
 # What stands around a text of which it is no part.
 QUOTES = ("''", '""', "``", "‘’", "“”", "„“", "«»", "「」")
+# How like a name a word is, at least, that was meant for it (difflib's ratio).
+NEAR = 0.72
 # Characters of a value that a message shows.
 MAX_VALUE_LENGTH = 80
 # Patterns in a table, and characters of each.
@@ -87,13 +89,18 @@ class Option:
 
 
 def suggest(word: object, candidates: Iterable[str]) -> str:
-    """A hint with the closest candidate. A key without a section is also compared with the part after the dot."""
-    names = list(candidates)
-    matches = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
-    if not matches and isinstance(word, str):
-        by_name = {name.rpartition(".")[2]: name for name in names}
-        matches = [by_name[n] for n in difflib.get_close_matches(word.rpartition(".")[2], by_name, n=1, cutoff=0.6)]
-    return Message(" (did you mean {name}?)", matches[0]) if matches else ""
+    """A hint with the closest candidate, or "". Of dotted keys the part after the last dot must be close."""
+
+    def likeness(first: str, second: str) -> float:
+        return difflib.SequenceMatcher(None, first, second).ratio()
+
+    text = re.sub(r"[^\w.-]", "", str(word))
+    near = [
+        (score, likeness(text, name), name)
+        for name in candidates
+        if (score := likeness(text.rpartition(".")[2], name.rpartition(".")[2])) >= NEAR
+    ]
+    return Message(" (did you mean {name}?)", max(near)[2]) if near else ""
 
 
 def label(name: str) -> str:

@@ -1,7 +1,7 @@
-"""What is done to a photo before it is trained on, as text: "turn 90, crop 10 0 90 100, paint 20 30 40 60 70".
+"""Edits of photos before training, as text: "turn 90, crop 10 0 90 100, paint 20 30 40 60 70".
 
-The file stays as it is. Strokes of a brush are in percent of the file's picture, so that they stay where they are when
-the photo is turned or cropped further.
+The file does not change. Strokes of a brush are in percent of the file's picture, so they keep their place when the
+photo is turned or cropped further.
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ class PhotoEdit:
         crop = ["crop " + " ".join(f"{side:g}" for side in self.crop)] if self.crop != WHOLE else []
         strokes = [" ".join([act, *(f"{number:g}" for number in numbers)]) for act, numbers in self.strokes]
         return ", ".join(turn + crop + strokes)
+
+    def is_valid(self) -> bool:
+        """Whether it can be written in a config."""
+        try:
+            return parse(str(self)) is not None
+        except ValueError:
+            return False
 
     @property
     def geometry(self) -> PhotoEdit:
@@ -127,7 +134,7 @@ def _stroke(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def problems(data: DataConfig) -> list[str]:
-    """Edits of photos that are none, and other folders whose names say nothing."""
+    """Problems of `data.edits` and `data.more_folders`: malformed edits, and names of folders without a subject."""
     lines = list[str]()
     for name, text in data.edits.items():
         try:

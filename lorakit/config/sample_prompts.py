@@ -52,7 +52,8 @@ class SamplePrompt:
 
 
 def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 0) -> SamplePrompt:
-    """The prompt with its own settings over those of the config; without an own seed, `number` is added to the seed.
+    """The prompt with its settings in place of the config's. Without a seed in the prompt, `number` is added to the
+    config's seed.
 
     Raises:
         ConfigError: a setting is unknown, or its value is out of range.
@@ -118,8 +119,10 @@ def problems(sample: SampleConfig) -> list[str]:
 
 
 def read_file(path: str | Path) -> list[str]:
-    """The prompts of a file, as kohya's are: in a text file one a line, and what begins with # is a comment; in JSON a
-    list of texts or tables; in TOML `[prompt]` with `[[prompt.subset]]`.
+    """The prompts of a file in kohya's forms.
+
+    A text file has one prompt a line; a line that begins with # is a comment. JSON has a list of texts or tables. TOML
+    has `[prompt]` with `[[prompt.subset]]`.
 
     Raises:
         ConfigError: it cannot be read, or has no prompt.
@@ -138,7 +141,11 @@ def read_file(path: str | Path) -> list[str]:
         reason = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
         reason = getattr(error, "strerror", None) or reason
         raise ConfigError("--prompts {path}: cannot be read: {reason}", quote(path), reason) from None
-    prompts = [from_table(_with_own_names(row)) if isinstance(row, Mapping) else str(row).strip() for row in rows]
+    try:
+        prompts = [from_table(_with_own_names(row)) if isinstance(row, Mapping) else str(row).strip() for row in rows]
+    except ConfigError as error:
+        lines = [Message("--prompts {path}: {problem}", quote(path), problem) for problem in error.problems]
+        raise ConfigError(lines) from None
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ConfigError("--prompts {path}: has no prompt; write one a line", quote(path))

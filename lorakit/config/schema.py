@@ -21,7 +21,7 @@ from lorakit.core.registry import FORMATS, METHODS, OPTIMIZERS, TRACKERS, resolv
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is adapted."""
+    """The base model."""
 
     base: str = option(
         "pocket",
@@ -43,11 +43,11 @@ class ModelConfig:
     )
     t5: bool = option(True, "Use Stable Diffusion 3's T5. false: it is left out and not fetched, which saves 9.5 GB.")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "v_prediction_zero_snr"] = option(
-        "auto", "What the base predicts. auto: as it says itself, which is printed."
+        "auto", "What the base predicts. auto: read from the base, and printed."
     )
     clip_skip: int | None = option(
         None,
-        "Read texts at the text encoder's Nth last layer, web UIs' CLIP skip N; 2 for NAI's kin. Unset: as the base.",
+        "Read texts at the text encoder's Nth last layer, web UIs' CLIP skip N; 2 for NAI. Unset: as the base.",
         low=1,
         high=24,
     )
@@ -58,14 +58,12 @@ class DataConfig:
     """The photos, and the words that go with them."""
 
     folder: str = option(
-        "", "Folder of photos. Only captions that you save or let a model write are put there, photo.txt.", path=True
+        "", "Folder of photos. Only captions are written there (photo.txt), if you or a model write any.", path=True
     )
     kind: Literal["subject", "style"] = option("subject", "What the photos have in common: a subject or a style.")
     name: str = option("", "The trigger and what it is, as in 'sks dog' or 'sks style'. The first word is the trigger.")
     instance_prompt: str = option("", "Text of a photo without a caption. Empty: made from kind and name.")
-    class_prompt: str = option(
-        "", "Text that stands for all of the kind, for prior preservation. Empty: made from name."
-    )
+    class_prompt: str = option("", "Text of the whole class, for prior preservation. Empty: made from name.")
     concepts: Literal["ask", "folders", "one"] = option(
         "ask",
         "Subfolders like '20_ohwx man': folders: each its own subject; one: all are data.name; "
@@ -117,7 +115,7 @@ class DataConfig:
         False, "A photo without a caption has its file name: 'red_car-2.png' is 'red car'."
     )
     wildcards: bool = option(False, "Draw one of the words in {braces}, with bars between them, each time.")
-    flip: bool = option(False, "Mirror images as a variant. Off where left and right matter.")
+    flip: bool = option(False, "Mirror photos as a variant. Leave it off if left and right matter.")
     crop_jitter: float = option(0.0, "Share of the side by which the crop is moved in a variant.", low=0, high=0.25)
     color_jitter: float = option(0.0, "Strength of brightness, contrast and saturation changes.", low=0, high=0.5)
     variants: int = option(1, "Cached variants of each photo that flip and jitter make.", low=1, high=64)
@@ -153,7 +151,7 @@ class AdapterConfig:
     alpha: float | None = option(None, "Scale is alpha / rank. Unset: alpha = rank, so that the scale is 1.", above=0)
     ranks: dict[str, int] = option(  # noqa: RUF009
         {},
-        "Ranks of layers by pattern: {'*.attn2.*' = 32, 'unet.mid_block.*' = 0}. The last match counts; 0: left out.",
+        "Ranks of layers by pattern: {'unet.mid_block.*' = 4}. The last match counts; 0: left out.",
         low=0,
         high=1024,
     )
@@ -279,25 +277,25 @@ MAX_STEPS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, on what objective, and what is kept. A step is one optimizer step."""
+    """Length, objective and checkpoints. A step is one optimizer step."""
 
     steps: int | None = option(None, "Optimizer steps.", low=1, high=MAX_STEPS)
     epochs: int | None = option(None, "Passes over the photos.", low=1, high=MAX_STEPS)
     steps_per_image: int | None = option(None, "Optimizer steps for each photo.", low=1, high=MAX_STEPS)
-    min_steps: int = option(0, "Steps that steps_per_image is raised to where photos are few.", low=0, high=MAX_STEPS)
+    min_steps: int = option(0, "Least number of steps with steps_per_image.", low=0, high=MAX_STEPS)
     batch_size: int = option(1, "Photos in a batch.", low=1, high=256)
     gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.", low=1, high=256)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 turns clipping off.", low=0)
-    seed: int = option(0, "Everything random follows from it.", low=0, high=2**31 - 1)
+    seed: int = option(0, "Seed of all random numbers.", low=0, high=2**31 - 1)
     prior: Literal["none", "images", "teacher"] = option(
-        "none", "Keep the rest of the model as it was: with class images, or image-free with the base as teacher."
+        "none", "Keep the rest of the model as it was: with class images, or with the base as teacher."
     )
     prior_loss_weight: float = option(1.0, "Weight of the prior term.", low=0, high=10)
     prior_target: Literal["image", "base"] = option(
         "image", "What prior = 'images' asks for: the class image, or what the base predicts of it, which leaks less."
     )
     prior_prompts: tuple[str, ...] = option(
-        (), "Prompts of other things that must stay as they are: the prior asks for these too."
+        (), "Prompts of other things that must stay as they are, which the prior uses too."
     )
     class_images: int = option(100, "Class images for prior = 'images'; made once and cached.", low=1, high=10000)
     loss: Literal["mse", "huber"] = option("mse", "Distance between prediction and target.")
@@ -314,7 +312,7 @@ class TrainConfig:
         above=0,
         high=20,
     )
-    timestep_low: float = option(0.0, "Share of the noise levels, the lowest ones, left out.", low=0, high=0.99)
+    timestep_low: float = option(0.0, "Share of the lowest noise levels to leave out.", low=0, high=0.99)
     timestep_high: float = option(1.0, "Share of the noise levels above which all are left out.", above=0, high=1)
     pyramid_noise: float = option(0.0, "Weight of coarser noise, for each halving. 0: none.", low=0, high=0.9)
     noise_offset: float = option(
@@ -347,7 +345,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """Where it runs and in what precision."""
+    """Device, precision and memory."""
 
     device: str = option(
         "auto",
@@ -390,7 +388,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Pictures drawn while it trains and by `lorakit sample`."""
+    """Pictures that are drawn during training and by `lorakit sample`."""
 
     every: int = option(0, "Steps between sample grids; 0: five times a run.", low=0)
     at_start: bool = option(True, "Draw a grid before the first step, of the base as it is.")
@@ -412,7 +410,7 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """What is written, and where."""
+    """The files of a run."""
 
     folder: str = option("", "Run folder. Empty: runs/<time>-<name>.", path=True)
     formats: tuple[str, ...] = option(("kohya",), "Formats of the exported adapter.", choices=FORMATS)

@@ -103,7 +103,7 @@ def _fill(part: list[str], count: int) -> list[float]:
 
 
 def data_sets(tables: Row) -> tuple[Row, list[str], list[str]]:
-    """The data sets of a config as one: its keys, what is left out, and what is to be known."""
+    """The data sets of a config joined to one: its keys, the keys left out, and notes."""
     rows = list(_rows(tables)) or [{}]
     photos = [row for row in rows if not row.get("is_reg")] or rows
     shared, rest, notes = Row(), list[str](), list[str]()

@@ -1,4 +1,4 @@
-"""Errors, names, units, random seeds, files: what every room stands on.
+"""Errors, names, units, random seeds and files, which every room uses.
 
 May import: nothing.
 Used by: config, data, engine, adapters, families, formats, inference, runs, training, cli, ui.

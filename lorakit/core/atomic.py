@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temporary file, fsync, rename.
+"""Atomic writes of files: temporary file, fsync, rename.
 
 A reader never sees half a file, and a kill or a power cut leaves the version before. What a kill leaves is a temporary
 file; the next write to its folder removes stale ones.
@@ -41,7 +41,7 @@ def sweep(folder: Path, seconds: float = STALE) -> None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Put `content` at `path`, text as UTF-8; what was there before is replaced in one instant."""
+    """Write `content` to `path`, text as UTF-8. The old file is replaced atomically."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = temporary_path(path)
     try:
@@ -70,7 +70,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder last, where the system can (Windows does so by itself)."""
+    """Flush the names in a folder to the disk. Windows needs no call for that."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -81,7 +81,7 @@ def sync_folder(path: Path) -> None:
 
 
 def refusal(folder: Path) -> str:
-    """Why no file can be written in a folder that may have to be made, or "". Nothing is created."""
+    """Why no file can be written in a folder, or "". The folder need not exist; nothing is created."""
     try:
         if folder.is_symlink() and not folder.exists():  # nothing can be made in its place
             return os.strerror(errno.ENOENT)

@@ -22,7 +22,7 @@ def cache_dir() -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of all of a file. It is kept in the cache by path, size and times, so a large file is read once."""
+    """SHA-256 of a whole file. The cache keeps it by path, size and times, so a large file is read only once."""
     path = path.resolve()
     with path.open("rb") as file:
         stat = os.fstat(file.fileno())

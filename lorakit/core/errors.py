@@ -34,11 +34,11 @@ class ConfigError(LorakitError):
 
 
 class MissingFile(ConfigError):
-    """A file that the user named is not there."""
+    """A file that the user named does not exist."""
 
 
 class StopRequested(Exception):
-    """Somebody asked the run to stop, and work was broken off for it; the run turns it into `Stopped`."""
+    """A stop was requested and the work was interrupted. The run raises `Stopped` for it."""
 
 
 class Stopped(Exception):
@@ -47,9 +47,10 @@ class Stopped(Exception):
     Attributes:
         folder: the run folder.
         step: optimizer steps done.
+        adapter: the adapter of that step, or None where none was exported.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self.folder, self.step = folder, step
+    def __init__(self, folder: Path, step: int, adapter: Path | None = None):
+        self.folder, self.step, self.adapter = folder, step, adapter
         when = Message("stopped after step {step}", step) if step else "stopped before the first step"
         super().__init__(Message("{when}; go on with: lorakit resume {folder}", when, quote(folder)))

@@ -1,4 +1,4 @@
-"""Events of a run, for whoever follows it, and the request to stop it.
+"""Events of a run, and the request to stop it.
 
 Kinds and their facts:
 
@@ -12,11 +12,11 @@ Kinds and their facts:
     sample             file: name of the grid of pictures
     error, done        message; adapter: name of the checked file
 
-`lorakit train --json` and `lorakit resume --json` write each as a line of JSON, with these of their own:
+`lorakit train --json` and `lorakit resume --json` write each as a line of JSON, and also these:
 
     start              folder: of the run; steps: its whole length
     result             folder, adapter, exports, steps, findings: it is done
-    stopped            message, folder: it was stopped, and can be resumed
+    stopped            message, folder, adapter: it was stopped, and can be resumed
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 from lorakit.core.errors import StopRequested
 from lorakit.core.messages import Message, key_of
 
-# Seconds between two events of the same work; what takes less has none.
+# Seconds between two events of the same work. Shorter work has no event.
 WORK_SECONDS = 1.0
 
 
@@ -119,7 +119,7 @@ class Events:
         self._work, self._position, self._total, self._emitted = doing, 0, total, time.monotonic()
 
     def advance(self, parts: int = 1) -> None:
-        """So many more parts of the work are done; the listeners hear of it once a second."""
+        """Count finished parts of the work. Listeners get an event at most once a second."""
         self._position += parts
         if self._work and time.monotonic() - self._emitted >= WORK_SECONDS:
             self._emitted = time.monotonic()

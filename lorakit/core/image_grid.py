@@ -1,4 +1,4 @@
-"""Draw grids of pictures and save pictures, with Pillow alone."""
+"""Draw grids of pictures and save pictures. Needs only Pillow."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def read(path: Path) -> Image.Image:
 
 
 def read_software(path: Path) -> str:
-    """The program that a PNG says it is of; "" where it says none, or is another picture or none."""
+    """The program that a PNG names as its author; "" if it names none or is no PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return str(image.info.get("Software", ""))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def canonical(component: str, module: str) -> str:
-    """Canonical layer name of a module path: the component in front, and CLIP's `text_model.` always there.
+    """Canonical layer name of a module path: it begins with the component and always has CLIP's `text_model.`.
 
     transformers calls the same module `encoder.layers.0` or `text_model.encoder.layers.0`, by its version and class;
     published checkpoints, and every program that reads adapters, have the longer name.

@@ -103,7 +103,7 @@ class Joined(Message):
 
 
 def join(separator: str, parts: Iterable[str]) -> str:
-    """As `separator.join(parts)`, and the parts can still be translated; a single part is itself."""
+    """As `separator.join(parts)`, but each part can still be translated. A single part is returned as it is."""
     every = tuple(parts)
     return every[0] if len(every) == 1 else Joined(separator, *every)
 
@@ -145,14 +145,14 @@ def to_lines(message: str) -> str:
 
 
 def from_lines(log: str) -> list[str]:
-    """What a command complained of in its log, by `to_lines`, each thing a message; without keys each line."""
+    """The problems in a command's log that `to_lines` wrote, each a message. A log without keys gives its lines."""
     keyed = [json.loads(line.removeprefix(KEY_LINE)) for line in log.splitlines() if line.startswith(KEY_LINE)]
     unkeyed = [line.removeprefix("lorakit: ") for line in log.splitlines() if line.startswith("lorakit: ")]
     return [from_json(table["text"], table) for table in keyed] or unkeyed
 
 
 def from_json(text: str, table: Mapping[str, Any]) -> str:
-    """The message of a log's table that has `text` and its key; `text` itself where it has no key."""
+    """The message of a log's table with `text` and its key; `text` if there is no key."""
     if isinstance(parts := table.get("parts"), list) and isinstance(separator := table.get("join"), str):
         return Joined(separator, *(str(_value_from_json(part)) for part in parts))
     key, values = table.get("key"), table.get("values")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 # File systems take 255, with the ending and what marks a temporary file.
 MAX_NAME_BYTES = 200
+# Words before a noun, which are in every text.
+DETERMINERS = ("a", "an", "the", "my", "your", "his", "her", "our", "their", "this", "that", "some")
 
 
 def step_name(step: int) -> str:
@@ -29,7 +31,7 @@ def quote(path: str | Path) -> str:
 
 
 def expand(path: str | Path) -> Path:
-    """`path` with a home folder for `~`; as it is where there is no such user."""
+    """`path` with the home folder for `~`; unchanged if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -1,9 +1,9 @@
-"""Prompts as web UIs write them: weights, new chunks, and what only they read. No torch.
+"""The prompt syntax of web UIs: weights, new chunks, and marks that only they read. No torch.
 
-`(a)` weighs 1.1, `(a:1.3)` 1.3, `[a]` 1 / 1.1; what is nested is multiplied; a backslash makes a bracket a letter;
-`BREAK` begins a new chunk (AUTOMATIC1111's stable-diffusion-webui, wiki "Features", "Attention/emphasis"; ComfyUI reads
-the same but for square brackets and BREAK). `<lora:NAME:1>` names an adapter there; here the adapter is named beside
-the prompt.
+`(a)` weighs 1.1, `(a:1.3)` 1.3, `[a]` 1 / 1.1. Nested weights are multiplied. A backslash makes a bracket a letter.
+`BREAK` begins a new chunk. Source: AUTOMATIC1111's stable-diffusion-webui, wiki "Features", "Attention/emphasis".
+ComfyUI reads the same, except square brackets and BREAK. `<lora:NAME:1>` names an adapter there; here the adapter is
+named beside the prompt.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse(prompt: str) -> Prompt:
 
 
 def syntax(text: str) -> str:
-    """What in a text web UIs read as more than letters, such as "(tag:1.3)"; "" if nothing is."""
+    """The first part of a text that web UIs read as syntax, such as "(tag:1.3)"; "" if there is none."""
     matches = [match for pattern in (*_SYNTAX, _BRACKETS, _CHOICE) if (match := pattern.search(text))]
     return min(matches, key=lambda match: match.start())[0].strip() if matches else ""
 
@@ -73,8 +73,10 @@ def ignored(prompt: str) -> list[str]:
 
 
 def _weighted(text: str) -> list[Part]:
-    """The parts of a prompt in order, neighbours of the same weight joined. A bracket that nothing closes goes on to
-    the end; one that closes nothing is a letter."""
+    """The parts of a prompt in order, neighbours of the same weight joined.
+
+    An unclosed bracket reaches to the end. A closing bracket without an opening one is a letter.
+    """
     pieces: list[tuple[str, float]] = []
     opened: list[tuple[str, int]] = []
 

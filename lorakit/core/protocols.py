@@ -38,7 +38,7 @@ class Trainable(Protocol):
         """Component -> numbers of modules and parameters that train."""
 
     def groups(self) -> list[tuple[str, list[torch.nn.Parameter]]]:
-        """(name, parameters) of each group with a learning rate of its own."""
+        """(name, parameters) of each group of parameters that share a learning rate."""
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off."""
@@ -47,7 +47,7 @@ class Trainable(Protocol):
         """Inside, the base computes as without it."""
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the weights are their average over the steps, where there is one."""
+        """Inside, the weights are replaced by their average over the steps, if there is one."""
 
     def weights(self) -> AdapterWeights:
         """A copy of the trained weights, or of their average, on the CPU, ready to be exported."""

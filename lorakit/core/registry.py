@@ -1,10 +1,10 @@
-"""Names a user may write, and where the code for each lives.
+"""Names that a user may write, and where the code of each is.
 
-This module imports nothing heavy, so `--help` and the config check can read the names without loading torch. A new
-export format, method or kind of captioners is one file and one line here, a family one folder and one line, an
-optimizer one function and one line. A method's layers may be those of another method, or of a kind of their own with
-tensors of their own (`MethodSpec.factors`). A package of somebody else's adds the same by an entry point in the group
-`lorakit.families`, `lorakit.adapters`, `lorakit.optimizers`, `lorakit.formats` or `lorakit.captioners`.
+This module imports nothing heavy, so `--help` and the config check read the names without loading torch. A new export
+format, method or kind of captioners is one file and one line here. A family is one folder and one line, an optimizer
+one function and one line. The layers of a method may be those of another method, or a new kind whose tensors
+`MethodSpec.factors` names. Other packages add the same by entry points in the groups `lorakit.families`,
+`lorakit.adapters`, `lorakit.optimizers`, `lorakit.formats` and `lorakit.captioners`.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def optimizer(name: str) -> OptimizerSpec:
 
 
 def own_learning_rate(name: object) -> float | None:
-    """See `OptimizerSpec.learning_rate`; None for what is no optimizer too."""
+    """See `OptimizerSpec.learning_rate`; also None if the name is no optimizer."""
     return optimizer(name).learning_rate if isinstance(name, str) and (":" in name or name in OPTIMIZERS) else None
 
 

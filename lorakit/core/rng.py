@@ -10,7 +10,8 @@ import torch
 
 
 def seed_for(seed: int, index: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose at one step; SHA-256, so that neighbours are unrelated."""
+    """A 63-bit seed for one purpose at one step. It is part of a SHA-256, so seeds of neighbouring steps are
+    unrelated."""
     digest = hashlib.sha256(f"{seed}/{index}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

@@ -3,8 +3,8 @@
 May import: core, config.
 Used by: inference, runs, training, ui, cli.
 
-Modules: folder, entries, masks (find) · decode (read) · captions (text) · caption_edits (write them, and undo that) ·
-buckets (size) · augment (flip and jitter) · checks (what is wrong with these photos) · duplicates · time_limit ·
-holdout · dataset (rows and batches) · latents. The last two import torch, no other does.
-Of the user's folder only captions are written, by caption_edits; all else is only read.
+Files: photo_folder, entries, masks, concepts find them. decode reads them. caption_files and captions read the texts.
+caption_edits writes captions, and undoes that. buckets has the sizes, augment flips and jitters. checks, duplicates and
+time_limit examine the photos. holdout, dataset and latents make rows and batches. Only dataset and latents import
+torch. lorakit writes only captions into the user's folder, by caption_edits.
 """

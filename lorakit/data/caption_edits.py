@@ -60,7 +60,7 @@ class CaptionWriter:
         return photo.path.with_name(f"{photo.path.name if is_shared else photo.path.stem}{CAPTIONS[0]}")
 
     def write(self, photo: Photo, text: str) -> Path:
-        """Write the caption of a photo, or each of its captions as a line; the file that has it.
+        """Write the caption of a photo, or several as a line each. Return the file.
 
         Raises:
             LorakitError: it cannot be written.
@@ -89,8 +89,8 @@ class CaptionWriter:
 
 @dataclass
 class Undone:
-    """What undoing the last change did: caption files as before, and those that somebody changed since, left alone.
-    `remaining` changes can be undone too."""
+    """The result of undoing the last change: files that were restored, and files that were edited since and are not
+    changed. `remaining` further changes can be undone."""
 
     restored: list[str] = field(default_factory=list)
     changed_since: list[str] = field(default_factory=list)
@@ -185,7 +185,7 @@ def with_name(text: str, config: DataConfig, is_tags: bool) -> str:
 
 
 def without(text: str, phrases: Sequence[str], is_tags: bool) -> str:
-    """A caption without what is on the black-list: whole tags, in a sentence the words themselves."""
+    """A caption without the unwanted words: whole tags are removed, and words of a sentence."""
     if is_tags:
         absent = {phrase.replace("_", " ").casefold().strip() for phrase in phrases}
         return ", ".join(tag for tag in _tags(text) if tag.casefold() not in absent)

@@ -32,7 +32,10 @@ def decode(raw: bytes, name: str, warn: Callable[[str], object]) -> str:
         LorakitError: it is no text in any of the encodings.
     """
     text, guess = _decode(raw)
-    if text is None or "\0" in text:
+    if text is not None and "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise LorakitError("{file}: a NUL character in line {line}: remove it, or write the text anew", name, line)
+    if text is None:
         raise LorakitError("{file}: not text in an encoding that lorakit reads; save it as UTF-8", name)
     if match := MARKUP.match(text):
         kind = "RTF" if match[1] == "{" else "HTML"
@@ -58,8 +61,8 @@ def _decode(raw: bytes) -> tuple[str | None, str]:
         if raw.startswith(mark):
             return _try(raw, encoding), ""
     nuls = raw.count(0)
-    if nuls and raw.isascii() and 4 * nuls < len(raw):  # of UTF-16 every other byte would be 0
-        return None, ""
+    if nuls and 4 * nuls < len(raw) and _try(raw, "utf-8") is not None:  # of UTF-16 every other byte would be 0
+        return _try(raw, "utf-8"), ""
     if nuls:
         little = raw[1::2].count(0) >= raw[::2].count(0)
         text = _try(raw, "utf-16-le" if little else "utf-16-be")
@@ -82,8 +85,10 @@ def _decode(raw: bytes) -> tuple[str | None, str]:
 
 
 def _is_cyrillic(text: str) -> bool:
-    """Whether all letters beyond ASCII are Russian, most of them small, in words of their own: other encodings' bytes
-    give capitals and signs between them."""
+    """Whether all letters beyond ASCII are Russian, most of them small, and no word mixes them with Latin letters.
+
+    Bytes of other encodings give capitals and signs between them.
+    """
     letters = re.findall(r"[^\W\d_a-zA-Z]", text)
     small = re.findall("[а-яё]", text)
     mixed = re.search("[a-zA-Z][а-яё]|[а-яё][a-zA-Z]", text)
@@ -190,7 +195,8 @@ def _joined(value: object) -> str | None:
 
 
 def photo_key(file: str, level: Path) -> str:
-    """A photo's path relative to the folder of the table, from what a table of Windows or of another place calls it."""
+    """A photo's path relative to the folder of the table, also from a Windows path or an absolute path of another
+    machine."""
     parts = file.replace("\\", "/").removeprefix("./").split("/")
     is_absolute = len(parts) > 1 and (not parts[0] or parts[0].endswith(":"))
     if not is_absolute:

@@ -13,7 +13,7 @@ from lorakit.config.sample_prompts import parse_all
 from lorakit.core import foreign_json, prompt_syntax
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
-from lorakit.core.names import shorten
+from lorakit.core.names import DETERMINERS, shorten
 from lorakit.data import concepts
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # Words that begin with a vowel sound, or with a consonant sound, against their first letter.
 VOWEL_SOUNDS = ("hour", "honest", "honor", "honour", "heir")
 CONSONANT_SOUNDS = ("uni", "use", "usu", "util", "uku", "ura", "eu", "one", "once", "ewe")
-DETERMINERS = ("a", "an", "the", "my", "your", "his", "her", "our", "their", "this", "that", "some")
 
 
 def article(noun: str) -> str:
@@ -115,7 +114,8 @@ def sample_prompts_of_all(configs: Sequence[DataConfig]) -> list[str]:
 
 
 def class_photo_text(photo: Photo, config: DataConfig) -> str:
-    """The text of one of the user's own class images: its caption, else what "1_man/" says, else the class prompt."""
+    """The text of a class image of the user: its caption, else the class in the name of its folder ("1_man/"), else the
+    class prompt."""
     if photo.caption:
         return photo.caption
     return (
@@ -160,7 +160,8 @@ def final_text(caption: str | None, config: DataConfig) -> str:
 
 
 def captions_of(photo: Photo, config: DataConfig) -> list[str]:
-    """The captions of a photo: that of its file, each line of it, or its name; none without."""
+    """The captions of a photo: the text of its caption file, each line of it, or the photo's name; empty without
+    any."""
     if config.caption_lines and photo.caption_lines:
         return list(photo.caption_lines)
     name = " ".join(re.sub(r"[\W\d_]+", " ", photo.path.stem).split()) if config.caption_from_name else ""
@@ -187,7 +188,7 @@ def loose_braces(photo: Photo, config: DataConfig) -> str:
 
 
 def own_text(photo: Photo, config: DataConfig) -> str:
-    """The first text of a photo: what it is examined with."""
+    """The first text of a photo, which the validation uses."""
     return _without_marks(photo_texts(photo, config)[0], config)
 
 
@@ -274,7 +275,7 @@ def mentions_sides(text: str) -> bool:
 
 
 def max_chunks(config: DataConfig, chunked: bool = True) -> int:
-    """The number of chunks of a text encoder that are read of a text at most; 1 where a base reads no more."""
+    """The largest number of chunks of a text that are read; 1 for a base that reads no more."""
     return (config.max_tokens or MAX_TOKENS) // CHUNK if chunked else 1
 
 
@@ -304,7 +305,7 @@ class TokenCounter:
         self._tokenizer = _load_tokenizer(folder)
 
     def rank(self, word: str) -> int | None:
-        """Place of a word in a large vocabulary, the most common first; None where no single token stands for it."""
+        """Rank of a word in a large vocabulary, the most common first; None if the word is not a single token."""
         ids = self._tokenizer.encode(word, add_special_tokens=False).ids
         return ids[0] if len(ids) == 1 and self._tokenizer.get_vocab_size() > LARGE_VOCABULARY else None
 

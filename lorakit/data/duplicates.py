@@ -35,9 +35,9 @@ def fingerprint(image: Image.Image) -> tuple[Hashes, Colours]:
 def first_matches(hashes: Hashes, colours: Colours) -> dict[int, int]:
     """Number of a photo -> the first photo before it that looks the same.
 
-    Two thumbnails differ on average by at least the difference of their averages. So only photos of about the same
-    brightness are compared, which lie side by side once sorted by it; then their hashes, then the averages of 4 x 4
-    parts, and every colour only where these agree.
+    Two thumbnails differ on average by at least the difference of their averages. So photos are sorted by brightness,
+    and only neighbours of about the same brightness are compared: first their hashes, then the averages of 4 x 4 parts.
+    Where these agree, all colours are compared.
 
     Args:
         hashes: `[n, 256]`.
@@ -74,7 +74,7 @@ def first_matches(hashes: Hashes, colours: Colours) -> dict[int, int]:
 
 
 def some_lines(lines: list[str], limit: int = 5) -> list[str]:
-    """The first `limit` lines; where there are more, the last says how many, so that they bury nothing else."""
+    """The first `limit` lines, and a last line with the number of the others."""
     if len(lines) <= limit + 1:
         return lines
     last = lines[-1]

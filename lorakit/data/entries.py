@@ -1,4 +1,4 @@
-"""The usable files of a folder of photos. Links that leave it are not followed; what is left out is reported."""
+"""The usable files of a folder of photos. Links that leave it are not followed; ignored files are reported."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ class Masks:
 def find(photos: list[Photo], root: Path) -> Masks:
     """The masks among the pictures of `root` and its subfolders, and in a folder of masks below a subfolder.
 
-    A picture is a mask if its name is that of a photo with a mark of `MARKS`, or if it has the name of a photo and is
-    in a folder of `FOLDERS` below or beside the folder of the photo.
+    A picture is a mask in two cases. Its name is that of a photo with a mark of `MARKS`. Or it has the name of a photo
+    and is in a folder of `FOLDERS`, below or beside the folder of the photo.
     """
     masks = Masks()
     levels: dict[Path, list[Path]] = {}

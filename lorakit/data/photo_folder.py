@@ -142,8 +142,7 @@ def scan(
 
 
 def excluded(photos: Iterable[Photo], exclude: Sequence[str]) -> set[str]:
-    """The photos that `data.exclude` leaves out: those that it names, by their paths in the folder, and those that fit
-    what names none."""
+    """The photos that `data.exclude` leaves out. An entry is a path in the folder; one that is no path is a pattern."""
     names = {photo.relative for photo in photos}
     return {n for name in exclude for n in ([name] if name in names else fnmatch.filter(names, name))}
 
@@ -195,7 +194,7 @@ def _edit(result: Folder, edits: Mapping[str, str]) -> None:
 
 
 def versions(photos: Sequence[Photo]) -> dict[str, list[int]]:
-    """Size and time of change of each photo by its relative path: whether it is still what a run was trained on."""
+    """Size and modification time of each photo by its relative path. They show whether it changed since a run."""
     statuses = {photo.relative: photo.path.stat() for photo in photos}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()}
 

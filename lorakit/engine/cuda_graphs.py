@@ -73,10 +73,10 @@ class CudaCapturer:
         if not self._graphs:
             # Torch refuses a pool whose graphs have all gone, as long as a tensor of it lives.
             self._pool = torch.cuda.graph_pool_handle()
-        # What an earlier pass left cached belongs to another stream: this one would allocate all of it once more.
+        # Memory that an earlier pass cached belongs to another stream; this stream would allocate all of it again.
         torch.cuda.empty_cache()
         # Run once on the capture stream before: kernels cannot be chosen nor workspaces allocated during the capture.
-        # What waits for the device is noticed here, where it does no harm.
+        # An operation that waits for the device fails here, where it does no harm.
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _waiting_is_an_error():
             compute()

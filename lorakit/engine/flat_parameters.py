@@ -47,7 +47,7 @@ def flatten(
     flats = [FlatParameters(name, each, block_size) for name, each in groups]
     layers = [layer for module in target.modules().values() for layer in module.modules()]
     for layer in layers:
-        # Layers with rates of their own lie in different tensors, and are computed one by one.
+        # Layers with different rates lie in different tensors, and are computed one by one.
         if isinstance(layer, fused_blocks.FusedAttention) and layer.fused_qkv is not None:
             layer.fused_qkv = layer.fused_qkv if layer.fused_qkv.refresh() else None
     adapter.scaled_gradients = True  # `half_precision_pass` divides all at once
@@ -104,8 +104,10 @@ class FlatParameters:
         return math.ceil(shape.numel() / self.block_size)
 
     def ensure_views(self) -> bool:
-        """Make the parameters views again, with their current values; return whether they were. Moving a module to
-        another device and back gives its parameters memory of their own."""
+        """Make the parameters views again, with their current values; return whether they were already.
+
+        A module that is moved to another device and back gets new memory for its parameters.
+        """
         first, memory = self.parameters[0], self.weights.untyped_storage()
         if first.untyped_storage() is memory and first.grad is self._gradients[0]:
             return True

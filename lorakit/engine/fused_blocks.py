@@ -1,9 +1,10 @@
 """A UNet's attention and resnet blocks in fewer operations, for training.
 
 At batch 1 a GPU waits for the host to issue operations, so their number sets the time of a step. `optimize_blocks`
-omits those that change nothing (a division by 1 after each block, an inspection of the processor's signature on each
-call) and fuses layers that read the same input into one product: q, k and v of self-attention, k and v of
-cross-attention. Their weights and factors become slices of shared tensors; layers, parameters and names stay the same.
+omits operations that change nothing, such as a division by 1 after each block and an inspection of the processor's
+signature on each call. It fuses layers that read the same input into one product: q, k and v of self-attention, k and v
+of cross-attention. Their weights and factors become slices of shared tensors; layers, parameters and names stay the
+same.
 """
 
 from __future__ import annotations

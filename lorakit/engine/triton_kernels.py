@@ -74,8 +74,10 @@ def norm_backward(
 
 
 def _tiles(x: torch.Tensor, limit: int = 8) -> tuple[tuple[int, int], dict[str, int]]:
-    """A program for each picture and some of its places (rows of channels), and what it must know of them: it holds
-    `ROWS` at once, `TILES` times; more than once where `PROGRAMS` are left for a picture, at most `limit` times.
+    """The grid of programs and its constants: a program for each picture and some of its places (rows of channels).
+
+    A program holds `ROWS` places at once and does so `TILES` times. `TILES` is above 1 where `PROGRAMS` would be
+    exceeded, and at most `limit`.
     """
     batch, channels, height, width = x.shape
     places, wide = height * width, triton.next_power_of_2(channels)
@@ -239,8 +241,10 @@ def _finish_moments(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of a group, from its channels' means and squares over equal numbers of places
-    (Chan, Golub, LeVeque 1979); the first mean is taken off, so that squares keep their digits."""
+    """Mean and 1 / standard deviation of a group, from its channels' means and squares over equal numbers of places.
+
+    The formula is of Chan, Golub and LeVeque 1979. The first mean is subtracted, so that squares keep their digits.
+    """
     batch, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0).to(tl.int64) % groups
     per_group = channels // groups
     first = batch * PROGRAMS * channels + group * per_group

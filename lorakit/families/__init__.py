@@ -82,10 +82,10 @@ class Family(Protocol):
         encoder that can be trained; what one that cannot makes of them."""
 
     def chunks(self, texts: Sequence[str | Prompt]) -> int:
-        """The number of chunks that the longest of the texts takes; 1 where the family reads no more of a text."""
+        """The number of chunks of the longest text; 1 if the family reads only one."""
 
     def reserve(self, word: str, places: int) -> None:
-        """Count a word with as many tokens as vectors are learned for it; none for no word."""
+        """Reserve as many tokens for a word as vectors are learned for it; 0 for no word."""
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """`encode_text` of texts in that form, which the host does not look at; autograd does, if asked."""
@@ -167,8 +167,8 @@ def load_as_configured(info: BaseInfo, config: Config) -> tuple[Family, list[str
 def from_pipeline(
     pipeline: DiffusionPipeline, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Family:
-    """A pipeline of diffusers that is in memory, as a base; it stays as it is. Both share their weights where device
-    and dtype, by default the pipeline's own, are the same.
+    """A pipeline of diffusers in memory, as a base. The pipeline does not change. Both share their weights if device
+    and dtype are the same, as they are by default.
 
     Raises:
         LorakitError: it is of no family, or its weights are not plain tensors.

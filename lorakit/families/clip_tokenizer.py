@@ -1,4 +1,4 @@
-"""The tokenizer of a base in a single file, which has none in it: CLIP's, from the nearest place that has it. No torch.
+"""CLIP's tokenizer for a base in a single file, which has none. It comes from the nearest place that has it. No torch.
 
 All Stable Diffusion models read texts with the vocabulary of CLIP ViT-L/14; the word that fills texts up is each text
 encoder's own (see `loading.load_tokenizer`). Places, in order: what `model.tokenizer` names, beside the file, Hugging
@@ -56,7 +56,7 @@ ARCHIVE = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def find(setting: str, file: Path, words: int) -> tuple[Path | None, str]:
-    """The folder of the tokenizer for a base in one file, or None where only the hub has it; and where it is from.
+    """The folder of the tokenizer for a base in one file, or None if only the hub has it; and its origin in words.
 
     Args:
         setting: `model.tokenizer`.

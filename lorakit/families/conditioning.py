@@ -1,4 +1,5 @@
-"""What the denoiser is given of the texts: named row tensors that can be indexed, joined and moved."""
+"""The denoiser's inputs from the texts: named tensors with a row for each text, which can be indexed, joined and
+moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a base model is, read from its configuration and its files' headers; nothing is asked, torch is not needed."""
+"""Describe a base model from its configuration and the headers of its files. No torch, no questions to the user."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def unsuited(info: BaseInfo, config: Config) -> list[str]:
 
 
 def pin(model: ModelConfig) -> ModelConfig:
-    """The same section, a hub id in it with the commit that it stands for now, so that a run resumes on what it began.
+    """The same section, with the current commit of a hub id, so that a run resumes with the same base.
 
     Raises:
         LorakitError: as `describe`, where a hub id cannot be found.
@@ -416,7 +416,7 @@ def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Ite
 
 
 def _index(path: Path) -> dict[str, Any]:
-    """The folder's model_index.json, or what is there instead."""
+    """The content of the folder's model_index.json. A folder without one is refused, by its kind or its files."""
     if not path.is_dir():
         raise LorakitError(hub.absence(str(path)))
     if not (path / "model_index.json").is_file():

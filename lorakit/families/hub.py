@@ -75,7 +75,7 @@ class Checks(NamedTuple):
 
 
 def parse(base: str) -> HubId | None:
-    """The hub id that a base is, or None: a path whose first folder is there, and a file's name, are none."""
+    """The hub id in `model.base`, or None. A path whose first folder exists, and a file name, are no hub ids."""
     if link := _LINK.fullmatch(unquote(base)):
         name, revision, file = link.groups()
         name = name.removesuffix(".git")
@@ -89,7 +89,7 @@ def parse(base: str) -> HubId | None:
 
 
 def absence(base: str) -> Message:
-    """What is said of a base that is nowhere, with what may have been meant by it."""
+    """The error text for a base that does not exist, with a guess at what was meant."""
     match = _LIKE.fullmatch(base)
     if match and not re.search(r"\.(safetensors|ckpt|gguf)$", base, re.I):
         return Message(
@@ -171,7 +171,7 @@ def _repository(hub_id: HubId) -> Path:
 
 
 def find_vae(hub_id: HubId) -> tuple[Path, str]:
-    """The autoencoder of a repository in the cache, and the commit that it is of; fetched where the cache lacks it.
+    """The autoencoder of a repository and its commit, from the cache or else from the hub.
 
     Raises:
         LorakitError: as `find`, or there is no autoencoder in it.

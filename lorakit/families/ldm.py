@@ -1,4 +1,4 @@
-"""Whole models in one file, as LDM, SGM and their successors lay them out: what each tensor is called there and in
+"""Whole models in one file in the layout of LDM, SGM and their successors: the names of each tensor there and in
 diffusers.
 
 A version's `FileLayout` has its names; this module reads and writes files by them. Names serve both directions. Blocks
@@ -77,7 +77,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model was trained to predict, and how that was told: in words, and whether for certain."""
+    """What a model was trained to predict, the evidence in words, and whether it is certain."""
 
     type: str
     zero_snr: bool

@@ -1,4 +1,4 @@
-"""What all loaded families have in common; a family's model.py adds what is its own."""
+"""The shared part of all loaded families. The model.py of each family adds the rest."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.core import prompt_syntax
+from lorakit.core.errors import LorakitError
 from lorakit.families import loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     from lorakit.core.prompt_syntax import Prompt
+    from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
     from lorakit.families.describe import BaseInfo
+
+
+DAMAGED = "the base holds NaN or infinity in {name}: it is damaged; get the base again"
 
 
 class LoadedFamily:
@@ -108,3 +113,13 @@ class LoadedFamily:
 
     def _parts(self) -> dict[str, list[Any]]:
         return loading.by_name(self.denoiser, self.vae, self.text_encoders)
+
+
+def require_finite(family: Family) -> None:
+    """Raise LorakitError for a base with NaN or infinity in it, before class images are drawn and hours are lost."""
+    for part, module in family.modules().items():
+        for name, weight in module.named_parameters():
+            is_plain = type(weight.data) is torch.Tensor and weight.is_floating_point()
+            if is_plain and not bool(torch.isfinite(weight.detach()).all()):
+                place = f"{part}.{name}"
+                raise LorakitError(DAMAGED, place)

@@ -82,8 +82,10 @@ def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) ->
 
 
 def share(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module once more, frozen and in eval mode, around the same weights, where they are; of another dtype, around
-    a copy of them. What is done to its layers, and where it is moved to, is no matter of the first one."""
+    """A copy of the module, frozen and in eval mode, that shares its weights; for another dtype it has copies of them.
+
+    Changes to the layers of the copy, and moves to another device, do not reach the original.
+    """
     full = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     weights: dict[int, torch.Tensor] = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -119,18 +121,18 @@ def load_unet(
     storage: str = "full",
     stream: bool = False,
 ) -> Any:
-    """The denoiser, its weights kept in full, or as `lorakit.engine.quantized_weight` keeps them."""
+    """The denoiser, with full weights or quantized by `lorakit.engine.quantized_weight`."""
     unet = load_module(info, "unet", getattr(diffusers, info.spec.denoiser_class), dtype)
     if storage == "full" and not stream:
         return unet
-    # Each weight goes to the device by itself and is made small there: the whole UNet is never on it.
+    # Each weight is quantized on the device one by one, so the whole UNet is never there.
     quantized_weight.store_layers(unet, storage, device, offload=stream)
     return unet.to(HOST)
 
 
 def load_vae(info: BaseInfo) -> AutoencoderKL:
-    """The autoencoder in float32: in half precision, SDXL's overflows. Whatever it is given to decode is cast to that,
-    so that a pipeline in half precision can draw with it."""
+    """The autoencoder in float32, because SDXL's overflows in half precision. It casts its input, so that a pipeline in
+    half precision can use it."""
     vae = load_module(info, "vae", AutoencoderKL, torch.float32)
     first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
     first.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
@@ -138,8 +140,8 @@ def load_vae(info: BaseInfo) -> AutoencoderKL:
 
 
 def mask_everything(unet: Any, vae: AutoencoderKL) -> None:
-    """Let an inpainting UNet be given latents alone, in training and in pipelines that draw from text: the rest of its
-    input is then that of a picture of which everything is masked. Other UNets are left as they are.
+    """Make an inpainting UNet accept only latents, in training and in text-to-image pipelines. The rest of its input is
+    that of a fully masked picture. Other UNets do not change.
 
     The rest is the mask, and the latents of the picture with what is masked made grey (Rombach et al. 2022, arXiv
     2112.10752; diffusers' StableDiffusionInpaintPipeline): with everything masked, the same for every photo. A quarter
@@ -217,7 +219,7 @@ class TokenIds:
         self._ids: dict[tuple[str | Prompt, int], torch.Tensor] = {}
 
     def reserve(self, word: str, places: int) -> None:
-        """Let a word take so many places of a chunk, as many as vectors are learned for it; none for no word."""
+        """Reserve as many places of a chunk for a word as vectors are learned for it; 0 for no word."""
         self._word = self.tokenizer(word, add_special_tokens=False).input_ids if places else []
         self._places = max(places, len(self._word))
         self._ids.clear()
@@ -336,7 +338,7 @@ def gradient_scale(dtype: torch.dtype) -> float:
 
 
 def widen(prediction: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """The UNet's output in float32; its gradient is multiplied by `scale` before it is rounded to the UNet's dtype."""
+    """The UNet's output in float32. Its gradient is multiplied by `scale` and then rounded to the UNet's dtype."""
     prediction = prediction.float()
     if prediction.requires_grad and (isinstance(scale, torch.Tensor) or scale != 1):
         prediction.register_hook(lambda gradient: gradient * scale)

@@ -52,7 +52,7 @@ class Prediction(ABC):
     def to_x0_noise(
         self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The picture and the noise that a prediction takes `noisy` to be made of: `add_noise` and `target` undone."""
+        """The picture and the noise that a prediction implies for `noisy`: the inverse of `add_noise` and `target`."""
 
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a family of base models is, as data: one `FamilySpec` for each, in `families/<name>/spec.py`. No torch here.
+"""The facts of a family of base models as data: one `FamilySpec` in each `families/<name>/spec.py`. No torch.
 
 `registry.FAMILIES` names the specs; how a base is recognised, which layers are adapted, what files are called and what
 memory a run takes follow from them.
@@ -176,7 +176,7 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """Bases whose adapters fit each other: a family, or a part of it that differs in width alone.
+    """Bases with interchangeable adapters: a family, or the part of it that has one width.
 
     Attributes:
         name: what adapters for it are called: "sd1".
@@ -278,7 +278,7 @@ class FamilySpec:
         return clip_skip or own or 0
 
     def version(self, cross_dim: int | None) -> ModelVersion:
-        """The version whose text is so wide; the first where none is."""
+        """The version with this width of the text; the first if there is none."""
         return next((version for version in self.versions if version.cross_dim == cross_dim), self.versions[0])
 
     def trainable_encoders(self) -> tuple[str, ...]:

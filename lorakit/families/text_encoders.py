@@ -66,7 +66,7 @@ class Encoder(NamedTuple):
 
 
 def find(option: str, base: Path, checkpoint: ldm.Checkpoint, checks: hub.Checks, *, t5: bool) -> dict[str, Encoder]:
-    """The text encoders that a base lacks, by component. T5 is left out where there is none.
+    """The text encoders that a base lacks, by component. A missing T5 is allowed.
 
     Args:
         option: `model.text_encoders`.

@@ -1,10 +1,10 @@
 """The autoencoder on pictures that do not fit on the device: strip by strip, with the result of the whole picture.
 
-A convolution sees its neighbours only, so a strip of rows with a margin is enough for it; group norm wants mean and
-variance of the whole picture, which are added up in their own pass; attention, at an eighth of the size, gets the
-whole picture and some of the queries at a time. What lies between two layers waits on the host: the device holds one
-strip and the small middle, an eighth of what the whole picture takes. Tiles that are encoded apart and blended have
-other norms, and so other latents, than the picture; these have not.
+A convolution reads neighbours only, so it needs a strip of rows with a margin. Group norm needs mean and variance of
+the whole picture, which a separate pass adds up. Attention, at an eighth of the size, gets the whole picture and some
+of the queries at a time. Activations between two layers are kept on the host. The device holds one strip and the small
+middle, an eighth of what the whole picture takes. Tiles that are encoded separately and blended have other norms, and
+so other latents, than the whole picture. Strips have the same.
 """
 
 from __future__ import annotations

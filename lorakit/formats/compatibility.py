@@ -1,7 +1,7 @@
-"""What each program makes of an adapter file: a report of what it reads, drops or misreads.
+"""Predict which modules of an adapter file each program reads, drops or misreads.
 
-The rules are data: those of names in the families' `Reads`, written as patterns of their own and not made from
-lorakit's key tables, so that a mistake there is seen here; all others in `facts.consumers`.
+The rules are data. Rules of names are in the families' `Reads`. They are patterns that do not come from lorakit's key
+tables, so that a mistake in those shows here. All other rules are in `facts.consumers`.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _has_reader(consumer: Consumer, module: Module, own_kinds: Collection[str]) 
 
 
 def traits(module: Module, shapes: Shapes, family: str, alphas: Mapping[str, float]) -> list[str]:
-    """What programs treat in a way of their own: the module's method, and what is peculiar to it."""
+    """Properties of a module that programs treat differently: its method, and unusual shapes or values."""
     parts = module.parts
     there = {part: shapes[name] for part, name in parts.items()}
     alpha = alphas.get(parts.get("alpha", ""), 0.0)

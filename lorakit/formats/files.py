@@ -36,9 +36,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
 def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """The file's bytes: sorted metadata, with `sshs_model_hash` and `sshs_legacy_hash` added.
 
-    sshs_model_hash is the SHA-256 of everything after the header, in ModelSpec's files modelspec.hash_sha256 too;
-    sshs_legacy_hash the first 8 hex digits of the SHA-256 of bytes 0x100000 to 0x110000 of the file as it is with its
-    `ss_*` metadata alone (sd-scripts library/train_util.py, precalculate_safetensors_hashes).
+    sshs_model_hash is the SHA-256 of everything after the header; ModelSpec's files have it as modelspec.hash_sha256
+    too. sshs_legacy_hash is the first 8 hex digits of another SHA-256: of bytes 0x100000 to 0x110000 of the file with
+    only its `ss_*` metadata (sd-scripts library/train_util.py, precalculate_safetensors_hashes).
     """
     first = serialise(dict(tensors), {name: text for name, text in metadata.items() if name.startswith("ss_")} or None)
     length = struct.unpack("<Q", first[:8])[0]
@@ -61,7 +61,7 @@ class Unwritable(LorakitError):
 
 
 def write_bytes(path: Path, raw: bytes) -> None:
-    """Write `raw` to `path`, whole or not at all, making its folder where it is not there.
+    """Write `raw` to `path` atomically. The folder is created if needed.
 
     Raises:
         LorakitError: too little space, or the folder cannot be written.

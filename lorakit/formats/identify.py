@@ -1,4 +1,4 @@
-"""What an adapter file is, told from its tensors' names, shapes and metadata; no torch.
+"""Identify an adapter file by the names and shapes of its tensors and its metadata. No torch.
 
 `modules` takes an adapter's tensor names apart in every spelling that is about.
 """
@@ -257,8 +257,8 @@ def peft_parts(path: Path) -> dict[str, Path]:
 
 
 def adapter_file(path: Path) -> Path:
-    """The one `.safetensors` file of a folder that has one, such as a run's; else the path itself: a file, a PEFT
-    folder, or a folder of no file or several."""
+    """The only `.safetensors` file of a folder, such as a run folder; else the path itself. That is a file, a PEFT
+    folder, or a folder with no such file or several."""
     if not path.is_dir() or peft_parts(path) or (path / PEFT_CONFIG).is_file():
         return path
     files = sorted(path.glob("*.safetensors"))
@@ -432,7 +432,7 @@ def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] 
 
 
 def only_base(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str], family: str) -> str:
-    """The one base that an adapter fits, in words, where its layers are not as wide as its family's; else ""."""
+    """The only base that an adapter fits, in words, if its layers have other widths than its family's; else ""."""
     version, ends = registry.version_of(family), ("attn2.to_k", "attn2.to_v")
     read = (inputs(module, shapes) for module in by_stem.values() if (module.canonical or "").endswith(ends))
     widths = {width for width in read if width is not None}
@@ -452,7 +452,7 @@ def cross_dims() -> dict[int, str]:
 
 
 def base_family(shapes: Shapes) -> str | None:
-    """The family of a checkpoint or a UNet, from the width of the text it attends to; None where that is not there."""
+    """The family of a checkpoint or a UNet, by the width of the text it attends to; None if that is missing."""
     for name, shape in shapes.items():
         if name.endswith("attn2.to_k.weight"):
             return cross_dims().get(shape[1])

@@ -1,4 +1,5 @@
-"""What a file is: adapter or base, for what, how it was made, and what each program will read of it. No torch."""
+"""Inspect a file: whether it is an adapter or a base, for which model, how it was made, and what each program reads of
+it. No torch."""
 
 from __future__ import annotations
 
@@ -156,7 +157,7 @@ class Report:
 
 
 def inspect(path: Path) -> Report:
-    """Say what a `.safetensors` file, a PEFT folder or a base folder in diffusers layout is.
+    """Identify a `.safetensors` file, a PEFT folder or a base folder in diffusers layout.
 
     Raises:
         LorakitError: nothing there, another kind of file (named for what it is), or a damaged one.

@@ -243,7 +243,7 @@ def _from_denoiser(text: str) -> str | None:
 
 
 def to_diffusers_name(name: str, family: str) -> str:
-    """A canonical name, or a component alone, as diffusers and PEFT have it."""
+    """The name of a layer, or of a component, in diffusers and PEFT."""
     part, dot, path = name.partition(".")
     return (registry.family_of(family).denoiser if part == "unet" else part) + dot + path
 

@@ -1,4 +1,4 @@
-"""The parameterizations of adapter files: what makes a layer of a module's tensors, by LyCORIS' names for them.
+"""The parameterizations of adapter files: functions that make a layer from a module's tensors, under LyCORIS' names.
 
 Tucker keeps a small kernel `t` `[i, j, kh, kw]` between two matrices, `sum_ij t_ij.. a_ip b_jr` (LyCORIS
 functional/general.py, `rebuild_tucker`). Put into the second matrix it is the plain form, of the same rank.
@@ -27,7 +27,7 @@ _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) -> LohaLayer | LokrLayer:
-    """A layer of method "loha" or "lokr"; its alpha is still to be set.
+    """A layer of method "loha" or "lokr". The caller sets its alpha.
 
     Raises:
         LorakitError: a factor is missing, or they do not fit together.

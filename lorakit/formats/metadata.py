@@ -67,7 +67,7 @@ _PRIVATE = {"data": ("instance_prompt", "class_prompt"), "sample": ("prompts", "
 
 
 class Base(Protocol):
-    """What must be known of the base model; `families.BaseInfo` has it."""
+    """The needed facts of the base model; `families.BaseInfo` has them."""
 
     @property
     def family(self) -> str: ...
@@ -152,7 +152,7 @@ def rank_stabilized(method: str) -> bool:
 
 
 def of_weights(weights: AdapterWeights) -> dict[str, str]:
-    """What follows from the weights alone."""
+    """The metadata that follow from the weights."""
     from lorakit.formats import adapter_math  # needs torch; the rest of this page does not
 
     tags = registry.version_of(weights.family).tags
@@ -205,7 +205,8 @@ def _of_words(weights: AdapterWeights) -> dict[str, str]:
 
 
 def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The header of a file: what follows from the weights, and of `metadata` what is `harmless` and fits them."""
+    """The header of a file: metadata from the weights, and those of `metadata` that are `harmless` and fit the
+    weights."""
     extra, version = harmless(metadata), registry.version_of(weights.family)
     for key, begins in zip(("ss_base_model_version", "modelspec.architecture"), version.tag_prefixes, strict=True):
         if not extra.get(key, "").startswith(begins):
@@ -214,7 +215,7 @@ def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, 
 
 
 def harmless(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What may be written into a file that is made of another: settings of the training, words, author, license.
+    """The metadata that a derived file may keep: options of the training, words, author, license.
 
     Hashes, folders of photos, paths, and what follows from the weights stay behind.
     """
@@ -231,7 +232,7 @@ def harmless(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def shared(several: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What is true of several adapters in one: what they agree in, and the authors, licenses and tags of all."""
+    """Metadata of several adapters joined to one: the values they share, and the authors, licenses and tags of all."""
     tables = [harmless(metadata) for metadata in several]
     result = {key: value for key, value in tables[0].items() if all(table.get(key) == value for table in tables)}
     for key in _JOINED:
@@ -274,7 +275,7 @@ PREVIEWS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """What the person or a program wrote into the `.json` beside an adapter; {} where none can be read."""
+    """The content of the `.json` beside an adapter; {} if none can be read."""
     try:
         return foreign_json.loads_table(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -282,7 +283,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def sidecar(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `<name>.json` beside the adapter says: A1111 and InvokeAI take trigger words and weight from there."""
+    """The content of `<name>.json` beside the adapter. A1111 and InvokeAI read trigger words and weight from it."""
     label = registry.version_of(family(metadata) or next(iter(registry.versions()))).tags.label
     return {
         "activation text": metadata.get("modelspec.trigger_phrase", ""),

@@ -1,9 +1,9 @@
 """A folder that PEFT's `PeftModel.from_pretrained` opens: one subfolder per component, `unet/`, `text_encoder/`, ...
 
 Each holds `adapter_config.json` and `adapter_model.safetensors`. PEFT matches tensors to module paths by name, and
-transformers 5.6 took `text_model.` out of the first text encoder's paths, so that encoder's tensors (small, beside the
-UNet's) are there under both names: PEFT takes the one that it knows and passes over the other. `target_modules` match
-with and without.
+transformers 5.6 removed `text_model.` from the first text encoder's paths. So the tensors of that encoder, which are
+small, are written under both names. PEFT takes the name that it knows and ignores the other. `target_modules` match
+both.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, dict[str, torch.Te
 
 
 def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
-    """Write the folder `path`, whole or not at all; returns the files in it. An older PEFT folder there is replaced.
+    """Write the folder `path` atomically and return its files. An older PEFT folder there is replaced.
 
     Raises:
         LorakitError: see `tensors`; `path` is something else than a PEFT folder; too little space.
@@ -90,7 +90,7 @@ def magnitude_vector(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:
-    """Put the folder `new` at `path`, what was there at `old`; where that fails, what was there is there again."""
+    """Move `path` to `old` and the folder `new` to `path`. If that fails, `path` is restored."""
     from lorakit.formats import files
 
     try:

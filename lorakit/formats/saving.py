@@ -26,7 +26,7 @@ def destination(folder: Path, name: str, fmt: str) -> Path:
 
 
 def occupied(folder: Path, name: str, fmt: str) -> list[Path]:
-    """What is there already of all that `save` may write for one format, side files too."""
+    """The existing files among those that `save` may write for one format, side files too."""
     path = destination(folder, name, fmt)
     mine = [path]
     if FORMATS[fmt].write_side_files is not None:
@@ -98,8 +98,8 @@ def save(
 
 
 def take_along(source: Path, path: Path, fmt: str) -> None:
-    """Take what lies beside the adapter `source` along to a file that was made of it: its preview, and what the person
-    wrote into its `.json`. A picture that is there already stays.
+    """Copy the side files of the adapter `source` to a derived file: the preview, and the user's values in the `.json`.
+    A picture that exists already stays.
     """
     if FORMATS[fmt].write_side_files is None or source.is_dir():
         return

@@ -90,7 +90,7 @@ MERGE_ONLY = ("IA3 with biases", "OFTv2", "PEFT's older OFT", "PEFT's BOFT")
 
 
 def merge_only(method: str) -> str | None:
-    """Why no format can carry what PEFT alone reads, or None."""
+    """Why no format can carry layers that only PEFT reads, or None."""
     title = {"IA3 with biases": "PEFT's (IA)^3 on layers with a bias"}.get(method, method)
     return (
         Message("{title} has no place in another file: merge it into a base", title) if method in MERGE_ONLY else None
@@ -98,7 +98,7 @@ def merge_only(method: str) -> str | None:
 
 
 def kohya_only(method: str, fmt: str) -> str | None:
-    """Why the format `fmt`, which is not kohya's, cannot carry what some other programs write, or None."""
+    """Why the format `fmt`, which is not kohya's, cannot carry some layers of other programs, or None."""
     if refusal := merge_only(method):
         return refusal
     what = method if method in registry.own_kinds() else _KOHYA_ONLY.get(method)

@@ -25,7 +25,7 @@ NO_EFFECT = 1e-7  # of the base's output
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with an exported file: where (a layer, a tensor or a component), and what."""
+    """A fault of an exported file: its place (a layer, a tensor or a component), and the problem."""
 
     where: str
     problem: str
@@ -134,7 +134,7 @@ def _tensor_findings(
 
 
 def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | None:
-    """What is wrong with a layer from a file, or None; `tolerance` is relative to the norm of the trained delta W."""
+    """The problem of a layer from a file, or None. `tolerance` is relative to the norm of the trained delta W."""
     if isinstance(trained, ForeignLayer):
         return _parts_difference(trained.parts, copy.factors(), tolerance)
     shapes = [_shape(layer) for layer in (trained, copy)]

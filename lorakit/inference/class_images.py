@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from lorakit.core import image_grid
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
-from lorakit.families.facts.distilled import complete
+from lorakit.families.facts.distilled import Sampling, complete
 from lorakit.inference.sampling import Part, draw_part, sampling_pipeline
 
 if TYPE_CHECKING:
@@ -40,31 +40,29 @@ LARGEST_BATCH = 8
 DENOISING_STEPS = 20
 
 
-def class_images(
-    family: Family,
-    prompt: str,
-    text: Mapping[str, Any],
-    count: int,
-    sample: SampleConfig,
-    side: int,
-    seed: int,
-    *,
-    events: Events,
-    map_batches: Map = map,
-) -> list[Image.Image]:
-    """Pictures of the class by the base, drawn once and kept in the user's cache; the caller switches adapters off.
+@dataclass(frozen=True)
+class CachedImages:
+    """The class images of one prompt: their files in the user's cache, and which of these are to be drawn.
 
-    The n-th depends on (seed, n) and on what names the folder: base, prompt, size, steps, guidance, negative prompt.
-    Whatever is missing is drawn, whether that is all, what an interruption left or what a higher `count` asks for.
-
-    Args:
+    Attributes:
         text: what `embed` makes of the prompt.
-        events: told what is drawn, and of each picture that is there.
-        map_batches: calls `sampling.draw_part` of each batch.
-
-    Raises:
-        LorakitError: the cache cannot be written.
+        recipe: all that the pictures depend on; its hash names the folder.
+        missing: numbers of the files that are not there, or damaged.
+        damaged: how many are there and damaged.
     """
+
+    text: Mapping[str, Any]
+    sampling: Sampling
+    recipe: Mapping[str, Any]
+    files: list[Path]
+    missing: list[int]
+    damaged: int
+
+
+def find(
+    family: Family, prompt: str, text: Mapping[str, Any], count: int, sample: SampleConfig, side: int, seed: int
+) -> CachedImages:
+    """Look up `count` class images of a prompt in the cache; the n-th depends on (seed, n) and on the recipe."""
     sampling = complete(sample, family.info)
     sampling = replace(sampling, steps=min(sampling.steps, DENOISING_STEPS))
     _, sampler = sampling_pipeline(family, sampling.steps)
@@ -73,32 +71,49 @@ def class_images(
     place = cache_dir() / "class-images" / key
     files = [place / f"{number:05d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not _is_complete(file)]
-    damaged = sum(files[number].exists() for number in missing)
-    suffix = Message("; {count} in the cache were damaged and are drawn again", damaged) if damaged else ""
-    cached = count - len(missing)
-    events.say(
-        Message(
-            "class images: {cached} of {count} in the cache, {missing} to draw ({prompt!r}){suffix}",
-            *(cached, count, len(missing), prompt, suffix),
-        )
+    return CachedImages(text, sampling, recipe, files, missing, sum(files[number].exists() for number in missing))
+
+
+def summary(groups: Sequence[CachedImages]) -> str:
+    """How many class images are in the cache and how many are to be drawn, of all prompts together."""
+    total, missing, damaged = (
+        sum(numbers)
+        for numbers in zip(*((len(group.files), len(group.missing), group.damaged) for group in groups), strict=True)
     )
-    events.advance(cached)
+    suffix = Message("; {count} in the cache were damaged and are drawn again", damaged) if damaged else ""
+    text = "class images: {cached} of {count} in the cache, {missing} to draw{suffix}"
+    return Message(text, total - missing, total, missing, suffix)
+
+
+def draw(family: Family, group: CachedImages, *, events: Events, map_batches: Map = map) -> list[Image.Image]:
+    """All class images of a prompt, drawn by the base where they are missing; the caller switches adapters off.
+
+    Args:
+        events: counts each picture that is there.
+        map_batches: calls `sampling.draw_part` of each batch.
+
+    Raises:
+        LorakitError: the cache cannot be written.
+    """
+    place, missing = group.files[0].parent, group.missing
+    side, seed = group.recipe["size"], group.recipe["seed"]
+    events.advance(len(group.files) - len(missing))
     try:
         place.mkdir(parents=True, exist_ok=True)
-        (place / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+        (place / "recipe.json").write_text(json.dumps(group.recipe, indent=1), encoding="utf-8")
         batch = max(1, min(LARGEST_BATCH, BATCH_PIXELS // side**2))
         batches = [missing[start : start + batch] for start in range(0, len(missing), batch)]
-        # A seed range of their own, far from the samples' (both are below 2**31).
+        # A range of seeds that the samples do not use: both are below 2**31.
         seeds = [[2**32 + seed * 2**20 + number for number in numbers] for numbers in batches]
-        parts = [Part(text, numbers, sampling, (side, side)) for numbers in seeds]
+        parts = [Part(group.text, numbers, group.sampling, (side, side)) for numbers in seeds]
         for numbers, pictures in zip(batches, map_batches(partial(draw_part, family), parts), strict=True):
             for number, picture in zip(numbers, pictures, strict=True):
                 picture.info[CHECKSUM] = _checksum(picture)
-                image_grid.save(picture, files[number])
+                image_grid.save(picture, group.files[number])
             events.advance(len(numbers))
     except OSError as error:
         raise LorakitError(NO_CLASS_IMAGE_CACHE, place, error.strerror) from None
-    return [_open(file) for file in files]
+    return [_open(file) for file in group.files]
 
 
 def _recipe(family: Family, text: Mapping[str, torch.Tensor], sampling: SampleConfig) -> dict[str, object]:

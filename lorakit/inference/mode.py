@@ -1,4 +1,4 @@
-"""Inference mode: train flags and random state are put back afterwards; and a way to break long work off."""
+"""Inference mode, which restores train flags and random state afterwards, and a way to interrupt long work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inference(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def polled(modules: Iterable[torch.nn.Module], poll: Callable[[], object]) -> Iterator[None]:
-    """Call `poll` before each forward pass of the modules inside; what it raises breaks the work off there."""
+    """Call `poll` before each forward pass of the modules. An exception of it interrupts the work."""
 
     def before(module: torch.nn.Module, inputs: object) -> None:
         poll()

@@ -1,4 +1,4 @@
-"""How a picture was made, as web UIs and lorakit write it into the file."""
+"""The recipe of a picture: the settings it was drawn with, as web UIs and lorakit write them into the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def picture_info(
     adapter: str,
     strength: float,
 ) -> dict[str, str]:
-    """What the picture was made with: a line to paste into a web UI, and the same as JSON."""
+    """The recipe as a line to paste into a web UI, and as JSON."""
     width, height = size
     tag = f" <lora:{adapter}:{strength:g}>" if adapter else ""
     negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""

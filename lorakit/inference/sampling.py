@@ -1,9 +1,8 @@
 """Pictures: while a run goes on, from a finished file, and of the class for prior preservation.
 
-Nothing here can disturb training: each picture has its own generator, the scheduler is made afresh, and train
-flags are put back. A picture depends on its prompt and its seed alone, not on what is drawn beside it: seeds count up
-from `sample.seed` as web UIs count them, and the noise is drawn on the CPU: a web UI set to CPU noise starts from the
-same.
+Nothing here can disturb training: each picture has its own generator, the scheduler is made afresh, and train flags are
+put back. A picture depends on its prompt and its seed only, not on the pictures beside it. Seeds count up from
+`sample.seed`, as in web UIs. The noise is drawn on the CPU; a web UI set to CPU noise starts from the same noise.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ LCM_STEPS = 50
 
 @dataclass(frozen=True)
 class Part:
-    """Pictures that are drawn together: the arguments of `draw_batch`, and what their recipe says besides.
+    """Pictures that are drawn together: the arguments of `draw_batch`, and further values for their recipe.
 
     Attributes:
         prompt: None where they are to have no recipe.
@@ -127,7 +126,7 @@ def parts(
 
 
 def draw_part(family: Family, part: Part) -> list[Image.Image]:
-    """As `draw_batch`, by a pipeline of its own; a picture with a prompt has its recipe with it."""
+    """As `draw_batch`, with a new pipeline. A picture with a prompt carries its recipe."""
     pipeline, sampler = sampling_pipeline(family, part.sample.steps)
     pictures = draw_batch(family, pipeline, part.text, part.seeds, part.sample, part.size)
     if part.prompt is not None:
@@ -138,8 +137,8 @@ def draw_part(family: Family, part: Part) -> list[Image.Image]:
 
 
 def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, torch.Tensor]]:
-    """What the text encoders, as they are, make of each prompt and of its negative prompt: by the names under which the
-    family's pipeline takes it. They have the device to themselves, but for what is trained."""
+    """Embeddings of each prompt and its negative prompt, by the names of the pipeline's arguments. Only the text
+    encoders and trained parts are on the device meanwhile."""
     embeddings = []
     for own in parse_all(list(prompts), sample, (0, 0)):
         embeddings += embed_each(family, [partial(family.encode_prompt, own.text)], own.sample)
@@ -340,7 +339,7 @@ def draw_weights(
 
 
 def recorded(adapter: Path, overrides: Mapping[str, Any]) -> Config:
-    """The config that an adapter's file carries, with `overrides` over it; defaults for what it does not say.
+    """The config in an adapter's file, with `overrides`. Missing options have their defaults.
 
     What `lorakit sample` starts from, so that its pictures are those of the run.
 

@@ -1,4 +1,4 @@
-"""Many runs as one: rows of a file, or the folders in a folder, each a run; what came of them.
+"""Many runs in one command: each row of a file, or each folder in a folder, is a run. A report over all.
 
     [options]                       of every run
     train.steps = 800
@@ -7,8 +7,8 @@
     data.name = "sks woman"
     adapter.rank = [8, 16]
 
-Every run has a folder of its own, named after its row: what is there already goes on or is left as it is, so the same
-command can be given again, and a run whose machine was lost is resumed. No torch.
+Every run has its folder, named after its row. The same command can be given again: it resumes runs that have begun,
+also those whose machine was lost, and leaves finished runs as they are. No torch.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def write_manifest(runs: Path, rows: Sequence[Row]) -> None:
 
 
 def command(runs: Path, name: str) -> tuple[str, ...] | None:
-    """The arguments of lorakit that begin a run or go on with it; None where it is done."""
+    """The arguments of lorakit that begin or resume a run; None if it is done."""
     folder = runs / name
     if not (folder / "config.toml").is_file():
         return "train", "--preset", str(runs / f"{name}.toml"), "--output", str(folder)
@@ -198,7 +198,7 @@ def command(runs: Path, name: str) -> tuple[str, ...] | None:
 
 
 def enqueue(runs: Path, rows: Sequence[Row]) -> int:
-    """Put what is not done into the queue of the folder, and start its worker; the number of jobs."""
+    """Add all unfinished runs to the queue of the folder and start its worker. Return the number of jobs."""
     queue, count = Queue(runs), 0
     busy = {Path(job.folder) for job in queue.jobs() if job.state in ("waiting", "running")}
     for row in rows:
@@ -224,7 +224,7 @@ def status(runs: Path) -> list[Outcome]:
 
 
 def outcome(folder: Path) -> Outcome:
-    """How a run stands, from its folder alone."""
+    """The state of a run, read from its folder."""
     run = RunFolder(folder)
     if not run.state_file.is_file():
         return Outcome(folder.name)

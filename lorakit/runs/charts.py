@@ -1,7 +1,7 @@
 """The curves of a run as SVG text, for the report, for curves.svg and for the front end: no library, no script.
 
-Colours are variables (`--lk-ink` and so on) that the page around a chart sets; `PALETTE` sets them for a page that has
-none of its own.
+Colours are variables (`--lk-ink` and so on) that the page around a chart sets; `PALETTE` sets them for a page
+without colours.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def sheet(charts: Sequence[str]) -> str:
 
 
 def smooth(points: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
-    """The running mean of the values, in which what was before has this weight; the first value begins it without
-    pulling."""
+    """The exponential moving average of the values, with this weight for earlier values, without bias towards the
+    first."""
     mean, result = 0.0, []
     for number, (step, value) in enumerate(points, 1):
         mean = weight * mean + (1 - weight) * value

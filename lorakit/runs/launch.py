@@ -68,10 +68,10 @@ def prepare(config: Config, gpus: int | None, *, resume: bool) -> tuple[Config, 
 
 
 def share(config: Config, processes: int) -> tuple[Config, str | None]:
-    """The config of a run that so many processes begin, and what keeps them from it.
+    """The config of a run of so many processes, and the reason why it cannot be one, or None.
 
-    A step has the batches of all: they train as one process does that accumulates as many times more. So one number
-    says how large a step is, whoever goes on with the run.
+    A step has the batches of all processes, like one process that accumulates as many times more. So one option has the
+    size of a step, whatever number of processes resumes the run.
     """
     own = config.train.gradient_accumulation_steps
     limit = next(option.high for option in configuration.options() if option.key == PARTS)
@@ -97,7 +97,7 @@ def resume_problem(config: Config, processes: int) -> str | None:
 
 
 def divide(plan: Plan | None, config: Config, processes: int, warn: Callable[[str], object]) -> Plan | None:
-    """The plan, if there is one, of so many processes; `warn` is told where they are of no use."""
+    """The plan, if there is one, of so many processes. `warn` gets a line if they are of no use."""
     if plan is None or processes == 1:
         return plan
     if useless := _uselessness(plan, config, processes):

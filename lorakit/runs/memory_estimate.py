@@ -1,4 +1,4 @@
-"""How much memory a run takes, worked out from the config and the base's layer shapes; no torch.
+"""Estimate the memory of a run from the config and the base's layer shapes. No torch.
 
 What is kept for the backward pass follows from the layers' outputs with factors that were fitted to exact counts of
 every tensor's life (`benchmarks/memory.py`); docs/memory.md has how far each prediction is off.
@@ -141,11 +141,13 @@ def use_save_less(config: Config, device: str) -> bool:
 def limit_to(
     available: int | None, config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str
 ) -> Config:
-    """The config with what `memory.limit_gib = "auto"` comes to on a CUDA card with so many bytes for the process: the
-    same where a step needs no more, and with all blocks recomputed where it needs more even then.
+    """The config with the limit that an unset `memory.limit_gib` comes to on a CUDA card.
+
+    It is the same config if a step needs no more than `available`. All blocks are recomputed if a step needs more even
+    then.
 
     Args:
-        available: None where nobody can tell.
+        available: bytes for this process, or None if unknown.
     """
     memory = config.memory
     is_auto = memory.limit_gib is None and not memory.gradient_checkpointing and not memory.compile
@@ -234,7 +236,7 @@ def flop(use: LayerUse) -> float:
 
 
 def advice(doing: str, config: Config | None = None, device: str = "cuda") -> str:
-    """What to change where memory of a device runs out: what costs least first; of a config what is still open only."""
+    """Options that reduce memory, cheapest first. With a config, only those that it does not use yet."""
     return Message("{doing}: not enough memory on the device; cheapest first, set {ways}", doing, _ways(config, device))
 
 

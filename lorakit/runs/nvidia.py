@@ -1,4 +1,4 @@
-"""NVIDIA cards of this machine, and whether this torch is built for them, told without importing torch."""
+"""NVIDIA cards of this machine, and whether the installed torch supports them. torch is not imported."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def visible() -> list[str]:
 
 @functools.cache
 def cards(timeout: float = 20.0) -> list[Card]:
-    """What nvidia-smi lists; nothing where it is not there, fails or takes longer than `timeout` seconds."""
+    """The output of nvidia-smi; empty if it is missing, fails or takes longer than `timeout` seconds."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -90,7 +90,7 @@ def cards(timeout: float = 20.0) -> list[Card]:
 
 
 def free_bytes(timeout: float = 5.0) -> int | None:
-    """Bytes that the card has free, of several the least; None where nvidia-smi does not tell."""
+    """Free bytes of the card, of several cards the least; None if nvidia-smi does not report them."""
     program = shutil.which("nvidia-smi")
     if program is None or is_hidden():
         return None
@@ -151,7 +151,7 @@ def _reading(line: str) -> Reading:
 
 
 def torch_version() -> str:
-    """Version of the torch that is installed, "" where there is none."""
+    """Version of the installed torch; "" without torch."""
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

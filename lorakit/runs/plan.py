@@ -1,4 +1,4 @@
-"""What a run would do and cost, worked out from the config, the base's layer shapes and the photos; no torch.
+"""The plan of a run: its steps, memory and time, from the config, the base's layer shapes and the photos. No torch.
 
 Layer shapes give the exact number of multiplications; memory and time follow from them with factors that were fitted
 once, named below with where they come from. They are estimates and are called so.
@@ -94,6 +94,7 @@ class Plan:
         limit_gib: `memory.limit_gib`, which asked for them.
         first_step: 0, or the step that a run goes on from.
         prior: what keeps the rest of the model as it was, or "".
+        triggers: how prompts name what is learned, or "".
         notes: how what the base does not say was decided, a line each.
         layers: parts and layers with a rank, an alpha or a learning rate of their own, a line for each size and rate.
         host, ram: bytes of the host's memory that keep the base's weights from the device, and all that it has, as far
@@ -127,6 +128,7 @@ class Plan:
     layers: tuple[str, ...] = ()
     first_step: int = 0
     prior: str = ""
+    triggers: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `--json`."""
@@ -145,6 +147,7 @@ class Plan:
             Message("base: {name} ({family}, predicts {kind})", self.base, self.family, self.prediction_type),
             *self.notes,
             Message(validation, *photos),
+            *([self.triggers] if self.triggers else []),
             Message("adapter: {method}, {parts}", self.method, trained),
             *([strength] if self.rank else []),
             *self.layers,
@@ -193,11 +196,7 @@ class Plan:
 
 
 def make(config: Config, info: BaseInfo, report: Report) -> Plan:
-    """The plan of a run.
-
-    Args:
-        info: the base, `families.BaseInfo`.
-        report: what `data.check.check` found.
+    """The plan of a run on a base, from the report of `data.checks.check`.
 
     Raises:
         LorakitError: with all of `problems`, or no photo is left to train on.
@@ -236,6 +235,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         modules=modules,
         layers=plan_lines.layers(config, selected),
         prior=plan_lines.prior(config, report),
+        triggers=plan_lines.triggers(config, report),
         photo_count=len(repeats),
         rows=len(sizes),
         holdout_count=holdout_count,
@@ -279,8 +279,11 @@ def _assumed_state(name: str) -> list[str]:
 
 
 def problems(config: Config, info: BaseInfo) -> list[str]:
-    """Why there can be no plan for a base, whatever the photos are: the adapter would have no layer, a step cannot be
-    kept within `memory.limit_gib`, or weights are to be streamed to a device that computes in the host's memory."""
+    """Why there can be no plan for a base, whatever the photos are, a line each.
+
+    The adapter would have no layer, a step does not fit into `memory.limit_gib`, or weights are to be streamed to a
+    device that computes in the host's memory.
+    """
     result = list[str]()
     device = guess_device(config.memory.device)
     if config.memory.stream_base and not may_be_cuda(config.memory.device):
@@ -343,7 +346,8 @@ def forward_flop(
 
 
 def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bool = True) -> float:
-    """Duration on this CPU: training, class images and sample grids; loading and validation are small beside them.
+    """Duration in seconds on this CPU: training, class images and sample grids. Loading and validation are left out as
+    small.
 
     Args:
         draws_class: False where the class images are the user's own.
@@ -380,7 +384,7 @@ def interval(every: int, steps: int) -> int:
 
 
 def guess_device(option: str) -> str:
-    """The device that `memory.device = "auto"` will most likely come to, told without importing torch."""
+    """The device that `memory.device = "auto"` most likely means. torch is not imported."""
     if option != "auto":
         return option.partition(":")[0]
     if may_be_cuda(option) and nvidia.has_driver():
@@ -389,7 +393,7 @@ def guess_device(option: str) -> str:
 
 
 def may_be_cuda(option: str) -> bool:
-    """False where `memory.device` cannot come to CUDA; where it says "auto" there may be none nevertheless."""
+    """False if `memory.device` cannot mean CUDA. With "auto" the answer may be True without a card."""
     return option.startswith("cuda") or (option == "auto" and not _no_cuda())
 
 

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 from lorakit.adapters import targets
 from lorakit.config import lr_schedule
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, some
 from lorakit.core.names import shorten
 from lorakit.core.units import count
-from lorakit.data import captions
+from lorakit.data import captions, concepts
 
 if TYPE_CHECKING:
     from lorakit.config import Config
     from lorakit.data.checks import Report
 
+# Subjects that a line of the plan names.
+MAX_CONCEPTS = 5
 LAYERS = "layers: {count} of rank {rank}, alpha {alpha:g}, effective scale {scale:g}"
 
 
@@ -95,12 +97,20 @@ def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[in
     return train.steps, Message(template, count(train.steps, "step"), size, photos, times, at)
 
 
+def triggers(config: Config, report: Report) -> str:
+    """How each concept is named in a prompt, and which word of it is the trigger."""
+    own = concepts.of_photos(report.photos, config.data)
+    named = [Message('"{name}" (trigger {word})', each.name, each.trigger) for each in own if each.name]
+    return Message("in prompts: {names}", some(named, MAX_CONCEPTS)) if named else ""
+
+
 def prior(config: Config, report: Report) -> str:
-    """What keeps the rest of the model as it was, and what that costs; "" where nothing does."""
+    """The prior preservation of a run and its cost; "" without one."""
     if config.train.prior == "images" and report.class_photos:
         return Message("{count} class images of your own, none is drawn", len(report.class_photos))
     if config.train.prior == "images":
-        text = shorten(captions.class_prompt(config.data), 60)
+        texts = [captions.class_prompt(each) for each in concepts.of_photos(report.photos, config.data)]
+        text = '", "'.join(shorten(each, 60) for each in list(dict.fromkeys(texts))[:MAX_CONCEPTS])
         number, others = config.train.class_images, len(config.train.prior_prompts)
         images = Message('{count} class images, drawn by the base as "{text}"', number, text)
         more = Message(", and for {count} other prompts,", others) if others else ""

@@ -28,7 +28,7 @@ from lorakit.core import atomic, install, registry, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message, abridge, join
-from lorakit.core.names import shorten
+from lorakit.core.names import DETERMINERS, shorten
 from lorakit.data import captions, checks, concepts, masks, photo_folder
 from lorakit.families import BaseInfo
 from lorakit.families.describe import BUNDLED
@@ -45,6 +45,17 @@ Check = Callable[[DataConfig, BaseInfo], checks.Report]
 MAX_RESOLUTION_FACTOR = 1.9
 # A learning rate above the usual one of a method by so much is a warning.
 MAX_RATE_FACTOR = 10
+NO_TRIGGER = (
+    'data.name = "{name}": its first word, "{word}", would be the trigger, and every text has that word: write a rare '
+    'word and then what it is, as in "sks {noun}"'
+)
+# Above these a run is warned: presets have rates from 1e-4 to 1e-3, and ranks of 8 and 16.
+MAX_RATE, MAX_RANK = 0.02, 256
+HIGH_RATE = (
+    "optimizer.learning_rate = {rate:g}: with {name} 0.0001 to 0.001 is usual for adapters; at so much the adapter "
+    "usually draws noise"
+)
+HIGH_RANK = "adapter.rank = {rank}: 4 to 128 is usual; more makes the file large and takes memory"
 NO_NAME = "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'"
 
 
@@ -79,7 +90,7 @@ class Preflight:
         return Ready(self.config, self.info, self.report, self.plan, (), self.warnings)
 
     def lines(self) -> list[str]:
-        """Notes, warnings and the plan, as a person reads them; problems are told apart from them."""
+        """Notes, warnings and the plan as lines for a person. Problems are not among them."""
         notes = self.report.notes if self.report else []
         return [*abridge([*notes, *self.warnings]), *(self.plan.lines() if self.plan else [])]
 
@@ -142,7 +153,7 @@ def preflight(
         problems += [*_lines(error), *_folder_problems(config.data)]
         return Preflight(config, None, None, None, tuple(problems), tuple(unquoted))
     problems += [*_unsuited(info, config), *_line(_max_tokens_problem(config, info))]
-    warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config))]
+    warnings = [*unquoted, *info.warnings, *_line(_rate_warning(config)), *_line(_rank_warning(config))]
     warnings += [*_line(_resolution_warning(config.data, info)), *_line(_noun_warning(config))]
     warnings += _line(nvidia.unused() if config.memory.device == "auto" else None)
     layers = "lora" if config.adapter.whole_model else registry.METHODS[config.adapter.method].layers
@@ -190,6 +201,7 @@ def _early_problems(config: Config, resume: bool) -> list[str]:
         *([] if config.data.name else [NO_NAME]),
     ]
     if not resume:
+        problems += _line(_trigger_problem(config.data))
         place, folders = run_folder.place(config), (config.data.folder, *config.data.more_folders.values())
         problems += dict.fromkeys(
             line for folder in folders for line in _line(run_folder.output_problem(place, folder))
@@ -238,6 +250,13 @@ def _missing_packages(config: Config) -> list[str]:
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
         problems.append(Message(XFORMERS_MISSING, install.hint("xformers")))
     return problems
+
+
+def _trigger_problem(data: DataConfig) -> str | None:
+    """A name whose first word is no trigger, as in "a red bag", or None: every text has that word."""
+    if data.trigger.lower() not in DETERMINERS:
+        return None
+    return Message(NO_TRIGGER, shorten(data.name, 60), data.trigger, shorten(data.noun or "dog", 60))
 
 
 def _max_tokens_problem(config: Config, info: BaseInfo) -> str | None:
@@ -335,6 +354,8 @@ def _rate_warning(config: Config) -> str | None:
             own,
         )
     usual = registry.own_learning_rate(optimizer.name)
+    if own is None and usual is None and optimizer.name in registry.OPTIMIZERS and optimizer.learning_rate > MAX_RATE:
+        return Message(HIGH_RATE, optimizer.learning_rate, optimizer.name)
     if usual is None or optimizer.learning_rate >= usual / 10:
         return None
     return Message(
@@ -344,6 +365,11 @@ def _rate_warning(config: Config) -> str | None:
         optimizer.name,
         usual,
     )
+
+
+def _rank_warning(config: Config) -> str | None:
+    """A rank far above the usual ones, or None."""
+    return Message(HIGH_RANK, config.adapter.rank) if config.adapter.rank > MAX_RANK else None
 
 
 def _init_from_problem(config: Config) -> str | None:

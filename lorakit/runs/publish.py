@@ -115,7 +115,7 @@ def gather(
     prompts: bool = False,
     ask: bool = False,
 ) -> Publication:
-    """What would be published of a run or a file; see `push_to_hub`.
+    """Collect the files to publish of a run or a file; see `push_to_hub`.
 
     Args:
         ask: ask the hub for the base's family and license; otherwise its cache alone.

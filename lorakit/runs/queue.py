@@ -101,8 +101,9 @@ class Queue:
         return folder
 
     def resume(self, folder: Path, steps: int = 0) -> Job:
-        """Add the continuation of a run, with so many steps in all unless 0. A run that has ended goes on after the
-        process that it ended in, which may take some seconds more.
+        """Add the continuation of a run, with a total of `steps` unless 0.
+
+        A run that has just ended waits for its process, which may take some seconds.
 
         Raises:
             LorakitError: it is running, or waits in the queue already.
@@ -125,7 +126,7 @@ class Queue:
         return self._add(lambda _: tuple(arguments), folder)
 
     def cancel(self, number: int) -> bool:
-        """Take a job back that has not begun; False where it has."""
+        """Remove a job that has not begun; False if it has begun."""
         job = self.job(number)
         if job is None or job.state != "waiting":
             return False
@@ -133,7 +134,7 @@ class Queue:
         return True
 
     def jobs(self) -> list[Job]:
-        """All jobs, in order; one whose process and worker are both gone is told as it ended."""
+        """All jobs, in order. A job whose process and worker are both gone has the state in which it ended."""
         jobs = [self._read(file) for file in sorted(self.folder.glob("??????.json"))]
         return [self._corrected(job) for job in jobs if job is not None]
 
@@ -160,7 +161,7 @@ class Queue:
         return sorted(jobs, key=lambda job: (job.rank, job.number))
 
     def move(self, number: int, places: int) -> bool:
-        """Let a waiting job begin so many places later, or earlier where that is negative; False where it has begun."""
+        """Move a waiting job so many places back in the queue, or forward if negative; False if it has begun."""
         waiting = self.waiting()
         job = next((job for job in waiting if job.number == number), None)
         if job is None:
@@ -186,7 +187,7 @@ class Queue:
             return True
 
     def start(self) -> None:
-        """Start a worker, detached from this process; where there is one, the new one leaves again."""
+        """Start a worker that is detached from this process. If there is one already, the new one ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "worker.log").open("ab") as log:
             subprocess.Popen(
@@ -200,8 +201,7 @@ class Queue:
     # -- for the worker -------------------------------------------------------------------------------------------
 
     def work(self) -> None:
-        """Run what waits, one after the other on each card, until nothing does. Returns at once where another worker
-        is there."""
+        """Run all waiting jobs, one at a time on each card. Return at once if another worker exists."""
         try:
             with self._lock().acquire(timeout=PATIENCE):
                 self._at_work = True

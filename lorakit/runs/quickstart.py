@@ -23,6 +23,8 @@ EXCLUDE, EDITS, MORE_FOLDERS, CONCEPTS = OF_PHOTOS = (
     "data.more_folders",
     "data.concepts",
 )
+# With a mask that is painted there.
+MASKED_LOSS = "train.masked_loss"
 VAE = "model.vae"
 # The person who starts a run sets these; the page does not ask for them.
 SET_BY_CALLER = ("output.folder",)
@@ -35,7 +37,7 @@ LENGTH_FACTORS = {"quick": 0.5, "balanced": 1.0, "best": 2.0}
 def config_for_answers(
     answers: Mapping[str, Any], quality: str, preset: str | None = None, changed: Mapping[str, Any] | None = None
 ) -> Config:
-    """The config for some answers (an option's key -> value); what is not answered is as the preset has it.
+    """The config for some answers (option's key -> value). Other options have the preset's values.
 
     Args:
         changed: other options that were set by hand. What belongs to them gives way as it does in `config.load`.

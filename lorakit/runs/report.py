@@ -25,7 +25,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.data import augment, buckets, decode
 from lorakit.runs import charts
-from lorakit.runs.lessons import sentences
+from lorakit.runs.lessons import sentences, too_short
 from lorakit.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _versions() -> dict[str, str]:
 
 
 def environment(folder: RunFolder) -> dict[str, str]:
-    """Versions, system and device; nothing that names the machine or its user."""
+    """Versions, system and device, without names of the machine or its user."""
     versions = _versions()
     device = next((e["message"] for e in folder.events("message") if e["message"].startswith("device: ")), "")
     return {"device": device.removeprefix("device: "), **versions} if device else dict(versions)
@@ -163,12 +163,13 @@ def _charts(folder: RunFolder) -> list[str]:
 
 
 def lesson_lines(folder: RunFolder, config: Config, photos: Report, history: Sequence[dict[str, Any]]) -> list[Message]:
-    """What is not as it should be in what the run has learned, in sentences."""
+    """A sentence for each fault in what the run has learned."""
     last = max(folder.sample_grids(), default=None)
     pictures = [] if last is None else [image_grid.read(file) for file in folder.sample_pictures(last)]
     samples = {_prompt(picture): picture for picture in pictures}
     crops = {item.relative: image for item, image in _crops(config, photos)} if samples else {}
-    return sentences(samples, crops, history[-1] if history else {})
+    measured = history[-1] if history else {}
+    return [*sentences(samples, crops, measured), *too_short(history, config.optimizer)]
 
 
 def _crops(config: Config, report: Report) -> Iterator[tuple[Item, Image.Image]]:

@@ -168,7 +168,7 @@ class RunFolder:
         return run
 
     def require(self) -> None:
-        """Refuse what is no run folder."""
+        """Raise LorakitError if this is no run folder."""
         if not self.config_file.is_file():
             missing = "it is a file" if self.path.is_file() else "there is no such folder"
             why = "it has no config.toml" if self.path.is_dir() else missing
@@ -193,8 +193,8 @@ class RunFolder:
         return run
 
     def begin(self, step: int, config: Config | None = None) -> None:
-        """Claim an opened run, which goes on at `step`, with another config where one is given; a stop asked for
-        earlier is forgotten."""
+        """Claim an opened run to resume it at `step`. `config` replaces its config; an earlier request to stop is
+        dropped."""
         if config is not None:
             atomic.write(self.config_file, to_toml(configuration.with_absolute_paths(config)))
         self.stop_file.unlink(missing_ok=True)
@@ -255,7 +255,7 @@ class RunFolder:
             raise error
 
     def event(self, event: str, **facts: object) -> None:
-        """Add one line to the log; it is out of this process's hands when the call returns. See `record` for errors."""
+        """Add one line to the log and flush it. See `record` for errors."""
         self._add(Event(event, None, facts))
 
     def _add(self, event: Event) -> None:
@@ -290,7 +290,7 @@ class RunFolder:
 
     @property
     def adapter_name(self) -> str:
-        """Stem of the exported file: the name the run was made for, as a file name that every system takes."""
+        """Stem of the exported file: the run's name, as a file name that is valid on every system."""
         config = load(self.config_file)
         return config.data.trigger if config.adapter.words_only else _slug(config)  # an embedding's word is its name
 
@@ -356,7 +356,7 @@ class LogReader:
         self._lock = threading.Lock()
 
     def events(self) -> list[LogLine]:
-        """All of them so far, in order; a last line that is still being written is left for the next call.
+        """All events so far, in order. An unfinished last line is left for the next call.
 
         Raises:
             OSError: the log cannot be read.
@@ -432,7 +432,7 @@ def status(path: str | Path) -> States:
 
 
 def list_runs(root: str | Path) -> list[tuple[Path, State]]:
-    """The runs directly in `root`, last changed first; what is not a run folder is passed over."""
+    """The runs directly in `root`, last changed first. Other folders are ignored."""
     runs = []
     for file in Path(root).glob("*/state.json"):
         try:

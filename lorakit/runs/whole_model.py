@@ -1,4 +1,4 @@
-"""Before a run that trains the base's own weights: what is otherwise, and what keeps it from beginning."""
+"""Differences in the plan of a run that trains the base's weights, and reasons why it cannot begin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that resume needs, in folders that are either complete or not there.
+"""Checkpoints: everything that resume needs, in folders that are written atomically.
 
     checkpoints/step-000100/
         adapter.safetensors     the adapter's own tensors, float32, in the adapter's spelling
@@ -209,7 +209,7 @@ def step_of(path: Path) -> int:
 
 
 def newest_complete(folder: Path, say: Callable[[str], object]) -> Path | None:
-    """The newest checkpoint whose files are as they were written, or None; `say` is called with what is wrong with a
+    """The newest checkpoint whose files are unchanged since they were written, or None. `say` gets the problem of each
     newer one."""
     for path in reversed(complete(folder)):
         try:
@@ -236,7 +236,8 @@ def named(folder: Path, name: str) -> Path:
 
 
 def set_aside(folder: Path, keep: Path | None) -> list[str]:
-    """Rename the checkpoints after `keep` to unused-step-..., so that none is taken for the newest; their new names."""
+    """Rename the checkpoints after `keep` to unused-step-..., so that none counts as the newest. Return the new
+    names."""
     names = []
     for path in complete(folder):
         if keep is None or step_of(path) > step_of(keep):
@@ -247,7 +248,8 @@ def set_aside(folder: Path, keep: Path | None) -> list[str]:
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Delete all complete checkpoints but the newest `keep` (at least one stays), and what a kill left half done."""
+    """Delete all complete checkpoints except the newest `keep` (at least one stays), and unfinished ones of a killed
+    run."""
     for path in complete(folder)[: -max(keep, 1)]:
         # Without its marker first: a kill in between leaves no folder that looks complete.
         (path / MARKER).unlink()
@@ -316,7 +318,7 @@ def _compared(config: Config) -> dict[str, Any]:
 
 
 def options_since(path: Path, config: Config) -> list[str]:
-    """Options that did not exist yet when a complete checkpoint was saved; their defaults hold in it."""
+    """Options that did not exist when a checkpoint was saved. It was trained with their defaults."""
     state = foreign_json.loads((path / FILES[2]).read_text(encoding="utf-8"))
     return [key for key in _compared(config) if state["config"] is not None and key not in state["config"]]
 

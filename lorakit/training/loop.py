@@ -1,4 +1,4 @@
-"""The training loop, and what happens between its steps: validation, checkpoints, samples."""
+"""The training loop, with validation, checkpoints and samples between its steps."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, doing: str) -> Iterator[None]:
-        """Announce a part of the run; inside, an end of memory is explained."""
+        """Emit the phase of the run. Inside, an out-of-memory error gets an explanation."""
         self.events.emit("phase", phase=doing)
         with out_of_memory.explain_out_of_memory(doing, self.config):
             yield
@@ -185,7 +185,7 @@ def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None =
 
 
 class Readings:
-    """Losses and gradient norms: kept on the device, read together, logged, and checked to be finite.
+    """Losses and gradient norms: stored on the device, read together, logged, and checked for NaN and infinity.
 
     Args:
         mean: smooths the loss.
@@ -202,7 +202,7 @@ class Readings:
         self.first, self.clock = step, time.monotonic()
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Keep the figures of step `step`, counted from 0; the host does not wait for them."""
+        """Store the figures of step `step`, counted from 0. The host does not wait for them."""
         self.losses[step % READ_EVERY] = loss
         self.norms[step % READ_EVERY] = norm
         if (count := self.model.optimizer_step.limited) is not None:
@@ -261,21 +261,8 @@ class Readings:
         )
         self.run.events.say("{line}; their scale is {scale:g} now", line, scale.scale.item(), warning=True)
 
-    def _damaged_weight(self) -> str:
-        """The first weight of the base that is not finite, or ""."""
-        for part, module in self.model.family.modules().items():
-            for name, weight in module.named_parameters():
-                is_frozen = (
-                    type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.requires_grad
-                )
-                if is_frozen and not bool(torch.isfinite(weight).all()):
-                    return f"{part}.{name.replace('.base_layer', '')}"
-        return ""
-
     def _problem(self, number: int, loss: float) -> str:
         """What is wrong with step `number`, and what to do."""
-        if name := self._damaged_weight():
-            return Message("the base holds NaN or infinity in {name}: it is damaged; get the base again", name)
         figure = "gradient" if math.isfinite(loss) else "loss"
         parts = self.run.config.train.gradient_accumulation_steps
         names: set[str] = set()
@@ -305,7 +292,7 @@ class Milestones:
         self.retry = 0
 
     def due(self, step: int) -> list[str]:
-        """Names of what is due after so many steps, in order."""
+        """Names of the tasks that are due after so many steps, in order."""
         train, total = self.run.config.train, self.run.ready.plan.steps
         every = {"validate": train.validate_every, "save": train.save_every, "sample": self.run.config.sample.every}
         if step == total:  # the last samples are drawn from the exported file
@@ -314,7 +301,8 @@ class Milestones:
         return export + [name for name, number in every.items() if step % plan.interval(number, total) == 0]
 
     def reach(self, step: int, due: list[str]) -> None:
-        """Do what is due, in the first process; where a stop is asked for, save the rest as still due, export and end.
+        """Do the tasks that are due, in the first process. On a request to stop, save the other tasks as still due,
+        export and end.
 
         Raises:
             Stopped: somebody asked for a stop.
@@ -336,10 +324,11 @@ class Milestones:
                 left.pop(0)
         if stop.requested:
             self.save(step, [name for name in left if name != "save"])
+            exports: dict[str, Path] = {}
             if step:
                 with self.run.optional(Message("step {step}: the adapter", step)):
-                    self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
-            raise Stopped(self.run.folder.path, step)
+                    exports = self.run.export(self.model.adapter.weights(), self.run.folder.adapter_name, step)
+            raise Stopped(self.run.folder.path, step, next(iter(exports.values()), None))
 
     def validate(self, step: int, left: list[str]) -> None:
         """Examine the weights."""
@@ -380,7 +369,7 @@ class Milestones:
             self.run.export(self.model.adapter.weights(), f"{self.run.folder.adapter_name}-{step_name(step)}", step)
 
     def sample(self, step: int, left: list[str]) -> None:
-        """Draw the sample prompts; a run goes on without where memory does not suffice."""
+        """Draw the sample prompts. If memory does not suffice, the run continues without them."""
         model, samples = self.model, self.inputs.samples
         model.adapter.train(False)
         share = functools.partial(self.run.processes.map, "draw")
@@ -408,7 +397,7 @@ class Milestones:
             model.family.release("vae")
 
     def save(self, step: int, left: list[str]) -> None:
-        """Write a checkpoint; what is `left` to do at this step is done by the run that resumes from it."""
+        """Write a checkpoint. A run that resumes from it does the tasks that are `left` at this step."""
         folder, config = self.run.folder, self.run.config
         extra = {
             "retry": self.retry,
@@ -432,7 +421,7 @@ class Milestones:
         self.run.events.emit("checkpoint", step)
 
     def restore(self, path: Path) -> tuple[int, list[str]]:
-        """Put a checkpoint back: its step, and what is still due there.
+        """Restore a checkpoint. Return its step, and the tasks that are still due there.
 
         Raises:
             LorakitError: the checkpoint is damaged, or config, photos or base have changed since.
@@ -450,7 +439,7 @@ class Milestones:
         return state.step, [name for name in state.extra["due"] if name not in complete]
 
     def roll_back(self, problem: NotFinite) -> int:
-        """Go back to the newest whole checkpoint once, with other noise; its step.
+        """Go back to the newest complete checkpoint once, with other noise. Return its step.
 
         Raises:
             NotFinite: `problem`, where that is not wanted, or was done before, or there is no

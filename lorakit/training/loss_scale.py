@@ -28,7 +28,8 @@ class LossScale:
         family.gradient_scale = self.scale
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, gradients: list[torch.Tensor]) -> None:
-        """Step the optimizer if `norm`, that of `gradients`, is finite; else leave weights and state, halve the scale.
+        """Step the optimizer if `norm`, that of `gradients`, is finite. Otherwise keep weights and state and halve the
+        scale.
 
         Args:
             gradients: set to zeros where the step is skipped.

@@ -1,9 +1,9 @@
 """The loss of a step: from a batch's place in the run to its loss.
 
 Everything a step needs is on the device before the first one: latents (mean and standard deviation), text embeddings,
-masks. The host says which photos and texts and seeds the generators by (seed, index); all else, drawing noise and
-timesteps included, is a function of tensors on the device that never reads a value back: so the host can run ahead, or
-let a CUDA graph repeat it.
+masks. The host chooses photos and texts, and seeds the generators by (seed, index). All else, noise and timesteps
+included, is computed on the device, and the host reads no value back. So the host can run ahead, and a CUDA graph can
+replay the step.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class OptimizerStep:
-    """Calling it with 0, 1, 2, ... trains; nothing of it reads a value back from the device.
+    """One optimizer step. Call it with 0, 1, 2, ...; it reads no value back from the device.
 
     Args:
         config: the whole config.

@@ -124,13 +124,13 @@ def paged_adamw8bit(groups: Groups, config: OptimizerConfig) -> torch.optim.Opti
 
 
 def lion(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Lion; it wants a learning rate three to ten times below AdamW's."""
+    """Lion. Its learning rate should be three to ten times lower than AdamW's."""
     return construct(Lion, groups, config)
 
 
 def adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at the given rate. Its own schedule and its scaling by the
-    size of a parameter are off: by the latter, B, which begins at 0, would hardly move."""
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at the given rate. Its schedule and its scaling by the size
+    of a parameter are off. With the latter B, which is 0 at first, would hardly change."""
     from transformers.optimization import Adafactor
 
     fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}

@@ -17,13 +17,13 @@ Value = TypeVar("Value")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device has no memory left; Apple's has no error of its own for that."""
+    """Whether a device is out of memory. Apple's devices have no error class for that."""
     apples = ("MPS backend out of memory", "Invalid buffer size")
     return isinstance(error, torch.OutOfMemoryError) or str(error).startswith(apples)
 
 
 def retry_after_freeing(free: Callable[[], bool], compute: Callable[[], Value]) -> Value:
-    """Return `compute()`; where memory runs out, once more after `free`, which returns whether it freed any."""
+    """Return `compute()`. If memory runs out and `free()` returns True, compute again."""
     try:
         return compute()
     except RuntimeError as error:
@@ -36,7 +36,7 @@ def retry_after_freeing(free: Callable[[], bool], compute: Callable[[], Value]) 
 
 @contextlib.contextmanager
 def explain_out_of_memory(doing: str, config: Config) -> Iterator[None]:
-    """Where memory runs out inside, say what was being done and what to change.
+    """If memory runs out inside, raise an error that says what was being done and what to change.
 
     Raises:
         LorakitError: instead of torch's OutOfMemoryError.

@@ -1,6 +1,6 @@
 """Before the first step: photos, class images and texts through the frozen encoders, once.
 
-What comes out lies on the device for the whole run, so that a step is nothing but indexing and the model itself.
+The results stay on the device for the whole run, so a step only indexes them and runs the model.
 """
 
 from __future__ import annotations
@@ -111,16 +111,15 @@ def precompute(
     poll: Callable[[], object] = lambda: None,
     processes: Processes = SINGLE,
 ) -> Precomputed:
-    """Encode what a run needs, each part of the base on the device by itself: what photos and texts need is then not
-    added to the UNet.
+    """Encode the photos and texts of a run, with one part of the base on the device at a time.
 
     Args:
         adapter: one that is attached already, or None; it is switched off while class images are drawn and texts
             encoded.
         report: what `data.checks.check` reported.
-        events: told what the person should know, and how far each part is.
-        poll: called before each batch of photos or texts and each pass of the UNet; what it raises breaks the work off.
-        processes: of the run, among which photos and class images are shared out; the others wait with `tasks`.
+        events: receives messages and progress.
+        poll: called before each batch of photos or texts and each pass of the UNet; an exception of it ends the work.
+        processes: of the run. Photos and class images are distributed among them; the others wait with `tasks`.
 
     Raises:
         LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
@@ -250,12 +249,14 @@ def _class_images(
     # As training reads them, letter by letter.
     rows = [[table[place : place + 1] for table in class_tokens] for place in range(len(prompts))]
     embeds = sampling.embed_each(family, [functools.partial(family.encode_tokens, row) for row in rows], config.sample)
-    for place, (prompt, text) in enumerate(zip(prompts, embeds, strict=True)):
-        count = len(range(place, total, len(class_texts)))
-        pictures += class_images.class_images(
-            family, prompt, text, count, config.sample, side, seed, events=events, map_batches=draw
-        )
-        text_rows += [place] * count
+    groups = [
+        class_images.find(family, prompt, text, len(range(place, total, len(class_texts))), config.sample, side, seed)
+        for place, (prompt, text) in enumerate(zip(prompts, embeds, strict=True))
+    ]
+    events.say(class_images.summary(groups))
+    for place, group in enumerate(groups):
+        pictures += class_images.draw(family, group, events=events, map_batches=draw)
+        text_rows += [place] * len(group.files)
     return pictures, text_rows
 
 

@@ -27,8 +27,9 @@ from lorakit.core.registry import FORMATS, METHODS, resolve
 from lorakit.core.units import count
 from lorakit.data import photo_folder
 from lorakit.engine import device as devices, quantized_weight
+from lorakit.families import loaded
 from lorakit.formats import files
-from lorakit.runs import launch, nvidia, report, results
+from lorakit.runs import launch, nvidia, report, results, run_folder
 from lorakit.runs.preflight import Ready, preflight
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint, optimizers, parallel, selfcheck
@@ -72,6 +73,10 @@ class Result:
     findings: list[selfcheck.Finding]
 
 
+FINISHED = (
+    "{path} is finished: all {count} steps are done and {adapter} is written; to train longer: lorakit resume {folder} "
+    "--steps {more}"
+)
 DROPPED = "dropout left {count} of {total} layers out of every step, so they change nothing: train longer to reach them"
 
 
@@ -136,7 +141,7 @@ def resume(
     stop: Stop | None = None,
     pipeline: DiffusionPipeline | None = None,
 ) -> Result:
-    """Continue a run exactly where its newest whole checkpoint stands; without one it starts from step 0 in its folder.
+    """Continue a run from its newest complete checkpoint. Without one it starts from step 0 in its folder.
 
     Args:
         from_checkpoint: name or step of an earlier checkpoint to go back to; those after it are set aside.
@@ -144,13 +149,15 @@ def resume(
         pipeline: where the run trains one that is in memory, the same once more.
 
     Raises:
-        LorakitError: as `train`; also where photos or base have changed, and where an option may not change. Then the
-            run's state is as it was.
+        LorakitError: as `train`; also where the run is finished and nothing changes, where photos or base have changed,
+            and where an option may not change. Then the run's state is as it was.
     """
     if launch.world().rank:
         return follow(stop=stop)
     run = RunFolder.open(Path(folder))
     try:
+        if not overrides and not from_checkpoint and (values := _finished(run.path)):
+            raise LorakitError(FINISHED, *values)
         events = Events(*listeners)
         config = resuming.load_changed(run.config_file, overrides or {})
         ready = preflight(config, resume=True, fetch=True, pipeline=pipeline).or_raise()
@@ -184,6 +191,17 @@ def resume(
         )
         events.say(more if at_end else Message("it goes on from {checkpoint}", newest.name))
     return _run(ready, run, listeners, stop, newest)
+
+
+def _finished(path: Path) -> tuple[object, ...]:
+    """The values of `FINISHED` if nothing is left to do in a run: its last step is done and its adapter is there."""
+    with contextlib.suppress(LorakitError):  # no state.json: the checkpoints say how far it is
+        state = run_folder.read(path)
+        adapter = path / Path(state.adapter).name
+        if state.state == "done" and state.step >= state.steps and state.adapter and adapter.exists():
+            more = state.steps + max(1, state.steps // 2)
+            return path, state.steps, adapter.name, quote(path), more
+    return ()
 
 
 def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
@@ -253,7 +271,7 @@ def _run(
 
 
 def follow(*, stop: Stop | None = None) -> Result:
-    """Train in a run of several processes that another one, the first, has begun or resumed; its result.
+    """Train in a run of several processes that the first process has begun or resumed. Return its result.
 
     Raises:
         EndedElsewhere: the first process has ended the run.
@@ -278,6 +296,7 @@ def _train(
     load = _loader(run)
     with run.phase("loading the base"):
         family = load()
+        loaded.require_finite(family)
         run.events.say(devices.attention(run.config.memory, family))
         if not quantized_weight.is_pinned(family.denoiser):
             run.events.say(NOT_PINNED, warning=True)
@@ -397,8 +416,8 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
 
 
 def dropped_layers(weights: AdapterWeights, adapter: AdapterConfig) -> list[str]:
-    """Layers that dropout has left out of every step of a short run, so that they are as they began; none where all
-    are."""
+    """Layers that dropout left out of every step of a short run, so that they did not change; [] if no layer
+    changed."""
     if not (getattr(adapter, "module_dropout", 0.0) or getattr(adapter, "rank_dropout", 0.0)):
         return []
     zero = [name for name, layer in weights.layers.items() if not all(part.any() for part in layer.factors().values())]

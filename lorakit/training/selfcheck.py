@@ -1,10 +1,12 @@
-"""The end of every run: does the file on disk do what the model in memory does?
+"""The end of every run: check that the file on disk does what the model in memory does.
 
-Every exported file is examined in three ways. Its tensors, read again: is every layer there, finite, not zero and as
-trained? What diffusers' own loader, which shares no code with the exporter, puts into a base loaded again: is each
-delta W the trained one?
-And a probe, one forward of UNet and text encoder on fixed inputs, of the trained model in memory, of the base, and of a
-fresh base with the file in it: only where the last equals the first, and differs from the second, does it work.
+Every exported file is examined in three ways:
+
+1. Its tensors are read again: every layer must be there, finite, not zero and as trained.
+2. diffusers' loader, which shares no code with the exporter, loads it into a fresh base: each delta W must be the
+   trained one.
+3. UNet and text encoder compute fixed inputs (the probe) three times: in the trained model, in the base, and in a fresh
+   base with the file. The third output must equal the first and differ from the second.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ CAST = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked: what, whether it held, and the figure or the cause."""
+    """One check: its name, whether it passed, and the figure or the cause."""
 
     name: str
     passed: bool
@@ -138,7 +140,7 @@ def examine(
 
 
 def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Sequence[str]) -> list[Finding]:
-    """The exported file, opened again: is every announced layer there, finite, not nil and as trained?"""
+    """Open the exported file again: every announced layer must be there, finite, not zero and as trained."""
     wrong = verify.verify_file(path, weights, announced)
     if not weights.layers:
         count = sum(len(rows) for vectors in weights.embeddings.values() for rows in vectors.values())

@@ -59,7 +59,7 @@ class Tracker:
             self._guard(lambda: self.tracker.log_images({"samples": pictures}, step=event.step, **options))
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write the remaining values."""
         self._guard(self.tracker.finish)
 
     def _start(self, config: Config, run: RunFolder) -> GeneralTracker:

@@ -1,4 +1,4 @@
-"""A base made trainable: the adapter in it, its loss, its optimizer and its validation."""
+"""A base prepared for training: with adapter, loss, optimizer and validation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """What the loop trains, and what computes with it.
+    """The parts that the loop needs: what is trained, its optimizer, its loss and its validation.
 
     Attributes:
         family: the base, with the adapter in it.

@@ -1,8 +1,8 @@
 """How good an adapter is, in figures that can be compared: same photos, same noise, same timesteps every time.
 
-Training loss is mostly the luck of the timestep. Here every photo is noised at one timestep of each band, with noise
-that depends on nothing but the seed, so two evaluations of the same weights are equal to the bit and a difference of
-two checkpoints is a difference of their weights.
+Training loss depends mostly on the timestep that was drawn. Here every photo is noised at one timestep of each band,
+and the noise depends on the seed only. So two evaluations of the same weights are equal to the bit, and a difference
+between two checkpoints comes from their weights.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ LEVELS = 3
 
 
 class Roots:
-    """The folders below which the front end may read and write; everything else does not exist for it.
+    """The folders below which the front end may read and write. It treats all other paths as missing.
 
     Hidden files and folders (`.ssh`, `.env`) are outside wherever they lie.
     """
@@ -26,7 +26,7 @@ class Roots:
         self.paths = tuple(dict.fromkeys(Path(path).expanduser().resolve() for path in paths))
 
     def resolve(self, text: str | Path) -> Path:
-        """The real path behind what somebody typed: `~`, `..` and links are followed before it is judged.
+        """The real path of a typed text. `~`, `..` and links are resolved before the check.
 
         Raises:
             LorakitError: it is outside of every root, or hidden.

@@ -25,7 +25,7 @@ _TAB = """() => {
   const number = %(tabs)s.indexOf(window.lorakitAddress?.get('tab'));
   if (number > 0) document.querySelectorAll('#pages button[role=tab]')[number]?.click();
 }"""
-# Where what had the focus is drawn anew it has it again, and where it is gone the tab has it: a keyboard goes on there.
+# An element that is drawn again gets its focus back. If it is gone, its tab gets the focus, for people with a keyboard.
 KEEP_FOCUS = """
 let last = '', holder = null;
 const PARTS = ['data-run', 'data-exclude', 'data-edit', 'data-file', 'data-picture'];

@@ -1,4 +1,4 @@
-"""The front end's command and its wiring: which event calls what. `lorakit ui --help` lists the options."""
+"""The front end's command, and the functions that events of the page call. `lorakit ui --help` lists the options."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STYLE = Path(__file__).with_name("style.css")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the front end and serve until it is interrupted; the exit code."""
+    """Start the front end and serve until it is interrupted. Return the exit code."""
     args = parser().parse_args(argv)
     try:
         access.require_password(args.host, args.share, args.password, args.public)
@@ -388,6 +388,7 @@ def _wire_folder(
     """Wire what changes which photos there are; what listens to the end of each such event."""
     keys = (quickstart.PHOTOS, *quickstart.OF_PHOTOS)
     field, excluded, edits, more_folders, _ = (train.widgets[key] for key in keys)
+    masked_loss = train.widgets[quickstart.MASKED_LOSS]
 
     def choose(data: Values) -> tuple[Any, ...]:
         if data[photos.folder] == data[field]:
@@ -407,15 +408,19 @@ def _wire_folder(
             folder = data[photos.folder] or ""
             changes[excluded] = photos.exclude(folder, changes[excluded], event.photo, config_of(data))
         else:
-            box = event.box if event.act == "crop" else None
-            changes[edits] = photos.edit(changes[edits], event.photo, event.act, box)
+            numbers = {"crop": "box", "paint": "points", "erase": "points"}.get(event.act)
+            brush = (event.brush, event.ratio) if numbers == "points" else (0.0, 1.0)
+            shape = getattr(event, numbers) if numbers else None
+            changes[edits] = photos.edit(changes[edits], event.photo, event.act, shape, brush)
+        masked = photos.uses_masks(data[edits] or "", changes[edits], data[masked_loss], config_of(data))
+        changes |= {masked_loss: masked}
         return [*changes.values(), _draft(photos, train, data | changes)]
 
     opening_events = [photos.open.click, photos.folder.input]
     opened = gr.on(opening_events, choose, inputs, [photos.message, field, excluded, edits, train.draft], **FOLLOW)
     upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
     uploaded = polled(photos.workspace.tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
-    edited = photos.cards.select(edit, inputs, [excluded, edits, train.draft], **EACH)
+    edited = photos.cards.select(edit, inputs, [excluded, edits, masked_loss, train.draft], **EACH)
     return [opened.then, uploaded, edited.then, *_wire_concepts(photos, train, inputs)]
 
 

@@ -24,8 +24,8 @@ USEFUL = (*(f".{kind}" for kind in FORMATS), *CAPTIONS, *TABLES)
 def unpack(
     file: Path, place: Path, progress: Callable[[int, int], object] = lambda count, total: None
 ) -> tuple[int, list[str]]:
-    """Unpack what can be used into `place`, a new folder, with the archive's own folders: the number of photos, and a
-    line for each file that is not there.
+    """Unpack the usable files into `place`, a new folder, with the archive's folders. Return the number of photos, and
+    a line for each other file.
 
     Folders that hold everything are left out; links and hidden files are passed over.
 

@@ -37,7 +37,7 @@ def without_proxies() -> Iterator[None]:
 
 
 def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> list[Path]:
-    """Write an adapter in another format; the files and folders that were written.
+    """Write an adapter in another format. Return the written files and folders.
 
     Raises:
         LorakitError: what the command complained of.
@@ -103,7 +103,7 @@ def caption(
     progress: Callable[[int, int], object],
     begin: Callable[[subprocess.Popen[str]], object] = lambda process: None,
 ) -> dict[str, Any]:
-    """Let a model caption photos; what `lorakit caption --json` says at its end.
+    """Caption photos by a model. Return the last event of `lorakit caption --json`.
 
     Args:
         progress: called with the number of photos that are through, and of all.

@@ -121,7 +121,7 @@ def _field(option: Option) -> Field:
 
 
 def values(config: Config) -> dict[str, Any]:
-    """Every option's value as its widget holds it; the default of an option that this method does not have."""
+    """The value of every option for its widget. An option that this method lacks has its default."""
     of_method = {option.key for option in configuration.options(config.adapter.method)}
     return {
         key: field.to_widget(
@@ -174,7 +174,7 @@ def refuse_local(options: Mapping[str, object]) -> None:
 
 
 def without_local(toml: str) -> str:
-    """A config's text without what others than its owner may not see, such as an address with a token."""
+    """A config's text without secrets, such as an address with a token."""
     names = "|".join(option.name for option in configuration.every_option() if option.local_only)
     return re.sub(rf"^({names}) = .+\n", "", toml, flags=re.MULTILINE)
 

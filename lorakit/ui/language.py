@@ -18,8 +18,7 @@ REQUEST_LANGUAGE = ContextVar("REQUEST_LANGUAGE", default="en")
 # Gradio reads its translations by the browser's language when its script begins.
 SCRIPT = '<script>Object.defineProperty(navigator, "language", {{value: "{0}"}});</script>'
 SWITCH = (
-    "for (const one of element.querySelectorAll('[data-language]'))"
-    " if (one.lang === document.documentElement.lang) one.ariaCurrent = 'true';"
+    "element.querySelector(`[lang=\"${navigator.language}\"]`)?.setAttribute('aria-current', 'true');"
     "element.addEventListener('click', ({target}) => {"
     f" if (target.dataset.language) {{ document.cookie = `{COOKIE}=${{target.dataset.language}}; path=/; "
     "max-age=31536000; SameSite=Lax`; location.reload(); } });"

@@ -30,7 +30,7 @@ IN_USE = (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE))
 
 
 class Server(uvicorn.Server):
-    """Serves one page from its own thread; `address` is where."""
+    """Serves one page from a separate thread, at `address`."""
 
     def __init__(
         self, page: gr.Blocks, host: str, port: int | None, middleware: Sequence[Middleware] = (), **options: object
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
             self.close()
 
     def close(self) -> None:
-        """End it; the page is gone when this returns."""
+        """Stop serving. The page is closed when this returns."""
         self.should_exit = True
         if self.thread.is_alive():
             self.thread.join(5 * GRACE)

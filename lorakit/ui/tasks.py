@@ -53,7 +53,7 @@ class Task:
 
 
 class Tasks:
-    """The tasks of a front end by number; safe to use from several threads."""
+    """The tasks of a front end by number. Several threads may use it."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="task")
@@ -61,7 +61,7 @@ class Tasks:
         self._numbers, self._lock = itertools.count(1), threading.Lock()
 
     def start(self, work: Callable[[Progress], Sequence[Any]]) -> int:
-        """Begin it; its number."""
+        """Begin a task. Return its number."""
         task = Task(self._pool, work)
         with self._lock:
             number = next(self._numbers)

@@ -15,13 +15,15 @@ from PIL import Image
 
 from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
 from lorakit.core import image_grid
-from lorakit.data.decode import Unreadable, decode, measure
+from lorakit.data.decode import Unreadable, decode, measure, painted_mask
 from lorakit.data.photo_folder import Photo
 
 SIDE = 256
 # About 15 KiB each.
 MAX_THUMBNAILS = 4000
 QUALITY = 80
+# How dark a photo is where its painted mask leaves it out.
+UNLEARNED = 0.75
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,11 @@ def _make(path: Path, side: int, edit: PhotoEdit) -> Thumbnail:
         size = measure(raw, path.name, edit)
     except Unreadable as problem:
         return Thumbnail(problem=problem.reason)
-    return Thumbnail(address(image_grid.thumbnail(photo.image, side)), size=size)
+    image = image_grid.thumbnail(photo.image, side)
+    if edit.strokes:  # what is not learned is dark
+        mask = Image.fromarray(painted_mask(edit, measure(raw, path.name))).resize(image.size)
+        image = Image.composite(image, Image.blend(image, Image.new("RGB", image.size), UNLEARNED), mask)
+    return Thumbnail(address(image), size=size)
 
 
 def address(image: Image.Image) -> str:

@@ -32,8 +32,9 @@ class Upload:
 def take_in(
     files: Sequence[Path], place: Path, progress: Callable[[int, int], object] = lambda count, total: None
 ) -> Upload:
-    """Move what can be used of `files` into `place`, which is made for the first of them. Nothing there is replaced.
-    An archive gets a folder of its own there, unless it comes alone.
+    """Move the usable ones of `files` into `place`, which is created for the first. No file is replaced.
+
+    Each archive gets a subfolder, unless it is the only file.
 
     Args:
         progress: called with the number of files that were looked at, and of all.

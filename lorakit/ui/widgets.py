@@ -28,7 +28,7 @@ EACH: dict[str, Any] = FOLLOW | {"trigger_mode": "multiple"}
 
 
 class RequestCounter:
-    """Counts what a browser asked for, so that an answer that took long knows whether it comes too late."""
+    """Counts the requests of a browser, so that a slow answer knows whether a newer request exists."""
 
     def __init__(self) -> None:
         self.number = 0

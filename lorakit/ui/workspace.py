@@ -180,7 +180,7 @@ class Workspace:
         return target
 
     def run(self, name: str) -> Path:
-        """The run folder of that name, which may not have been made yet.
+        """The run folder of that name. It need not exist yet.
 
         Raises:
             LorakitError: the name is not that of a folder directly below the runs.
@@ -210,7 +210,7 @@ class Workspace:
         return path
 
     def unused(self, name: str) -> Path:
-        """A new folder below the runs, for what belongs to no run."""
+        """A new folder below the runs, for files that belong to no run."""
         return self.runs / name / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"
 
     def runs_and_jobs(self) -> list[tuple[str, run_folder.State]]:

@@ -339,7 +339,7 @@ def test_check_ends_with_the_plan(run: Run, photos: Path, tiny_sd1: Path) -> Non
         assert file.name in out
     plan = out.partition("\nthe plan\n")[2].splitlines()
     assert [line.strip().partition(":")[0] for line in plan] == [
-        *("base", "photos", "adapter", "strength", "length", "note", "memory", "time")
+        *("base", "photos", "in prompts", "adapter", "strength", "length", "note", "memory", "time")
     ]
 
 

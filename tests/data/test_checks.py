@@ -44,6 +44,7 @@ def test_a_good_folder_has_nothing_wrong(photos: Path, base) -> None:
     report = report_of(photos, base)
     assert (report.errors, report.warnings) == ([], [])
     assert report.notes == [f'no captions: every photo is trained as "a photo of a sks toy"{NO_CAPTIONS}']
+    assert "`lorakit caption`" in NO_CAPTIONS
     assert "write a caption for each photo" in NO_CAPTIONS
     assert [photo.relative for photo in report.photos] == [f"{n}.png" for n in range(5)]
     assert report.buckets == {(64, 64): 5}

@@ -34,8 +34,10 @@ def test_the_json_of_one_photo(row: Any, text: str | None) -> None:
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        (b"a toy\0 on grass", "not text in an encoding that lorakit reads"),
-        (b"toy \0", "not text in an encoding that lorakit reads"),
+        (b"a toy\0 on grass", "a NUL character in line 1"),
+        (b"toy\n \0", "a NUL character in line 2"),
+        ("ein H\u00fcndchen auf der\0 Wiese".encode(), "a NUL character in line 1"),
+        ("a toy\0".encode("utf-16"), "a NUL character in line 1"),
         (rb"{\rtf1\ansi a toy}", "a document in RTF, not plain text"),
         (b"\n<!DOCTYPE html><p>a toy", "a document in HTML, not plain text"),
         (b"<html><body>a toy", "a document in HTML, not plain text"),

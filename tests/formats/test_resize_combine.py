@@ -90,6 +90,15 @@ def test_combine_says_what_does_not_go_together():
         combine([])
 
 
+@pytest.mark.parametrize("strengths", [(1.0, -1.0), (0.3, -0.3), (0.0, 0.0)])
+def test_combine_refuses_what_adds_up_to_nothing(strengths):
+    weights = random_adapters.adapter(SHAPES, "sd1", rank=6, alpha=2)
+    with pytest.raises(LorakitError, match="add up to no change: give other strengths"):
+        combine([(weights, strength) for strength in strengths])
+    left = combine([(weights, 1.0), (weights, -0.999)])
+    assert np.abs(delta(left.layers["unet.mid_block.resnets.0.conv1"])).max() > 0
+
+
 @pytest.mark.parametrize("shape", [(12, 16), (12, 8, 3, 3)])
 def test_dora_by_numpy(shape):
     """Each input column of V is brought to the learned length; half strength goes half way."""

@@ -230,7 +230,9 @@ def draw_class_images(family, count: int, folder: Path | None, messages: list[st
     with pytest.MonkeyPatch.context() as patch:
         if folder:
             patch.setenv("LORAKIT_CACHE", str(folder))
-        return class_images.class_images(family, text=text, count=count, events=events, **arguments)
+        group = class_images.find(family, text=text, count=count, **arguments)
+        events.say(class_images.summary([group]))
+        return class_images.draw(family, group, events=events)
 
 
 def test_texts_are_embedded_without_the_unet_and_pictures_drawn_without_text_encoders(family, monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
+from lorakit.config import OptimizerConfig
 from lorakit.families.pocket import subjects
 from lorakit.runs import lessons
 from lorakit.ui import texts
@@ -92,3 +93,28 @@ def test_photos_that_were_not_trained_on_tell_what_was_learned(holdout, parts):
         assert texts.sayer("zh-Hant").translate(sentence) != sentence
     # Where nothing was learned, held-out photos that are as the base has them say nothing.
     assert lessons.sentences({}, {}, {"gains": dict.fromkeys("abc", -0.01), "holdout_gains": holdout}) == []
+
+
+# The validations of real runs on the bundled base: steps between two of them, and the errors.
+RUNS = {
+    "30 steps": (6, (0.3609, 0.3539, 0.3505, 0.3475, 0.3466), True),
+    "60 steps of five photos": (12, (0.4647, 0.4387, 0.4259, 0.4216, 0.4209), True),
+    "60 steps": (12, (0.3553, 0.3429, 0.3383, 0.3391, 0.3388), False),
+    "210 steps": (42, (0.2650, 0.2546, 0.2530, 0.2520, 0.2506), False),
+    "210 steps, a tenth of drift": (42, (0.2771, 0.2554, 0.2522, 0.2516, 0.2500), False),
+    "210 steps whose held-out photos get worse": (42, (0.3459, 0.3625, 0.3604, 0.3676, 0.3695), False),
+    "as good as nothing": (42, (0.3, 0.3, 0.3, 0.3, 0.3), False),
+    "three validations": (10, (0.4, 0.3, 0.2), False),
+}
+
+
+@pytest.mark.parametrize(("every", "errors", "is_short"), RUNS.values(), ids=RUNS)
+def test_a_run_whose_error_falls_late_as_at_first_was_too_short(every, errors, is_short):
+    history = [{"step": every * number, "mse": error} for number, error in enumerate(errors, 1)]
+    lines = lessons.too_short(history, OptimizerConfig(lr_scheduler="cosine"))
+    assert bool(lines) == is_short
+    if lines:
+        assert (
+            f"at the end of the {every * len(errors)} steps" in lines[0] and "train at least twice as long" in lines[0]
+        )
+        assert "太短" in texts.sayer("zh-Hant").translate(lines[0])

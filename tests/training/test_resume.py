@@ -29,7 +29,7 @@ def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, 
     state = (folder / "state.json").read_bytes()
     shutil.move(tmp_path / "photos", tmp_path / "away")
     with pytest.raises(LorakitError, match="photos"):
-        train.resume(folder)
+        train.resume(folder, overrides={"train.steps": 4})
     with pytest.raises(LorakitError):
         train.resume(folder, from_checkpoint="step-000009")
     assert (folder / "state.json").read_bytes() == state
@@ -47,6 +47,12 @@ def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, 
     assert any("optimizer.safetensors has changed since it was saved" in line for line in lines)
     assert any("set aside" in line and "unused-step-000003" in line for line in lines)
     assert "it goes on from step-000002" in lines
+    # A finished run is not written again; a change of what is written does so.
+    content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(LorakitError, match=r"is finished: all 3 steps are done .* lorakit resume .* --steps 4"):
+        train.resume(folder)
+    assert content == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     lines.clear()
-    train.resume(folder, listeners=[lambda event: lines.append(event.facts.get("message", ""))])
+    print_message = lambda event: lines.append(event.facts.get("message", ""))  # noqa: E731
+    train.resume(folder, overrides={"output.formats": ("peft",)}, listeners=[print_message])
     assert "all 3 steps are done, the files are written again; --steps trains longer" in lines

@@ -67,6 +67,9 @@ def test_a_language_says_what_english_says_with_the_same_values(language: str):
             # What is said otherwise than by its name: once more, or not at all.
             assert values(text) <= values(key) and len(values(key) - values(text)) <= 1, key
     assert all(len(pair) == 2 for pair in content["options"].values())
+    # Between two asterisks the page reads emphasis, and takes them away.
+    table = texts.table(language)
+    assert [key for key, text in table.items() if key.startswith("help.") and text.count("*") > 1] == []
 
 
 def test_what_a_language_lacks_is_in_english(monkeypatch: pytest.MonkeyPatch):

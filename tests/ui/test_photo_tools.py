@@ -1,8 +1,11 @@
 """The page of photos as a tool: turn, crop, several folders. Nothing is written into a folder of photos."""
 
+import base64
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -45,10 +48,48 @@ def test_buttons_turn_and_crop_what_is_on_the_page(workspace: Workspace) -> None
         page = PhotosPage(workspace, T)
     html = page.show(str(workspace.roots.paths[0]), 0, config_of(workspace, edits=lines), SAY)[1]
     assert "30 × 90" in html and html.count(">As the file is<") == 2
-    assert re.findall(r'data-edit="(\w+):b', html) == ["left", "right", "crop", "reset"]
+    assert re.findall(r'data-edit="(\w+):b', html) == ["left", "right", "crop", "paint", "erase", "reset"]
     assert PhotosPage.edit(PhotosPage.edit(lines, "a.png", "reset"), "b.png", "right") == ""
     assert PhotosPage.edit("{broken", "a.png", "left") == '{"a.png" = "turn 270"}'
     assert {path: path.read_bytes() for path in workspace.roots.paths[0].iterdir()} == before
+
+
+def test_a_mask_is_painted_shown_and_undone(workspace: Workspace) -> None:
+    toys = workspace.roots.paths[0]
+    before = {path: path.read_bytes() for path in toys.iterdir()}
+    lines = PhotosPage.edit("", "a.png", "paint", [25, 50], (40, 1.5))
+    assert lines == '{"a.png" = "paint 40 25 50"}'
+    lines = PhotosPage.edit(PhotosPage.edit(lines, "a.png", "right"), "a.png", "erase", [50, 25, 50, 30], (10, 2 / 3))
+    assert lines == '{"a.png" = "turn 90, paint 40 25 50, erase 10 25 50 30 50"}'
+    with gr.Blocks():
+        page = PhotosPage(workspace, T)
+
+    def picture(edits: str) -> tuple[str, np.ndarray]:
+        html = page.show(str(toys), 0, config_of(workspace, edits=edits), SAY)[1]
+        source = re.search(r'src="data:image/webp;base64,([^"]+)" alt="a.png"', html)
+        assert source is not None
+        return html, np.asarray(Image.open(io.BytesIO(base64.b64decode(source[1]))).convert("L")).astype(float)
+
+    html, masked = picture(lines)
+    assert ">Undo stroke<" in html and html.count("lk-brush") == 2
+    plain = picture('{"a.png" = "turn 90"}')[1]
+    bright = masked.sum() / plain.sum()
+    assert masked.shape == (90, 60) and 0.35 < bright < 0.55
+    assert masked[15:20, 20:25].mean() == pytest.approx(plain[15:20, 20:25].mean(), rel=0.15)
+    assert masked[60:, :].mean() < 0.35 * plain[60:, :].mean()  # the lower half is left out
+    # The option that counts masks goes on with the first stroke, and off with the last where there is no mask file.
+    config = config_of(workspace)
+    assert page.uses_masks("", lines, False, config) is True and page.uses_masks(lines, lines, False, config) is False
+    lines = PhotosPage.edit(PhotosPage.edit(lines, "a.png", "unpaint"), "a.png", "unpaint")
+    assert (
+        lines == '{"a.png" = "turn 90"}' and page.uses_masks('{"a.png" = "erase 9 1 2"}', lines, True, config) is False
+    )
+    Image.new("L", (60, 60), 255).save(toys / "b.mask.png")
+    assert page.uses_masks('{"a.png" = "erase 9 1 2"}', lines, True, config) is True
+    # What no page sends changes nothing.
+    assert PhotosPage.edit(lines, "a.png", "paint", [1, 2] * 3000, (10, 1)) == lines
+    assert PhotosPage.edit(lines, "a.png", "paint", [1, 2], (-10, 1)) == lines
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_folders_are_added_with_name_and_weight_and_taken_away(workspace: Workspace) -> None:

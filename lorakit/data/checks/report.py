@@ -1,4 +1,4 @@
-"""What the check of a folder says: of each photo, and of all; as a table and as JSON."""
+"""The report of the check of a folder, on each photo and on all, as a table and as JSON."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from lorakit.data.checks.report import Item, Report, names
 # Seen on real photos: bound to the sentence that ends after the noun, a subject is gone once the prompt goes on.
 NO_CAPTIONS = (
     "; a prompt that goes on after it, with a place say, may then show little of what is learned: write a caption for "
-    "each photo that names its scene"
+    "each photo that names its scene (`lorakit caption` lets a model do that)"
 )
 
 
@@ -38,11 +38,11 @@ BRACES = (
 
 
 def check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
-    """Add what is wrong with the text of each photo, and with those of each concept."""
+    """Add the problems of each photo's text, and of the texts of each concept."""
     cuts, syntax, loose = [], [], []
     for item in report.items:
         texts = captions.all_texts(item.photo, concepts.of_photo(item.photo, config))
-        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for text in texts for character in text):
             texts = [printable(text) for text in texts]
             report.errors.append(
                 Message("{photo}: its text has what is no character: {text}", item.relative, shorten(texts[0], 60))

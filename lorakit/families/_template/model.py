@@ -15,10 +15,12 @@ from lorakit.families.loaded import LoadedFamily
 class ExampleDiffusion(LoadedFamily):
     """See `families.Family`.
 
-    `LoadedFamily` has what most families share. Override `tokens` for a text encoder that is never trained,
-    `size_conditions` where the denoiser is conditioned on picture sizes, `encode_image` and `decode` for other
-    autoencoders than AutoencoderKL, and `modules` and `_parts` where a part comes and goes on its own (see
-    families/sd3/model.py).
+    `LoadedFamily` has what most families share. Override:
+
+    - `tokens` for a text encoder that is never trained;
+    - `size_conditions` where the denoiser is conditioned on picture sizes;
+    - `encode_image` and `decode` for other autoencoders than AutoencoderKL;
+    - `modules` and `_parts` where a part is loaded and released separately (see families/sd3/model.py).
     """
 
     def __init__(

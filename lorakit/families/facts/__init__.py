@@ -1,1 +1,1 @@
-"""Facts of a base that its configurations, metadata and names tell, and of what is no base."""
+"""Facts of a base from its configurations, metadata and names, and recognition of files that are no base."""

@@ -33,7 +33,7 @@ UNDONE = "the usual loss slowly undoes distillation: train on the model that it 
 
 @dataclass(frozen=True)
 class Distilled:
-    """A way of distilling, and what samples need.
+    """A method of distillation, and the sampling that it needs.
 
     Attributes:
         kind: its name.
@@ -137,7 +137,7 @@ class Sampling(SampleConfig):
 
 
 def complete(sample: SampleConfig, info: BaseInfo) -> Sampling:
-    """Steps and guidance, where they are unset, as the base needs them."""
+    """The sample section with unset steps and guidance filled in for the base."""
     kind = info.distilled
     steps = kind.steps if kind else STEPS
     guidance = kind.guidance if kind else registry.family_of(info.family).guidance

@@ -81,12 +81,12 @@ def _require_shares(base: str, config: Config, reference: str) -> None:
 
 
 def cross_dim(denoiser: Config) -> int:
-    """Width of the texts that a denoiser is told."""
+    """Width of the text embeddings of a denoiser."""
     return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
 
 
 def require_channels(path: Path, into: int, latent: int) -> None:
-    """Refuse a UNet that takes something else than latents, or latents and what an inpainting model takes."""
+    """Refuse a UNet whose input is neither that of a text-to-image model nor that of an inpainting model."""
     if into in (latent, 2 * latent + 1):
         return
     raise LorakitError(

@@ -1,4 +1,4 @@
-"""What a GGUF file holds, from the names of its tensors; weights are not read. No torch.
+"""Recognise the content of a GGUF file by the names of its tensors. Weights are not read. No torch.
 
 Layout: ggml's docs/gguf.md. Names: those of ComfyUI-GGUF (each model's own, without a prefix), stable-diffusion.cpp
 (with it) and llama.cpp (a text encoder's blocks are `enc.blk.`).
@@ -25,7 +25,7 @@ _TITLES = {
 
 
 def names(path: Path) -> list[str]:
-    """The names of the tensors; [] where the file is not there, is none or is damaged."""
+    """The names of the tensors; [] if the file is missing, damaged or no GGUF file."""
     try:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:

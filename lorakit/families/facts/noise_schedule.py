@@ -1,4 +1,4 @@
-"""The noise schedule that a base says it was trained on: others are refused; `model.prediction_type` changes it."""
+"""The noise schedule of a base. Unknown ones are refused; `model.prediction_type` overrides the prediction type."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _schedulers() -> set[str]:
 
 
 def velocity_hint(names: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """What speaks for v-prediction in a base that does not say so itself, or ""."""
+    """Evidence for v-prediction in a base whose configuration does not say so, or ""."""
     if any(_VELOCITY.search(name) and not _EPSILON.search(name) for name in names):
         return "its name"
     if metadata.get("ss_v_parameterization") == "True" or metadata.get("ss_zero_terminal_snr") == "True":

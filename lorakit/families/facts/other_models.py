@@ -1,4 +1,4 @@
-"""Recognise what is given as a base and is none: other models, parts of models, adapters. No torch.
+"""Recognise files and folders that are no base: other models, parts of models, adapters. No torch.
 
 Names of tensors decide; sources are each model's own code, diffusers, and the loaders of ComfyUI.
 """

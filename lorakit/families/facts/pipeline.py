@@ -35,7 +35,7 @@ class PipelineInfo(BaseInfo):
 
     @functools.cached_property
     def hash(self) -> str:
-        """Identity of configurations and weights, all of which are read; of another precision, another."""
+        """A hash of all configurations and weights. It differs for another precision."""
         import torch
 
         digest = hashlib.sha256()

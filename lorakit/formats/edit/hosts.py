@@ -29,11 +29,12 @@ _LORA_NAMES = {"lora", "loras", "lycoris", "locon"}
 def install(
     source: Path, host: Host, place: Path, *, name: str = "", any_folder: bool = False, say: Say = lambda _: None
 ) -> dict[str, Path]:
-    """Copy an adapter and its side files; what is there now: "adapter", "json", "preview", "embedding <word>";
-    of an embedding that belongs to no adapter "embedding".
+    """Copy an adapter and its side files; return the copies: "adapter", "json", "preview", "embedding <word>".
 
-    A file that is there is never replaced: another name is taken, and where the same adapter is there already only
-    what is missing beside it is copied.
+    An embedding that belongs to no adapter is "embedding".
+
+    No file is overwritten: the copy gets another name. If the same adapter is there already, only missing side files
+    are copied.
 
     Args:
         source: a file, or a folder with one adapter.

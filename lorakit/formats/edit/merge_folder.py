@@ -26,8 +26,8 @@ from lorakit.formats.edit.precision import Precision
 def merged(weight: torch.Tensor, layer: AnyLayer, strength: float = 1.0) -> torch.Tensor:
     """A layer's weight with its adapter inside, in float32: W + strength * (W' - W).
 
-    W' is W + delta W, for DoRA magnitude * V / ||V|| with V = W + delta W and the norm of each input column, or of each
-    output row where there is a magnitude for each.
+    W' is W + delta W. For DoRA it is magnitude * V / ||V|| with V = W + delta W. The norm is that of each input column,
+    or of each output row where there is a magnitude for each row.
 
     Raises:
         RuntimeError: the layer is for a weight of another shape.

@@ -13,6 +13,9 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import join
 from lorakit.formats import keys
 
+# The squared norm of a sum, as a share of those of its parts, below which it is rounding alone.
+CANCELLED = 1e-12
+
 
 def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | None = None) -> AdapterWeights:
     """The nearest adapter of a smaller rank (Eckart-Young: the largest singular values of each delta W are kept).
@@ -115,7 +118,8 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     """One adapter whose delta W is the sum of `strength * delta W` of several; its ranks are the sums of theirs.
 
     Raises:
-        LorakitError: none given, different families, layers of different shapes, or DoRA, which does not add up.
+        LorakitError: none given, different families, layers of different shapes, DoRA, which does not add up, or
+            strengths at which the sum changes nothing.
     """
     if not parts:
         raise LorakitError("combine: give at least one adapter")
@@ -138,11 +142,22 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
                 continue
             scaled = replace(layer, up=layer.up.float() * (layer.scale * strength), alpha=float(layer.rank))
             collected.setdefault(name, []).append(scaled)
-    stacked |= {name: _stacked(name, layers) for name, layers in collected.items()}
+    joined = {name: _stacked(name, layers) for name, layers in collected.items()}
+    vectors = [*biases.values(), *(layer.delta() for layer in stacked.values())]
+    stacked |= joined
     words = [(word, vectors) for weights, _ in parts for word, vectors in weights.embeddings.items()]
     if len({word for word, _ in words}) < len(words):
         raise LorakitError("combine: several adapters have an embedding of their own for {words!r}", words[0][0])
+    is_left = any(_square(layer) > CANCELLED * sum(map(_square, collected[name])) for name, layer in joined.items())
+    if not (is_left or words or any(bool(vector.any()) for vector in vectors)):
+        raise LorakitError("combine: at these strengths the adapters add up to no change: give other strengths")
     return AdapterWeights(families[0], "lora", stacked, embeddings=dict(words), biases=biases)
+
+
+def _square(layer: LoraLayer) -> float:
+    """The squared Frobenius norm of delta W, from products of rank x rank: ||U D||^2 = tr(U^T U D D^T)."""
+    up, down = layer.up.flatten(1).double(), layer.down.flatten(1).double()
+    return float(((up.T @ up) * (down @ down.T)).sum()) * layer.scale**2
 
 
 def _stacked(name: str, layers: list[LoraLayer]) -> LoraLayer:

@@ -1,4 +1,4 @@
-"""Programs that draw with adapters, and which files each lists, as data; no torch.
+"""Programs that use adapters, and the files that each lists, as data. No torch.
 
 Read in the code of each: ComfyUI 0.3.64, AUTOMATIC1111 1.10.1, Forge 2025-06, InvokeAI 6.14, SwarmUI and Fooocus as of
 2026-10.

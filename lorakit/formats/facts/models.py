@@ -141,7 +141,7 @@ MODELS = (
 
 
 def find(stems: Iterable[str], widths: Iterable[int], metadata: Mapping[str, str]) -> tuple[Model, str] | None:
-    """The model that an adapter is for, and what tells so; None where its layers are those of a UNet, or nobody's.
+    """The model that an adapter is for, and the evidence; None if its layers are those of a UNet, or unknown.
 
     Args:
         stems: what stands before the adapter's parts in the tensors' names.

@@ -91,7 +91,7 @@ def require_numbers(path: Path, scaling: Scaling) -> None:
 
 
 def alpha(name: str, rank: int, scaling: Scaling) -> float:
-    """The alpha that a config tells for a canonical name; the rank where there is none.
+    """The alpha of a canonical name in a config; its rank if there is none.
 
     Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).
     """
@@ -103,7 +103,7 @@ def alpha(name: str, rank: int, scaling: Scaling) -> float:
 
 
 def rank(name: str, scaling: Scaling) -> int:
-    """The rank that a config tells for a canonical name; 1 where there is none.
+    """The rank of a canonical name in a config; 1 if there is none.
 
     Raises:
         LorakitError: it is no number above 0.

@@ -1,4 +1,4 @@
-"""How much each module of an adapter changes, from its numbers alone; no torch.
+"""The size of each module's change in an adapter, from its tensors only. No torch.
 
 The size of a change is the Frobenius norm of delta W. What depends on a base (OFT, (IA)^3, GLoRA) has none.
 """
@@ -150,7 +150,7 @@ def _position(name: str) -> tuple[int, list[int]]:
 
 
 def _size(parts: Mapping[str, np.ndarray]) -> float | None:
-    """The norm of delta W without its scale; None where the parts are not of a change that holds by itself."""
+    """The norm of delta W without its scale; None where the change depends on the base."""
     try:
         if "mid" in parts:
             delta = np.einsum("mnhw,im,nj->ijhw", parts["mid"], _flat(parts["up"]), _flat(parts["down"]))

@@ -1,4 +1,4 @@
-"""One run in several processes, each with its own card: what they tell each other.
+"""One run in several processes, each with a card: their communication.
 
 All of them go through the same code. What one process alone may do, such as reading photos and writing, is done by the
 first inside `Processes.first`, whose result the others receive; they take their share of what it gives to
@@ -97,7 +97,7 @@ class _Turn:
 
 
 class Processes:
-    """All processes of a run as one of them sees them; this class is that of a run in a single process.
+    """The processes of a run. This class is for a run in a single process; `Group` is for several.
 
     Attributes:
         rank: of this process; 0 is the first.
@@ -111,7 +111,7 @@ class Processes:
         return share(parts, self.rank, self.count)
 
     def first(self, compute: Callable[[], T], tasks: Tasks = NO_TASKS) -> T:
-        """What `compute` returns or raises in the first process; it is not called in the others.
+        """The result of `compute`, which only the first process calls. An exception is raised in all.
 
         Args:
             tasks: what the others do for it on the way, by the names that `map` takes.
@@ -180,7 +180,7 @@ class Group(Processes):
         return value
 
     def map(self, task: str, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        """See `Processes`. An item goes to its process as a result of `first` does, and so does what comes of it."""
+        """See `Processes`. Items and results are sent as the result of `first` is."""
         rest = iter(items)
         while turn := list(itertools.islice(rest, self.count)):
             others = range(1, len(turn))
@@ -279,7 +279,7 @@ class Group(Processes):
                 )
 
     def say_problem(self, text: str) -> None:
-        """Tell the first process why this one ends; it reports that."""
+        """Send the first process the reason why this one ends. The first reports it."""
         self._store.set(f"problem/{self.rank}", f"process {self.rank} on {platform.node()}: {text}")
 
     def leave(self) -> None:
@@ -375,7 +375,7 @@ def _connect(world: launch.World) -> None:
 
 
 def card_problem(world: launch.World, cards: int, has_nccl: bool) -> str:
-    """Why this process cannot compute on a card with the others; empty where it can."""
+    """Why this process cannot compute on a card with the others, or ""."""
     if not has_nccl:
         return Message(NO_NCCL, torch.__version__)
     if world.local_rank >= cards:

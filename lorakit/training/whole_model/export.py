@@ -39,7 +39,7 @@ SMALLEST = 2.0**-25
 
 
 class Check(TypedDict):
-    """What `selfcheck.examine` is given beside probes; see there."""
+    """Arguments of `selfcheck.examine`; see there."""
 
     load: Callable[..., Family]
     prompt: str
@@ -62,7 +62,7 @@ class TrainedModel(AdapterWeights):
 
     @functools.cached_property
     def lora(self) -> AdapterWeights:
-        """The nearest LoRA to what training changed, in the layers that every program reads.
+        """The LoRA nearest to the change by training, in the layers that every program reads.
 
         Raises:
             LorakitError: nothing has changed there.
@@ -95,7 +95,7 @@ def named_weights(family: Family) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def save(run: Run, weights: TrainedModel, name: str, metadata: Mapping[str, str]) -> dict[str, Path]:
-    """Write what `adapter.outputs` asks for; what a step of the same name wrote before is replaced.
+    """Write the files of `adapter.outputs`. Earlier files of the same name are replaced.
 
     Raises:
         LorakitError: a number is not finite, or there is no room.
@@ -112,7 +112,7 @@ def save(run: Run, weights: TrainedModel, name: str, metadata: Mapping[str, str]
 
 
 def _replace(path: Path, weights: TrainedModel) -> None:
-    """Write a model beside its place first: what was there stays whole until the new one is."""
+    """Write a model to a temporary place, then replace the old one: a complete model is there at every moment."""
     temporary = atomic.temporary_path(path)
     temporary = temporary.with_name(temporary.name + path.suffix)
     assert weights.base is not None, "a run gives it"

@@ -1,4 +1,4 @@
-"""The base's own weights as what is trained."""
+"""The weights of the base as a `Trainable`."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ PAGE = 48
 CAPTIONS = """
 const unsaved = new Map();
 const owner = new WeakMap();
-let typing = null, cropping = '';
+let typing = null, mode = '', brush = 15;
 const fields = () => [...element.querySelectorAll('textarea')];
 const mark = (field) => {
   const button = field.nextElementSibling, hidden = !unsaved.has(field.dataset.file);
@@ -60,10 +61,13 @@ element.addEventListener('click', ({target}) => {
   const edit = target.closest('[data-edit]');
   if (!edit) return;
   const [act] = edit.dataset.edit.split(':'), photo = edit.dataset.edit.slice(act.length + 1);
-  if (act !== 'crop') return change({act, photo});
-  cropping = cropping === photo ? '' : photo;
+  if (!MODES.includes(act)) return change({act, photo});
+  mode = mode === edit.dataset.edit ? '' : edit.dataset.edit;
   settle();
 });
+// What follows a button until it is pressed again: a box or a stroke, drawn over the photo.
+const MODES = ['crop', 'paint', 'erase'];
+element.addEventListener('input', ({target}) => { if (target.matches('.lk-brush')) brush = Number(target.value); });
 // A change is made to what the page holds: the next one waits until the cards show it.
 const change = (what) => {
   element.inert = true;
@@ -74,10 +78,44 @@ const percent = (frame, {clientX, clientY}) => {
   const {left, top, width, height} = frame.getBoundingClientRect();
   return [(clientX - left) / width, (clientY - top) / height].map((share) => 100 * Math.min(1, Math.max(0, share)));
 };
+const follow = (frame, event, move, end) => {
+  event.preventDefault();
+  frame.setPointerCapture(event.pointerId);
+  frame.addEventListener('pointermove', move);
+  const stop = (last) => {
+    frame.removeEventListener('pointermove', move);
+    for (const name of ['pointerup', 'pointercancel']) frame.removeEventListener(name, stop);
+    end(last.type === 'pointerup');
+  };
+  for (const name of ['pointerup', 'pointercancel']) frame.addEventListener(name, stop);
+};
+const paint = (frame, event) => {
+  const [act] = mode.split(':'), photo = mode.slice(act.length + 1), canvas = document.createElement('canvas');
+  const width = canvas.width = frame.clientWidth, height = canvas.height = frame.clientHeight;
+  const line = canvas.getContext('2d'), points = [];
+  frame.append(canvas);
+  Object.assign(line, {lineCap: 'round', lineJoin: 'round', lineWidth: brush / 100 * Math.max(width, height)});
+  line.strokeStyle = act === 'paint' ? 'rgb(45 212 191)' : 'rgb(0 0 0)';
+  const move = (next) => {
+    const [x, y] = percent(frame, next), [before, above] = points.slice(-2);
+    if (points.length && Math.hypot(x - before, y - above) < 1 || points.length > 3000) return;
+    points.push(x, y);
+    line.clearRect(0, 0, width, height);
+    line.beginPath();
+    line.moveTo(points[0] * width / 100, points[1] * height / 100);
+    for (let at = 0; at < points.length; at += 2) line.lineTo(points[at] * width / 100, points[at + 1] * height / 100);
+    line.stroke();
+  };
+  move(event);
+  follow(frame, event, move, (whole) => {
+    if (!whole) return canvas.remove();
+    change({act, photo, points, brush, ratio: width / height});
+  });
+};
 element.addEventListener('pointerdown', (event) => {
+  if (event.target.closest('.lk-painting')) return paint(event.target.closest('.lk-painting'), event);
   const frame = event.target.closest('.lk-cropping');
   if (!frame) return;
-  event.preventDefault();
   const [x, y] = percent(frame, event), part = document.createElement('b');
   let box = null;
   frame.append(part);
@@ -86,27 +124,35 @@ element.addEventListener('pointerdown', (event) => {
     box = [Math.min(x, x2), Math.min(y, y2), Math.max(x, x2), Math.max(y, y2)];
     part.style = `left:${box[0]}%;top:${box[1]}%;width:${box[2] - box[0]}%;height:${box[3] - box[1]}%`;
   };
-  const end = ({type}) => {
-    frame.removeEventListener('pointermove', move);
+  follow(frame, event, move, (whole) => {
     part.remove();
-    if (type === 'pointercancel' || !box || box[2] - box[0] < 4 || box[3] - box[1] < 4) return;
-    change({act: 'crop', photo: cropping, box});
-    cropping = '';
+    if (!whole || !box || box[2] - box[0] < 4 || box[3] - box[1] < 4) return;
+    change({act: 'crop', photo: mode.slice(5), box});
+    mode = '';
     settle();
-  };
-  frame.setPointerCapture(event.pointerId);
-  frame.addEventListener('pointermove', move);
-  for (const name of ['pointerup', 'pointercancel']) frame.addEventListener(name, end, {once: true});
+  });
 });
 element.addEventListener('keydown', (event) => {
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey) && event.target.dataset.photo) save(event.target);
 });
 window.addEventListener('beforeunload', (event) => { if (unsaved.size) event.preventDefault(); });
 const settle = () => {
-  for (const button of element.querySelectorAll('[data-edit^="crop:"]')) {
-    const pressed = button.dataset.edit === `crop:${cropping}`;
-    if (button.ariaPressed !== String(pressed)) button.ariaPressed = String(pressed);
-    button.closest('.lk-card').querySelector('.lk-frame')?.classList.toggle('lk-cropping', pressed);
+  for (const button of element.querySelectorAll('[data-edit]')) {
+    const pressed = button.dataset.edit === mode;
+    if (!MODES.includes(button.dataset.edit.split(':')[0]) || button.ariaPressed === String(pressed)) continue;
+    button.ariaPressed = String(pressed);
+  }
+  for (const frame of element.querySelectorAll('.lk-frame')) {
+    const acts = [...frame.closest('.lk-card').querySelectorAll('[aria-pressed=true]')];
+    const crops = acts.some((one) => one.dataset.edit.startsWith('crop:'));
+    frame.classList.toggle('lk-cropping', crops);
+    frame.classList.toggle('lk-painting', acts.length > 0 && !crops);
+  }
+  for (const slider of element.querySelectorAll('.lk-brush')) slider.value = brush;
+  // A stroke stays until the picture that has it is there.
+  for (const stroke of element.querySelectorAll('canvas')) {
+    const image = stroke.parentElement.querySelector('img');
+    if (stroke.dataset.src ??= image.src, stroke.dataset.src !== image.src) stroke.remove();
   }
   for (const field of fields()) {
     const file = field.dataset.file, own = file + '\\n' + field.defaultValue, moved = owner.get(field) !== own;
@@ -120,7 +166,7 @@ const settle = () => {
     field.setSelectionRange(at, at);
   }
 };
-const attributeFilter = ['data-file', 'hidden', 'src'];
+const attributeFilter = ['data-file', 'hidden', 'src', 'class', 'aria-pressed'];
 new MutationObserver(() => { element.inert = false; settle(); }).observe(
   element, {childList: true, subtree: true, attributeFilter});
 settle();
@@ -189,12 +235,13 @@ def _card(
 
 
 def _edit_buttons(photo: Photo, say: Say) -> str:
-    """Buttons that turn and crop a photo, and one that undoes that."""
-    signs = {"left": "↺", "right": "↻", "crop": say("edit.crop")} | (
-        {"reset": say("edit.reset")} if str(photo.edit) else {}
-    )
-    name = escape(photo.relative)
-    return "".join(
+    """Buttons that turn, crop and mask a photo, and those that undo that."""
+    signs = {"left": "↺", "right": "↻", **{act: say(f"edit.{act}") for act in ("crop", "paint", "erase")}}
+    signs |= {"unpaint": say("edit.unpaint")} if photo.edit.strokes else {}
+    signs |= {"reset": say("edit.reset")} if str(photo.edit) else {}
+    name, brush = escape(photo.relative), escape(say("edit.brush"))
+    slider = f'<input type=range class=lk-brush min=3 max=60 aria-label="{brush}: {name}" title="{brush}">'
+    return slider + "".join(
         f'<button type="button" class="lk-choice" data-edit="{act}:{name}" title="{escape(say(f"edit.{act}"))}" '
         f'aria-label="{escape(say(f"edit.{act}"))}: {name}">{escape(sign)}</button>'
         for act, sign in signs.items()
@@ -358,12 +405,15 @@ class PhotosPage:
         return "\n".join([*patterns, name])
 
     @staticmethod
-    def edit(lines: str, name: str, act: str, box: Sequence[float] | None = None) -> str:
-        """The text of `data.edits` with a photo turned, cropped further, or as its file is.
+    def edit(
+        lines: str, name: str, act: str, numbers: Sequence[float] | None = None, brush: tuple[float, float] = (0, 1)
+    ) -> str:
+        """The text of `data.edits` with a photo turned, cropped further, with one stroke more, or as its file is.
 
         Args:
-            act: left, right, crop or reset.
-            box: of a crop: left, top, right and bottom in percent of what the page shows.
+            act: left, right, crop, paint, erase, unpaint or reset.
+            numbers: of a crop: left, top, right and bottom in percent of what the page shows; of a stroke: its points.
+            brush: its width in percent of the longer side on the page, and that picture's width by its height.
         """
         edits = form.table_of(quickstart.EDITS, lines)
         try:
@@ -371,11 +421,27 @@ class PhotosPage:
         except ValueError:
             edit = NO_EDIT
         if act == "crop":
-            left, top, right, bottom = map(float, box or WHOLE)
+            left, top, right, bottom = map(float, numbers or WHOLE)
             edit = edit.cropped((left, top, right, bottom))
+        elif act in ("paint", "erase"):
+            painted = edit.painted(act, float(brush[0]), list(map(float, numbers or ())), float(brush[1]))
+            edit = painted if painted.is_valid() else edit
+        elif act == "unpaint":
+            edit = replace(edit, strokes=edit.strokes[:-1])
         else:
             edit = NO_EDIT if act == "reset" else edit.turned(90 if act == "right" else 270)
         return form.table_text({k: v for k, v in (edits | {name: str(edit)}).items() if v})
+
+    def uses_masks(self, before: str, after: str, current: bool, config: Config | None) -> bool:
+        """What `train.masked_loss` becomes with new edits: on with the first stroke, off with the last that is undone
+        where no photo has a mask file."""
+        had, has = (
+            any("paint" in edit or "erase" in edit for edit in form.table_of(quickstart.EDITS, lines).values())
+            for lines in (before, after)
+        )
+        if has == had or config is None:
+            return current or (has and not had)
+        return has or any(photo.mask for photo in self.workspace.photos(config.data.folder, config.data))
 
     @staticmethod
     def edits_elsewhere(lines: str, more_folders: str) -> str:

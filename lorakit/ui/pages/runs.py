@@ -263,7 +263,7 @@ class RunsPage:
         return "\n".join([line for line in lines if not line.startswith(KEY_LINE)][-OUTPUT_LINES:])
 
     def ask_stop(self, name: str, say: Say) -> str:
-        """Ask the run to stop; what happens next, for the person."""
+        """Ask the run to stop. Return a message for the person."""
         try:
             path = self.workspace.run(name)
             read(path)

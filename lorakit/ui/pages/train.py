@@ -32,8 +32,12 @@ PRESETS = "presets"
 class TrainPage:
     """Builds the page. `widgets` holds every option's widget by key, `draft` the answers, in the browser.
 
-    `marks` is what the page remembers between events: {"preset": name or "", "values": {key: the preset's value},
-    "moved": {key: a value that gave way to one changed by hand}, "shown": {key: "changed", a problem or ""}}.
+    `marks` is what the page remembers between events:
+
+    - "preset": its name or "";
+    - "values": option's key -> the preset's value;
+    - "moved": option's key -> a value that another, changed by hand, has replaced;
+    - "shown": option's key -> "changed", a problem or "".
     """
 
     def __init__(self, workspace: Workspace, t: gr.I18n, draft: gr.BrowserState):
@@ -122,7 +126,7 @@ class TrainPage:
         return [self.plan_card, self.changed, self.start, self.fetch, self.marks, self.draft, *every]
 
     def form_values(self, values: Sequence[Any]) -> dict[str, Any]:
-        """Key -> what the widget holds."""
+        """Key -> value of the widget."""
         return dict(zip(self.keys, values, strict=True))
 
     def answer(self, quality: str, marks: dict[str, Any], values: Sequence[Any], say: Say) -> list[Any]:
@@ -172,8 +176,11 @@ class TrainPage:
     def _follow(
         self, quality: str, marks: dict[str, Any], answers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The preset that the answers suggest now, and the new values of options that were not changed by hand: the
-        preset's, but for what gives way to a change (a length of one's own to the preset's, say)."""
+        """The preset that the answers suggest now, and the new values of options that were not changed by hand.
+
+        These are the preset's. One that a change by hand excludes is left out, such as the preset's length beside
+        another.
+        """
         adjustments = marks["moved"]
         by_hand = {
             key: now
@@ -208,7 +215,8 @@ class TrainPage:
         return [(say("train.automatic"), AUTOMATIC), *shipped, *own]
 
     def keep_preset(self, name: str, values: Sequence[Any], say: Say) -> tuple[str, object]:
-        """Save the form as a preset of that name: (message, the dropdown). One that is there is not written over."""
+        """Save the form as a preset of that name. Return a message and the dropdown. An existing preset is not
+        overwritten."""
         config, problems = form.read(self.form_values(values), self.workspace.roots)
         lines = [line for key, texts in problems.items() if key not in quickstart.BASIC_OPTIONS for line in texts]
         if config is None and not lines:  # what is not answered is no part of a preset
@@ -390,7 +398,7 @@ class TrainPage:
         return [marks | {"preset": preset, "values": suggestion, "moved": {}}, *updates]
 
     def begin(self, values: Sequence[Any], say: Say, progress: Progress | None = None) -> tuple[str, str | None]:
-        """Put the run into the queue; (message, name of the run folder or None)."""
+        """Put the run into the queue. Return a message, and the name of the run folder or None."""
         config, problems = self.read(self.form_values(values), say)
         if config is None:
             return widgets.problem(

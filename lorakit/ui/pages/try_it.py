@@ -81,7 +81,7 @@ class TryPage:
     def start(
         self, name: str, prompts: str, strengths: Sequence[float], base: str, settings: dict[str, int | None], say: Say
     ) -> str:
-        """Put the drawing into the queue; what keeps it from that, or ""."""
+        """Put the drawing into the queue. Return the problem, or ""."""
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not name:
             return widgets.problem(say("adapter.none"))

@@ -79,7 +79,7 @@ def source(language: str) -> Source:
 
 @cache
 def sentences(language: str) -> Sentences:
-    """What the other rooms say, in that language; they speak English themselves."""
+    """The table of messages from other rooms in that language. These rooms write English."""
     return Sentences(source(language).sentences, source(language).joints)
 
 
