@@ -115,7 +115,9 @@ class QuantizedWeight(torch.Tensor):
     @property
     def description(self) -> str:
         """A phrase for messages."""
-        return "a weight in the host's memory" if self.scheme == "full" else f"a weight in {self.scheme}"
+        return (
+            "a weight in the host's memory" if self.scheme == "full" else Message("a weight in {scheme}", self.scheme)
+        )
 
     def _parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """qdata and scales on the weight's device."""

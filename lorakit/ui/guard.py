@@ -13,6 +13,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lorakit.core import messages
+from lorakit.ui import texts
+
 # The key of a request's scope that has its status, if Gradio would answer 500.
 STATUS = "lorakit.status"
 # Wrong passwords from one address before it has to wait, and the longest wait in seconds.
@@ -68,31 +71,37 @@ class Guard:
 
         if refusal := self._refusal(scope, headers, client if is_login else ""):
             code, why = refusal
-            await PlainTextResponse(f"lorakit: {why}\n", code, self.headers)(scope, receive, send)
+            say = texts.sayer(texts.language_of(headers.get("accept-language", "")))
+            await PlainTextResponse(f"lorakit: {say.translate(why)}\n", code, self.headers)(scope, receive, send)
             return
         await self.app(scope, receive, send_marked)
 
     def _refusal(self, scope: Scope, headers: Headers, login_from: str) -> tuple[int, str] | None:
         """Code and reason, or None."""
         host = headers.get("host", "").lower()
-        public = f"behind a reverse proxy, start it with --public https://{host}"
         if self.hosts and host != self.public and _name(host) not in self.hosts:
-            return 400, f"it is not known as {host}; {public}"
+            return 400, messages.Message(
+                "it is not known as {host}; behind a reverse proxy, start it with --public https://{host}", host
+            )
         if scope["method"] in SAFE:
             return None
         origin = headers.get("origin")
         own = {host, self.public, headers.get("x-forwarded-host", "").lower()}
         if origin is not None and urlsplit(origin).netloc.lower() not in own - {""}:
-            return 403, f"a page of {origin} may not do this; {public.replace(host, urlsplit(origin).netloc)}"
+            return 403, messages.Message(
+                "a page of {origin} may not do this; behind a reverse proxy, start it with --public https://{host}",
+                *(origin, urlsplit(origin).netloc),
+            )
         if scope["path"].rstrip("/").endswith("/upload"):
             size = headers.get("content-length", "")
             if not size.isdigit():
                 return 411, "an upload says how long it is"
             if int(size) > self.max_bytes:
-                return 413, f"an upload may have {self.max_bytes >> 20} MB; send fewer files, or raise --max-upload"
+                large = "an upload may have {size} MB; send fewer files, or raise --max-upload"
+                return 413, messages.Message(large, self.max_bytes >> 20)
         wait = self.tries.get(login_from, (0, 0.0))[1] - time.monotonic() if login_from else 0
         if wait > 0:
-            return 429, f"too many wrong passwords; try again in {wait:.0f} s"
+            return 429, messages.Message("too many wrong passwords; try again in {wait:.0f} s", wait)
         return None
 
     def _count(self, client: str, status: int) -> None:
@@ -104,11 +113,10 @@ class Guard:
         wait = min(LONGEST, 2.0 ** (count - FREE_TRIES)) if count >= FREE_TRIES else 0.0
         self.tries[client] = count, time.monotonic() + wait
         with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
-            print(
-                f"lorakit: wrong password from {client} ({count}); next try in {wait:.0f} s",
-                file=sys.stderr,
-                flush=True,
+            line = messages.Message(
+                "wrong password from {client} ({count}); next try in {wait:.0f} s", client, count, wait
             )
+            print(f"lorakit: {line}", file=sys.stderr, flush=True)
 
 
 def _name(host: str) -> str:

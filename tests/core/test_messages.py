@@ -58,6 +58,16 @@ def test_parts_are_joined_and_stay_messages():
     assert join("\n", []) == "" and join("\n", []).splitlines() == []
 
 
+def test_what_is_replaced_in_a_message_is_replaced_in_its_values():
+    inner = Message("{name} has {count} bytes", "/tmp/1/a.png", 3)
+    lines = join("\n", [Message("{path}: {problem}", "/tmp/1/a.png", inner), "in /tmp/1/"]).replace("/tmp/1/", "")
+    assert lines == "a.png: a.png has 3 bytes\nin "
+    first = lines.splitlines()[0]
+    assert isinstance(first, Message) and first.template == "{path}: {problem}" and first.values["path"] == "a.png"
+    problem = first.values["problem"]
+    assert isinstance(problem, Message) and problem.values == {"name": "a.png", "count": 3}
+
+
 @pytest.mark.parametrize("message", [NESTED, join("; ", [NESTED, "plain", Message("{a}", 1)])])
 def test_a_message_comes_back_from_a_log_and_from_another_process(message: Message):
     line = Event("message", 3, {"message": message}).to_json()

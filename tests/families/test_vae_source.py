@@ -172,6 +172,7 @@ def test_an_early_configuration_names_no_scale(room: Path, tmp_path: Path, tiny_
         ("decoder.safetensors", {"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}, "has no encoder and decoder"),
         ("empty", {}, "has no config.json"),
         ("owner/name", None, "is not in the cache and HF_HUB_OFFLINE is set"),
+        ("owner/name/vae.safetensors", None, "is not in the cache and HF_HUB_OFFLINE is set"),
     ],
 )
 def test_what_is_no_vae_is_refused(name: str, content: Any, reason: str, room: Path, tmp_path: Path) -> None:
