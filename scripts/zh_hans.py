@@ -15,8 +15,8 @@ ABOUT = {
 # What the mainland calls otherwise and OpenCC leaves, and its marks of quotation.
 WORDS = """
 「=“ 」=” 纪录=记录 预设组合=预设 杂讯=噪声 万用字=通配符 矢量=向量 图片档=图片文件 单档=单文件 说明档=说明文件
-模型档=模型文件
-空档=空文件 档头=文件头 压缩档=压缩包 套件=软件包 暖身=预热 比特=位 显示内存=显存 主内存=内存 渗漏=泄漏 套用=应用
+模型档=模型文件 空档=空文件 设置档=配置文件 描述档=配置文件 程式=程序
+档头=文件头 压缩档=压缩包 套件=软件包 暖身=预热 比特=位 显示内存=显存 主内存=内存 渗漏=泄漏 套用=应用
 寻找与取代=查找与替换
 取代=替换 取得=获取 品质=质量 遮罩=蒙版 裁切=裁剪 指令=命令 重播=重放 拷贝=复制 追踪=跟踪 识别名=标识 中继数据=元数据
 """
@@ -46,6 +46,8 @@ def main() -> None:
         text = convert(text)
         for pair in WORDS.split():
             text = text.replace(*pair.split("="))
+        # Rows and columns have each other's word.
+        text = re.sub(r"(?<![队系并排序])列(?![出入表举])", "行", text).replace("栏", "列")
         text = re.sub(r"(?<=[ a-z])档", "文件", text)
         return text
 
