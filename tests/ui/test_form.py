@@ -57,14 +57,6 @@ def test_a_problem_goes_to_its_field(answers: dict[str, object], key: str, messa
     assert message in problems[key][0]
 
 
-def test_asterisks_of_patterns_are_shown_as_they_are():
-    """The help of a widget is Markdown."""
-    for language in texts.LANGUAGES:
-        for key, text in texts.table(language).items():
-            assert not key.startswith("help.") or not re.search(r"(?<!\\)\*", text), (language, key)
-    assert r"{'\*.attn2.\*' = 32" in texts.table("en")["help.adapter.ranks"]
-
-
 def test_all_problems_come_at_once(tmp_path: Path):
     _, problems = form.read(filled(adapter__rank=0.0, train__batch_size=0.0, model__base="/etc"), Roots([tmp_path]))
     assert set(problems) == {"adapter.rank", "train.batch_size", "model.base"}

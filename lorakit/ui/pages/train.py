@@ -356,7 +356,7 @@ class TrainPage:
         if mark != before:
             wrong = mark not in ("", "changed")
             help = say(f"help.{key}")
-            problem = mark.replace("*", r"\*")  # as in `texts.table`
+            problem = mark.replace("*", "\N{ASTERISK OPERATOR}")  # two asterisks were read as emphasis
             change["info"] = (
                 f"✕ {problem} — {help}" if wrong else f"● {say('train.changed')} — {help}" if mark else help
             )

@@ -99,7 +99,6 @@ def table(language: str) -> dict[str, str]:
         default = [texts.get(f"option.{key}", field.option.name.replace("_", " ").capitalize()), field.option.help]
         pair = content.options.get(key, [])
         name, help = pair + default[len(pair) :]
-        help = help.replace("*", r"\*")  # a widget reads it as Markdown, and '*.attn2.*' is none
         texts |= {f"option.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
     if content.about.note:
         texts["app.tagline"] += f" {content.about.note}"
