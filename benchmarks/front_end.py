@@ -122,7 +122,7 @@ def journey() -> list[tuple[str, float, str]]:
         person.click("#pages button[role=tab]:nth-of-type(5)")
         page.wait_for_timeout(1500)  # the choices come
         person.click("#try-adapter input")
-        person.click("#try-adapter [role=option]")
+        person.click("#try-adapter [role=option][data-index='0']")
         person.fill("#try-prompts textarea", "a photo of sks toy in the snow")
         person.click("#try-draw")
         person.arrive("a picture by it, beside the base's", "#try-pictures img")
