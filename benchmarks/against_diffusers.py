@@ -31,6 +31,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from lorakit import config
@@ -102,7 +103,10 @@ def trainer(script: Script) -> teach.Trainer:
         _fit(pipeline, script, _pixels(photos), _pixels(class_images), prompts)
         text = pipeline.text_encoder if script.train_text_encoder else None
         pipeline.save_lora_weights(folder, _weights(pipeline.unet), _weights(text) if text else None)
-        return folder / "pytorch_lora_weights.safetensors"
+        file = folder / "pytorch_lora_weights.safetensors"
+        # Nothing in its names and widths tells that it is for the bundled base.
+        save_file(load_file(file), file, {"lorakit.family": "sd1"})
+        return file
 
     return train
 
