@@ -293,7 +293,8 @@ def _precision_problem(memory: MemoryConfig) -> str | None:
 def _photo_problems(config: Config, report: checks.Report) -> list[str]:
     """What keeps the photos from being trained on."""
     masks_lack = masks.problems(report.items) if config.train.masked_loss else []
-    return [*report.errors, *masks_lack, *_cache_problems(config, report)]
+    triggers = report.long_triggers if config.adapter.new_tokens else []
+    return [*report.errors, *triggers, *masks_lack, *_cache_problems(config, report)]
 
 
 def _cache_problems(config: Config, report: checks.Report) -> list[str]:

@@ -12,8 +12,11 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPMessage
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
+from urllib.request import Request
 
 import psutil
 
@@ -85,9 +88,14 @@ def notify_problem(target: str) -> str | None:
             )
         address = urlsplit(target)
         is_usable = address.scheme.lower() in ("http", "https") and address.hostname and address.port != 0
-        if is_usable and not address.username and not re.search(r"[\s\0-\x1f]", target):
+        is_usable = is_usable and not address.username and not re.search(r"[\s\0-\x1f]", target)
+        (address.hostname or "").encode("idna")
+        if is_usable and (address.path + address.query).isascii():
             return None
         reason = "no address of http:// or https:// without a user's name"
+        reason = "letters beyond ASCII behind the server's name are written as %XX" if is_usable else reason
+    except UnicodeError:
+        reason = "no server can have that name"
     except ValueError as error:  # quotes that do not close, a port that is none
         reason = str(error).lower()
     return Message("output.notify = {value}: {reason}; {way}", to_text(target), reason, way)
@@ -116,14 +124,22 @@ def notify(target: str, folder: Path, state: State) -> str | None:
     return next((Message("output.notify: nobody was notified ({reason})", reason) for reason in outcome), None)
 
 
+class _Redirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        """Only where it says that the POST has arrived: the others would be asked without it."""
+        return super().redirect_request(req, fp, code, msg, headers, newurl) if code == 303 else None
+
+
 def _post(address: str, folder: Path, state: State) -> None:
     text = f"lorakit: {folder.name}: {state.state}"
     names = ("state", "step", "steps", "loss", "adapter", "message")
     body = {"run": folder.name, **{name: getattr(state, name) for name in names}, "text": text, "content": text}
     headers = {"Content-Type": "application/json", "User-Agent": "lorakit"}
-    request = urllib.request.Request(address, json.dumps(json_value(body)).encode(), headers)
+    request = Request(address, json.dumps(json_value(body)).encode(), headers)
     try:
-        urllib.request.urlopen(request, timeout=NOTIFY_SECONDS).close()
+        urllib.request.build_opener(_Redirect).open(request, timeout=NOTIFY_SECONDS).close()
     except urllib.error.HTTPError as error:
         error.close()
         raise

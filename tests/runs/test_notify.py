@@ -29,7 +29,7 @@ from lorakit.ui.workspace import Workspace
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """Keeps the bodies that it gets; /slow never answers, /wrong answers 500."""
+    """Keeps the bodies that it gets; /slow never answers, /wrong answers 500, /moved leads on."""
 
     bodies: list[dict[str, Any]]
 
@@ -39,7 +39,12 @@ class Receiver(BaseHTTPRequestHandler):
             return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.bodies.append(body | {"type": self.headers["Content-Type"]})
-        self.send_response(500 if self.path == "/wrong" else 204)
+        self.send_response({"/wrong": 500, "/moved": 301, "/accepted": 303}.get(self.path, 204))
+        self.send_header("Location", "/elsewhere")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(204)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -118,6 +123,7 @@ def test_what_fails_is_one_warning_and_takes_no_longer_than_it_may(
     causes = {
         address(server, "/slow"): "no answer within 0.5 s",
         address(server, "/wrong"): "HTTP Error 500",
+        address(server, "/moved"): "HTTP Error 301",
         "http://127.0.0.1:9/": "refused",
         f"{sleeper}": "no answer within 0.5 s",
         "false": "the command ended with code 1",
@@ -129,10 +135,11 @@ def test_what_fails_is_one_warning_and_takes_no_longer_than_it_may(
         with training._outcome(folder, target, Events(events.append)):
             folder.update(state="done")
         assert time.monotonic() - begin < 2.5
-        (warning,) = events
+        (warning,) = events  # a POST that is sent on as a GET has told nobody
         assert warning.kind == "warning" and cause in warning.facts["message"], target
         (line,) = folder.events("warning")
         assert line["message"] == warning.facts["message"] and folder.current.state == "done"
+    assert results.notify(address(server, "/accepted"), tmp_path, State()) is None
     assert not any(process.info["cmdline"] == ["sleep", "321"] for process in psutil.process_iter(["cmdline"]))
 
 
@@ -147,6 +154,8 @@ def test_what_fails_is_one_warning_and_takes_no_longer_than_it_may(
         ("http://me:secret@box.example", "without a user's name"),
         ("http://box.example:99999", "port out of range"),
         ("https://box.example/a b", "no address of"),
+        ("https://box.example/ä", "letters beyond ASCII behind the server's name are written as %XX"),
+        ("https://.../x", "no server can have that name"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_run(target: str, problem: str, tmp_path: Path):

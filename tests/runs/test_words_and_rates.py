@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from lorakit import config
 from lorakit.cli import main as cli
@@ -33,6 +34,16 @@ def test_what_is_far_from_the_usual(changes: dict[str, object], problem: str, wa
     result = preflight(config.load("subject-pocket", {**settings, **changes}))
     for text, lines, mark in ((problem, result.problems, "data.name"), (warning, result.warnings, " is usual")):
         assert any(text in line for line in lines) if text else not any(mark in line for line in lines)
+
+
+@pytest.mark.parametrize("options", [{"adapter.method": "embedding"}, {"adapter.new_tokens": 2}, {}])
+def test_a_word_is_learned_only_where_it_fits_a_chunk(options: dict[str, object], tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "a.png")
+    for length in (31, 33):  # letters; the bundled base reads 30 tokens at once
+        changes = {"data.folder": str(tmp_path), "data.name": "s" * length + " toy", **options}
+        result = preflight(config.load("subject-pocket", changes))
+        problem = f"has {length - 1} tokens; adapter.new_tokens learns a word of 30 at most"
+        assert any(problem in line for line in result.problems) == (length == 33 and bool(options)), result.problems
 
 
 @pytest.mark.parametrize(

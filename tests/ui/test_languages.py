@@ -41,6 +41,21 @@ def test_a_file_has_each_key_once_and_no_other_parts(language: str):
     assert bool(about["note"]) == about["by_machine"], "who reads it is told"
 
 
+@pytest.mark.parametrize(
+    ("header", "language"),
+    [
+        ("", "en"),
+        ("ja; q=0.5, en;q=0.1", "ja"),
+        ("en ;q=0.2 , ja-JP ; Q=0.9", "ja"),
+        ("ja;q=0, zh-TW;q=0.1", "zh-Hant"),
+        ("ja;q=0", "en"),
+        ("ja;q=nan, jam, x;q=much", "en"),
+    ],
+)
+def test_a_header_is_read_with_spaces_and_with_what_it_excludes(header: str, language: str):
+    assert texts.language_of(header) == language
+
+
 def test_no_two_languages_have_the_same_name_or_serve_the_same_browsers():
     for part in ("name", "locale"):
         assert len({vars(texts.source(name).about)[part] for name in texts.LANGUAGES}) == len(texts.LANGUAGES)

@@ -85,6 +85,7 @@ class Report:
         downscale: pixels for one latent, on a side.
         class_photos: the user's own class images, for prior preservation.
         chunks: chunks of the text encoder that the longest text takes.
+        long_triggers: why vectors cannot be learned for a trigger, a line each.
         trigger_findings: what else the base draws for a trigger; without meaning where new tokens are learned for it.
     """
 
@@ -97,6 +98,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     class_photos: list[Photo] = field(default_factory=list)
     chunks: int = 1
+    long_triggers: list[str] = field(default_factory=list)
     trigger_findings: list[str] = field(default_factory=list)
 
     @property

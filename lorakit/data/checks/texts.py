@@ -27,6 +27,9 @@ LONG_TEXTS = (
     "{count} of {all} texts have more than {room} tokens: they are read in up to {chunks} chunks of {room}, as web UIs "
     "read them"
 )
+LONG_TRIGGER = (
+    "the trigger {word} has {tokens} tokens; adapter.new_tokens learns a word of {room} at most: choose a shorter one"
+)
 SYNTAX = (
     "{count} of {all} texts have what web UIs read as weights or commands and training reads as letters, such as "
     "{example}: {names}"
@@ -83,6 +86,8 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
         _check_captions(report, items, own)
         if counter is not None and own.trigger:
             report.trigger_findings += _trigger_findings(own.trigger, counter)
+            tokens = counter.count(own.trigger)[0]
+            report.long_triggers += [Message(LONG_TRIGGER, own.trigger, tokens, counter.room)] * (tokens > counter.room)
 
 
 def _trigger_findings(trigger: str, counter: captions.TokenCounter) -> list[str]:

@@ -109,13 +109,14 @@ def language_of(accept_language: str) -> str:
     """The language of ours that a browser's Accept-Language header likes best; English where it names none."""
     weighted = []
     for part in (accept_language or "").split(","):
-        name, _, weight = part.strip().partition(";q=")
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weight = next((piece[2:] for piece in parameters if piece.startswith("q=")), "")
         try:
-            weighted.append((float(weight or 1), f"{name.lower()}-"))
+            weighted.append((float(weight or 1), f"{name}-"))
         except ValueError:
             continue
     served = [(code.lower(), name) for name in LANGUAGES for code in source(name).about.serves]
-    for _, tag in sorted(weighted, key=lambda one: -one[0]):
+    for _, tag in sorted((one for one in weighted if one[0] > 0), key=lambda one: -one[0]):
         fits = [(len(code), name) for code, name in served if tag.startswith(f"{code}-")]
         if fits:
             return max(fits)[1]
