@@ -94,11 +94,14 @@ def suggest(word: object, candidates: Iterable[str]) -> str:
     def likeness(first: str, second: str) -> float:
         return difflib.SequenceMatcher(None, first, second).ratio()
 
+    def last_part(name: str) -> str:
+        return re.split(r"\.(?=[a-z_])", name)[-1]  # the dot of apache-2.0 parts nothing
+
     text = re.sub(r"[^\w.-]", "", str(word))
     near = [
         (score, likeness(text, name), name)
         for name in candidates
-        if (score := likeness(text.rpartition(".")[2], name.rpartition(".")[2])) >= NEAR
+        if (score := likeness(last_part(text), last_part(name))) >= NEAR
     ]
     return Message(" (did you mean {name}?)", max(near)[2]) if near else ""
 
