@@ -63,10 +63,12 @@ FOLLOW_LOG = """
 let follows = true;
 const isAtEnd = (log) => log.scrollHeight - log.scrollTop - log.clientHeight < 8;
 element.addEventListener('scroll', ({target}) => { follows = isAtEnd(target); }, true);
-new MutationObserver(() => {
+const scroll = () => {
   const log = element.querySelector('pre');
   if (log && follows) log.scrollTop = log.scrollHeight;
-}).observe(element, {childList: true, subtree: true, characterData: true});
+};
+new MutationObserver(scroll).observe(element, {childList: true, subtree: true, characterData: true});
+new ResizeObserver(scroll).observe(element);  // while its tab is hidden a log has no height to scroll
 """
 
 
