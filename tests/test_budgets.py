@@ -14,13 +14,13 @@ from trees import nodes, nodes_of
 from lorakit import config
 
 # Raised on purpose, with the reason in the commit.
-OPTIONS = 124
+OPTIONS = 125
 FILE_LINES, FUNCTION_LINES, PARAMETERS, ROOM_FILES, ROOMS = 500, 60, 7, 16, 12
 # What every install gets; `lightweight` is in the first line of what lorakit is. Raised from 21,000 for the readers of
 # base models, adapter files and captions that other programs write, for prompts as web UIs read them, for runs of
 # several processes, for batches, for what other programs need in order to host it, for captions by models, and for
-# training whole models.
-PACKAGE_LINES = 44_000
+# training whole models and words alone, and for telling other programs of the end of a run.
+PACKAGE_LINES = 39_000
 # "file:function" -> lines that it has more than FUNCTION_LINES allows.
 LONG_FUNCTIONS: dict[str, int] = {}
 # "file:function" -> parameters, more than PARAMETERS.
@@ -218,7 +218,7 @@ def annotations(path: Path) -> Iterator[ast.expr]:
 
 
 def test_option_budget() -> None:
-    assert len(config.options()) <= OPTIONS + 12
+    assert len(config.options()) == OPTIONS
 
 
 def test_rooms_are_few_and_small() -> None:
