@@ -132,7 +132,12 @@ def find(hub_id: HubId, checks: Checks, without: Collection[str] = ()) -> tuple[
         path = cached(hub_id, without) or _fetch(hub_id, checks, without)
     except Refusal as error:
         raise LorakitError("base {problem}; or give a folder or a file", error) from error
-    return path, path.parents[hub_id.file.count("/")].name if hub_id.file else path.name
+    return path, _commit(hub_id, path)
+
+
+def _commit(hub_id: HubId, path: Path) -> str:
+    """The commit of a snapshot in the cache, from the path of its folder or of the file in it."""
+    return path.parents[hub_id.file.count("/")].name if hub_id.file else path.name
 
 
 def cached(hub_id: HubId, without: Collection[str] = ()) -> Path | None:
@@ -181,7 +186,7 @@ def find_vae(hub_id: HubId) -> tuple[Path, str]:
     try:
         if hub_id.file:
             path = cached(hub_id) or _fetch(hub_id, Checks(lambda title, folder: None, lambda header: None), ())
-            return path, path.parents[hub_id.file.count("/")].name
+            return path, _commit(hub_id, path)
         if there := cached_vae(hub_id):
             return there, there.relative_to(_repository(hub_id) / "snapshots").parts[0]
         if is_offline_mode():

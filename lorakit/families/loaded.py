@@ -121,5 +121,4 @@ def require_finite(family: Family) -> None:
         for name, weight in module.named_parameters():
             is_plain = type(weight.data) is torch.Tensor and weight.is_floating_point()
             if is_plain and not bool(torch.isfinite(weight.detach()).all()):
-                place = f"{part}.{name}"
-                raise LorakitError(DAMAGED, place)
+                raise LorakitError(DAMAGED, f"{part}.{name}")

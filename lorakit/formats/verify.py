@@ -58,10 +58,7 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
     findings += _tensor_findings(spec, weights, heads)
     dtypes = {info.dtype for head in heads.values() for name, info in head.tensors.items() if _is_factor(name)}
     tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
-    if copy.family != weights.family:
-        findings.append(
-            Finding(Path(path).name, Message("reads as {family}, not {other}", copy.family, weights.family))
-        )
+    findings += _family_findings(Path(path), copy, weights)
     for name in layers:
         if name not in weights.layers:
             findings.append(Finding(name, "announced, but not trained"))
@@ -85,9 +82,15 @@ def _word_findings(path: Path, weights: AdapterWeights) -> list[Finding]:
         copy = read(path, embedding=True)
     except LorakitError as error:
         return [Finding(path.name, str(error))]
-    if copy.family != weights.family:
-        return [Finding(path.name, f"reads as {copy.family}, not {weights.family}")]
+    if wrong := _family_findings(path, copy, weights):
+        return wrong
     return [Finding(word, problem) for word, problem in embeddings.problems(copy.embeddings, weights.embeddings)]
+
+
+def _family_findings(path: Path, copy: AdapterWeights, weights: AdapterWeights) -> list[Finding]:
+    if copy.family == weights.family:
+        return []
+    return [Finding(path.name, Message("reads as {family}, not {other}", copy.family, weights.family))]
 
 
 def _bundle_findings(bundle: Path, tensors: Mapping[str, torch.Tensor], weights: AdapterWeights) -> list[Finding]:

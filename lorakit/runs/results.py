@@ -78,22 +78,24 @@ def _reason(error: Exception) -> str:
 
 def notify_problem(target: str) -> str | None:
     """Why `output.notify` cannot be used on this machine, or None. Nothing is asked or started."""
+    if not target.strip():
+        return None
     way = "give the address of a server, as https://..., or a command"
     try:
         if not ADDRESS.match(target):
             name = next(iter(_command(target)), "")
-            lacks = not shutil.which(name) and bool(target.strip())
-            return (
-                Message("output.notify: there is no command {name} here; {way}", to_text(name), way) if lacks else None
-            )
+            if shutil.which(name):
+                return None
+            return Message("output.notify: there is no command {name} here; {way}", to_text(name), way)
         address = urlsplit(target)
-        is_usable = address.scheme.lower() in ("http", "https") and address.hostname and address.port != 0
-        is_usable = is_usable and not address.username and not re.search(r"[\s\0-\x1f]", target)
+        is_web = address.scheme.lower() in ("http", "https") and address.hostname and address.port != 0
         (address.hostname or "").encode("idna")
-        if is_usable and (address.path + address.query).isascii():
+        if not is_web or address.username or re.search(r"[\s\0-\x1f]", target):
+            reason = "no address of http:// or https:// without a user's name"
+        elif (address.path + address.query).isascii():
             return None
-        reason = "no address of http:// or https:// without a user's name"
-        reason = "letters beyond ASCII behind the server's name are written as %XX" if is_usable else reason
+        else:
+            reason = "letters beyond ASCII behind the server's name are written as %XX"
     except UnicodeError:
         reason = "no server can have that name"
     except ValueError as error:  # quotes that do not close, a port that is none

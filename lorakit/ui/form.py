@@ -1,7 +1,7 @@
 """From options to widgets' values and back. All of it follows from `config.options()`; no option has a name here.
 
-Options that are `local_only` have no field: whoever may see the page could otherwise start commands on this machine, or
-have it ask addresses that only it reaches.
+Options that are `local_only` have no field. Otherwise anyone who sees the page could start commands on this machine, or
+make it send requests to addresses that only it reaches.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[
 
 
 def refuse_local(options: Mapping[str, object]) -> None:
-    """Refuse values of options that only whoever starts the front end may set.
+    """Refuse values of options that only the command which starts the front end may set.
 
     Raises:
         LorakitError: there is one.

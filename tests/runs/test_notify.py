@@ -1,4 +1,4 @@
-"""Whoever `output.notify` names hears once how a run ended, from a real server and a real command."""
+"""`output.notify` is told once how a run ended, by a real server and a real command."""
 
 import json
 import sys

@@ -79,7 +79,7 @@ def test_a_language_says_what_english_says_with_the_same_values(language: str):
         if part == "texts" and key in english["texts"]:
             assert values(text) == values(english["texts"][key]), key
         elif part == "sentences" and "{" in key.replace("{{", ""):
-            # What is said otherwise than by its name: once more, or not at all.
+            # A translation may leave out one value.
             assert values(text) <= values(key) and len(values(key) - values(text)) <= 1, key
     assert all(len(pair) == 2 for pair in content["options"].values())
     # Between two asterisks the page reads emphasis, and takes them away.

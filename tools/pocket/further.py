@@ -112,11 +112,10 @@ class Further:
         """The mean squared error of the velocity."""
         with torch.no_grad():
             states = self.text(input_ids=ids).last_hidden_state
-        signal, spread = ((a**0.5)[:, None, None, None] for a in (self.alphas[steps], 1 - self.alphas[steps]))
-        noisy = (signal * latents + spread * noise).to(memory_format=torch.channels_last)
+        noisy, velocity = denoiser.add_noise(self.alphas[steps], latents, noise)
         with torch.autocast(self.device.type, torch.bfloat16):
-            output = unet(noisy, steps, states).sample
-        return F.mse_loss(output.float(), signal * noise - spread * latents)
+            output = unet(noisy.to(memory_format=torch.channels_last), steps, states).sample
+        return F.mse_loss(output.float(), velocity)
 
     def step(self, chunks: Chunk, batch: int, progress: float) -> Tensor:
         """One step of the optimizer on `batch` random pictures; its loss. `progress` goes from 0 to 1."""
