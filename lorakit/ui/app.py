@@ -392,9 +392,9 @@ def _wire_folder(
 
     def choose(data: Values) -> tuple[Any, ...]:
         if data[photos.folder] == data[field]:
-            return "", gr.skip(), gr.skip(), gr.skip(), _draft(photos, train, data)
+            return *[gr.skip()] * 3, _draft(photos, train, data)
         others = photos.edits_elsewhere(data[edits] or "", data[more_folders] or "")
-        return "", data[photos.folder], "", others, _draft(photos, train, data | {excluded: "", edits: others})
+        return data[photos.folder], "", others, _draft(photos, train, data | {excluded: "", edits: others})
 
     def take_in(data: Values, say: Say, progress: Progress) -> tuple[Any, ...]:
         message, place = photos.take_in(data[photos.upload], data[photos.folder] or "", say, progress)
@@ -417,7 +417,9 @@ def _wire_folder(
         return [*changes.values(), _draft(photos, train, data | changes)]
 
     opening_events = [photos.open.click, photos.folder.input]
-    opened = gr.on(opening_events, choose, inputs, [photos.message, field, excluded, edits, train.draft], **FOLLOW)
+    opened = gr.on(opening_events, choose, inputs, [field, excluded, edits, train.draft], **FOLLOW)
+    # In the browser, at once: an answer would take away what a caption's save says meanwhile.
+    gr.on(opening_events, None, None, photos.message, js="() => ''", **FOLLOW)
     upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
     uploaded = polled(photos.workspace.tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
     edited = photos.cards.select(edit, inputs, [excluded, edits, masked_loss, train.draft], **EACH)

@@ -279,6 +279,7 @@ def test_a_caption_stays_with_its_photo_when_another_folder_comes(person: Person
     # The folder's field has the other folder, but its cards have not come yet.
     person.page.locator("#photos-folder input").fill(str(room / "B"))
     person.page.locator(".lk-save").click()
+    person.page.locator(f"textarea[data-file='{room}/B/00.png']").wait_for()
     person.says("photos-message", "Caption of A/00.png saved.")
     assert (room / "A" / "00.txt").read_text() == "written for A\n" and not (room / "B" / "00.txt").exists()
 
