@@ -300,7 +300,7 @@ def _wire_train(
         return [train.fetch_base(_values(train, data), say, progress)]
 
     fetched = polled(tasks, [(train.fetch.click, fetch)], inputs, [train.fetch_message], **ACT)
-    train.widgets[quickstart.BASE].input(lambda: "", None, train.fetch_message, **FOLLOW)
+    widgets.clear_at(train.widgets[quickstart.BASE].input, train.fetch_message)
     with_preset = {*inputs, train.preset}
     gr.on([train.preset.input], difference, with_preset, train.difference, **FOLLOW)
     _wire_presets(train)
@@ -418,8 +418,8 @@ def _wire_folder(
 
     opening_events = [photos.open.click, photos.folder.input]
     opened = gr.on(opening_events, choose, inputs, [field, excluded, edits, train.draft], **FOLLOW)
-    # In the browser, at once: an answer would take away what a caption's save says meanwhile.
-    gr.on(opening_events, None, None, photos.message, js="() => ''", **FOLLOW)
+    for event in opening_events:
+        widgets.clear_at(event, photos.message)
     upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
     uploaded = polled(photos.workspace.tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
     edited = photos.cards.select(edit, inputs, [excluded, edits, masked_loss, train.draft], **EACH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -25,6 +26,12 @@ FOLLOW: dict[str, Any] = {
 }
 ACT: dict[str, Any] = FOLLOW | {"trigger_mode": "once"}
 EACH: dict[str, Any] = FOLLOW | {"trigger_mode": "multiple"}
+
+
+def clear_at(event: Callable[..., object], place: gr.HTML) -> None:
+    """Empty a place when something happens, in the browser at once: an answer of the server could take away what a
+    later event wrote there meanwhile."""
+    event(None, None, place, js="() => ''", **FOLLOW)
 
 
 class RequestCounter:
