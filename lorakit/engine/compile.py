@@ -1,9 +1,11 @@
 """Compile a UNet's repeated blocks (`torch.compile`), one class at a time, for training.
 
 Each class of block is compiled as one function for each shape: the compiler fuses norms, activations and sums between
-two matrix products. The UNet as a whole is never compiled: torch 2.13 computes wrong gradients for it. Modules,
-parameters and names stay the same. Only training passes are compiled, not validation or samples. Compiled code is
-stored on disk and reused by the next run. It is used only after a step with it had the same loss and gradients.
+two matrix products. The UNet as one graph is never compiled: torch 2.13 computes wrong gradients for it. Modules,
+parameters and names stay the same. Only training passes are compiled, not validation or samples.
+
+Compiled code is stored on disk, and the next run reuses it. It is used only after one step with it gave the same loss
+and gradients as without.
 """
 
 from __future__ import annotations
@@ -29,24 +31,24 @@ from lorakit.engine.cuda_graphs import Compute
 if TYPE_CHECKING:
     from lorakit.families import Family
 
-# From a function of a block and its inputs to the same, compiled.
+# Compiles a function of a block and its inputs.
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 # The repeated blocks of a UNet, and of the transformer of Stable Diffusion 3.
 COMPILED_CLASSES = ("FusedResnet", "ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock")
-# At most this many versions of one class, 32 for each batch shape; torch's own limit is 8.
+# Limit of compiled versions of one class: 32 for each batch shape. torch's own limit is 8.
 MAX_VERSIONS = 32 * cuda_graphs.MAX_GRAPHS
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# Compiled code rounds at other places. In bf16, at SD1.5's depth, gradients with and without it differed by 6 %, the
-# worst single one by 18 %; both differed from those in float32 by 4 %.
+# Compiled code rounds differently. In bf16, at SD1.5's depth, gradients with and without it differed by 6 %, the worst
+# single one by 18 %; both differed from those in float32 by 4 %.
 FULL, HALF = cuda_graphs.Tolerance(1e-2, 1e-2, 0.1), cuda_graphs.Tolerance(1e-2, 0.2, 0.5)
-# Standard deviation of the noise added to the trained weights while results are compared: a factor of zeros would leave
-# half of the gradients 0, and a comparison of zeros would prove nothing.
+# Standard deviation of the noise that is added to the trained weights for the comparison. With a factor of zeros half
+# of the gradients would be 0, and comparing zeros would prove nothing.
 PERTURBATION = 0.02
 
 
 def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's compiler, which needs a C++ compiler on a CPU and triton on CUDA."""
-    # By default it copies the weights of convolutions to channels_last in each step and saves the copies for the
+    """Compile with torch's inductor, which needs a C++ compiler on a CPU and Triton on CUDA."""
+    # By default inductor copies the weights of convolutions to channels_last in each step and saves the copies for the
     # backward pass: in SD1.5 these are most of the UNet.
     options: dict[str, Any] = {"layout_optimization": False}
     compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
@@ -56,14 +58,14 @@ def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
 def blocks(
     config: Config, family: Family, parameters: Sequence[torch.Tensor], say: Callable[[str], Any]
 ) -> CompiledBlocks | None:
-    """The blocks to compile of a base with its adapter, after `optimize_blocks`; None without memory.compile."""
+    """Compile the blocks of a base whose adapter is attached, after `optimize_blocks`; None without memory.compile."""
     if not config.memory.compile:
         return None
     return CompiledBlocks(family.denoiser, parameters, say, inductor, FULL if family.dtype is torch.float32 else HALF)
 
 
 def folder() -> Path:
-    """Where compiled code is stored."""
+    """The folder of compiled code."""
     return cache_dir() / "compiled"
 
 
@@ -75,7 +77,7 @@ class CompiledBlocks:
         parameters: the trained parameters; each has a gradient.
         say: takes a message for the user.
         compiler: compiles the forward of one class.
-        tolerance: how much a compiled step may differ.
+        tolerance: how much the results of a compiled step may differ.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class CompiledBlocks:
                             cuda_graphs.MAX_GRAPHS,
                         )
                     )
-            # Layers that are not fused any more run one by one, which is not what was compiled.
+            # If layers are no longer fused, they run one by one, and the compiled code does not apply.
             with self._on(shape in self._shapes and all(layers.is_valid() for layers in self._fused_qkv)):
                 yield
 
@@ -153,7 +155,7 @@ class CompiledBlocks:
 
     @contextlib.contextmanager
     def _on(self, on: bool) -> Iterator[None]:
-        # An attribute of the block itself: no module is wrapped, so no name changes.
+        # The attribute is set on the block: no module is wrapped, so no name changes.
         try:
             for block, forward in zip(self._blocks, self._forwards, strict=True) if on else ():
                 block.__dict__["forward"] = forward
@@ -164,7 +166,7 @@ class CompiledBlocks:
 
 
 def _trained(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The block's forward, compiled only while gradients are enabled: validation, samples and the prior's teacher run
+    """The block's forward, compiled only while gradients are enabled. Validation, samples and the prior's teacher run
     uncompiled."""
     with_gradients, without = partial(compiled, block), partial(type(block).forward, block)
 
@@ -175,8 +177,11 @@ def _trained(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
 
 
 def _copy_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a function with its own code object. torch stores compiled versions with the code object: they are
-    freed with the run, and do not count for others who compile the same class."""
+    """Copy a function together with its code object.
+
+    torch stores compiled versions with the code object. Those of the copy are freed with the run, and do not count for
+    other code that compiles the same class.
+    """
     source: Any = function
     result = types.FunctionType(
         source.__code__.replace(), source.__globals__, source.__name__, source.__defaults__, source.__closure__
@@ -187,7 +192,7 @@ def _copy_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _perturbed(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside, noise is added to the parameters; afterwards they are restored to the bit."""
+    """Inside, the parameters have noise added; on exit their exact values are restored."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         before = [parameter.clone() for parameter in parameters]
@@ -202,7 +207,7 @@ def _perturbed(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """Settings of torch while something may be compiled; restored afterwards."""
+    """torch's settings for compilation; restored on exit."""
     before = os.environ.get(CACHE)
     os.environ[CACHE] = str(folder())
     import torch._dynamo

@@ -1,9 +1,9 @@
 """A training step as two CUDA graphs, so that the host issues a dozen operations instead of 2,000.
 
-The first, one for each batch shape, draws noise and timesteps, runs forward and backward, and adds to the gradients.
-The inputs of a batch are copied into static tensors, and generators are seeded before. The second clips gradients and
-steps the optimizer, after the accumulated batches of any shapes. Each graph is checked once against the same step
-without it, and is used only if it agrees.
+The first graph, one for each batch shape, draws noise and timesteps, runs forward and backward, and adds to the
+gradients. Before its replay, the inputs of the batch are copied into static tensors and the generators are seeded. The
+second graph clips gradients and steps the optimizer, after the accumulated batches of any shapes. Each graph is checked
+once against the same step without a graph, and is used only if the results agree.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from lorakit.core.messages import Message
 if TYPE_CHECKING:
     from lorakit.data.dataset import Batch
 
-# Graphs for at most this many batch shapes: each takes memory. Batches of further shapes run without a graph.
+# The most batch shapes with a graph: each graph takes memory. Other shapes run without one.
 MAX_GRAPHS = 16
 
 SLOWER = "Training is correct, only slower."
 
 Compute = Callable[[], torch.Tensor]
-# Takes a computation and the generators that it draws from; returns its replay, which draws from the generators in
-# their current state.
+# Captures a computation, given the generators that it draws from. Returns its replay, which draws from the generators
+# in their current state.
 Capture = Callable[[Compute, Sequence[torch.Generator]], Compute]
 
 
 class CaptureFailed(RuntimeError):
-    """The step could not be captured, or its replay gives another result."""
+    """The step could not be captured, or its replay has another result."""
 
 
 class ReferenceNotFinite(CaptureFailed):
-    """The step's own gradients are not finite, as where they overflow in fp16: there is nothing to compare with."""
+    """The step's own gradients are not finite, say after an overflow in fp16, so there is nothing to compare with."""
 
 
 def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]:
-    """What captures steps on this device, or None; and a message that says which and why (empty on a CPU)."""
+    """The function that captures steps on this device, or None; and a message about it with the reason (empty on a
+    CPU)."""
     if device.type != "cuda":
         return None, ""
     if reason := graphs_off(config):
@@ -56,7 +57,7 @@ def capturer(config: Config, device: torch.device) -> tuple[Capture | None, str]
 
 
 class CudaCapturer:
-    """Captures computations on its own stream. Graphs share one memory pool: only one runs at a time."""
+    """Captures computations on its own stream. Graphs share one memory pool, because only one runs at a time."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
@@ -64,19 +65,19 @@ class CudaCapturer:
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, compute: Compute, generators: Sequence[torch.Generator]) -> Compute:
-        """Capture; the returned function replays.
+        """Capture a computation and return the function that replays it.
 
         Raises:
-            RuntimeError: `compute` waits for the device, or cannot be captured; torch is in order again.
+            RuntimeError: `compute` waits for the device or cannot be captured; torch's state is restored.
         """
         current = torch.cuda.current_stream()
         if not self._graphs:
-            # Torch refuses a pool whose graphs have all gone, as long as a tensor of it lives.
+            # torch refuses a pool whose graphs are all freed while a tensor in it is alive.
             self._pool = torch.cuda.graph_pool_handle()
         # Memory that an earlier pass cached belongs to another stream; this stream would allocate all of it again.
         torch.cuda.empty_cache()
-        # Run once on the capture stream before: kernels cannot be chosen nor workspaces allocated during the capture.
-        # An operation that waits for the device fails here, where it does no harm.
+        # Run once on the capture stream first: during the capture, kernels cannot be chosen and workspaces cannot be
+        # allocated. An operation that waits for the device fails here, where it does no harm.
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _waiting_is_an_error():
             compute()
@@ -86,7 +87,7 @@ class CudaCapturer:
         for generator in generators:
             graph.register_generator_state(generator)
         try:
-            # Other threads may use CUDA meanwhile, as notebooks and web UIs do.
+            # Other threads may use CUDA at the same time, as in notebooks and web UIs.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = compute()
         except BaseException:
@@ -96,23 +97,26 @@ class CudaCapturer:
 
         def replay() -> torch.Tensor:
             graph.replay()
-            return result.clone()  # outside the pool, which must be empty to be freed
+            return result.clone()  # outside the pool, which is freed only when empty
 
         return replay
 
     def _clean_up(self, graph: Any, current: Any, generators: Sequence[torch.Generator]) -> None:
-        """Undo what torch leaves behind where a capture fails: its stream is the current one, its pool is in use, and
-        (before torch 2.13) the allocator frees nothing and generators refuse to draw."""
+        """Restore torch's state after a failed capture.
+
+        torch leaves the capture stream as the current one and the pool in use. Before torch 2.13 the allocator also
+        frees nothing, and generators refuse to draw.
+        """
         torch.cuda.set_stream(current)
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
         try:
-            graph.pool()  # a capture that ended well, in spite of an error in Python, frees its pool itself
+            graph.pool()  # a capture that ended, in spite of an error in Python, frees its pool itself
         except RuntimeError:
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_releasePool(current.device_index, self._pool)
         self._graphs, self._pool = weakref.WeakSet(), None
-        # A capture that succeeds puts its generators in order, the default one too.
+        # A successful capture restores the state of its generators, including the default one.
         tiny, number = torch.cuda.CUDAGraph(), torch.zeros((), device=current.device)
         with contextlib.suppress(RuntimeError):
             for generator in generators:
@@ -126,7 +130,7 @@ class CudaCapturer:
 def _waiting_is_an_error() -> Iterator[None]:
     """Inside, an operation that makes the host wait for the device raises RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():  # torch says once that not all is noticed
+    with warnings.catch_warnings():  # torch warns once that it does not notice all waits
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -152,8 +156,8 @@ class Tolerance:
 
 # Kernels that add in varying order differ in the last bits; a graph that reads a wrong tensor differs completely.
 SAME_KERNELS = Tolerance(1e-2, 1e-2, 0.2)
-# In half precision the last bits of some kernels come to more in the gradients. Where two passes without the graph
-# differ too, it may differ so many times as much, and at most so many times the tolerance.
+# In half precision these last bits have a larger effect on the gradients. A graph's difference may be up to
+# NOISE_FACTOR times the difference between two passes without it, but at most NOISE_LIMIT times the tolerance.
 NOISE_FACTOR, NOISE_LIMIT = 3.0, 10.0
 # A gradient with less than this share of the norm of all gradients is mostly rounding.
 NEGLIGIBLE_SHARE = 1e-2
@@ -168,11 +172,11 @@ class _Graph:
 
 
 class GraphedBackward:
-    """Runs `backward(begin())` by replaying a graph: returns the loss and adds to the gradients of `parameters`.
+    """Run `backward(begin())` by replaying a graph: return the loss and add to the gradients of `parameters`.
 
     Args:
         backward: computes the loss of a batch and adds to the gradients.
-        parameters: the trained parameters; each gets a gradient whose memory does not move.
+        parameters: the trained parameters. Each gets a gradient, whose address does not change.
         capture: see `capturer`.
         generators: the generators that `backward` draws from.
     """
@@ -192,11 +196,11 @@ class GraphedBackward:
         """The loss of a batch.
 
         Args:
-            begin: seeds the generators and returns the batch, a dataclass. A graph holds for batches with equal shapes
-                of tensors and equal other values.
+            begin: seeds the generators and returns the batch, a dataclass. One graph serves batches whose tensors have
+                equal shapes and whose other values are equal.
 
         Raises:
-            CaptureFailed: see there; the gradients are the same as before the call.
+            CaptureFailed: see there; the gradients are unchanged.
         """
         for parameter in self._parameters:
             if parameter.grad is None:
@@ -217,8 +221,8 @@ class GraphedBackward:
         return graph.replay()
 
     def discard_graphs(self) -> bool:
-        """Free the graphs, because the model was moved or memory is needed; return whether there were any. The next
-        steps capture again."""
+        """Free the graphs, because the model was moved or memory is needed. Return whether there were any. Later steps
+        capture new ones."""
         graphs, self._graphs = self._graphs, {}
         return bool(graphs)
 
@@ -234,10 +238,10 @@ class GraphedBackward:
 
 
 class GraphedOptimizerStep:
-    """Runs `step()`, which clips gradients and steps the optimizer, by replaying a graph.
+    """Run `step()`, which clips gradients and steps the optimizer, by replaying a graph.
 
     Args:
-        step: changes only `tensors()`, to the same bits each time.
+        step: changes only `tensors()`, and has the same result, to the bit, each time.
         tensors: returns all tensors that `step` reads or changes, float32.
         capture: see `capturer`.
     """
@@ -251,7 +255,7 @@ class GraphedOptimizerStep:
         """The result of `step`.
 
         Raises:
-            CaptureFailed: see there; the tensors are the same as before the call.
+            CaptureFailed: see there; the tensors are unchanged.
         """
         if self._current_addresses() != self._addresses:
             # The first step allocates the optimizer's state; later, another state was loaded. A graph holds addresses.
@@ -262,7 +266,7 @@ class GraphedOptimizerStep:
         return self._replay()
 
     def discard_graphs(self) -> bool:
-        """Free the graph; return whether there was one. The next step captures again."""
+        """Free the graph. Return whether there was one. The next step captures a new one."""
         replay, self._replay = self._replay, None
         return replay is not None
 
@@ -292,7 +296,7 @@ class GraphedOptimizerStep:
 
 
 def _bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A checksum of each float32 tensor, to compare tensors without copies of them."""
+    """A checksum of each float32 tensor, which compares tensors without copies."""
     return torch.stack([tensor.detach().reshape(-1).view(torch.int32).sum() for tensor in tensors])
 
 
@@ -307,14 +311,15 @@ def verified(
     tolerance: Tolerance = SAME_KERNELS,
     begin: Callable[[], Any] = lambda: None,
 ) -> Compute:
-    """Return `candidate()` after checking it: it and `reference` are both run once, after `begin()`, and loss and
+    """Return `candidate()` after a check: it and `reference` each run once, after `begin()`, and their losses and
     gradients must agree within `tolerance`.
 
     Args:
-        parameters: both add to their gradients, which must exist and are restored afterwards.
+        parameters: the parameters to whose gradients both add. The gradients must exist; they are restored afterwards.
 
     Raises:
-        CaptureFailed: `candidate` cannot be made or run, or does not agree; ReferenceNotFinite: `reference` is not.
+        CaptureFailed: `candidate` fails, or does not agree; ReferenceNotFinite: the result of `reference` is not
+            finite.
     """
     gradients: list[torch.Tensor] = [p.grad for p in parameters if p.grad is not None]
     before = [gradient.clone() for gradient in gradients]
@@ -347,14 +352,15 @@ def verified(
 
 
 class Difference(NamedTuple):
-    """How far a loss and gradients are from the expected ones; see `Tolerance`."""
+    """The differences of a loss and of gradients from the expected ones; see `Tolerance`."""
 
     loss: float
     gradients: float
     single: float
 
     def is_within(self, tolerance: Tolerance, noise: Sequence[float] = (0.0, 0.0, 0.0)) -> bool:
-        """Whether each is within its tolerance, or explained by the difference of two references, `noise`."""
+        """Whether each difference is within its tolerance, or explained by `noise`, the difference between two
+        references."""
         limits = (tolerance.loss, tolerance.gradients, tolerance.single)
         return all(
             value <= max(limit, min(NOISE_FACTOR * natural, NOISE_LIMIT * limit))
@@ -362,7 +368,7 @@ class Difference(NamedTuple):
         )
 
     def message(self) -> Message:
-        """What differs by how much."""
+        """The differences as a message."""
         template = "its loss differs by {loss:.1e}, its gradients by {gradients:.1e}, a single gradient by {worst:.1e}"
         return Message(template, *self)
 

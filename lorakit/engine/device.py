@@ -1,4 +1,4 @@
-"""Where a run computes, in what precision, and with which attention kernel."""
+"""The device of a run, its precision, and its attention kernel."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ if TYPE_CHECKING:
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Head sizes of SD1.5 (40 to 160) and of SD2 and SDXL (64); a backward pass broke for some only (diffusers #1954).
+# Head sizes of SD1.5 (40 to 160) and of SD2 and SDXL (64). One bug broke the backward pass for some sizes only
+# (diffusers #1954).
 HEAD_SIZES = (40, 64, 80, 160)
 
 
 def device(config: MemoryConfig) -> torch.device:
-    """The device to train on; "auto" takes CUDA, else MPS, else the CPU.
+    """The device to train on; "auto" selects CUDA, else MPS, else the CPU.
 
     Raises:
-        LorakitError: the one that was asked for is not there.
+        LorakitError: the configured device is not available.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if config.device == "auto":
@@ -51,7 +52,7 @@ def device(config: MemoryConfig) -> torch.device:
 
 
 def prepare(config: MemoryConfig, device: torch.device) -> list[str]:
-    """Set up torch for a CUDA device, before its first use; a line for each thing that a person would want to know."""
+    """Set up torch for a CUDA device, before its first use. Return messages about it for the user."""
     kernels.allow_triton(config.triton)
     if device.type != "cuda":
         return []
@@ -62,23 +63,23 @@ def prepare(config: MemoryConfig, device: torch.device) -> list[str]:
         where = "in TF32 where the card has it" if config.tf32 else "in full"
         lines.append(Message("float32 products: {where}", where))
     if "GTX 16" in torch.cuda.get_device_name(device):
-        # Their convolutions in fp16 give NaN unless cuDNN tries its kernels (pytorch issue 58123).
+        # The convolutions of a GTX 16 give NaN in fp16 unless cuDNN benchmarks its kernels (pytorch issue 58123).
         torch.backends.cudnn.benchmark = True
         lines.append("cuDNN tries its kernels for each size, because a GTX 16 needs that in fp16")
     return lines
 
 
 def uses_tf32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products on the device have the precision of fp16, though the base is in float32."""
+    """Whether float32 products on the device are computed in TF32, with a mantissa as short as that of fp16."""
     return device.type == "cuda" and dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 @contextlib.contextmanager
 def deterministic(config: TrainConfig) -> Iterator[None]:
-    """Inside, kernels give the same bits in each run, where the config asks for that.
+    """Inside, kernels give the same bits in each run, if `train.deterministic` is on.
 
     Raises:
-        LorakitError: an operation has no such kernel.
+        LorakitError: an operation has no deterministic kernel.
     """
     if not config.deterministic:
         yield
@@ -88,8 +89,8 @@ def deterministic(config: TrainConfig) -> Iterator[None]:
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # nothing reads memory that nobody wrote
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has no such kernel
+    settings.fill_uninitialized_memory = False  # no code here reads uninitialized memory
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it has no deterministic backward pass
     try:
         yield
     except RuntimeError as error:
@@ -104,11 +105,12 @@ def deterministic(config: TrainConfig) -> Iterator[None]:
 
 
 def dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
-    """Precision of the frozen base; adapters are float32 always. "auto": on CUDA bf16 where the card computes in it,
-    else fp16; fp32 elsewhere.
+    """Precision of the frozen base; adapters are always float32.
+
+    "auto" selects bf16 on a CUDA device that supports it, fp16 on other CUDA devices, fp32 elsewhere.
 
     Raises:
-        LorakitError: bf16 on a card that only emulates it.
+        LorakitError: bf16 on a GPU that only emulates it.
     """
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if config.mixed_precision == "auto":
@@ -121,8 +123,10 @@ def dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
 
 
 def channels_last(config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether pictures inside the UNet are channels last, as convolutions in half precision read them on a card. Norms
-    keep that layout by kernels of Triton."""
+    """Whether feature maps in the UNet are channels_last, the layout that half-precision convolutions use on a GPU.
+
+    Triton kernels of the norms keep that layout.
+    """
     if config.channels_last != "auto":
         return config.channels_last == "on"
     is_whole = config.base_storage == "full" and not config.stream_base
@@ -131,10 +135,10 @@ def channels_last(config: MemoryConfig, device: torch.device, dtype: torch.dtype
 
 
 def streams(config: MemoryConfig, device: torch.device) -> bool:
-    """Whether the base's weights stay in the host's memory.
+    """Whether the base's weights stay in host memory.
 
     Raises:
-        LorakitError: they are to, and are computed with there too.
+        LorakitError: they should, but the device is not CUDA.
     """
     if config.stream_base and device.type != "cuda":
         raise LorakitError(OFFLOAD_NEEDS_CUDA, device.type)
@@ -142,8 +146,10 @@ def streams(config: MemoryConfig, device: torch.device) -> bool:
 
 
 def attention(config: MemoryConfig, family: Family) -> str:
-    """Give the UNet its attention kernel, and say which in one line. Kernels are tested first, SDPA's on a card; those
-    that fail are not used, and SDPA takes the place of xformers.
+    """Set the UNet's attention kernel, and return a message about it.
+
+    xformers is tested first, and so are SDPA's kernels on CUDA. Kernels that fail are disabled; if xformers fails, SDPA
+    is used.
 
     Raises:
         LorakitError: xformers was chosen and is not installed, or every kernel fails.
@@ -163,16 +169,17 @@ def attention(config: MemoryConfig, family: Family) -> str:
 
 
 def _switch_off_wrong_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """Test SDPA, and switch off its kernels, in torch's order, until it passes; which ones, and why.
+    """Test SDPA and disable its kernels, in torch's order, until it passes. Return a message with the disabled ones and
+    the reason.
 
     Raises:
-        LorakitError: it never passes.
+        LorakitError: SDPA fails with every kernel.
     """
     cuda = torch.backends.cuda
     kernels = {"cuDNN": cuda.enable_cudnn_sdp, "flash": cuda.enable_flash_sdp}
     kernels["memory-efficient"] = cuda.enable_mem_efficient_sdp
     wrong, first = [], ""
-    with contextlib.suppress(torch.OutOfMemoryError):  # which a later phase explains
+    with contextlib.suppress(torch.OutOfMemoryError):  # a later phase reports this error
         while problem := attention_problem(_sdpa, device, dtype):
             if not kernels:
                 raise LorakitError(
@@ -186,12 +193,13 @@ def _switch_off_wrong_kernels(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def attention_problem(candidate: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compare an attention function with attention written out, output and all three gradients; the problem, or None.
+    """Compare output and gradients of an attention function with those of a plain implementation. Return the problem,
+    or None.
 
     Args:
-        candidate: takes query, key and value `[B, T, heads, size]`, as xformers has them.
+        candidate: takes query, key and value `[B, T, heads, size]`, in the layout of xformers.
     """
-    # A tolerance for tensor cores' shortened float32. Broken kernels are wrong by far more.
+    # Enough for TF32 on tensor cores. Broken kernels differ by far more.
     allowed = 2e-3 if dtype == torch.float32 else 2e-2
     draw = torch.Generator(device).manual_seed(0)
     for size, queries in itertools.product(HEAD_SIZES, (77, 256)):
@@ -214,12 +222,13 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
 
 
 def gradient_checkpointing(family: Family, blocks: Collection[str], *, random: bool = False) -> None:
-    """Recompute these blocks of the UNet in the backward pass instead of keeping what they computed. The text encoders
-    are left alone: 77 tokens take next to nothing.
+    """Recompute these blocks of the UNet in the backward pass instead of saving their activations.
+
+    Text encoders are left out: 77 tokens take little memory.
 
     Args:
         blocks: their paths in the UNet, see `memory_estimate.recomputed_blocks`.
-        random: they draw random numbers, which must come again.
+        random: whether the blocks draw random numbers, which must be the same in both passes.
     """
     for path in blocks:
         block = family.denoiser.get_submodule(path)

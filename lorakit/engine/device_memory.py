@@ -1,4 +1,4 @@
-"""What a process may take of a CUDA device's memory, what it has taken, and what it can still get."""
+"""Memory of a CUDA device: the limit of this process, its peak, and what is left."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from lorakit.core.messages import Message
 
 GIB = 2**30
-# Variables in which a user sets up torch's allocator.
+# Environment variables that configure torch's allocator.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 # Device index -> bytes that this process may reserve.
 _limits: dict[int, int] = {}
 
 
 def prepare(device: torch.device) -> str:
-    """Limit this process to the memory that is free on a CUDA device now; a line that says how much it is.
+    """Limit this process to the memory of a CUDA device that is free now. Return a message with the size.
 
-    Drivers on Windows and WSL move what goes beyond it to the host's memory, where a step takes ten times as long.
-    Torch raises OutOfMemoryError instead. On Linux the allocator's segments may grow, which avoids fragments, unless a
-    variable of the environment sets up the allocator.
+    Beyond that limit drivers on Windows and WSL use host memory, where a step takes ten times as long; torch now raises
+    OutOfMemoryError instead. On Linux, unless the environment configures the allocator, its segments are expandable,
+    which avoids fragmentation.
     """
     is_set = any(os.environ.get(name) for name in ALLOCATOR_VARIABLES)
     if sys.platform == "linux" and not is_set and not torch.cuda.is_initialized():
@@ -30,7 +30,7 @@ def prepare(device: torch.device) -> str:
         torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
     available = free + torch.cuda.memory_reserved(device)
-    # Unlike its neighbours this function does not take a device without an index.
+    # Unlike the functions above, this one takes no device without an index.
     torch.cuda.set_per_process_memory_fraction(min(available / total, 1.0), device.index or 0)
     _limits[device.index or 0] = available
     return Message(
@@ -41,12 +41,12 @@ def prepare(device: torch.device) -> str:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes of a CUDA device that this process may reserve in all, as `prepare` left them; None for other devices."""
+    """Total bytes of a CUDA device that this process may reserve, as `prepare` set them; None for other devices."""
     return _limits.get(device.index or 0) if device.type == "cuda" else None
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that a CUDA device can still give to this process outside the memory pools of CUDA graphs."""
+    """Bytes of a CUDA device that this process can still allocate outside the memory pools of CUDA graphs."""
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     free, _ = torch.cuda.mem_get_info(device)
     if (limit := _limits.get(device.index or 0)) is not None:
@@ -59,8 +59,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes in use so far: on CUDA those reserved, with what the pools of CUDA graphs hold; elsewhere those of the
-    whole process."""
+    """Peak bytes: on CUDA those reserved, including the pools of CUDA graphs; elsewhere the resident memory of the
+    process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if sys.platform == "win32":

@@ -1,9 +1,8 @@
-"""An adapter's trained weights in one tensor for each component, their gradients in another.
+"""An adapter's trained weights in one flat tensor for each component, and their gradients in another.
 
-The parameters stay what they are, but become views. Clearing, measuring and clipping gradients then takes a few
-operations, and an elementwise optimizer steps in one. In half precision all factors are cast at once for each pass:
-LoRA's layers read the copies and add their gradients to a buffer themselves, where autograd would issue one more
-operation for each factor.
+The parameters become views. Zeroing, measuring and clipping gradients then takes a few operations, and an elementwise
+optimizer steps once. In half precision all factors are cast at once for each pass. LoRA layers read these copies and
+add their gradients to a buffer; autograd would need one more operation for each factor.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
     from lorakit.families import Family
 
-# Each parameter starts at a multiple of this many numbers: kernels read aligned memory fastest.
+# Each parameter starts at a multiple of this many values: kernels are fastest on aligned memory.
 ALIGNMENT = 64
-# The norm is summed over rows of this many numbers first: a CPU adds float32 numbers one by one, and a sum of 20
-# million loses the third digit. The length of every flat tensor is a multiple of it.
+# The norm is first summed over rows of this many values. A CPU adds float32 values one by one, and a sum of 20 million
+# has only two correct digits. The length of every flat tensor is a multiple of it.
 ROW_LENGTH = 1024
-# Names of bitsandbytes for what its 8-bit optimizers keep of each block, and for the values that their codes stand for.
+# bitsandbytes' names for the scale of each block in 8-bit state, and for the table of values that the codes index.
 BLOCK_SCALES, CODE_BOOKS = "absmax", "qmap"
 # The state of an optimizer, or a part of it, by name.
 State = dict[str, Any]
@@ -47,27 +46,27 @@ def flatten(
     flats = [FlatParameters(name, each, block_size) for name, each in groups]
     layers = [layer for module in target.modules().values() for layer in module.modules()]
     for layer in layers:
-        # Layers with different rates lie in different tensors, and are computed one by one.
+        # Layers with different learning rates are in different tensors, so they cannot share a product.
         if isinstance(layer, fused_blocks.FusedAttention) and layer.fused_qkv is not None:
             layer.fused_qkv = layer.fused_qkv if layer.fused_qkv.refresh() else None
-    adapter.scaled_gradients = True  # `half_precision_pass` divides all at once
+    adapter.scaled_gradients = True  # `half_precision_pass` divides all gradients at once
     if copies and target.dtype is not torch.float32:
         _add_copies(layers, flats, target.dtype)
     return flats
 
 
 class FlatParameters:
-    """The trained weights of one component.
+    """The trained weights of one component in one tensor.
 
     Args:
         name: the component.
         parameters: float32, on one device; each becomes a view of `weights`, and its gradient one of `gradient`.
-        block_size: see `registry.OptimizerSpec`; no block has numbers of two parameters.
+        block_size: see `registry.OptimizerSpec`; no block spans two parameters.
 
     Attributes:
         name, parameters, block_size: as given.
         weights: `[n]`, float32; padded with zeros, whose gradients are 0.
-        gradient: `[n]`, float32, the `grad` of `weights`; its memory never moves, and it is never None.
+        gradient: `[n]`, float32, the `grad` of `weights`; its address never changes, and it is never None.
     """
 
     def __init__(self, name: str, parameters: Sequence[nn.Parameter], block_size: int = 1):
@@ -82,15 +81,15 @@ class FlatParameters:
         self._half: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a tensor like `weights`, one at the place of each parameter."""
+        """Split a tensor of the shape of `weights` into views, one for each parameter."""
         return [tensor.detach().as_strided(*layout) for layout in self._layout]
 
     def split_blocks(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a tensor with one number for each block, one for each parameter."""
+        """Split a tensor of one value for each block into views, one for each parameter."""
         return [tensor[at // self.block_size :][: self._block_count(shape)] for shape, _, at in self._layout]
 
     def join(self, tensors: Sequence[torch.Tensor | None], *, blocks: bool = False) -> torch.Tensor:
-        """The inverse of `split` (with `blocks`: of `split_blocks`), as a new tensor; None becomes 0."""
+        """The inverse of `split` (or of `split_blocks`), as a new tensor; None becomes 0."""
         dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
         length = len(self.weights) // self.block_size if blocks else len(self.weights)
         result = torch.zeros(length, dtype=dtype, device=self.weights.device)
@@ -104,9 +103,9 @@ class FlatParameters:
         return math.ceil(shape.numel() / self.block_size)
 
     def ensure_views(self) -> bool:
-        """Make the parameters views again, with their current values; return whether they were already.
+        """Make the parameters views again, with their current values. Return whether they were views already.
 
-        A module that is moved to another device and back gets new memory for its parameters.
+        A module that moves to another device and back gets new memory for its parameters.
         """
         first, memory = self.parameters[0], self.weights.untyped_storage()
         if first.untyped_storage() is memory and first.grad is self._gradients[0]:
@@ -119,7 +118,7 @@ class FlatParameters:
         return False
 
     def cast_copies(self) -> None:
-        """Cast the weights for a pass, if there are layers with half-precision copies."""
+        """Cast the weights to half precision for a pass, if any layer has half-precision copies."""
         if self._half is not None:
             copies, gradient = self._half
             copies.copy_(self.weights.detach())
@@ -127,23 +126,23 @@ class FlatParameters:
             self.copies_switch.on = True
 
     def deactivate_copies(self) -> None:
-        """Let the layers compute with the parameters again."""
+        """Make the layers use the parameters again."""
         self.copies_switch.on = False
 
     def begin_scaled(self, scale: float | torch.Tensor) -> None:
-        """Let a pass add gradients that are `scale` times too large."""
+        """Prepare for a pass whose gradients are multiplied by `scale`."""
         if isinstance(scale, torch.Tensor) or scale != 1:
             self.gradient.mul_(scale)
 
     def end_scaled(self, scale: float | torch.Tensor) -> None:
-        """Add the half-precision gradients of the pass, and divide all by `scale`."""
+        """Add the half-precision gradients of the pass, and divide the sum by `scale`."""
         if self._half is not None:
             self.gradient.add_(self._half[1])
         if isinstance(scale, torch.Tensor) or scale != 1:
             self.gradient.div_(scale)
 
     def copy_views(self, tensor: torch.Tensor, half: torch.dtype) -> list[torch.Tensor]:
-        """The half-precision copy, and its gradient, of a part of `weights`; made with the first that is asked for."""
+        """The half-precision copy of a part of `weights`, and the copy's gradient. The first call allocates them."""
         if self._half is None:
             copies = torch.zeros_like(self.weights.detach(), dtype=half)
             self._half = copies, torch.zeros_like(copies)
@@ -151,7 +150,7 @@ class FlatParameters:
 
 
 def _add_copies(layers: Sequence[nn.Module], flats: Sequence[FlatParameters], half: torch.dtype) -> None:
-    """Let LoRA's layers read copies of their factors, each from the tensor that the factor is in."""
+    """Give LoRA layers half-precision copies of their factors, as views into the flat copies."""
     by_memory = {flat.weights.data_ptr(): flat for flat in flats}
     switch = fused_lora.CopiesSwitch()
     for flat in flats:
@@ -171,11 +170,12 @@ def _add_copies(layers: Sequence[nn.Module], flats: Sequence[FlatParameters], ha
 
 @contextlib.contextmanager
 def half_precision_pass(flats: Sequence[FlatParameters], scale: float | torch.Tensor = 1.0) -> Iterator[None]:
-    """Use the half-precision copies for one forward and backward pass, then add its gradients to every `gradient`.
-    Outside, layers compute with the parameters, and autograd computes their gradients.
+    """Use the half-precision copies for one forward and backward pass, then add their gradients to every `gradient`.
+
+    Outside, layers use the parameters, and autograd computes their gradients.
 
     Args:
-        scale: `Family.gradient_scale`, by which the pass's gradients are too large.
+        scale: `Family.gradient_scale`, the factor of the pass's gradients.
     """
     try:
         for each in flats:
@@ -196,8 +196,8 @@ def norm(flats: Sequence[FlatParameters]) -> torch.Tensor:
 
 
 def clip(flats: Sequence[FlatParameters], max_norm: float) -> torch.Tensor:
-    """Scale all gradients down to a norm of `max_norm` like `torch.nn.utils.clip_grad_norm_`; 0 means no limit. Return
-    the norm before."""
+    """Scale the gradients down to a norm of at most `max_norm`, like `torch.nn.utils.clip_grad_norm_`; 0 means no
+    limit. Return the norm before."""
     total = norm(flats)
     if max_norm:
         factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
@@ -207,8 +207,8 @@ def clip(flats: Sequence[FlatParameters], max_norm: float) -> torch.Tensor:
 
 
 def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatParameters]) -> None:
-    """Let an optimizer with one `FlatParameters.weights` in each group save and load its state parameter by parameter,
-    like an optimizer that has the parameters themselves."""
+    """Make an optimizer with one `FlatParameters.weights` per group save and load its state parameter by parameter,
+    like an optimizer over the parameters."""
 
     def split(_: object, state_dict: State) -> State:
         state: dict[int, State] = {}
@@ -245,7 +245,7 @@ def save_per_parameter(optimizer: torch.optim.Optimizer, flats: Sequence[FlatPar
 
 
 def _unnest(state: State) -> State:
-    """A parameter's state without the dict into which bitsandbytes puts some of it."""
+    """A parameter's state with the entries of nested dicts, in which bitsandbytes puts some of them, at the top."""
     nested = [value for value in state.values() if isinstance(value, dict)]
     result = {key: value for key, value in state.items() if not isinstance(value, dict)}
     for each in nested:
@@ -254,8 +254,8 @@ def _unnest(state: State) -> State:
 
 
 def _in_8_bits(states: list[State]) -> list[State]:
-    """The states of the parameters of a component: all in 8 bits if some are. bitsandbytes itself keeps those of small
-    parameters in float32."""
+    """The states of a component's parameters: all in 8 bits if some are. bitsandbytes keeps those of small parameters
+    in float32."""
     books = next((state for state in states if "qmap1" in state), None)
     if books is None:
         return states
@@ -274,14 +274,17 @@ def _in_8_bits(states: list[State]) -> list[State]:
 
 
 def _indices(flats: Sequence[FlatParameters], flat: FlatParameters) -> range:
-    """The indices of a component's parameters among all."""
+    """The indices of a component's parameters among all parameters."""
     first = sum(len(other.parameters) for other in flats[: flats.index(flat)])
     return range(first, first + len(flat.parameters))
 
 
 def _offsets(parameters: Sequence[nn.Parameter], block_size: int) -> tuple[list[int], int]:
-    """The offset of each parameter, and the length of all. Parameters that share memory stay neighbours, as one product
-    reads them all (`FusedQKV`), unless a block would have numbers of two."""
+    """The offset of each parameter and the total length.
+
+    Parameters that share memory stay adjacent, because one product reads them together (`FusedQKV`), unless a block
+    would then span two parameters.
+    """
     starts: dict[Any, int] = {}
     offsets, size, alignment = [], 0, max(ALIGNMENT, block_size)
     for parameter in parameters:

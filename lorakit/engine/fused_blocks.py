@@ -1,10 +1,10 @@
 """A UNet's attention and resnet blocks in fewer operations, for training.
 
-At batch 1 a GPU waits for the host to issue operations, so their number sets the time of a step. `optimize_blocks`
-omits operations that change nothing, such as a division by 1 after each block and an inspection of the processor's
-signature on each call. It fuses layers that read the same input into one product: q, k and v of self-attention, k and v
-of cross-attention. Their weights and factors become slices of shared tensors; layers, parameters and names stay the
-same.
+At batch 1 a GPU waits for the host to issue operations, so their number determines the time of a step.
+`optimize_blocks` omits operations without effect, such as a division by 1 after each block and an inspection of the
+processor's signature in each call. It fuses layers that read the same input into one product: q, k and v of
+self-attention, k and v of cross-attention. Their weights and factors become slices of shared tensors; layers,
+parameters and names stay the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorakit.engine.onednn_linear import frozen_linear, linear
 from lorakit.engine.quantized_weight import QuantizedWeight
 from lorakit.engine.recompute import Recompute, get_recompute, load_for_backward, save_for_backward
 
-# PEFT's name of the adapter.
+# The name that PEFT gives the adapter.
 _NAME = "default"
 # Up to this many keys, attention in half precision is computed in float32 on a CPU.
 MAX_KEYS_IN_FLOAT32 = 512
@@ -35,8 +35,8 @@ _OTHER_PROCESSORS = (JointAttnProcessor2_0,)
 
 
 def unknown_block(unet: nn.Module) -> str | None:
-    """The path and class of a block that this file would replace but does not know: its class, processor or forward is
-    not the one that the fused classes reproduce. None if there is none."""
+    """The path and class of a block that this module cannot replace, because its class, processor or forward is not the
+    one that the fused classes reproduce; None if there is none."""
     for path, module in unet.named_modules():
         if not isinstance(module, (ResnetBlock2D, Attention)):
             continue
@@ -50,8 +50,8 @@ def unknown_block(unet: nn.Module) -> str | None:
 
 @functools.cache
 def _differing_class() -> type | None:
-    """A class whose forward in the installed diffusers computes something else than the fused class, if any. Both are
-    compared once, on small blocks."""
+    """The class whose forward in the installed diffusers differs from the fused class, or None. They are compared once,
+    on small blocks."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         x, time, text = torch.randn(1, 32, 4, 4), torch.randn(1, 16), torch.randn(1, 5, 24)
@@ -76,11 +76,11 @@ def _differing_class() -> type | None:
 
 
 def optimize_blocks(unet: nn.Module, *, save_less: bool = False, channels_last: bool = False) -> None:
-    """Replace the classes of a UNet's blocks by those of this file. Attach the adapter, if any, before.
+    """Replace the classes of a UNet's blocks by the fused ones. If there is an adapter, attach it first.
 
     Args:
-        save_less: let frozen layers save less for the backward pass (`engine.recompute`); the host takes 7 % longer.
-        channels_last: keep pictures channels last between convolutions and norms.
+        save_less: make frozen layers save less for the backward pass (`engine.recompute`); the host takes 7 % longer.
+        channels_last: keep feature maps channels_last between convolutions and norms.
     """
     for path, module in unet.named_modules():
         if type(module) is ResnetBlock2D and _is_fusable_resnet(module):
@@ -91,7 +91,7 @@ def optimize_blocks(unet: nn.Module, *, save_less: bool = False, channels_last: 
             own = module.cross_attention_dim == module.query_dim and not module.is_cross_attention
             shared = [module.to_q, module.to_k, module.to_v] if own else [module.to_k, module.to_v]
             module.fused_qkv = FusedQKV(shared) if _can_share(shared) else None
-        # The first norm of a resnet saves the input of its shortcut anyway.
+        # The first norm of a resnet already saves the input of its shortcut.
         elif save_less and not path.endswith("conv_shortcut"):
             recompute.save_less(module)
     if channels_last:
@@ -99,7 +99,7 @@ def optimize_blocks(unet: nn.Module, *, save_less: bool = False, channels_last: 
 
 
 class FusedQKV:
-    """G layers that read the same input and have the same shape, rank and scale.
+    """G layers that read the same input and have the same shape, rank and scale, computed in one product.
 
     Attributes:
         layers: the layers.
@@ -127,7 +127,7 @@ class FusedQKV:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Read the addresses of the factors again, after they have moved; whether they have moved together."""
+        """Read the addresses of the factors again, after they moved. Return whether they are still adjacent."""
         self._factors, count = self._weights(), len(self.layers)
         sides = [self._factors[:count], self._factors[count:]] if self._factors else []
         if not all(map(_are_neighbours, sides)):
@@ -151,14 +151,14 @@ class FusedQKV:
             return None
         assert self.up is not None
         half_copies, x_recompute = fused_lora.active_copies(self.half_copies, x), get_recompute(x)
-        # With half copies, autograd needs one parameter only, to know that there are gradients to compute.
+        # With half-precision copies, one parameter is enough to tell autograd that there are gradients to compute.
         factors = self._factors if half_copies is None else self._factors[:1]
         scale = first.scaling[_NAME]
         result = FusedQKVLora.apply(rows, self.weight, self.down, self.up, scale, x_recompute, half_copies, *factors)  # type: ignore[no-untyped-call]
         return tuple(part.view(*x.shape[:-1], -1) for part in result)
 
     def _traceable(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """The same in operations that a compiler can trace. It cannot trace `is_valid`."""
+        """The same in operations that a compiler can trace; it cannot trace `is_valid`."""
         first, count = self.layers[0], len(self.layers)
         parts = functional.linear(x, self.weight).chunk(count, dim=-1)
         if self.down is None or first._disable_adapters:
@@ -171,7 +171,8 @@ class FusedQKV:
         return tuple(a + functional.linear(b, up) * scale for a, b, up in zip(parts, inner, ups, strict=True))
 
     def is_valid(self) -> bool:
-        """Whether the layers' weights are still slices of the shared tensors. Moving or replacing one ends that."""
+        """Whether the layers' weights are still slices of the shared tensors. They are not after a weight was moved or
+        replaced."""
         weight = self._bases[0].weight
         if weight.untyped_storage() is not self.weight.untyped_storage() or weight.requires_grad:
             return False
@@ -181,7 +182,7 @@ class FusedQKV:
         return same and self._factors[0].untyped_storage() is self.down.untyped_storage()
 
     def _weights(self) -> list[Any]:
-        # `module.weight` would search three dicts.
+        # `module.weight` would look into three dicts.
         return [holder._parameters["weight"] for holder in self._holders]
 
 
@@ -200,7 +201,7 @@ class FusedQKVLora(torch.autograd.Function):
         half_copies: fused_lora.HalfCopies | None,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """G times `[N, out]`; `factors` are the parameters of which `down` and `up` are result, A's then B's."""
+        """G tensors `[N, out]`. `down` and `up` are views of the parameters `factors`: first all A, then all B."""
         ctx.scale, ctx.half_copies, inner = scale, half_copies, None
         if x.dtype is torch.float32:
             result = linear(x, _merge_weights(weight, down, up, scale))
@@ -214,7 +215,7 @@ class FusedQKVLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x and of the factors; theirs in float32."""
+        """Gradients of x and of the factors; those of the factors are float32."""
         x, inner, weight, down, up = load_for_backward(ctx)
         x, scale, half_copies = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.half_copies
         full = x.dtype is torch.float32
@@ -239,10 +240,10 @@ class FusedQKVLora(torch.autograd.Function):
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
-    """diffusers' attention, as far as the UNets of Stable Diffusion use it.
+    """diffusers' attention, for the cases that occur in the UNets of Stable Diffusion.
 
     Attributes:
-        fused_qkv: its layers that read the same input, or None if they cannot be fused.
+        fused_qkv: the layers that read the same input, or None if they cannot be fused.
     """
 
     fused_qkv: FusedQKV | None = None
@@ -254,7 +255,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
         attention_mask: torch.Tensor | None = None,
         **rest: Any,
     ) -> torch.Tensor:
-        """`[B, T, C]`, and the text `[B, S, D]` -> `[B, T, C]`."""
+        """`[B, T, C]` and, for cross-attention, text `[B, S, D]` -> `[B, T, C]`."""
         if attention_mask is not None or rest or type(self.processor) is not AttnProcessor2_0:
             result: torch.Tensor = super().forward(hidden_states, encoder_hidden_states, attention_mask, **rest)
             return result
@@ -273,7 +274,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
 
 
 class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
-    """diffusers' resnet, as far as the UNets of Stable Diffusion use it.
+    """diffusers' resnet block, for the cases that occur in the UNets of Stable Diffusion.
 
     Attributes:
         save_less: recompute the outputs of its norms in the backward pass.
@@ -296,8 +297,11 @@ def _norm_silu(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt d) v, `[B, heads, T, d]`. On a CPU torch's kernels for half precision take up to ten times
-    as long as those for float32 if the sequence is short, and less if it is long."""
+    """softmax(q k^T / sqrt d) v, `[B, heads, T, d]`.
+
+    On a CPU torch's half-precision kernels take up to ten times as long as those for float32 if the sequence is short,
+    and less time if it is long.
+    """
     if query.device.type == "cpu" and query.dtype is not torch.float32 and key.shape[-2] <= MAX_KEYS_IN_FLOAT32:
         result = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
         return result.to(query.dtype)
@@ -339,13 +343,13 @@ def _share_memory(tensors: list[Any]) -> None:
 
 
 def _stacked_view(tensors: list[Any]) -> torch.Tensor:
-    """`[G, ...]`: tensors that share memory, as one tensor."""
+    """View tensors that share memory as one tensor `[G, ...]`."""
     first = tensors[0].detach()
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), first.storage_offset())  # type: ignore[no-any-return]
 
 
 def _are_neighbours(tensors: list[Any]) -> bool:
-    """Whether tensors lie one after the other in one allocation."""
+    """Whether the tensors are adjacent in one allocation."""
     first = tensors[0]
     return all(
         tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

@@ -1,9 +1,9 @@
 """LoRA layers that need fewer operations than PEFT's, in the base's precision.
 
-PEFT casts the input to the adapter's float32, multiplies, scales, adds and casts back: at batch 1 the host cannot
-issue that as fast as a GPU computes it. Here the small factors are cast to the input's precision instead (parameters
-and gradients stay float32), and scaling and additions happen inside matrix products. The classes derive from PEFT's:
-names, state dict and merging are PEFT's own.
+PEFT casts the input to the adapter's float32, multiplies, scales, adds and casts back: at batch 1 the host cannot issue
+these operations as fast as a GPU computes them. Here the small factors are cast to the input's precision instead
+(parameters and gradients stay float32), and matrix products include scaling and additions. The classes derive from
+PEFT's, so names, state dict and merging are PEFT's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
 
 @dataclass
 class CopiesSwitch:
-    """Whether the layers of one component compute with their `HalfCopies` now."""
+    """Whether the layers of one component use their `HalfCopies` now."""
 
     on: bool = False
 
@@ -35,9 +35,9 @@ class HalfCopies:
     """A and B in half precision, and buffers to which their gradients are added; see `FlatParameters`.
 
     Attributes:
-        down, up: A `[r, in]` and B `[out, r]`, views; those of a `FusedQKV` have the shapes that it uses.
+        down, up: A `[r, in]` and B `[out, r]`, views; in a `FusedQKV` they have its shapes.
         to_down, to_up: their gradients, in the same shapes and precision.
-        switch: tells whether to use the copies now.
+        switch: whether to use the copies now.
     """
 
     down: Tensor
@@ -50,8 +50,8 @@ class HalfCopies:
 class LoraLinear(torch.autograd.Function):
     """y = x (W + s B A)^T + b, W and b frozen; x `[N, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, s a number.
 
-    The merged weight exists only for one product. This is for float32: half precision would round most of the small
-    change away. `x_recompute` returns x in its original shape.
+    The merged weight exists only during one product. This is for float32: in half precision, rounding would remove most
+    of the small change. `x_recompute` returns x in its original shape.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class LoraLinear(torch.autograd.Function):
 
 
 class HalfLoraLinear(torch.autograd.Function):
-    """The same as x W^T + b + s (x A^T) B^T, where x and W are in half precision and A and B in float32.
+    """`LoraLinear` as x W^T + b + s (x A^T) B^T, for x and W in half precision and A and B in float32.
 
     With `half_copies`, A and B are read from them and the gradients are added to them; autograd gets none.
     """
@@ -112,7 +112,7 @@ class HalfLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, A and B; the factors' in float32."""
+        """Gradients of x, A and B; those of A and B are float32."""
         x, inner, weight, down, up = recompute.load_for_backward(ctx)
         x, scale, half_copies = x.reshape(-1, x.shape[-1]), ctx.scale, ctx.half_copies
         to_inner = gradient @ up
@@ -164,7 +164,7 @@ class LoraConv2d(torch.autograd.Function):
 
 
 class HalfLoraConv2d(torch.autograd.Function):
-    """The same as x * W + b + s (x * A) * B, where x and W are in half precision and A and B in float32."""
+    """`LoraConv2d` as x * W + b + s (x * A) * B, for x and W in half precision and A and B in float32."""
 
     @staticmethod
     def forward(
@@ -187,7 +187,7 @@ class HalfLoraConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, A and B; the factors' in float32."""
+        """Gradients of x, A and B; those of A and B are float32."""
         x, inner, weight, down, up = recompute.load_for_backward(ctx)
         wants_x = ctx.needs_input_grad[0]
         to_inner, to_up = convolution_gradients(gradient, inner, up, POINTWISE, to_x=True, to_weight=True)
@@ -220,7 +220,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
             return functional.linear(x, base.weight, base.bias) + lora_delta(x, down, up, self.scaling[name])
         rows = x.reshape(-1, x.shape[-1])
         arguments = (rows, base.weight, base.bias, down, up, self.scaling[name], recompute.get_recompute(x))
-        # A weight whose products are computed in int8 is not merged.
+        # A "w8a8" weight, whose products are computed in int8, is not merged.
         if x.dtype is torch.float32 and getattr(base.weight, "scheme", "") != "w8a8":
             y = LoraLinear.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
@@ -252,13 +252,13 @@ class FusedConv2d(Conv2d):  # type: ignore[misc]
 
 
 def lora_delta(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """s x A^T B^T, `[..., in]` -> `[..., out]`, in the precision of x and in operations that a compiler can trace."""
+    """s x A^T B^T, `[..., in]` -> `[..., out]`, in the precision of x, in operations that a compiler can trace."""
     delta = functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
     return delta if scale == 1 else delta * scale
 
 
 def active_copies(half_copies: HalfCopies | None, x: Tensor) -> HalfCopies | None:
-    """The layer's copies, if they are in use now and have the precision of x, else None."""
+    """The layer's half-precision copies if they are in use and have the dtype of x, else None."""
     active = half_copies is not None and half_copies.switch.on and half_copies.down.dtype is x.dtype
     return half_copies if active else None
 
@@ -269,8 +269,10 @@ def _merge_weights(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Te
 
 
 def single_adapter(layer: Any, x: Tensor) -> str | None:
-    """Name of the active adapter if the fused forward applies, else None: PEFT's forward handles several adapters, a
-    merged or trained base, dropout and autocast."""
+    """The name of the active adapter if the fused forward applies, else None.
+
+    PEFT's forward handles several adapters, a merged or trained base, dropout and autocast.
+    """
     active = layer._active_adapter
     name = active if isinstance(active, str) else active[0] if len(active) == 1 else None
     if name not in layer.lora_A or layer.merged_adapters or layer.base_layer.weight.requires_grad:

@@ -1,6 +1,6 @@
-"""Linear layers with frozen weights by oneDNN on a CPU in float32.
+"""Linear layers with frozen float32 weights on a CPU, computed by oneDNN.
 
-torch gives float32 matrix products to MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN, also
+torch uses MKL for float32 matrix products, which does not use AVX-512 on processors that are not Intel's. oneDNN, also
 part of torch, does: on an EPYC of 2025 it is twice as fast.
 """
 
@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Below this many multiply-accumulates oneDNN's overhead, about 13 microseconds a call, is more than it saves.
+# Below this many multiply-accumulates oneDNN's overhead, about 13 microseconds per call, exceeds its gain.
 MIN_MACS = 2**19
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b: x `[..., in]`, weight `[out, in]`, possibly a transpose, bias `[out]` -> `[..., out]`.
+    """x W^T + b: x `[..., in]`, weight `[out, in]` (may be a transposed view), bias `[out]` -> `[..., out]`.
 
     oneDNN's result has no gradient: call this inside a `torch.autograd.Function`, or call `frozen_linear`. A compiler
-    sees torch's own operation.
+    traces torch's own operation.
     """
     large = x.numel() * len(weight) >= MIN_MACS
     if (
@@ -67,7 +67,7 @@ class FrozenLinear(nn.Linear):
 
 
 def use_onednn_linear(module: nn.Module) -> None:
-    """Let the float32 linear layers of a frozen module on the CPU compute by `linear`: only their class changes."""
+    """Make the float32 linear layers of a frozen module on the CPU compute by `linear`. Only their class changes."""
     for layer in module.modules():
         if type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype is torch.float32:
             layer.__class__ = FrozenLinear
@@ -75,7 +75,7 @@ def use_onednn_linear(module: nn.Module) -> None:
 
 @functools.cache
 def _onednn_works() -> bool:
-    """Whether this build of torch has oneDNN's linear operation, which has no public name, and its result is right."""
+    """Whether this build of torch has oneDNN's linear operation, which has no public name, with a correct result."""
     try:
         x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
         result = torch.ops.mkldnn._linear_pointwise(x, weight.t().contiguous().t(), None, "none", [], "")

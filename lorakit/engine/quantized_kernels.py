@@ -1,10 +1,10 @@
-"""What is computed with the codes of quantized weights: the values of NF4's, and products with those of int8.
+"""Kernels for quantized weights: NF4 dequantization and int8 products.
 
-NF4 is dequantized by a kernel of Triton on a card that has it, else by bitsandbytes' where it is installed, else by
-plain torch. The first two multiply in float32 and round once, and move 2.7 bytes for each weight in half precision;
-plain torch rounds twice, so that a last bit may differ, and moves 10.5.
+NF4 is dequantized by a Triton kernel where the GPU supports it, else by bitsandbytes if installed, else by plain torch.
+The first two multiply in float32 and round once, and move 2.7 bytes for each weight in half precision. Plain torch
+rounds twice, so a last bit may differ, and moves 10.5 bytes.
 
-Products in int8 (W8A8) quantize the other factor too, each row by its largest magnitude, and add in int32.
+int8 products (W8A8) also quantize the other factor, each row by its largest magnitude, and accumulate in int32.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-# From the codes, two in a byte, and the scale of each block to the values `[numel]`, in the dtype of the scales.
+# Takes the codes, two in a byte, and the scale of each block; returns the values `[numel]` in the dtype of the scales.
 Dequantize = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The weight of this shape: codes uint8 `[numel / 2]`, the first of two in the high half; scales
-    `[numel / 64, 1]`."""
+    """Dequantize a weight of this shape: codes uint8 `[numel / 2]`, the first of two in the high half; scales `[numel /
+    64, 1]`."""
     return _quickest(scales.dtype, codes.device)(codes, scales).view(shape)
 
 
 def _quickest(dtype: torch.dtype, device: torch.device) -> Dequantize:
-    """What dequantizes on this device."""
+    """The dequantization kernel for this device."""
     return _choose(dtype, device, kernels.uses_triton(device))
 
 
@@ -70,14 +70,14 @@ def _has_kernels_for(device: torch.device) -> bool:
     """Whether bitsandbytes is installed, can be imported, and brings compiled kernels for the device."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
-    logger = logging.getLogger("bitsandbytes")  # on a CPU it warns of a product that nothing here uses
+    logger = logging.getLogger("bitsandbytes")  # on a CPU it warns about a product that is not used here
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         from bitsandbytes.cextension import lib
 
         return device.type == "cpu" or bool(lib.compiled_with_cuda)
-    except Exception:  # a library that does not fit this system
+    except Exception:  # the library does not fit this system
         return False
     finally:
         logger.setLevel(level)
@@ -111,23 +111,23 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache
 def _value_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The two values of every byte, `[256, 2]`: one look-up a byte instead of two."""
+    """The two values of every byte, `[256, 2]`: one lookup per byte instead of two."""
     levels = torch.tensor(NF4, dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
     return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
 
 
-# torch's product in int8 on CUDA wants more rows than this, and sides that are multiples of `INT8_MULTIPLE`.
+# torch's int8 product on CUDA needs more rows than this, and sides that are multiples of `INT8_MULTIPLE`.
 INT8_MIN_ROWS, INT8_MULTIPLE = 16, 8
 
 
 def int8_fits(rows: int, shape: Sequence[int]) -> bool:
-    """Whether a product of so many rows with a weight of this shape can be computed in int8."""
+    """Whether a product of `rows` rows with a weight of this shape can be computed in int8."""
     return rows > INT8_MIN_ROWS and all(side % INT8_MULTIPLE == 0 for side in shape)
 
 
 def require_int8(device: torch.device) -> None:
-    """Raise LorakitError if the device cannot multiply in int8, or does it wrong."""
+    """Raise LorakitError if the device cannot multiply in int8, or its result is wrong."""
     x = torch.arange(32 * 16, device=device).remainder(251).sub(125).to(torch.int8).view(32, 16)
     weight = torch.arange(24 * 16, device=device).remainder(241).sub(120).to(torch.int8).view(24, 16)
     try:
@@ -147,7 +147,7 @@ def require_int8(device: torch.device) -> None:
 
 
 def int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """x times W^T (`transposed`) or W, in x's dtype; W is `qdata * scales`, int8 `[out, in]` and `[out, 1]`."""
+    """x W^T (`transposed`) or x W, in x's dtype; W is `qdata * scales`, int8 `[out, in]` and `[out, 1]`."""
     by_kernel = kernels.uses_triton(x.device) and not torch.compiler.is_compiling()
     function = _choose_product(x.dtype, x.device) if by_kernel else torch_int8_product
     return function(x, qdata, scales, transposed)
@@ -155,7 +155,7 @@ def int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tensor, *, 
 
 def torch_int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tensor, transposed: bool) -> torch.Tensor:
     """`int8_product` in plain torch."""
-    # Scales along the sum cannot be taken out of it: they go into x.
+    # Scales of the summed axis cannot be applied after the sum, so they are multiplied into x.
     values = x.float() if transposed else x.float() * scales.float().t()
     largest = values.abs().amax(1, keepdim=True) / 127
     row_scales = torch.where(largest == 0, torch.ones_like(largest), largest)
@@ -165,7 +165,7 @@ def torch_int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tenso
 
 
 def triton_int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """`int8_product` with Triton's kernels before and after the product."""
+    """`int8_product` with Triton kernels before and after the product."""
     from lorakit.engine import triton_kernels
 
     factors = scales.view(-1)
@@ -175,7 +175,7 @@ def triton_int8_product(x: torch.Tensor, qdata: torch.Tensor, scales: torch.Tens
 
 
 def _columns_first(qdata: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """W^T or W as the second factor, its columns in memory one after the other, as cuBLAS wants them in int8."""
+    """W^T or W as the second factor in column-major order, which cuBLAS needs in int8."""
     return qdata.t() if transposed else qdata.t().contiguous().t()
 
 

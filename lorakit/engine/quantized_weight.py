@@ -1,10 +1,10 @@
 """Frozen weights in 8 or 4 bits, in host memory, or both, dequantized for each operation.
 
-A `QuantizedWeight` has the shape, dtype and device of the weight that it stands for, and every operation of torch
-accepts it. Each operation receives the dequantized weight, which is freed afterwards. Autograd saves the quantized
-tensor and dequantizes it again in the backward pass. Layers, adapters and exporters need no code for it. Only the
-copies that `lorakit.engine.weight_offload` has prefetched outlive an operation. Operations run in the weight's own
-dtype: this saves memory and costs time.
+A `QuantizedWeight` has the shape, dtype and device of the original weight, and every torch operation accepts it. Each
+operation receives the dequantized weight, which is freed afterwards. Autograd saves the quantized tensor and
+dequantizes it again in the backward pass. Layers, adapters and exporters need no code for it. Only copies that
+`lorakit.engine.weight_offload` has prefetched stay in memory longer. Operations run in the weight's own dtype: this
+saves memory and costs time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _linear_pointwise = getattr(torch.ops.mkldnn._linear_pointwise, "default", None)
 
 @dataclass(frozen=True)
 class HostSlot:
-    """The place of a weight in host memory: number `number` of an offloader."""
+    """The place of a weight in host memory: weight `number` of an offloader."""
 
     offloader: WeightOffloader
     number: int
@@ -133,7 +133,7 @@ class QuantizedWeight(torch.Tensor):
         return tuple(reversed(self.shape)) if self.transposed else tuple(self.shape)
 
     def _like(self, transposed: bool, device: Any = None) -> QuantizedWeight:
-        """The same weight, possibly on another device. It shares qdata on the same device and in host memory."""
+        """The same weight, transposed or on another device. On the same device and in host memory, qdata is shared."""
         qdata, scales, device = self.qdata, self.scales, self.device if device is None else torch.device(device)
         if self.host_slot is None:
             qdata, scales = qdata.to(device), scales if scales is None else scales.to(device)
@@ -184,13 +184,13 @@ def quantize(weight: torch.Tensor, scheme: str) -> QuantizedWeight:
 def store_layers(
     unet: nn.Module, scheme: str, device: torch.device | str, *, offload: bool = False
 ) -> WeightOffloader | None:
-    """Quantize the frozen weights of linear and convolutional layers one by one, on `device`; with `offload`, keep them
+    """Quantize the frozen weights of linear and convolutional layers one by one, on `device`. With `offload`, keep them
     in host memory and return their offloader.
 
     Biases, norms and the layers that `weight_storage.is_quantizable` excludes stay as they are.
 
     Raises:
-        LorakitError: there is not enough host memory, or the device has no products in int8.
+        LorakitError: there is not enough host memory, or the device cannot multiply in int8.
     """
     if scheme == "w8a8" and torch.device(device).type != "meta":
         quantized_kernels.require_int8(torch.device(device))
@@ -225,7 +225,7 @@ def _to_host(weight: torch.Tensor, host_slot: HostSlot) -> QuantizedWeight:
 
 
 def is_pinned(unet: nn.Module) -> bool:
-    """Whether all of the weights that are in host memory, if any are, are pinned there."""
+    """Whether all weights in host memory, if any, are pinned."""
     weights = (weight for weight in unet.parameters() if isinstance(weight, QuantizedWeight))
     return all(weight.host_slot is None or weight.host_slot.offloader.pinned for weight in weights)
 
@@ -237,7 +237,7 @@ def storage_nbytes(module: nn.Module) -> int:
 
 
 def _int8_product(function: object, args: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The result of a matrix product with a "w8a8" weight as its second factor, in int8; None for all else."""
+    """The int8 result of a matrix product whose second factor is a "w8a8" weight; None for other operations."""
     if function is _aten.mm.default:
         x, weight, bias = args[0], args[1], None
     elif function is _aten.addmm.default and args[0].ndim == 1:
@@ -257,8 +257,8 @@ def _int8_product(function: object, args: Sequence[torch.Tensor]) -> torch.Tenso
 
 
 def _dequantized(value: Any) -> Any:
-    """An operation's argument with every quantized weight dequantized. torch's own `tree_map` takes longer than the
-    operation itself."""
+    """An operation's argument with every quantized weight dequantized. torch's `tree_map` takes longer than the
+    operation."""
     if isinstance(value, QuantizedWeight):
         return value.dequantize()
     return [_dequantized(each) for each in value] if isinstance(value, (list, tuple)) else value

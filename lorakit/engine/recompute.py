@@ -2,10 +2,10 @@
 
 A convolution with a frozen weight does not need its input in the backward pass, but autograd saves it. Outputs of norms
 and activations are cheap: they are recomputed from their input, which is saved anyway. Values and gradients stay
-identical to the bit; a step of Stable Diffusion's UNets saves a third less (docs/memory.md).
+identical to the bit. A step of Stable Diffusion's UNets then saves a third less (docs/memory.md).
 
-How to recompute a tensor travels with the tensor, as its attribute `ATTRIBUTE`. `set_recompute` and `get_recompute` are
-the only functions that touch it.
+A tensor carries the instructions to recompute it as its attribute `ATTRIBUTE`. Only `set_recompute` and `get_recompute`
+access it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorakit.engine import kernels
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 # The attribute of a tensor that holds its `Recompute`.
 ATTRIBUTE = "_lorakit_recompute"
-# The overloads themselves: torch would search a packet of overloads at each call.
+# The overloads themselves: torch would search an overload packet in each call.
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _norm_backward = torch.ops.aten.native_group_norm_backward.default
@@ -36,7 +36,7 @@ _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 
 def save_less(layer: nn.Module) -> None:
-    """Let a frozen layer save less, if its class is exactly one that this file replaces; else leave it as it is."""
+    """Make a frozen layer save less, if its class is one that this module replaces; else leave it unchanged."""
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and layer.groups == 1:
         layer.__class__ = FrozenConv2d
     elif type(layer) is nn.LayerNorm:
@@ -59,25 +59,25 @@ class Recompute:
 
 
 def get_recompute(x: Tensor) -> Recompute:
-    """How to recompute x, as its layer has set it; by default x itself is saved."""
+    """How to recompute x, as set by the layer that made it; by default x itself is saved."""
     return getattr(x, ATTRIBUTE, None) or Recompute(_identity, (x,))
 
 
 def set_recompute(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Note that `function(*inputs)` recomputes `result`, if a backward pass will need it; return `result`."""
+    """Record that `function(*inputs)` recomputes `result`, if it has a backward pass. Return `result`."""
     if result.requires_grad:
         setattr(result, ATTRIBUTE, Recompute(function, inputs))
     return result
 
 
 def save_for_backward(ctx: Any, x: Recompute, *others: Tensor | None) -> None:
-    """Save the inputs that recompute x, and other tensors; replaces `ctx.save_for_backward`."""
+    """Save the inputs that recompute x, and other tensors. Use it instead of `ctx.save_for_backward`."""
     ctx.function, ctx.input_count = x.function, len(x.inputs)
     ctx.save_for_backward(*x.inputs, *others)
 
 
 def load_for_backward(ctx: Any) -> tuple[Any, ...]:
-    """Return x, recomputed, and the other tensors that `save_for_backward` was given."""
+    """Recompute x. Return it with the other tensors that were passed to `save_for_backward`."""
     tensors = ctx.saved_tensors
     return ctx.function(*tensors[: ctx.input_count]), *tensors[ctx.input_count :]
 
@@ -122,10 +122,10 @@ def convolution_gradients(
 
 
 def input_gradient(gradient: Tensor, shape: Sequence[int], weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of a convolution's input `[B, in, h, w]`, in the layout of `gradient` `[B, out, h', w']`.
+    """The gradient of a convolution's input `[B, in, h, w]`, in the memory layout of `gradient` `[B, out, h', w']`.
 
-    It is a transposed convolution. `convolution_backward` takes the layout from input and weight instead, and where
-    both leave it open, as at a kernel of one pixel, copies a gradient that is channels last.
+    It is a transposed convolution. `convolution_backward` takes the layout from input and weight instead. If both leave
+    it open, as with a 1x1 kernel, it copies a channels_last gradient.
     """
     stride, padding, dilation = geometry
     left = [
@@ -147,7 +147,7 @@ class FrozenLayerNorm(nn.LayerNorm):
 
 
 class FrozenGroupNorm(nn.GroupNorm):
-    """A group norm whose output is recomputed instead of saved, and has the layout of its input."""
+    """A group norm whose output is recomputed instead of saved and has the memory layout of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, h, w]` -> `[B, C, h, w]`."""
@@ -155,7 +155,7 @@ class FrozenGroupNorm(nn.GroupNorm):
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
-    """silu(norm(x)), without `silu` norm(x), that saves only x; `[B, C, h, w]`."""
+    """silu(norm(x)), or norm(x) without `silu`, saving only x; `[B, C, h, w]`."""
     if not (torch.is_grad_enabled() and x.requires_grad) or _autocast_enabled(x):
         result = nn.GroupNorm.forward(norm, x)
         return functional.silu(result) if silu else result
@@ -180,7 +180,7 @@ class _NormSiluFunction(torch.autograd.Function):
 
 
 def torch_norm(x: Tensor, norm: nn.GroupNorm, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The output in the layout of x, and mean and 1 / standard deviation of the groups; the twin of
+    """The output in the layout of x, and mean and 1 / standard deviation of the groups; reference for
     `triton_kernels.norm`."""
     result, mean, rstd = _normed(x.contiguous(), norm)
     return _like(functional.silu(result, inplace=True) if silu else result, x), mean, rstd
@@ -189,8 +189,8 @@ def torch_norm(x: Tensor, norm: nn.GroupNorm, silu: bool) -> tuple[Tensor, Tenso
 def torch_norm_backward(
     gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: nn.GroupNorm, silu: bool
 ) -> Tensor:
-    """The gradient of x in its layout; the twin of `triton_kernels.norm_backward`."""
-    # The kernels read both as NCHW, in any memory layout. autograd's formula converts them, too.
+    """The gradient of x in its layout; reference for `triton_kernels.norm_backward`."""
+    # The kernels read both as contiguous NCHW. autograd's formula converts them, too.
     original, x, gradient = x, x.contiguous(), gradient.contiguous()
     if silu:
         gradient = _silu_backward(gradient, _normed(x, norm)[0])
@@ -199,7 +199,7 @@ def torch_norm_backward(
 
 
 def _norm_kernels(x: Tensor) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]:
-    """Forward and backward, by Triton for pictures that are channels last where it agrees with torch's kernels."""
+    """Forward and backward kernels: Triton's for channels_last tensors where they agree with torch's, else torch's."""
     if not _is_channels_last(x) or torch.compiler.is_compiling() or not kernels.uses_triton(x.device):
         return torch_norm, torch_norm_backward
     return _choose_norm(x.dtype, x.device)
@@ -214,7 +214,7 @@ def _choose_norm(
     norm = nn.GroupNorm(4, 24, device=device, dtype=dtype).requires_grad_(False)
 
     def sample() -> tuple[object, ...]:
-        # On a card as many places as make a program loop over some of them.
+        # On a GPU, enough positions that a program loops over several tiles.
         shape = (2, 24, 6, 6) if device.type == "cpu" else (2, 24, 512, 512)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         return x.contiguous(memory_format=torch.channels_last), norm, True
@@ -235,8 +235,8 @@ def _choose_norm(
 
 
 def use_channels_last(unet: nn.Module) -> None:
-    """Keep the frozen convolutions' weights channels last, so that pictures become so from the first one on, and let
-    norms that torch would compute in the other layout keep it."""
+    """Keep the weights of frozen convolutions channels_last, so that feature maps become channels_last from the first
+    one on. Replace norms and transformers whose output would have the other layout."""
     for module in unet.modules():
         if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
@@ -247,7 +247,7 @@ def use_channels_last(unet: nn.Module) -> None:
 
 
 class ChannelsLastTransformer(Transformer2DModel):  # type: ignore[misc]
-    """diffusers' transformer whose output is channels last, without a copy."""
+    """diffusers' transformer with a channels_last output, without a copy."""
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
@@ -292,7 +292,7 @@ class _GEGLUFunction(torch.autograd.Function):
 
 
 def geglu(x: Tensor) -> Tensor:
-    """The first half of x times gelu of the second, in one kernel where Triton has it."""
+    """The first half of x times gelu of the second half, in one Triton kernel where available."""
     return (torch_geglu if torch.compiler.is_compiling() else _geglu_kernels(x)[0])(x)
 
 
@@ -303,13 +303,13 @@ def geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def torch_geglu(x: Tensor) -> Tensor:
-    """The twin of `triton_kernels.geglu`."""
+    """Reference for `triton_kernels.geglu`."""
     value, gate = x.chunk(2, dim=-1)
     return value * functional.gelu(gate)
 
 
 def torch_geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """The twin of `triton_kernels.geglu_backward`."""
+    """Reference for `triton_kernels.geglu_backward`."""
     value, gate = x.chunk(2, dim=-1)
     result = torch.empty_like(x)
     to_value, to_gate = result.chunk(2, dim=-1)
@@ -324,7 +324,7 @@ def _geglu_kernels(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tens
 
 @functools.lru_cache
 def _choose_geglu(dtype: torch.dtype, device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Forward and backward by Triton where they agree with their twins on this device."""
+    """Forward and backward by Triton where they agree with torch's on this device."""
     from lorakit.engine import triton_kernels
 
     def x() -> Tensor:
@@ -337,7 +337,7 @@ def _choose_geglu(dtype: torch.dtype, device: torch.device) -> tuple[Callable[..
 
 
 def _normed(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm of x `[B, C, h, w]`, and mean and 1 / standard deviation of its groups."""
+    """The group norm of x `[B, C, h, w]`, and mean and 1 / standard deviation of its groups."""
     return torch.native_group_norm(x, norm.weight, norm.bias, *_size(x), norm.num_groups, norm.eps)
 
 

@@ -1,4 +1,4 @@
-"""Kernels in Triton, which is optional; each has a twin in plain torch. `TRITON_INTERPRET=1` runs them on a CPU."""
+"""Optional Triton kernels; each has a reference in plain torch. `TRITON_INTERPRET=1` runs them on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 def dequantize_nf4(codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The twin of `quantized_kernels.by_torch`; `levels` are the 16 values, float32."""
+    """As `quantized_kernels.by_torch`; `levels` are the 16 values, float32."""
     result = torch.empty(2 * codes.numel(), dtype=scales.dtype, device=codes.device)
     grid = (triton.cdiv(codes.numel(), 1024),)
     _dequantize_nf4[grid](codes, scales, levels, result, codes.numel(), block_size // 2, WIDTH=1024)
@@ -16,7 +16,7 @@ def dequantize_nf4(codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tens
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """The twin of `recompute.torch_geglu`."""
+    """As `recompute.torch_geglu`."""
     x = x.contiguous()
     result = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     _geglu[(triton.cdiv(result.numel(), 1024),)](x, result, result.numel(), result.shape[-1], WIDTH=1024)
@@ -24,7 +24,7 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
 
 
 def geglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The twin of `recompute.torch_geglu_backward`."""
+    """As `recompute.torch_geglu_backward`."""
     x, gradient = x.contiguous(), gradient.contiguous()
     result = torch.empty_like(x)
     grid = (triton.cdiv(gradient.numel(), 1024),)
@@ -32,12 +32,12 @@ def geglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-# How many numbers a program of a norm's holds at once, and the programs for a picture that keep a card busy.
+# Values that a program of the norm kernels holds at once, and programs per picture that keep a GPU busy.
 TILE, PROGRAMS = 4096, 512
 
 
 def norm(x: torch.Tensor, module: torch.nn.GroupNorm, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The twin of `recompute.torch_norm` for x `[B, C, h, w]` that is channels last."""
+    """As `recompute.torch_norm`, for channels_last x `[B, C, h, w]`."""
     result, groups = torch.empty_like(x), module.num_groups
     grid, options = _tiles(x)
     parts = x.new_empty(2, *grid, x.shape[1], dtype=torch.float32)
@@ -58,7 +58,7 @@ def norm_backward(
     module: torch.nn.GroupNorm,
     silu: bool,
 ) -> torch.Tensor:
-    """The twin of `recompute.torch_norm_backward` for x that is channels last."""
+    """As `recompute.torch_norm_backward`, for channels_last x."""
     gradient, result = gradient.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
     grid, options = _tiles(x)
     parts = x.new_empty(2, *grid, x.shape[1], dtype=torch.float32)
@@ -74,10 +74,10 @@ def norm_backward(
 
 
 def _tiles(x: torch.Tensor, limit: int = 8) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of programs and its constants: a program for each picture and some of its places (rows of channels).
+    """The grid of programs and its constants. Each program computes some positions (rows of channels) of one picture.
 
-    A program holds `ROWS` places at once and does so `TILES` times. `TILES` is above 1 where `PROGRAMS` would be
-    exceeded, and at most `limit`.
+    A program holds `ROWS` positions at once, in a loop of `TILES`. `TILES` is above 1 if there would be more than
+    `PROGRAMS` programs, and at most `limit`.
     """
     batch, channels, height, width = x.shape
     places, wide = height * width, triton.next_power_of_2(channels)
@@ -89,7 +89,8 @@ def _tiles(x: torch.Tensor, limit: int = 8) -> tuple[tuple[int, int], dict[str, 
 
 
 def _parts(x: torch.Tensor, groups: int, programs: int) -> tuple[tuple[int], dict[str, int]]:
-    """A program for each group of a picture, which adds what so many programs have left for its channels."""
+    """The grid and constants of the second pass: one program for each group of a picture, which sums the results of
+    `programs` programs."""
     per_group = x.shape[1] // groups
     wide = triton.next_power_of_2(per_group)
     options = {"channels": x.shape[1], "groups": groups, "PROGRAMS": programs, "WIDTH": wide}
@@ -97,7 +98,7 @@ def _parts(x: torch.Tensor, groups: int, programs: int) -> tuple[tuple[int], dic
 
 
 def quantize_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes of a matrix whose columns are multiplied by `factors`, and the float32 scale of each row."""
+    """int8 codes of a matrix whose columns are first multiplied by `factors`, and the float32 scale of each row."""
     x = x.contiguous()
     rows, columns = x.shape
     codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
@@ -109,7 +110,7 @@ def quantize_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.
 def scale_product(
     total: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """An int32 matrix times a scale for each row and, if given, for each column, in `dtype`."""
+    """Multiply an int32 matrix by a scale for each row and, if given, for each column; the result has `dtype`."""
     result = torch.empty_like(total, dtype=dtype)
     grid = (triton.cdiv(total.numel(), 1024),)
     has_columns = columns is not None
@@ -161,7 +162,7 @@ def _scale_product(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _geglu(x: tl.tensor, result: tl.tensor, size: int, columns: int, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    # The value's place in rows of value and gate; the gate is `columns` further.
+    # Index of the value in rows of value and gate; the gate is `columns` further.
     place = at + at // columns * columns
     value = tl.load(x + place, mask=at < size, other=0).to(tl.float32)
     gate = tl.load(x + place + columns, mask=at < size, other=0).to(tl.float32)
@@ -211,8 +212,10 @@ def _moments(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Of each channel over a program's places: the mean, and the sum of the squared differences from it. The first
-    place is taken off before, so that squares keep their digits."""
+    """For each channel over a program's positions: the mean, and the sum of squared differences from it.
+
+    The first position is subtracted before, so that squares do not lose digits.
+    """
     program, column = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.arange(0, WIDTH)
     inside, start = column < channels, program * rows * channels
     first = tl.load(x + start + column, mask=inside, other=0).to(tl.float32)
@@ -241,9 +244,9 @@ def _finish_moments(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of a group, from its channels' means and squares over equal numbers of places.
+    """Mean and 1 / standard deviation of a group, from its channels' means and squares over equal numbers of positions.
 
-    The formula is of Chan, Golub and LeVeque 1979. The first mean is subtracted, so that squares keep their digits.
+    The formula is from Chan, Golub and LeVeque 1979. The first mean is subtracted, so that squares do not lose digits.
     """
     batch, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0).to(tl.int64) % groups
     per_group = channels // groups
@@ -277,7 +280,7 @@ def _finish_sums(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The means over a group of what `_norm_sums` has added."""
+    """The means over a group of the sums of `_norm_sums`."""
     batch, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0).to(tl.int64) % groups
     per_group = channels // groups
     first = batch * PROGRAMS * channels + group * per_group
@@ -334,7 +337,7 @@ def _normed(  # type: ignore[no-untyped-def]
     shift: tl.tensor,
     SILU: tl.constexpr,
 ):
-    """Normed values at some places, and their gradients, both `[ROWS, WIDTH]`."""
+    """Normalized values at some positions, and their gradients, both `[ROWS, WIDTH]`."""
     normed = tl.load(x + at, mask=inside[None, :], other=0).to(tl.float32)
     normed = (normed - center[None, :]) * width[None, :]
     towards = tl.load(gradient + at, mask=inside[None, :], other=0).to(tl.float32) * factor[None, :]
@@ -363,8 +366,8 @@ def _norm_sums(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Of each channel over a program's places: the sum of the gradients of the normed values, and of their products
-    with these."""
+    """For each channel over a program's positions: the sum of the gradients of the normalized values, and of their
+    products with these values."""
     batch, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, group = column < channels, batch * groups + column // (channels // groups)
     center, width = tl.load(mean + group, mask=inside, other=0), tl.load(rstd + group, mask=inside, other=0)

@@ -1,7 +1,7 @@
-"""Weights in host memory, each copied to the device before or when its layer computes.
+"""Weights in host memory, each copied to the device before or when its layer runs.
 
 In training the order of accesses repeats from step to step, including backward passes and recomputed blocks.
-`AccessOrder` learns it while it happens. A wrong prediction costs a copy; it never changes a result.
+`AccessOrder` learns that order. A wrong prediction costs a copy; it never changes a result.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import torch
 from lorakit.core.errors import LorakitError
 from lorakit.engine import weight_storage
 
-# At most this many weights ahead are prefetched; the window ends sooner except for tiny weights.
+# The most weights that are prefetched ahead; except for tiny weights the window is full before.
 MAX_LOOKAHEAD = 64
-# After this many accesses (400 steps of SDXL) the history starts again, so that it takes at most 8 MB.
+# After this many accesses (400 steps of SDXL) the history is cleared, so that it takes at most 8 MB.
 MAX_HISTORY = 2**20
-# Pieces of pinned memory for copies from memory that is not pinned: one is filled while the other is copied.
+# Pinned buffers for copies from memory that is not pinned: one is filled while another is copied.
 RING_SLOTS = 2
 
 
 class AccessOrder:
-    """Predicts the next numbers from the last time that the same two numbers came one after the other."""
+    """Predicts the next accesses from the last time that the same two numbers followed each other."""
 
     def __init__(self) -> None:
         self._history: list[int] = []
-        # (number, next number) -> index in the history of the latter, the last time. `_position` is the index in the
-        # history that the current access repeats.
+        # (number, next number) -> index of the latter in the history, the last time. `_position` is the index that the
+        # current access repeats.
         self._last_position: dict[tuple[int, int], int] = {}
         self._position: int | None = None
 
     def observe(self, number: int) -> list[int]:
-        """Record an access; return the numbers that followed it the last time, soonest first, or an empty list."""
+        """Record an access. Return the numbers that followed it last time, in order, or an empty list."""
         if len(self._history) == MAX_HISTORY:
             self._history, self._last_position, self._position = [], {}, None
         history, pair = self._history, (self._history[-1] if self._history else -1, number)
@@ -48,7 +48,7 @@ class AccessOrder:
 
 
 class PinnedRing:
-    """A little pinned memory through which copies from other host memory go, so that they run beside the computation.
+    """A small pinned buffer for copies from other host memory, so that they overlap with computation.
 
     Raises:
         RuntimeError: the system refuses to pin it.
@@ -61,7 +61,7 @@ class PinnedRing:
         self._next = 0
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy bytes from the host to the device on the current stream; what is larger than a slot goes directly."""
+        """Copy bytes from the host to the device on the current stream. Copies larger than a slot bypass the ring."""
         if source.numel() > len(self._slots[0]):
             target.copy_(source, non_blocking=True)
             return
@@ -75,8 +75,8 @@ class PinnedRing:
 class WeightOffloader:
     """Weights in host memory, by number, and copies of some of them on the device.
 
-    Host memory is allocated in slabs, each with its first weight. A slab is pinned, so that copies to a CUDA device run
-    asynchronously, and holds many weights, because torch rounds each pinned allocation up to a power of two.
+    Host memory is allocated in slabs, each when its first weight arrives. Slabs are pinned, so that copies to a CUDA
+    device are asynchronous. They hold many weights, because torch rounds each pinned allocation up to a power of two.
 
     Args:
         sizes: bytes of each weight.
@@ -85,10 +85,10 @@ class WeightOffloader:
 
     Attributes:
         requests: number of calls of `fetch`.
-        misses: how many of them found the weight not prefetched.
+        misses: number of fetches whose weight was not prefetched.
         bytes_copied: bytes copied to the device.
         host_bytes: bytes of host memory in use.
-        pinned: whether all of it is pinned. Systems limit that (WSL to some 1 GiB); copies from the rest go through a
+        pinned: whether all of it is pinned. Systems limit that (WSL to about 1 GiB); copies from the rest use a
             `PinnedRing`.
     """
 
@@ -99,9 +99,9 @@ class WeightOffloader:
         self._slots, self._lengths = weight_storage.pack_into_slabs(sizes)
         self._slabs: dict[int, torch.Tensor] = {}
         self._order = AccessOrder()
-        # Number -> its bytes on the device, and the event that ends the copy (None: it has ended).
+        # Number -> its bytes on the device, and the event at the end of the copy (None: it is finished).
         self._on_device: dict[int, tuple[torch.Tensor, Any]] = {}
-        # Without CUDA there are no streams: a copy has ended when it returns.
+        # Without CUDA there are no streams: a copy is finished when it returns.
         cuda = self.device.type == "cuda" and torch.cuda.is_available()
         self._copy_stream: Any = torch.cuda.Stream(self.device) if cuda else None
         self._compute_stream: Any = None
@@ -109,7 +109,7 @@ class WeightOffloader:
         self._ring: PinnedRing | None = None
 
     def put(self, number: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copy a weight, given as its parts, to host memory; return the parts there.
+        """Copy a weight, given as its parts, to host memory. Return the parts in host memory.
 
         Raises:
             LorakitError: there is not enough host memory.
@@ -126,8 +126,8 @@ class WeightOffloader:
         return host_parts
 
     def _reserve_ring(self) -> None:
-        """Before a slab is allocated: pin a ring first, as later the system may refuse it. While all slabs are pinned
-        it is not needed; its memory becomes that of the last ones."""
+        """Allocate the ring before the first slab, because later the system may refuse to pin it. It is freed for the
+        last slabs if all slabs could be pinned."""
         left = len(self._lengths) - len(self._slabs)
         if self.pinned and not self._slabs and left > RING_SLOTS:
             try:
@@ -138,11 +138,11 @@ class WeightOffloader:
             self._ring = None
 
     def fetch(self, number: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the parts, as `put` returned them, on the device, ready for the current CUDA stream."""
+        """Return the parts (as `put` returned them) on the device, ready for the current CUDA stream."""
         if self._copy_stream is not None:
             current, before = torch.cuda.current_stream(self.device), self._compute_stream
-            if before is None or current != before:  # torch says of every stream that it does not differ from None
-                # Memory returns to the stream that allocated it, which must wait for the copies first.
+            if before is None or current != before:  # torch: `stream != None` is False for every stream
+                # Freed memory returns to the stream that allocated it; it must wait for the copies first.
                 self.release_all()
                 self._compute_stream = current
         self.requests += 1
@@ -159,7 +159,7 @@ class WeightOffloader:
         self._release(list(self._on_device))
 
     def __del__(self) -> None:
-        """Wait for copies that still run before their memory is freed."""
+        """Wait for running copies before their memory is freed."""
         self.release_all()
 
     def _prefetch(self, number: int, expected: Sequence[int]) -> None:
@@ -180,8 +180,8 @@ class WeightOffloader:
                 self._on_device[other] = self._copy(other, ahead=True)
 
     def _copy(self, number: int, *, ahead: bool) -> tuple[torch.Tensor, Any]:
-        """Start to copy a weight: its bytes on the device, and the event that ends the copy. With `ahead` the copy runs
-        beside the computation."""
+        """Start to copy a weight. Return its bytes on the device and the event at the end of the copy. With `ahead` the
+        copy overlaps with computation."""
         self.bytes_copied += self.sizes[number]
         data = torch.empty(self.sizes[number], dtype=torch.uint8, device=self.device)
         if not ahead or self._copy_stream is None:
@@ -202,7 +202,7 @@ class WeightOffloader:
             self._ring.copy(source, data)
 
     def _wait(self, number: int) -> torch.Tensor:
-        """The bytes of a weight on the device; the compute stream waits for their copy."""
+        """The bytes of a weight on the device. The compute stream waits for their copy."""
         data, event = self._on_device[number]
         if event is not None:
             self._compute_stream.wait_event(event)
@@ -220,7 +220,7 @@ class WeightOffloader:
 
 
 def _split(data: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Views of a row of bytes, one after the other, with the dtypes and shapes of `parts`."""
+    """Views of consecutive bytes, with the dtypes and shapes of `parts`."""
     views, start = [], 0
     for part in parts:
         views.append(data.narrow(0, start, part.nbytes).view(part.dtype).view(part.shape))
@@ -229,7 +229,7 @@ def _split(data: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tens
 
 
 def _host_memory(size: int, *, pinned: bool) -> torch.Tensor:
-    """Allocate bytes of host memory; only with CUDA they can be pinned, and not where the system refuses that."""
+    """Allocate bytes of host memory, pinned if asked for and if the system allows it."""
     if pinned:
         with contextlib.suppress(RuntimeError):
             return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

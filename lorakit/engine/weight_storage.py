@@ -15,17 +15,17 @@ EIGHT_BITS = ("int8", "w8a8")
 # These layers of a UNet (first, last, embeddings of the timestep and of SDXL's sizes) are never quantized: their error
 # would reach every block. They hold less than a hundredth of the weights.
 UNQUANTIZED_LAYERS = ("conv_in", "conv_out", "time_embedding", "add_embedding")
-# Bytes of offloaded weights that are on the device at once: the one in use and the prefetched ones. In half precision
-# SDXL's largest weight has 59 MB, and its most frequent transformer block 66 MB.
+# Bytes of offloaded weights on the device at once: the one in use and the prefetched ones. In half precision SDXL's
+# largest weight has 59 MB, and its most frequent transformer block 66 MB.
 WINDOW_BYTES = 2**27
-# Bytes of a slab of host memory, a power of two because torch rounds pinned allocations up to one; and the multiple at
-# which each weight in it starts.
+# Bytes of a slab of host memory, a power of two because torch rounds pinned allocations up to one; and the alignment of
+# each weight in it.
 SLAB_BYTES, ALIGNMENT = 2**27, 64
 
 
 def is_quantizable(path: str, size: int) -> bool:
-    """Whether the layer at `path` in the UNet, with `size` weights, can be quantized or offloaded: it is none of
-    `UNQUANTIZED_LAYERS`, and its weights fill whole blocks."""
+    """Whether the layer at `path` in the UNet, with `size` weights, can be quantized or offloaded: it is not one of
+    `UNQUANTIZED_LAYERS`, and its weights fill complete blocks."""
     return size % BLOCK_SIZE == 0 and set(UNQUANTIZED_LAYERS).isdisjoint(path.split("."))
 
 

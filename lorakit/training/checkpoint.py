@@ -3,7 +3,7 @@
     checkpoints/step-000100/
         adapter.safetensors     the adapter's own tensors, float32, in the adapter's spelling
         optimizer.safetensors   every tensor of the optimizer's state (8-bit ones too)
-        state.json              step, the optimizer's other values, the config, what the caller wants to keep
+        state.json              step, the optimizer's other values, the config, the caller's own values
         complete                written last: SHA-256 of the three above
 
 Nothing is pickled, so a checkpoint from elsewhere cannot run code. A folder without `complete` does not count; one
@@ -32,7 +32,7 @@ from lorakit.core.names import quote, step_name, unique_path
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 MARKER = "complete"
-# Where a step is saved again, the earlier one is called so for the moment between two renames.
+# Prefix of a checkpoint while a new one of the same step takes its place, between two renames.
 REPLACED = ".replaced-"
 NO_ROOM = (
     "step {step}: no checkpoint could be written to {folder} ({reason}); those before it are intact. Make {size} free "
@@ -46,7 +46,8 @@ class NotFinite(LorakitError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved: the step, the adapter's tensors, the optimizer's `state_dict()`, and the caller's own values."""
+    """The contents of a checkpoint: step, adapter tensors, the optimizer's `state_dict()`, and the caller's own
+    values."""
 
     step: int
     adapter: dict[str, torch.Tensor]
@@ -67,16 +68,17 @@ def save(
     """Write a checkpoint and return its folder.
 
     Args:
-        folder: where checkpoints lie.
+        folder: the folder of all checkpoints.
         adapter: name -> tensor.
         optimizer: its `state_dict()`: dicts, lists, tuples, numbers, text, None and tensors.
-        extra: JSON values that the caller wants back.
+        extra: JSON values that `load` returns unchanged.
         config: compared when the checkpoint is loaded.
-        identity: what the run depends on beside the config, e.g. {"base": hash, "photos": hash}; compared too.
+        identity: what the run depends on in addition to the config, e.g. {"base": hash, "photos": hash}; compared when
+            the checkpoint is loaded.
 
     Raises:
         NotFinite: a tensor is not finite; nothing is written.
-        LorakitError: the disk is full; complete checkpoints stay.
+        LorakitError: the files cannot be written, say because the disk is full; complete checkpoints stay.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _take_tensors(optimizer, "optimizer", tensors)
@@ -152,11 +154,11 @@ def _write_files(
 
 
 def load(path: Path, *, config: Config | None = None, identity: Mapping[str, str] | None = None) -> Checkpoint:
-    """Read a checkpoint, on the CPU.
+    """Read a checkpoint; its tensors are on the CPU.
 
     Raises:
-        LorakitError: incomplete or changed files, a tensor too few or too many, or (where given) a `config` or
-            `identity` that is not the one it was saved with; the text names what differs.
+        LorakitError: files are missing or changed, tensors are missing or unknown, or `config` or `identity` differs
+            from the saved one; the text names what differs.
     """
     try:
         digests = foreign_json.loads((path / MARKER).read_text(encoding="utf-8"))
@@ -209,8 +211,7 @@ def step_of(path: Path) -> int:
 
 
 def newest_complete(folder: Path, say: Callable[[str], object]) -> Path | None:
-    """The newest checkpoint whose files are unchanged since they were written, or None. `say` gets the problem of each
-    newer one."""
+    """Return the newest checkpoint whose files are unchanged, or None. `say` gets the problem of each newer one."""
     for path in reversed(complete(folder)):
         try:
             load(path)
@@ -221,10 +222,10 @@ def newest_complete(folder: Path, say: Callable[[str], object]) -> Path | None:
 
 
 def named(folder: Path, name: str) -> Path:
-    """The checkpoint of that name, such as step-000120, or of that step.
+    """Return the checkpoint with that name (step-000120) or of that step (120).
 
     Raises:
-        LorakitError: there is none; the message names those that there are.
+        LorakitError: there is no such checkpoint; the message lists the names that exist.
     """
     by_name = {path.name.removeprefix(REPLACED): path for path in complete(folder)}
     step = step_name(int(name)) if name.isdecimal() else Path(name).name
@@ -236,8 +237,7 @@ def named(folder: Path, name: str) -> Path:
 
 
 def set_aside(folder: Path, keep: Path | None) -> list[str]:
-    """Rename the checkpoints after `keep` to unused-step-..., so that none counts as the newest. Return the new
-    names."""
+    """Rename the checkpoints after `keep` to unused-step-..., so that `keep` is the newest. Return the new names."""
     names = []
     for path in complete(folder):
         if keep is None or step_of(path) > step_of(keep):
@@ -248,10 +248,10 @@ def set_aside(folder: Path, keep: Path | None) -> list[str]:
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Delete all complete checkpoints except the newest `keep` (at least one stays), and unfinished ones of a killed
-    run."""
+    """Delete complete checkpoints except the newest `keep` (at least one stays), and what a killed run left
+    unfinished."""
     for path in complete(folder)[: -max(keep, 1)]:
-        # Without its marker first: a kill in between leaves no folder that looks complete.
+        # The marker goes first: if the process is killed in between, no folder looks complete.
         (path / MARKER).unlink()
         shutil.rmtree(path)
     remaining = set(complete(folder))
@@ -261,9 +261,9 @@ def rotate(folder: Path, keep: int) -> None:
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """A JSON tree for `value`, whose tensors are put into `tensors` under their path.
+    """Return `value` as a JSON tree. Its tensors are moved into `tensors`, under their path in the tree.
 
-    JSON has no tuples, no numbers as keys and no infinity; each node is [kind, content].
+    JSON has no tuples, no integer keys and no infinity, so each node is [kind, content].
     """
     if isinstance(value, torch.Tensor):
         tensors[name] = value
@@ -284,7 +284,7 @@ def _take_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> An
 
 
 def _put_tensors(node: Any, tensors: Mapping[str, torch.Tensor], expected: set[str]) -> Any:
-    """The inverse of `_take_tensors`; a tensor that is not there is left out here and reported by name later."""
+    """The inverse of `_take_tensors`. A missing tensor becomes None; the caller reports it by name."""
     kind, content = node
     if kind == "tensor":
         expected.add(content)
@@ -309,7 +309,8 @@ def _same_names(file: Path, actual: set[str], expected: set[str]) -> None:
 
 
 def _compared(config: Config) -> dict[str, Any]:
-    """Options that must not change in a resumed run: all but places on the machine and what is free (JSON values)."""
+    """Options that must not change in a resumed run, as JSON values: all but paths and those that `resuming` lets
+    change."""
     paths = {option.key for option in options(config.adapter.method) if option.path}
     flat = {f"{section}.{name}": value for section, table in as_tables(config).items() for name, value in table.items()}
     compared = {key: value for key, value in flat.items() if key not in paths and not resuming.may_change(key)}
@@ -318,7 +319,7 @@ def _compared(config: Config) -> dict[str, Any]:
 
 
 def options_since(path: Path, config: Config) -> list[str]:
-    """Options that did not exist when a checkpoint was saved. It was trained with their defaults."""
+    """Options that did not exist when the checkpoint was saved. The run was trained with their defaults."""
     state = foreign_json.loads((path / FILES[2]).read_text(encoding="utf-8"))
     return [key for key in _compared(config) if state["config"] is not None and key not in state["config"]]
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a run as an adapter, so that any step can be exported and drawn, not only the last."""
+"""Read a checkpoint of a run as an adapter, so that any step can be exported or drawn, not only the last."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def inspect(path: Path) -> Report:
-    """What a checkpoint holds, as `inspect` says it of an export: of the first format that carries the adapter.
+    """Inspect a checkpoint as if it were exported in the first format that can hold the adapter.
 
     Raises:
-        LorakitError: see `read`; the folder is no checkpoint of a run.
+        LorakitError: the folder is not a checkpoint inside a run folder, or `read` refuses it.
     """
     if not is_checkpoint(path):
         raise LorakitError("{path}: not a checkpoint inside a run folder", path)
@@ -47,10 +47,10 @@ def inspect(path: Path) -> Report:
 
 
 def read(path: Path) -> AdapterWeights:
-    """The adapter as it was at a checkpoint, with the metadata that the run's own exports carry.
+    """Read the adapter of a checkpoint, with the metadata that the run's own exports have.
 
     Raises:
-        LorakitError: the checkpoint is damaged, or the run's config, plan or base are not there any more.
+        LorakitError: the checkpoint is damaged or holds a whole model, or the run's config, plan or base is missing.
     """
     run = RunFolder(path.parent.parent)
     config, state = configuration.load(run.config_file), checkpoint.load(path)

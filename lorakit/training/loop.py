@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from lorakit.training.precompute import Precomputed, SampleInputs
     from lorakit.training.trainable import Model
 
-# Losses and gradient norms stay on the device and are read together, every so many steps.
+# Losses and gradient norms stay on the device. The host reads them together every READ_EVERY steps.
 READ_EVERY = 10
-# If more steps in a row overflow in fp16, the scale of the gradients is not the cause.
+# After more overflows in a row than this, the gradient scale is not the cause.
 MAX_SKIPPED = 13
 
 
@@ -57,12 +57,12 @@ class Run:
 
     Attributes:
         ready: config, base, photos and plan.
-        folder: where everything is written.
-        events: tells all listeners.
-        stop: whether somebody asked for an end.
-        started: seconds since the epoch.
-        identity: what a checkpoint depends on beside the config: hashes of base and photos.
-        processes: all that train it.
+        folder: the run folder; all output goes there.
+        events: passes events to all listeners.
+        stop: whether a stop was requested.
+        started: start time in seconds since the epoch.
+        identity: what a checkpoint depends on in addition to the config: hashes of base and photos.
+        processes: the processes that train this run.
     """
 
     ready: Ready
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The whole config."""
+        """The config of the run."""
         return self.ready.config
 
     @contextlib.contextmanager
@@ -86,7 +86,11 @@ class Run:
             yield
 
     def export(self, weights: AdapterWeights, name: str, step: int) -> dict[str, Path]:
-        """Write every format asked for, under `name`, with the facts of the run as metadata: format -> path."""
+        """Write `weights` in each format of `output.formats`, with the facts of the run as metadata.
+
+        Returns:
+            format -> path
+        """
         output, plan = self.config.output, self.ready.plan
         facts = metadata.build(
             self.config,
@@ -112,10 +116,10 @@ class Run:
         adapter: str = "",
         map_parts: Map = map,
     ) -> None:
-        """Draw the sample prompts and keep them as the grid of a step.
+        """Draw the sample prompts and save them as the sample grid of `step`.
 
         Raises:
-            StopRequested: somebody asked for a stop; nothing was written.
+            StopRequested: a stop was requested; nothing was written.
         """
         sample = self.config.sample
         size = default_size(sample, self.config.data.resolution)
@@ -130,7 +134,7 @@ class Run:
 
     @contextlib.contextmanager
     def optional(self, what: str) -> Iterator[None]:
-        """What is written inside is not needed to go on: a full disk is a warning."""
+        """Turn a write error inside into a warning: the run can go on without that file."""
         try:
             yield
         except (OSError, files.Unwritable) as error:
@@ -141,7 +145,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where the loop ended.
+    """The state at the end of the loop.
 
     Attributes:
         history: the validations.
@@ -151,10 +155,10 @@ class TrainingState:
 
 
 def loop(model: Model, inputs: Precomputed, run: Run, resume_from: Path | None = None) -> TrainingState:
-    """Do optimizer steps from the checkpoint `resume_from`, or from nothing, to the last one of the plan.
+    """Run optimizer steps from the checkpoint `resume_from`, or from step 0, to the last step of the plan.
 
     Raises:
-        Stopped: somebody asked for a stop; the state is saved and the adapter exported.
+        Stopped: a stop was requested; the state is saved and the adapter exported.
         NotFinite: a loss or a gradient is not finite.
     """
     total, mean = run.ready.plan.steps, RunningMean()
@@ -198,7 +202,7 @@ class Readings:
         self.skipped = self.skipped_in_a_row = 0
 
     def start(self, step: int) -> None:
-        """Count steps and time from here: samples and checkpoints take time that is not the steps'."""
+        """Start to count steps and time here, so that samples and checkpoints do not count as time of steps."""
         self.first, self.clock = step, time.monotonic()
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
@@ -209,10 +213,10 @@ class Readings:
             self.limited[step % READ_EVERY] = count
 
     def read(self, step: int) -> None:
-        """Fetch what was added since `start` and tell the listeners.
+        """Read the values added since `start` and emit them as events.
 
         Raises:
-            NotFinite: with the step and its photos.
+            NotFinite: a loss or a gradient is not finite; the text has the step and its photos.
         """
         config, total = self.run.config, self.run.ready.plan.steps
         losses, norms = self.losses.tolist(), self.norms.tolist()
@@ -244,10 +248,10 @@ class Readings:
         )
 
     def _skip(self, number: int, loss: float) -> None:
-        """Say that step `number` was skipped, as its gradients overflowed in fp16.
+        """Report that step `number` was skipped because its gradients overflowed in fp16.
 
         Raises:
-            NotFinite: it was not, or too many were skipped one after the other.
+            NotFinite: the step was not skipped, or too many were skipped in a row.
         """
         scale = self.model.optimizer_step.loss_scale
         self.skipped_in_a_row += 1
@@ -262,7 +266,7 @@ class Readings:
         self.run.events.say("{line}; their scale is {scale:g} now", line, scale.scale.item(), warning=True)
 
     def _problem(self, number: int, loss: float) -> str:
-        """What is wrong with step `number`, and what to do."""
+        """Return the message for step `number`: the problem, its photos and what to do."""
         figure = "gradient" if math.isfinite(loss) else "loss"
         parts = self.run.config.train.gradient_accumulation_steps
         names: set[str] = set()
@@ -279,10 +283,10 @@ class Readings:
 
 
 class Milestones:
-    """What is due after some steps, and the state that a checkpoint holds.
+    """The tasks that are due after certain steps, and the state that a checkpoint holds.
 
     Attributes:
-        history: the validations so far.
+        history: the results of all validations so far.
         retry: how often the run went back to a checkpoint.
     """
 
@@ -292,7 +296,7 @@ class Milestones:
         self.retry = 0
 
     def due(self, step: int) -> list[str]:
-        """Names of the tasks that are due after so many steps, in order."""
+        """Names of the tasks that are due after `step` steps, in order."""
         train, total = self.run.config.train, self.run.ready.plan.steps
         every = {"validate": train.validate_every, "save": train.save_every, "sample": self.run.config.sample.every}
         if step == total:  # the last samples are drawn from the exported file
@@ -301,12 +305,13 @@ class Milestones:
         return export + [name for name, number in every.items() if step % plan.interval(number, total) == 0]
 
     def reach(self, step: int, due: list[str]) -> None:
-        """Do the tasks that are due, in the first process. On a request to stop, save the other tasks as still due,
-        export and end.
+        """Do the tasks that are due, in the first process. After a request to stop, save the remaining tasks as still
+        due, export the adapter and stop.
 
         Raises:
-            Stopped: somebody asked for a stop.
-            NotFinite: weights or optimizer state have NaN or infinity, which losses show a step later; nothing is done.
+            Stopped: a stop was requested.
+            NotFinite: weights or optimizer state have NaN or infinity; no task is done. The loss would show it one step
+                later.
         """
         self.run.processes.first(lambda: self._reach(step, due), {"draw": self._draw_part})
         self.model.adapter.train(True)
@@ -331,7 +336,7 @@ class Milestones:
             raise Stopped(self.run.folder.path, step, next(iter(exports.values()), None))
 
     def validate(self, step: int, left: list[str]) -> None:
-        """Examine the weights."""
+        """Validate the current weights (their average, where there is one)."""
         model, events = self.model, self.run.events
         model.adapter.train(False)
         poll = functools.partial(self.run.stop.poll, "the validation is not finished")
@@ -343,7 +348,7 @@ class Milestones:
         events.emit("validation", step, **metrics)
 
     def _measure(self) -> dict[str, Any]:
-        """The figures of the weights as they are."""
+        """Return the metrics of the current weights."""
         model, class_tokens = self.model, self.inputs.class_tokens
         conditions = self._conditions()
         if conditions is None or class_tokens is None:
@@ -352,7 +357,8 @@ class Milestones:
         return model.validation.run(model.adapter, conditions=conditions, class_condition=condition)
 
     def _gains(self) -> dict[str, dict[str, float]]:
-        """What the adapter takes off the base's error on each photo, trained or held out."""
+        """Return, per photo, the share of the base's error that the adapter removes, for training and held-out
+        photos."""
         model, conditions = self.model, self._conditions()
         gains = {"gains": model.photo_validation.gains(model.adapter, conditions)}
         if model.validation is not model.photo_validation:
@@ -360,11 +366,12 @@ class Milestones:
         return gains
 
     def _conditions(self) -> Conditioning | None:
-        """What trained text encoders make of the texts now; None where none is trained."""
+        """Embeddings of the texts by the trained text encoders as they are now; None where no text encoder is
+        trained."""
         return None if self.inputs.tokens is None else embed(self.model.family, self.inputs.tokens)
 
     def export(self, step: int, left: list[str]) -> None:
-        """Write the adapter of this step, which stays beside that of the end."""
+        """Write the adapter of this step under its own name; the final export does not replace it."""
         with self.run.optional(Message("step {step}: the adapter", step)):
             self.run.export(self.model.adapter.weights(), f"{self.run.folder.adapter_name}-{step_name(step)}", step)
 
@@ -386,7 +393,7 @@ class Milestones:
             model.family.release("vae")
 
     def _draw_part(self, part: sampling.Part) -> list[Image.Image]:
-        """As `sampling.draw_part`, for the first process, which has the same weights."""
+        """Run `sampling.draw_part` for the first process; the weights are the same in all processes."""
         model = self.model
         model.adapter.train(False)
         draw = functools.partial(sampling.draw_part, model.family, part)
@@ -397,7 +404,7 @@ class Milestones:
             model.family.release("vae")
 
     def save(self, step: int, left: list[str]) -> None:
-        """Write a checkpoint. A run that resumes from it does the tasks that are `left` at this step."""
+        """Write a checkpoint. A run that resumes from it does the tasks in `left` first."""
         folder, config = self.run.folder, self.run.config
         extra = {
             "retry": self.retry,
@@ -439,11 +446,11 @@ class Milestones:
         return state.step, [name for name in state.extra["due"] if name not in complete]
 
     def roll_back(self, problem: NotFinite) -> int:
-        """Go back to the newest complete checkpoint once, with other noise. Return its step.
+        """Go back to the newest complete checkpoint, once, with other noise. Return its step.
 
         Raises:
-            NotFinite: `problem`, where that is not wanted, or was done before, or there is no
-                whole checkpoint.
+            NotFinite: `problem`, if `train.on_nan` does not ask for this, the run went back before, or no complete
+                checkpoint exists.
         """
         if self.run.config.train.on_nan != "rollback" or self.retry:
             raise problem

@@ -1,9 +1,8 @@
-"""The loss of a step: from a batch's place in the run to its loss.
+"""The loss of a training step, computed from the index of its batch.
 
-Everything a step needs is on the device before the first one: latents (mean and standard deviation), text embeddings,
-masks. The host chooses photos and texts, and seeds the generators by (seed, index). All else, noise and timesteps
-included, is computed on the device, and the host reads no value back. So the host can run ahead, and a CUDA graph can
-replay the step.
+All inputs of a step are on the device before the first one: latents (mean and standard deviation), text embeddings,
+masks. The host chooses photos and texts, and seeds the generators by (seed, index). Noise and timesteps are drawn on
+the device, and the host reads no value back. So the host can run ahead, and a CUDA graph can replay the step.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
-# What is drawn for photos or class images, each from its own generator.
+# Random values of photos and of class images; each has its own generator.
 PURPOSES = ("posterior", "noise", "timesteps")
-# Weight of the past in the smoothed loss; about the last 50 values count.
+# Weight of the past in the smoothed loss: about the last 50 values count.
 SMOOTHING = 0.98
 
 
 class LossStep:
-    """Computes the loss of the `index`-th batch of a run, a pure function of the weights, the seed and the index.
+    """Compute the loss of the `index`-th batch of a run: a pure function of weights, seed and index.
 
     Args:
         family: the loaded base (see `families.Family`).
         adapter: the attached adapter.
-        encoded: photos, texts and class images, on the device. Where it has tokens, a text encoder is trained: texts
-            pass through it in each step.
+        encoded: photos, texts and class images, on the device. If it has tokens, a text encoder is trained and encodes
+            the texts in each step.
         train: the section of the config.
-        retry: how often the run went back to a checkpoint; it salts the noise, which would else repeat what failed.
+        retry: how often the run went back to a checkpoint. It changes the noise; the same noise would fail again.
 
     Attributes:
-        generators: what `loss_of` draws from, by purpose; `seed` seeds them.
+        generators: purpose -> generator that `loss_of` draws from; `seed` seeds them.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class LossStep:
         self._batches: list[Batch] = []
 
     def batch(self, index: int) -> Batch:
-        """The `index`-th batch of the run, counted from 0 through all epochs."""
+        """The `index`-th batch of the run, counted from 0 across all epochs."""
         epoch, place = divmod(index, self._per_epoch())
         if epoch != self._epoch:
             self._epoch = epoch
@@ -83,7 +82,8 @@ class LossStep:
 
     @contextlib.contextmanager
     def scoped_rng(self) -> Iterator[None]:
-        """Restore the global generators afterwards: `seed` seeds them for dropout, and a forward pass draws."""
+        """Restore the global generators on exit: with dropout, `seed` seeds them and the forward pass draws from
+        them."""
         if not self.adapter.dropout:
             yield
             return
@@ -92,7 +92,7 @@ class LossStep:
             yield
 
     def seed(self, index: int) -> Batch:
-        """Seed the generators for the `index`-th batch, and return it: what the host does for a step."""
+        """Seed the generators for the `index`-th batch and return the batch. This is the host's part of a step."""
         for purpose, generator in self.generators.items():
             name = f"{purpose}/{self.retry}" if self.retry else purpose
             generator.manual_seed(rng.seed_for(self.train.seed, index, name))
@@ -101,7 +101,7 @@ class LossStep:
         return self.batch(index)
 
     def loss_of(self, batch: Batch) -> torch.Tensor:
-        """The loss of the batch that `seed` returned last: what the device does for a step."""
+        """The loss of the batch that `seed` returned last. This is the device's part of a step."""
         terms = self._terms(batch)
         targets = [term.target if term.target is not None else prior.teacher_target(self, term) for term in terms]
         total = torch.zeros((), device=self.family.device)
@@ -112,7 +112,7 @@ class LossStep:
         return total
 
     def _terms(self, batch: Batch) -> list[LossTerm]:
-        """All that is looked up and drawn for a batch."""
+        """The loss terms of a batch: its photos and, with a prior, the class."""
         instance = self._instance_term(batch)
         if self.train.prior == "images":
             return [instance, prior.class_image_term(self, len(instance.noisy))]
@@ -126,7 +126,13 @@ class LossStep:
         return len(self._batches)
 
     def add_noise(self, whose: str, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Latents drawn from the posterior, with noise and timesteps: (noisy, timesteps, target)."""
+        """Draw latents from the posterior `mean`, `std` (`[B, C, h, w]`) and add noise at random timesteps.
+
+        Args:
+            whose: "instance" or "class": whose generators are used.
+        Returns:
+            (noisy latents, timesteps, target)
+        """
         family, count = self.family, len(mean)
         posterior, spread, place = (self.generators[f"{whose} {purpose}"] for purpose in PURPOSES)
         latents = mean + std * torch.randn(mean.shape, generator=posterior, device=family.device)
@@ -157,9 +163,11 @@ class LossStep:
     def condition(
         self, tokens: list[torch.Tensor] | None, conditions: Conditioning, rows: torch.Tensor
     ) -> Conditioning:
-        """Embeddings of the chosen texts, int64 `[b]`: rows of `conditions`; computed where a text encoder is trained.
+        """Embeddings of the texts `rows` (int64 `[B]`): rows of `conditions`, or computed where a text encoder is
+        trained.
 
-        That encoder reads the chosen texts or all of them, whichever are fewer: the host does not know which are equal.
+        A trained encoder encodes the chosen texts or all texts, whichever are fewer: the host does not know which of
+        the chosen ones are equal.
         """
         if tokens is None:
             return conditions.index(rows)
@@ -168,7 +176,7 @@ class LossStep:
         return self.family.encode_tokens([table[rows] for table in tokens], grad=True)
 
     def _predict(self, terms: list[LossTerm]) -> list[torch.Tensor]:
-        """One pass where the shapes agree, which is what a device likes; else one for each term."""
+        """Predict all terms in one batch if their shapes agree, else term by term."""
         if len({term.noisy.shape[1:] for term in terms}) > 1:
             return [self.family.predict(term.noisy, term.timesteps, term.condition) for term in terms]
         condition = (
@@ -181,22 +189,22 @@ class LossStep:
 
 
 class RunningMean:
-    """Exponentially weighted mean with bias correction, such as the smoothed loss: a constant stays that constant."""
+    """Exponential moving average with bias correction, used for the smoothed loss."""
 
     def __init__(self, weight: float = SMOOTHING):
         self.weight = weight
         self._sum = self._mass = 0.0
 
     def add(self, value: float) -> float:
-        """Take one more value in and return the mean of the values so far, newer ones counting more."""
+        """Add a value and return the average; newer values weigh more."""
         self._sum = self.weight * self._sum + (1 - self.weight) * value
         self._mass = self.weight * self._mass + (1 - self.weight)
         return self._sum / self._mass
 
     def state(self) -> list[float]:
-        """Plain values for `load_state`."""
+        """The values that `load_state` takes."""
         return [self._sum, self._mass]
 
     def load_state(self, state: list[float]) -> None:
-        """Continue as the mean whose `state` this was."""
+        """Continue from the values that `state` returned."""
         self._sum, self._mass = state

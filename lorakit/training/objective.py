@@ -1,7 +1,6 @@
-"""How far a prediction is from its target, and the noise: pure functions of tensors, no model, no host sync.
+"""The loss between prediction and target, and the noise: pure functions of tensors, without a model or a host sync.
 
-What the target is belongs to the family (`families.prediction`). Latents, noise and predictions are float32
-`[B, C, h, w]`.
+The family defines the target (`families.prediction`). Latents, noise and predictions are float32 `[B, C, h, w]`.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-# Where pseudo-Huber turns from squared to absolute distance; the value that sd-scripts uses.
+# The c of pseudo-Huber, where it turns from squared to absolute error; sd-scripts uses the same value.
 HUBER = 0.1
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One part of a batch's loss: input of the model, target, and weight.
+    """One term of a batch's loss: model input, target and weight.
 
-    Where `target` is None, the base without the adapter gives it, on the same input under the condition `teacher`.
+    If `target` is None, the target is the prediction of the base without the adapter, on the same input under the
+    condition `teacher`. `mask` is `[B, 1, h, w]` or None.
     """
 
     noisy: torch.Tensor
@@ -39,13 +39,13 @@ def loss(
     weight: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean distance over the batch, a scalar.
+    """The mean loss over the batch, a scalar.
 
     Args:
         kind: "mse", or "huber": pseudo-Huber 2 c (sqrt(d^2 + c^2) - c) (Charbonnier et al. 1997), which is d^2 near 0.
         weight: `[B]`, a factor for each sample.
-        mask: `[B, 1, h, w]` in [0, 1]. A sample's loss is the mean over what its mask lets through; where the mask is 0
-            the gradient is exactly 0, and a mask of all zeros makes a loss of 0.
+        mask: `[B, 1, h, w]` in [0, 1]. A sample's loss is its mean weighted by the mask. Where the mask is 0 the
+            gradient is exactly 0; a mask of all zeros gives a loss of 0.
     """
     if kind == "mse":
         distance = functional.mse_loss(prediction, target, reduction="none")
@@ -62,7 +62,7 @@ def loss(
 def sample_noise(
     generator: torch.Generator, shape: torch.Size | tuple[int, ...], device: torch.device | str, offset: float = 0.0
 ) -> torch.Tensor:
-    """Standard normal noise; with `offset`, each channel of each sample is moved by a normal number times it
+    """Standard normal noise. With `offset`, each channel of each sample is shifted by `offset` times a normal number
     (crosslabs.org/blog/diffusion-with-offset-noise)."""
     noise = torch.randn(shape, generator=generator, device=device)
     if offset:
@@ -71,8 +71,8 @@ def sample_noise(
 
 
 def add_coarse_noise(noise: torch.Tensor, generator: torch.Generator, discount: float) -> torch.Tensor:
-    """Noise with coarser noise added, each level half the size of the last and `discount` times as strong; its variance
-    is 1 again (wandb.ai/johnowhitaker/multires_noise)."""
+    """Add coarser noise: each level has half the resolution of the last and `discount` times its strength. The sum is
+    scaled to a standard deviation of 1 (wandb.ai/johnowhitaker/multires_noise)."""
     height, width = noise.shape[2:]
     level = 1
     while min(height, width) >> level:

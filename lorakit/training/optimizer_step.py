@@ -1,4 +1,4 @@
-"""An optimizer step: the gradients of its batches, clipped and applied."""
+"""An optimizer step: sum the gradients of its batches, clip them, and update the weights."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ class OptimizerStep:
     """One optimizer step. Call it with 0, 1, 2, ...; it reads no value back from the device.
 
     Args:
-        config: the whole config.
-        loss_step: computes a batch's loss. Its adapter is attached; its parameters are flattened here, unless the base
-            is plain.
-        total: optimizer steps of the run, for the learning rate's schedule.
-        say: takes a line for the person.
-        processes: share the batches of each step.
+        config: all options.
+        loss_step: computes a batch's loss. Its adapter is attached. The constructor flattens the adapter's parameters,
+            unless the base is plain.
+        total: optimizer steps of the run, for the learning-rate schedule.
+        say: takes a message for the user.
+        processes: the processes that share the batches of each step.
 
     Attributes:
-        flats: the parameters of each component in one tensor; none for a plain base.
+        flats: one flat tensor of parameters for each component; empty for a plain base.
         parameters: all trained parameters.
-        loss_scale: of a base in fp16, else None.
-        limited: layers whose norm was above the limit after the last step; None without one.
-        optimizer: of `optimizers.build`; its state is saved and loaded parameter by parameter.
+        loss_scale: the loss scale of a base in fp16, else None.
+        limited: number of layers whose norm was above `train.max_weight_norm` in the last step; None without that
+            option.
+        optimizer: built by `optimizers.build`; its state is saved and loaded parameter by parameter.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class OptimizerStep:
     ):
         self.config, self.loss_step, self.total, self.say = config, loss_step, total, say
         self.processes = processes
-        # Where memory comes first there are no copies.
+        # Half-precision copies cost memory, so there are none where memory is limited.
         copies = not config.memory.gradient_checkpointing and config.memory.limit_gib is None
         plain = loss_step.family.plain
         groups, rates = optimizers.rate_groups(config.optimizer, loss_step.adapter.parameters())
@@ -82,7 +83,11 @@ class OptimizerStep:
             say(line)
 
     def __call__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do step `number`, counted from 0: (mean loss of its batches, norm of the gradients before clipping)."""
+        """Do step `number`, counted from 0.
+
+        Returns:
+            (mean loss of its batches, norm of the gradients before clipping), scalars on the device
+        """
         parts = self.config.train.gradient_accumulation_steps
         on_device = self._graphed_step is not None
         optimizers.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total, on_device=on_device)
@@ -104,19 +109,19 @@ class OptimizerStep:
         return loss, norm
 
     def _gradients(self) -> list[torch.Tensor]:
-        """All gradients: one tensor for each component, where they are flat."""
+        """All gradients: one tensor for each component if the parameters are flat, else one for each parameter."""
         if self.flats:
             return [each.gradient for each in self.flats]
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def discard_graphs(self) -> bool:
-        """Free all CUDA graphs; return whether there were any. The next steps capture again."""
+        """Free all CUDA graphs. Return whether there were any. Later steps capture new ones."""
         graphs = [each for each in (self._graphed_backward, self._graphed_step) if each is not None]
         return sum(each.discard_graphs() for each in graphs) > 0
 
     def _zero_gradients(self) -> None:
-        """Zeros instead of None also for parameters that no pass reaches: they decay and have optimizer state, as they
-        do in `flat_parameters`."""
+        """Set all gradients to zero, not to None. Parameters that no pass reaches then decay and have optimizer state
+        too, as in `flat_parameters`."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -124,7 +129,7 @@ class OptimizerStep:
                 parameter.grad.zero_()
 
     def _pass(self, index: int) -> torch.Tensor:
-        """Forward and backward of the `index`-th batch; its share of the step's loss."""
+        """Run forward and backward of the `index`-th batch. Return its share of the step's loss."""
         if self._blocks is None:
             return self._run_pass(index)
         batch = self.loss_step.batch(index)
@@ -154,7 +159,7 @@ class OptimizerStep:
         return loss.detach()
 
     def _optimizer_step(self) -> torch.Tensor:
-        """Clip, and step the optimizer; the norm before."""
+        """Clip the gradients and step the optimizer. Return the norm before clipping."""
         if self._graphed_step is not None:
             try:
                 return self._graphed_step()

@@ -1,4 +1,4 @@
-"""Optimizers, one function each, and the learning rate as a pure function of the optimizer step."""
+"""Optimizers, one function each, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from lorakit.core.messages import Message, join
 def rate_groups(
     config: OptimizerConfig, parameters: Mapping[str, torch.nn.Parameter]
 ) -> tuple[list[tuple[str, list[torch.nn.Parameter]]], list[float]]:
-    """An adapter's parameters by component and by the multiple of its rate that they learn at; and each multiple."""
+    """Group an adapter's parameters by component and by the factor of the component's learning rate.
+
+    Returns:
+        ([(component, parameters), ...], [factor of each group's rate, ...])
+    """
     groups: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault((name.partition(".")[0], rate_multiple(config, name)), []).append(parameter)
@@ -30,8 +34,11 @@ def rate_groups(
 
 
 def rate_multiple(config: OptimizerConfig, name: str) -> float:
-    """What the learning rate of a component is multiplied by for the parameter `<layer>.<factor>`: B learns faster than
-    A (LoRA+, Hayou et al. 2024, arXiv 2402.12354), and layers as `optimizer.rates` says."""
+    """The factor of the component's learning rate for the parameter `<layer>.<factor>`.
+
+    With LoRA+ (Hayou et al. 2024, arXiv 2402.12354) B has a higher rate than A; `optimizer.rates` sets factors by
+    layer.
+    """
     layer, _, factor = name.rpartition(".")
     if factor == "token":
         return 1.0
@@ -44,13 +51,14 @@ def build(
     groups: Sequence[tuple[str, list[torch.nn.Parameter]]],
     multiples: Sequence[float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The chosen optimizer over named groups ("unet", "text_encoder", ...), each at its own peak learning rate.
+    """Build the configured optimizer over named groups ("unet", "text_encoder", ...), each with its own peak learning
+    rate.
 
     Args:
-        multiples: of each group's learning rate, as `rate_groups` gives them; by default all are 1.
+        multiples: factor of each group's learning rate, from `rate_groups`; by default all are 1.
 
     Raises:
-        LorakitError: as `optimizer_builder.build`, or the optimizer cannot do what is asked.
+        LorakitError: as `optimizer_builder.build`, or the optimizer lacks what the config needs.
     """
     named = [
         {"params": params, "name": name, "lr": multiple * peak(config, name), "rate_multiple": multiple}
@@ -72,7 +80,8 @@ def peak(config: OptimizerConfig, group: str) -> float:
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int, group: str = "unet") -> float:
-    """Learning rate of a group at `step`: 0, by which no optimizer moves, for text encoders after their end."""
+    """The learning rate of a group at `step`. After `text_encoder_stop` that of text encoders is 0, at which no
+    optimizer moves."""
     if group.startswith("text_encoder") and step >= config.text_encoder_stop * total_steps:
         return 0.0
     return peak(config, group) * lr_schedule.factor(config, step, total_steps)
@@ -81,14 +90,14 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int, group: s
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int, *, on_device: bool = False
 ) -> None:
-    """Give every group its rate for `step`, rounded to float32.
+    """Set the learning rate of every group for `step`, rounded to float32.
 
     Args:
-        on_device: keep the rate in a float32 tensor on the device, at one address: a CUDA graph reads it from there.
-            The rounding makes both ways compute with the same rate.
+        on_device: keep the rate in a float32 tensor on the device. Its address does not change, so a CUDA graph can
+            read it. The rounding makes both ways compute with the same rate.
     """
     for group in optimizer.param_groups:
-        multiple = group.get("rate_multiple", 1.0)  # checkpoints written before there was one have none
+        multiple = group.get("rate_multiple", 1.0)  # older checkpoints have no multiple
         rate = torch.tensor(multiple * learning_rate(config, step, total_steps, group["name"]), dtype=torch.float32)
         if not on_device:
             group["lr"] = rate.item()
@@ -99,8 +108,10 @@ def set_learning_rate(
 
 
 def step(optimizer: torch.optim.Optimizer) -> None:
-    """Do `optimizer.step()`, also while a CUDA graph is captured: torch refuses that unless the groups say
-    `capturable`, and of the fused kernel it needs nothing else."""
+    """Call `optimizer.step()`, also while a CUDA graph is captured.
+
+    torch refuses that unless the groups are marked `capturable`; the fused kernel needs nothing else for it.
+    """
     groups = optimizer.param_groups
     captured_groups = groups if groups[0]["params"][0].is_cuda and torch.cuda.is_current_stream_capturing() else []
     for group in captured_groups:
@@ -118,8 +129,8 @@ def adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 
 def paged_adamw8bit(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with 8-bit state (Dettmers et al. 2021, arXiv 2110.02861), in memory that CUDA moves to the host when the
-    card is full."""
+    """AdamW with 8-bit state (Dettmers et al. 2021, arXiv 2110.02861), in memory that CUDA pages to the host when the
+    GPU is full."""
     return construct(import_module("bitsandbytes.optim").PagedAdamW8bit, groups, config)
 
 
@@ -129,8 +140,11 @@ def lion(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 
 def adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at the given rate. Its schedule and its scaling by the size
-    of a parameter are off. With the latter B, which is 0 at first, would hardly change."""
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at the configured learning rate.
+
+    Its own schedule and its scaling by parameter size are off: with that scaling B, which starts at 0, would hardly
+    change.
+    """
     from transformers.optimization import Adafactor
 
     fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
@@ -139,11 +153,12 @@ def adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 
 def prodigy(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) finds the rate itself; `learning_rate` is a factor."""
+    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) estimates the learning rate; `learning_rate` is a factor
+    of it."""
     from prodigyopt import Prodigy
 
     defaults = {"use_bias_correction": True, "safeguard_warmup": True}
-    # It prints that its weight decay is decoupled.
+    # Prodigy prints a line about decoupled weight decay.
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer: torch.optim.Optimizer = Prodigy(
             groups, weight_decay=config.weight_decay, **{**defaults, **config.args}
@@ -152,7 +167,8 @@ def prodigy(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): a step of +-lr by the sign of a mixed momentum."""
+    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): each weight moves by lr in the direction of the sign of
+    an interpolated momentum."""
 
     def __init__(
         self, groups: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0

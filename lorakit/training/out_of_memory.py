@@ -1,4 +1,4 @@
-"""What to do when a device runs out of memory."""
+"""Handle a device that runs out of memory."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ Value = TypeVar("Value")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device is out of memory. Apple's devices have no error class for that."""
+    """Whether the error means that a device is out of memory. Apple's devices have no error class for that."""
     apples = ("MPS backend out of memory", "Invalid buffer size")
     return isinstance(error, torch.OutOfMemoryError) or str(error).startswith(apples)
 
 
 def retry_after_freeing(free: Callable[[], bool], compute: Callable[[], Value]) -> Value:
-    """Return `compute()`. If memory runs out and `free()` returns True, compute again."""
+    """Return `compute()`. If it runs out of memory and `free()` returns True, compute again."""
     try:
         return compute()
     except RuntimeError as error:
         if not (is_out_of_memory(error) and free()):
             raise
-    # Not inside: the error holds on to what was computed so far.
+    # Outside of `except`: the error refers to tensors of the failed attempt.
     torch.cuda.empty_cache()
     return compute()
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(doing: str, config: Config) -> Iterator[None]:
-    """If memory runs out inside, raise an error that says what was being done and what to change.
+    """Replace an out-of-memory error inside by one that says what was running and which options to change.
 
     Raises:
         LorakitError: instead of torch's OutOfMemoryError.

@@ -1,6 +1,6 @@
-"""Before the first step: photos, class images and texts through the frozen encoders, once.
+"""Encode photos, class images and texts once, before the first step, with the frozen encoders.
 
-The results stay on the device for the whole run, so a step only indexes them and runs the model.
+The results stay on the device for the run. A step indexes them and runs the model.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
-# Pictures that the autoencoder is given together on a card: as many as have so many pixels; one of that size keeps it
-# busy. A CPU is quicker with one at a time, and a latent is then the same to the bit whatever else is encoded.
+# Pixels that the autoencoder encodes in one batch on a GPU: one picture of that size keeps it busy. A CPU is faster
+# with one picture at a time, and its latents then do not depend, to the bit, on the other pictures.
 PIXELS = 512 * 512
-# Texts that are encoded together: SDXL's second encoder keeps 6.5 MB for each, in half precision, and there may be
-# hundreds.
+# Texts in one batch: SDXL's second encoder keeps 6.5 MB for each in half precision, and there may be hundreds.
 TEXTS = 16
 
 
@@ -44,8 +43,8 @@ class ClassLatents:
 
     Attributes:
         mean, std: `[n, C, h, w]`.
-        text_rows: int64 `[n]`, index into `Precomputed.class_texts` of the text each was drawn for.
-        sizes: name -> one row, the family's `size_conditions` of all of them.
+        text_rows: int64 `[n]`, for each image the index of its prompt in `Precomputed.class_texts`.
+        sizes: name -> one row: the family's `size_conditions`, which all images share.
     """
 
     mean: torch.Tensor
@@ -56,11 +55,11 @@ class ClassLatents:
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """The sample prompts and, where the text encoders stay as they are, what these make of them.
+    """The sample prompts and, where no text encoder is trained, their embeddings.
 
     Attributes:
         embeddings: of the prompts, for `sampling.draw`; None where a text encoder is trained.
-        condition: of the first prompt, for `selfcheck.probe`; None as above.
+        condition: of the first prompt, for `selfcheck.probe`; None where a text encoder is trained.
     """
 
     prompts: list[str]
@@ -69,24 +68,24 @@ class SampleInputs:
 
     @property
     def first(self) -> str:
-        """The first prompt without its own settings."""
+        """The first prompt, without its own settings."""
         return parse(self.prompts[0], SampleConfig(), (0, 0)).text
 
 
 @dataclass(frozen=True)
 class Precomputed:
-    """Everything a run trains and is examined on.
+    """All inputs of training and validation.
 
     Attributes:
         dataset: the photos to train on; holdout: those kept for validation, or None.
-        conditions: the base's embeddings of `dataset.texts`, a row each.
-        tokens: `dataset.texts` as `Family.encode_tokens` takes them where a text encoder is trained, else None.
-        class_texts: the class prompt, then every other text that a photo's becomes without the trigger.
-        class_conditions, class_tokens: of them, likewise.
-        class_of: int64 `[len(dataset.texts)]`, each text's place in `class_texts`.
+        conditions: embeddings of `dataset.texts` by the base, one row each.
+        tokens: token ids of `dataset.texts` for `Family.encode_tokens` where a text encoder is trained, else None.
+        class_texts: the class prompt, then the other texts that photos have when the trigger is left out.
+        class_conditions, class_tokens: the same of `class_texts`.
+        class_of: int64 `[len(dataset.texts)]`, for each text its index in `class_texts`.
         class_latents: class images where `train.prior` is "images", else None.
-        samples: what is drawn while the run goes on.
-        other_rows: int64 `[n]`, the places in `class_texts` of `train.prior_prompts`.
+        samples: inputs of the samples that the run draws.
+        other_rows: int64 `[n]`, indices of `train.prior_prompts` in `class_texts`.
     """
 
     dataset: Dataset
@@ -111,15 +110,15 @@ def precompute(
     poll: Callable[[], object] = lambda: None,
     processes: Processes = SINGLE,
 ) -> Precomputed:
-    """Encode the photos and texts of a run, with one part of the base on the device at a time.
+    """Encode the photos and texts of a run. One part of the base is on the device at a time.
 
     Args:
-        adapter: one that is attached already, or None; it is switched off while class images are drawn and texts
+        adapter: an adapter that is attached already, or None; it is disabled while class images are drawn and texts
             encoded.
-        report: what `data.checks.check` reported.
+        report: the result of `data.checks.check`.
         events: receives messages and progress.
-        poll: called before each batch of photos or texts and each pass of the UNet; an exception of it ends the work.
-        processes: of the run. Photos and class images are distributed among them; the others wait with `tasks`.
+        poll: called before each batch of photos or texts and each pass of the UNet; its exceptions end the work.
+        processes: the processes of the run. They share photos and class images; those that wait run `tasks`.
 
     Raises:
         LorakitError: a photo cannot be read or its latents are not finite; the class-image cache cannot be written.
@@ -200,7 +199,7 @@ def _photos(
 
 
 def embed(family: Family, tokens: list[torch.Tensor]) -> Conditioning:
-    """The embeddings of what `Family.tokens` made of texts, a row each, by the encoders as they are."""
+    """Embeddings of the texts whose token ids `Family.tokens` returned, one row each, with the current encoders."""
     with torch.no_grad():
         parts = [
             family.encode_tokens([table[at : at + TEXTS] for table in tokens]) for at in range(0, len(tokens[0]), TEXTS)
@@ -213,7 +212,8 @@ def _at_once(pixels: int, device: torch.device) -> int:
 
 
 def _tokens(config: Config, family: Family, *lists: list[str]) -> Iterator[list[torch.Tensor]]:
-    """The tokens of lists of texts, all of one length: what a step computes does not depend on which texts it has."""
+    """The token ids of each list of texts. All have one length, so that a step does not depend on which texts it
+    has."""
     family.reserve(config.data.trigger, config.adapter.new_tokens)
     chunks = min(family.chunks([text for texts in lists for text in texts]), captions.max_chunks(config.data))
     for texts in lists:
@@ -230,23 +230,24 @@ def _samples(config: Config, family: Family, concept_configs: Sequence[DataConfi
 
 
 def tasks(family: Family) -> Tasks:
-    """What a process that waits for `precompute` in the first one does for it."""
+    """The tasks of the processes that wait while the first one runs `precompute`."""
     return {"encode": family.encode_image, "draw": functools.partial(sampling.draw_part, family)}
 
 
 def _class_images(
     config: Config, family: Family, class_texts: list[str], class_tokens: list[torch.Tensor], draw: Map, events: Events
 ) -> tuple[list[Image.Image], list[int]]:
-    """Class images, drawn by the base once and kept in the user's cache, and each one's place in `class_texts`.
+    """Draw class images with the base, or take them from the user's cache. Return them with the index of each one's
+    text.
 
-    They are shared out among the class texts: under "a toy on a beach" the base must go on drawing what it drew.
+    Images are distributed over all class texts, so that the base keeps its output for texts such as "a toy on a beach".
     """
     side = config.data.resolution
     total, seed = config.train.class_images, config.train.seed
     pictures, text_rows = [], []
     events.begin("drawing the class images", total)
     prompts = class_texts[:total]
-    # As training reads them, letter by letter.
+    # The same token ids as in training.
     rows = [[table[place : place + 1] for table in class_tokens] for place in range(len(prompts))]
     embeds = sampling.embed_each(family, [functools.partial(family.encode_tokens, row) for row in rows], config.sample)
     groups = [
@@ -261,7 +262,7 @@ def _class_images(
 
 
 def _own_class_texts(config: Config, report: Report) -> dict[Photo, str]:
-    """The user's own class images with their texts; none where `train.prior` is not "images"."""
+    """The user's own class images and their texts; empty unless `train.prior` is "images"."""
     own = report.class_photos if config.train.prior == "images" else []
     return {photo: captions.class_photo_text(photo, config.data) for photo in own}
 
@@ -274,7 +275,7 @@ def _own_class_latents(
     encode_images: latents.EncodeImages,
     events: Events,
 ) -> ClassLatents:
-    """The user's own class images, each cropped to the square in its middle."""
+    """Encode the user's own class images, each cropped to the square in its middle."""
     side = config.data.resolution
 
     def square(photo: Photo) -> Image.Image:

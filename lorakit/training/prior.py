@@ -1,4 +1,4 @@
-"""Prior preservation: the terms of the loss that keep what the base predicts for the class."""
+"""Prior preservation: loss terms that keep the base's predictions for the class."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def class_image_term(loss_step: LossStep, count: int) -> LossTerm:
-    """`count` class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv 2208.12242).
+    """The term of `count` class images under the texts that the base drew them for (Ruiz et al. 2022, arXiv
+    2208.12242).
 
-    With `train.prior_target = "base"` the base gives the target. It is without the noise of a single image, so an
-    adapter that leaves the class as it was has no gradient here; with the image's own target it has one.
+    With `train.prior_target = "base"` the target is the base's prediction. It lacks the noise of a single image: an
+    adapter that does not change the class has no gradient here, but with the image's own target it has one.
     """
     latents = loss_step.encoded.class_latents
     assert latents is not None, "prior = 'images' comes with class latents"
@@ -36,9 +37,10 @@ def class_image_term(loss_step: LossStep, count: int) -> LossTerm:
 
 
 def teacher_term(loss_step: LossStep, batch: Batch, instance: LossTerm) -> LossTerm:
-    """The noisy photos of `instance` under their texts without the trigger; the base gives the target.
+    """The term of the noisy photos of `instance` under their texts without the trigger; the target is the base's
+    prediction.
 
-    With `train.prior_prompts` each photo has one of these instead, in half of the cases.
+    With `train.prior_prompts` each photo gets one of these texts instead with probability 1/2.
     """
     sizes = loss_step.encoded.dataset.buckets[batch.bucket].sizes_of(batch.entries)
     class_rows = loss_step.encoded.class_of[batch.text_rows]
@@ -54,7 +56,7 @@ def teacher_term(loss_step: LossStep, batch: Batch, instance: LossTerm) -> LossT
 
 
 def teacher_target(loss_step: LossStep, term: LossTerm) -> torch.Tensor:
-    """What the base predicts without the adapter."""
+    """The prediction of the base without the adapter."""
     with torch.no_grad(), loss_step.adapter.disabled():
         target: torch.Tensor = loss_step.family.predict(term.noisy, term.timesteps, term.teacher)
     return target

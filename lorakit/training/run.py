@@ -1,7 +1,7 @@
-"""A training run, top to bottom: check photos, load the base, precompute, train, export, check the file.
+"""A training run from start to end: check photos, load the base, precompute, train, export, check the file.
 
-It knows no family, method or format by name: those come through the registry. Everything a viewer needs is in the run
-folder, so the process can be watched, stopped and resumed from outside.
+This module names no family, method or format: those come from the registry. The run folder holds all state, so other
+processes can watch, stop and resume the run.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ NOT_PINNED = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run left behind.
+    """The results of a finished run.
 
     Attributes:
         folder: the run folder.
-        adapter: the exported adapter in the first format asked for.
-        exports: every exported file or folder, by format.
+        adapter: the exported adapter in the first format of `output.formats`.
+        exports: format -> exported file or folder.
         steps: optimizer steps done.
-        findings: what the self-check looked at, all of them held.
+        findings: the findings of the self-check, all passed.
     """
 
     folder: Path
@@ -82,13 +82,13 @@ DROPPED = "dropout left {count} of {total} layers out of every step, so they cha
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What is left of training when the model has left memory.
+    """The results of training that remain after the model is freed.
 
     Attributes:
         state: where the loop ended.
         weights: the adapter.
         exports: format -> file or folder.
-        base_probe, adapted_probe: of the base, without the adapter and with it.
+        base_probe, adapted_probe: outputs of the base without the adapter and with it.
         samples: the sample prompts.
     """
 
@@ -110,25 +110,25 @@ def train(
     """Train an adapter as the config says, export it and check the files.
 
     Args:
-        pipeline: the base: a pipeline of diffusers in memory, which stays as it is; no other one is loaded.
+        pipeline: a diffusers pipeline in memory to use as the base instead of loading one; it is not changed.
         listeners: functions that take each `Event` of the run.
-        stop: asked often; once it returns True the run saves and exports what it has and ends. A file named `stop` in
-            the run folder does the same.
+        stop: called often. When it returns True, the run saves, exports the adapter and ends. A file named `stop` in
+            the run folder has the same effect.
 
     Raises:
-        LorakitError: photos, base or machine do not allow it, training went wrong, or the self-check failed.
-        Stopped: a stop was asked for; the state is saved.
+        LorakitError: photos, base or machine are not usable, training failed, or the self-check failed.
+        Stopped: a stop was requested; the state is saved.
     """
     if launch.world().rank:
         return follow(stop=stop)
-    # Before there is a run folder: what cannot begin leaves none behind.
+    # Before the run folder is created: a run that cannot start leaves none.
     ready = preflight(config, fetch=True, pipeline=pipeline).or_raise()
     _say(ready, listeners)
     return start(ready, listeners=listeners, stop=stop)
 
 
 def start(ready: Ready, *, listeners: Sequence[Listener] = (), stop: Stop | None = None) -> Result:
-    """As `train`, of a config whose preflight is done and was shown."""
+    """As `train`, for a config whose preflight has run and was shown."""
     return _run(ready, RunFolder.create(ready.config), listeners, stop, None)
 
 
@@ -141,16 +141,16 @@ def resume(
     stop: Stop | None = None,
     pipeline: DiffusionPipeline | None = None,
 ) -> Result:
-    """Continue a run from its newest complete checkpoint. Without one it starts from step 0 in its folder.
+    """Continue a run from its newest complete checkpoint. Without a checkpoint, start from step 0 in the same folder.
 
     Args:
-        from_checkpoint: name or step of an earlier checkpoint to go back to; those after it are set aside.
-        overrides: dotted option names whose values change, e.g. {"train.steps": 3000}; see `config.resuming`.
-        pipeline: where the run trains one that is in memory, the same once more.
+        from_checkpoint: name or step of an earlier checkpoint to continue from; later ones are renamed.
+        overrides: option -> new value, e.g. {"train.steps": 3000}; see `config.resuming`.
+        pipeline: the pipeline that the run was started with, if it was.
 
     Raises:
-        LorakitError: as `train`; also where the run is finished and nothing changes, where photos or base have changed,
-            and where an option may not change. Then the run's state is as it was.
+        LorakitError: as `train`; also if the run is finished and nothing changes, if photos or base have changed, or if
+            an option may not change. The run's state then stays as it was.
     """
     if launch.world().rank:
         return follow(stop=stop)
@@ -162,7 +162,7 @@ def resume(
         config = resuming.load_changed(run.config_file, overrides or {})
         ready = preflight(config, resume=True, fetch=True, pipeline=pipeline).or_raise()
         newest = _checkpoint(run, from_checkpoint, events)
-        if newest is not None:  # what has changed is told before the state does
+        if newest is not None:  # report differences before the run's state changes
             checkpoint.load(newest, config=ready.config, identity=_identity(ready))
             _compare_lengths(run, ready, checkpoint.step_of(newest), events)
             if later := checkpoint.options_since(newest, ready.config):
@@ -180,7 +180,7 @@ def resume(
         run.unlock()
         raise
     if run.threads:
-        torch.set_num_threads(run.threads)  # another number adds floats up in another order: other last bits
+        torch.set_num_threads(run.threads)  # with another number the sums have other last bits
     if newest is not None:
         ready = replace(ready, plan=replace(ready.plan, first_step=checkpoint.step_of(newest)))
     _say(ready, listeners)
@@ -194,8 +194,8 @@ def resume(
 
 
 def _finished(path: Path) -> tuple[object, ...]:
-    """The values of `FINISHED` if nothing is left to do in a run: its last step is done and its adapter is there."""
-    with contextlib.suppress(LorakitError):  # no state.json: the checkpoints say how far it is
+    """The values of `FINISHED` if a run has nothing left to do: its last step is done and its adapter exists."""
+    with contextlib.suppress(LorakitError):  # without state.json the checkpoints show the progress
         state = run_folder.read(path)
         adapter = path / Path(state.adapter).name
         if state.state == "done" and state.step >= state.steps and state.adapter and adapter.exists():
@@ -205,7 +205,7 @@ def _finished(path: Path) -> tuple[object, ...]:
 
 
 def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
-    """The checkpoint to go on from: the one named, else the newest whole one. None where the run starts from step 0."""
+    """The checkpoint to continue from: the named one, else the newest complete one; None to start from step 0."""
     if name:
         return checkpoint.named(run.checkpoints, name)
     newest = checkpoint.newest_complete(run.checkpoints, functools.partial(events.say, warning=True))
@@ -217,10 +217,10 @@ def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
 
 
 def _compare_lengths(run: RunFolder, ready: Ready, step: int, events: Events) -> None:
-    """Say what another length does to the learning rate.
+    """Report how another number of steps changes the learning rate.
 
     Raises:
-        LorakitError: the run is past its end already.
+        LorakitError: the checkpoint is past the new last step.
     """
     before, after, optimizer = run.steps, ready.plan.steps, ready.config.optimizer
     if step > after:
@@ -241,7 +241,7 @@ def _compare_lengths(run: RunFolder, ready: Ready, step: int, events: Events) ->
 
 
 def _identity(ready: Ready) -> dict[str, str]:
-    """What a checkpoint depends on beside the config."""
+    """What a checkpoint depends on in addition to the config."""
     photos = [*ready.report.photos, *ready.report.class_photos]
     return {"base weights": ready.info.hash, "photos": photo_folder.digest(photos)}
 
@@ -266,18 +266,18 @@ def _run(
         load, family, inputs, model, state = _train(run, resume_from)
         with run.phase("checking the exported file"):
             result = _export(run, family, model, inputs.samples, state)
-        del family, inputs, model  # to free their memory: the files are checked in bases that are loaded again
+        del family, inputs, model  # free memory: the self-check loads the base again
         return processes.first(lambda: finish(result, run, load))
 
 
 def follow(*, stop: Stop | None = None) -> Result:
-    """Train in a run of several processes that the first process has begun or resumed. Return its result.
+    """Train as a process after the first, in a run that the first has begun or resumed. Return its result.
 
     Raises:
         EndedElsewhere: the first process has ended the run.
-        StopRequested: a stop was asked for.
+        StopRequested: a stop was requested.
         ProcessLost: another process is gone.
-        LorakitError: base or machine do not allow it; the first process reports it.
+        LorakitError: base or machine are not usable; the first process reports it.
     """
     with parallel.join() as processes:
         assert isinstance(processes, parallel.Group), "a process after the first"
@@ -292,7 +292,8 @@ def follow(*, stop: Stop | None = None) -> Result:
 def _train(
     run: Run, resume_from: Path | None
 ) -> tuple[Callable[[], Family], Family, Precomputed, Model, TrainingState]:
-    """What loads the base, the base, its inputs, and what is trained in it, trained: in each process of the run."""
+    """Load the base, precompute and train, in each process. Return (reload the base, base, inputs, model, last
+    state)."""
     load = _loader(run)
     with run.phase("loading the base"):
         family = load()
@@ -318,14 +319,14 @@ def _begin(
     stop: Stop | None,
     processes: parallel.Processes,
 ) -> Iterator[Run]:
-    """Write the plan and open the log; inside, events reach the listeners."""
+    """Write the plan and open the log. Inside, events reach the listeners."""
     for line in ready.lines():
         folder.event("message", message=line)
-    with contextlib.suppress(OSError):  # then no line of the log can be written either, and that is said
+    with contextlib.suppress(OSError):  # then the log cannot be written either, and that is reported
         folder.write_plan(ready.plan.to_json() | {"files": photo_folder.versions(ready.report.photos)})
     trackers = [Tracker(name, ready.config, folder) for name in ready.config.output.trackers]
     with Events(folder.record, *trackers, *listeners) as events:
-        # Not in the folder's own log, which never tells where on the machine it is.
+        # Not in the run's own log, which never contains the path of the run folder.
         Events(*listeners).emit("start", folder.step, folder=str(folder.path.absolute()), steps=ready.plan.steps)
         sources = [lambda: folder.stop_requested, *([stop] if stop else [])]
         request = StopRequest(events, *sources, agree=processes.any)
@@ -333,7 +334,7 @@ def _begin(
 
 
 def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state: TrainingState) -> TrainingResult:
-    """Export the adapter, probe the base with it and without it, and detach it."""
+    """Export the adapter, run the probe with and without it, and detach it."""
     model.adapter.train(False)
     weights = model.adapter.weights()
     try:
@@ -353,11 +354,11 @@ def _export(run: Run, family: Family, model: Model, samples: SampleInputs, state
 
 
 def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Result:
-    """Check each exported file in a base loaded again, draw from the first, and report.
+    """Check each exported file in a newly loaded base, draw samples with the first one, and write the report.
 
     Raises:
         LorakitError: the self-check failed.
-        StopRequested: a stop was asked for.
+        StopRequested: a stop was requested.
     """
     config, folder, total = run.config, run.folder, run.ready.plan.steps
     adapter = next(iter(result.exports.values()))
@@ -380,9 +381,10 @@ def finish(result: TrainingResult, run: Run, load: Callable[[], Family]) -> Resu
 
 
 def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) -> list[selfcheck.Finding]:
-    """Findings of all exported files; the base that carries the first one draws the last samples, if asked for.
+    """Return the findings of all exported files. The base with the first file draws the last samples if
+    `sample.at_end`.
 
-    They are what `lorakit sample` draws with the file, to the bit on a CPU.
+    On a CPU `lorakit sample` draws the same pictures from that file, to the bit.
     """
     config, exports, folder = run.config, result.exports, run.folder
     findings: list[selfcheck.Finding] = []
@@ -408,7 +410,7 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
             with run.optional("the preview"):
                 last = folder.samples / step_name(run.ready.plan.steps) / "01.png"
                 write_previews(last, exports, run.events.say)
-        del family  # the next one needs its room
+        del family  # free its memory for the next one
     for finding in findings:
         verdict = "ok: {name}: {detail}" if finding.passed else "FAILED: {name}: {detail}"
         run.events.say(Message(verdict, finding.name, finding.detail))
@@ -416,8 +418,8 @@ def _self_check(result: TrainingResult, run: Run, load: Callable[[], Family]) ->
 
 
 def dropped_layers(weights: AdapterWeights, adapter: AdapterConfig) -> list[str]:
-    """Layers that dropout left out of every step of a short run, so that they did not change; [] if no layer
-    changed."""
+    """Layers that dropout left out of every step of a short run, so that they did not change. [] if no layer changed at
+    all."""
     if not (getattr(adapter, "module_dropout", 0.0) or getattr(adapter, "rank_dropout", 0.0)):
         return []
     zero = [name for name, layer in weights.layers.items() if not all(part.any() for part in layer.factors().values())]
@@ -425,9 +427,9 @@ def dropped_layers(weights: AdapterWeights, adapter: AdapterConfig) -> list[str]
 
 
 def write_previews(sample: Path, exports: Mapping[str, Path], say: Callable[[str], None]) -> None:
-    """Put a sample, the first prompt's, beside the adapter as `<name>.png`, where web UIs look for one.
+    """Copy a sample of the first prompt to `<name>.png` next to the adapter, where web UIs look for a preview.
 
-    It goes without its recipe, as the prompt is the user's. A picture there that no run has put there stays.
+    The copy has no recipe, because the prompt is private. An existing picture that lorakit did not write stays.
     """
     for name, path in exports.items():
         preview = path.with_suffix(".png")
@@ -442,7 +444,7 @@ def write_previews(sample: Path, exports: Mapping[str, Path], say: Callable[[str
 
 
 def _loader(run: Run) -> Callable[..., Family]:
-    """Loads the base as the config asks for; says on which device and in which precision."""
+    """Return a function that loads the base as configured. Report the device and the precision."""
     memory = run.config.memory
     device = devices.device(memory)
     lines = devices.prepare(memory, device)
@@ -472,7 +474,7 @@ def _loader(run: Run) -> Callable[..., Family]:
 
 @contextlib.contextmanager
 def _outcome(folder: RunFolder, notify: str, events: Events) -> Iterator[None]:
-    """Leave in the run folder how the run ended, whatever happens inside, and notify whom the config names."""
+    """Record in the run folder how the run ended, and notify whoever `output.notify` names."""
     try:
         try:
             yield

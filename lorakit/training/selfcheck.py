@@ -1,12 +1,12 @@
-"""The end of every run: check that the file on disk does what the model in memory does.
+"""The last part of every run: check that the exported file does what the model in memory does.
 
-Every exported file is examined in three ways:
+Every exported file is checked in three ways:
 
-1. Its tensors are read again: every layer must be there, finite, not zero and as trained.
-2. diffusers' loader, which shares no code with the exporter, loads it into a fresh base: each delta W must be the
-   trained one.
-3. UNet and text encoder compute fixed inputs (the probe) three times: in the trained model, in the base, and in a fresh
-   base with the file. The third output must equal the first and differ from the second.
+1. Its tensors are read again: every layer must be in the file, finite, not zero and as trained.
+2. diffusers' loader, which shares no code with the exporter, loads it into a new base: each delta W must equal the
+trained one.
+3. UNet and text encoder compute fixed inputs (the probe) three times: in the trained model, in the base, and in a new
+base with the file. The third output must equal the first and differ from the second.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
     from lorakit.families.conditioning import Conditioning
 
 RIGHT = "the file reproduces the trained adapter: effect {effect:.2%}, difference {error:.2%} of the effect"
-# How far the file may be from the model in memory, as a share of the adapter's own effect: rounding of its factors to
-# float16 or bfloat16, and the order of additions.
+# Largest difference between file and model in memory, relative to the adapter's effect: its factors are rounded to
+# float16 or bfloat16, and sums run in another order.
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
-# What rounding alone may do to the output of a forward pass in the base's precision, as a share of the output.
+# Largest effect of rounding on the output of a forward pass in the base's precision, relative to the output.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-# An effect that is no more than this share of the output is none: rounding of a number, or less than is worth a file.
+# An effect up to this share of the output counts as none: it is rounding, or too small to matter.
 NO_EFFECT = {torch.float32: 5e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-# How far factors may be off that diffusers has cast to the base's precision.
+# Largest relative error of factors that diffusers casts to the base's precision.
 CAST = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its name, whether it passed, and the figure or the cause."""
+    """The result of one check: its name, whether it passed, and the measured value or the cause."""
 
     name: str
     passed: bool
@@ -57,18 +57,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Probe:
-    """Outputs on fixed inputs, float32 on the CPU: the UNet's prediction, and the text embeddings behind it."""
+    """Outputs for fixed inputs, float32 on the CPU: the UNet's prediction and the text embeddings that it received."""
 
     prediction: torch.Tensor
     embeddings: torch.Tensor
 
 
 def probe(family: Family, prompt: str, size: tuple[int, int], condition: Conditioning | None = None) -> Probe:
-    """One forward of text encoder and UNet at a middle timestep, each alone on the device.
+    """Run text encoder and UNet once at a middle timestep, each alone on the device.
 
     Args:
         size: (width, height) in pixels.
-        condition: what the text encoders make of the prompt, where that is known.
+        condition: embeddings of the prompt, if already computed.
     """
     width, height = (side // family.info.downscale for side in size)
     shape = (1, family.info.latent_channels, height, width)
@@ -96,18 +96,18 @@ def examine(
     dtype: str,
     untrained_layers: Collection[str] = (),
 ) -> Iterator[tuple[str, list[Finding], Family | None]]:
-    """Each exported file in its own base, loaded again: (format, findings, the base with the file in it).
+    """Check each exported file in its own, newly loaded base: yield (format, findings, base with the file in it).
 
-    The base is None where the file itself is already wrong.
+    The base is None if the file failed the first check.
 
     Args:
         exports: format -> file or folder.
         weights: the adapter in memory.
-        base_probe, memory_probe: of the base and of the trained model.
+        base_probe, memory_probe: outputs of the base and of the trained model.
         load: loads the base again.
-        prompt, size: as for the probes.
-        dtype: what the file was written in.
-        untrained_layers: layers that no gradient reaches, whatever is trained; they are in the file and may be zero.
+        prompt, size: the same as for the probes.
+        dtype: the precision of the files.
+        untrained_layers: layers that get no gradient. They are in the file and may be zero.
     """
     announced = [layer for layer in weights.layers if layer not in untrained_layers]
     for name, path in exports.items():
@@ -115,9 +115,9 @@ def examine(
         if failures(findings):
             yield name, findings, None
             continue
-        gc.collect()  # what the caller has let go of: blocks that were changed refer to themselves
+        gc.collect()  # the caller's old blocks are in reference cycles
         family = load()
-        # Neither DoRA in the web UIs' axis, LyCORIS' methods nor a PEFT folder is something that this loader reads.
+        # diffusers' loader cannot read DoRA in the web UIs' axis, the LyCORIS methods or a PEFT folder.
         only_lora = all(layer.is_lora for layer in weights.layers.values())
         if not weights.layers:
             findings.append(read_word_by_diffusers(name, path, family, weights))
@@ -131,16 +131,16 @@ def examine(
             memory_probe,
             read,
             tolerance=TOLERANCE[dtype],
-            # Products in TF32 are as short as those in float16.
+            # Products in TF32 have the mantissa of float16.
             dtype=torch.float16 if devices.uses_tf32(family.device, family.dtype) else family.dtype,
             weights=weights,
         )
         yield name, findings, family
-        del family  # the next one needs its room
+        del family  # free its memory for the next one
 
 
 def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Sequence[str]) -> list[Finding]:
-    """Open the exported file again: every announced layer must be there, finite, not zero and as trained."""
+    """Read the exported file again: every announced layer must be in it, finite, not zero and as trained."""
     wrong = verify.verify_file(path, weights, announced)
     if not weights.layers:
         count = sum(len(rows) for vectors in weights.embeddings.values() for rows in vectors.values())
@@ -158,7 +158,7 @@ def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Seq
 
 
 def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWeights, tolerance: float) -> Finding:
-    """Load the file with `load_lora_weights`, compare every layer that is then in the base, and take it out again."""
+    """Load the file with `load_lora_weights`, compare every layer in the base with the trained one, and unload it."""
     pipeline = family.pipeline()
     with _quiet():
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="selfcheck")
@@ -174,7 +174,7 @@ def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWei
         down, up = (factors["selfcheck"].weight.detach() for factors in (applied.lora_A, applied.lora_B))
         file_layer = LoraLayer(down.float().cpu(), up.float().cpu(), applied.scaling["selfcheck"] * len(down))
         problem = verify.difference(weights.layers[layer], file_layer, tolerance + CAST[family.dtype])
-        # What is zero in memory (a layer that no gradient reaches) is rightly zero here.
+        # A layer that is zero in memory (it gets no gradient) may be zero here.
         if problem and torch.count_nonzero(weights.layers[layer].delta()):
             wrong.append(Message("{layer}: {problem}", layer, problem))
     pipeline.unload_lora_weights()
@@ -184,8 +184,8 @@ def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWei
 
 
 def read_word_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWeights) -> Finding:
-    """Load the file with `load_textual_inversion`, compare what is then in each text encoder's table, and take it out
-    again."""
+    """Load the file with `load_textual_inversion`, compare the vectors in each text encoder with the trained ones, and
+    unload it."""
     pipeline, wrong = family.pipeline(), list[str]()
     word, vectors = next(iter(weights.embeddings.items()))
     file = load_file(path)
@@ -199,7 +199,7 @@ def read_word_by_diffusers(name: str, path: Path, family: Family, weights: Adapt
         rows = model.get_input_embeddings().weight.detach()[ids].float().cpu()
         if not torch.allclose(rows, vectors[encoder.name], rtol=CAST[family.dtype], atol=CAST[family.dtype]):
             wrong.append(Message("{encoder}: its vectors are not those that were trained", encoder.name))
-        tokens = [token, *(f"{token}_{number}" for number in range(1, len(ids)))]  # what it calls further vectors
+        tokens = [token, *(f"{token}_{number}" for number in range(1, len(ids)))]  # diffusers' names of further vectors
         pipeline.unload_textual_inversion(tokens=tokens, tokenizer=tokenizer, text_encoder=model)
     right = Message("text encoders that have the word as trained: {count}", len(vectors))
     return Finding(f"{name} in diffusers", not wrong, some(wrong, 3, "; ") if wrong else right)
@@ -207,7 +207,7 @@ def read_word_by_diffusers(name: str, path: Path, family: Family, weights: Adapt
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers warns that a file has no text-encoder part where none was trained."""
+    """Silence diffusers' warning that a file has no text-encoder part."""
     logger = logging.getLogger("diffusers.loaders.lora_base")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -227,7 +227,7 @@ def compare(
     dtype: torch.dtype,
     weights: AdapterWeights,
 ) -> list[Finding]:
-    """Findings from the probes of the base, of the model in memory and of the file, for each adapted component."""
+    """Findings for each adapted component, from the probes of the base, of the model in memory and of the file."""
     outputs = {"unet": (base_probe.prediction, memory_probe.prediction, file_probe.prediction)}
     if weights.embeddings or any(not layer.startswith("unet.") for layer in weights.layers):
         outputs["text encoder"] = (base_probe.embeddings, memory_probe.embeddings, file_probe.embeddings)
@@ -244,5 +244,5 @@ def compare(
 
 
 def failures(findings: Iterable[Finding]) -> list[Finding]:
-    """Those that did not hold."""
+    """The findings that did not pass."""
     return [finding for finding in findings if not finding.passed]

@@ -1,4 +1,4 @@
-"""A listener that passes the figures and pictures of a run on to an experiment tracker of accelerate."""
+"""A listener that passes the metrics and pictures of a run to an experiment tracker of accelerate."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from lorakit.runs.run_folder import RunFolder
 
 Value = TypeVar("Value")
-# Tracker -> its argument for the name of a run, beside that of the project; the others have one name.
+# Tracker -> its argument for the name of the run. The other trackers only have the project's name.
 RUN_NAME = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
-# Trackers that take one picture, not a list; and what TensorBoard is told of its axes.
+# Trackers that take one picture instead of a batch, and extra arguments of `log_images`.
 ONE_PICTURE = {"aim", "clearml"}
 PICTURE_OPTIONS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}}
 
 
 class Tracker:
-    """Logs the figures of the events "step", "validation" and "progress", and the sample pictures.
+    """Log the metrics of the events "step", "validation" and "progress", and the sample pictures.
 
-    The project is named after the adapter, the run after its folder. Of the config it gets what an adapter file has
-    too: no path, no prompt. Logins are the tracker's own; lorakit reads and writes none.
+    The project has the adapter's name, the run has its folder's name. The tracker gets the options that an adapter file
+    contains: no path, no prompt. The tracker handles its own login; lorakit reads and writes no credentials.
 
     Args:
         name: one of `registry.TRACKERS`, or "module:Class" of an `accelerate.tracking.GeneralTracker`.
 
     Raises:
-        LorakitError: it cannot be started, say because nobody is logged in.
+        LorakitError: the tracker does not start, say because nobody is logged in.
     """
 
     def __init__(self, name: str, config: Config, run: RunFolder):
@@ -48,7 +48,7 @@ class Tracker:
             raise LorakitError("output.trackers: {name} does not start: {problem}", name, _line(error)) from None
 
     def __call__(self, event: Event) -> None:
-        """Take an event."""
+        """Log an event."""
         if event.kind in ("step", "validation", "progress"):
             figures = {f"{event.kind}/{name}": value for name, value in event.facts.items() if isinstance(value, float)}
             self._guard(lambda: self.tracker.log(figures, step=event.step))
@@ -59,7 +59,7 @@ class Tracker:
             self._guard(lambda: self.tracker.log_images({"samples": pictures}, step=event.step, **options))
 
     def close(self) -> None:
-        """Write the remaining values."""
+        """Write the remaining values and close the tracker."""
         self._guard(self.tracker.finish)
 
     def _start(self, config: Config, run: RunFolder) -> GeneralTracker:
@@ -78,7 +78,7 @@ class Tracker:
         return tracker
 
     def _guard(self, log: Callable[[], Value]) -> Value:
-        """Call it. A tracker that fails, say for want of a network, is a log that cannot be written."""
+        """Call `log`. An error of the tracker, say without a network, becomes an OSError, like that of a log file."""
         try:
             return log()
         except OSError:

@@ -1,4 +1,4 @@
-"""A base prepared for training: with adapter, loss, optimizer and validation."""
+"""Prepare a base for training: adapter, loss, optimizer and validation."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """The parts that the loop needs: what is trained, its optimizer, its loss and its validation.
+    """The parts that the loop needs: trained weights, loss, optimizer and validation.
 
     Attributes:
         family: the base, with the adapter in it.
-        adapter: what is trained.
+        adapter: the trained weights: an adapter, or those of the base.
         loss_step: computes the loss of a batch.
-        optimizer_step: does a whole step.
-        validation: examines the weights as they are.
-        photo_validation: the same on photos that are trained on.
+        optimizer_step: does an optimizer step.
+        validation: validates the current weights, on held-out photos where there are some.
+        photo_validation: the same on training photos.
     """
 
     family: Family
@@ -64,8 +64,8 @@ def trainable(
     say: Callable[[str], object],
     processes: Processes = SINGLE,
 ) -> Model:
-    """Put a new adapter into the base, and what trains and examines it around both; the first process says what its
-    weights are.
+    """Attach a new adapter to the base and build loss, optimizer and validation. All processes get the weights of the
+    first.
 
     Raises:
         LorakitError: the base already carries an adapter, or `train.init_from` does not fit.
@@ -116,7 +116,8 @@ def trainable(
 
 
 def _init_word(config: Config) -> str:
-    """What the trigger's vectors begin as: of a word alone the last word of the noun, as a noun says most."""
+    """The word whose vectors the trigger starts from. For textual inversion alone, the default is the last word of the
+    noun."""
     return getattr(config.adapter, "init_word", None) or (
         config.data.noun.rpartition(" ")[2] if config.adapter.words_only else ""
     )

@@ -1,8 +1,8 @@
-"""How good an adapter is, in figures that can be compared: same photos, same noise, same timesteps every time.
+"""Metrics of an adapter that can be compared: the same photos, noise and timesteps every time.
 
-Training loss depends mostly on the timestep that was drawn. Here every photo is noised at one timestep of each band,
-and the noise depends on the seed only. So two evaluations of the same weights are equal to the bit, and a difference
-between two checkpoints comes from their weights.
+The training loss depends mostly on the timestep that was drawn. Here every photo gets noise at one timestep of each
+band, and the noise depends only on the seed. So two evaluations of the same weights are equal to the bit, and a
+difference between two checkpoints comes from their weights.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
-# The timesteps are cut into so many bands of equal width, from little noise to pure noise.
+# Number of bands of equal width that the timesteps are divided into, from little noise to pure noise.
 BANDS = 4
-# Photos looked at, at most, and noisy versions in each band, at least: what keeps an evaluation short and its figures
-# steady.
+# The most photos, and the fewest noisy versions in each band: they keep an evaluation short and its metrics steady.
 PHOTOS = 16
 POINTS = 8
-# Pictures of the class that the base is followed through for the drift, so many at a time, and the steps of each: every
-# second one is in the middle of a band.
+# For the prior drift: pictures of the class, how many in a batch, and denoising steps of each. Every second step is in
+# the middle of a band.
 CLASS_PICTURES, CLASS_BATCH = 8, 4
 DENOISING_STEPS = 2 * BANDS
 
 
 class Validation:
-    """A fixed examination.
+    """A fixed evaluation.
 
-    The photos are taken at the mean of their posterior, unmasked and unweighted: the error is that of the plain
-    objective whatever the run trains on.
+    It uses the mean of each photo's posterior, without mask and loss weights. So its error is that of the plain
+    objective, whatever loss the run trains with.
 
     Args:
         family: the loaded base.
-        dataset: photos not trained on or, where there is no hold-out, the training photos (`data.cache.Dataset`).
+        dataset: the held-out photos or, without a hold-out, the training photos (`data.dataset.Dataset`).
         conditions: embeddings of `dataset.texts` by the base.
         class_condition: embedding of the class prompt by the base, one row.
-        seed: of the run.
-        from_holdout: what the figures may be called.
+        seed: the seed of the run.
+        from_holdout: whether `dataset` holds held-out photos; the metrics say so.
     """
 
     def __init__(
@@ -62,25 +61,25 @@ class Validation:
         self.class_condition = class_condition
         self.source = "held-out photos" if from_holdout else "training photos"
         places = _spread(_unaugmented_rows(dataset), PHOTOS)
-        # (bucket, row, text) of each examination; a photo is examined several times where there are few.
+        # (bucket, row, text) of each evaluation. If there are few photos, each is evaluated several times.
         self.places = places * math.ceil(POINTS / len(places))
         self.photo_count = len(places)
-        # (noisy latents, timesteps, what the base says of them) under the class prompt; from the first run on.
+        # (noisy latents, timesteps, the base's prediction) under the class prompt; filled by the first `run`.
         self._class_points: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def run(
         self, adapter: Trainable, *, conditions: Conditioning | None = None, class_condition: Conditioning | None = None
     ) -> dict[str, Any]:
-        """Examine the weights as they are.
+        """Evaluate the current weights.
 
         Args:
-            adapter: the attached adapter; it is switched off for the base's part in the drift, which is done once.
-            conditions, class_condition: where text encoders are trained, what they make of the texts now.
-
+            adapter: the attached adapter. It is disabled for the base's part of the drift, which is computed once.
+            conditions, class_condition: current embeddings where text encoders are trained; by default those of the
+                base.
         Returns:
-            {"mse", "rmse", "mae", "r2"} over everything; "bands": the same for each band with its "timesteps"
-            [first, last]; "prior_drift": the mean of ||with - without||^2 / ||without||^2 over what the base itself
-            meets on its way from noise to pictures of the class; "photos" and "source": on what.
+            {"mse", "rmse", "mae", "r2"} over all bands; "bands": the same for each band with its "timesteps" [first,
+                last]; "prior_drift": the mean of ||with - without||^2 / ||without||^2 over the inputs that the base
+                meets while it draws pictures of the class; "photos" and "source": how many photos, and which.
         """
         family = self.family
         conditions = self.conditions if conditions is None else conditions
@@ -97,7 +96,7 @@ class Validation:
             for noisy, timesteps, without in self._class_points:
                 adapted = family.predict(noisy, timesteps, self._class_sized(class_condition))
                 drifts.append((adapted - without).square().sum((1, 2, 3)) / without.square().sum((1, 2, 3)))
-        # One transfer; added up in float64 on the CPU, where the order is always the same.
+        # One transfer to the CPU. The sum is in float64 and always in the same order.
         totals = torch.stack(sums).cpu().double().sum(0)
         # The last timestep of a band lies just below the first of the next.
         shares = torch.arange(BANDS, dtype=torch.float64) / BANDS
@@ -109,7 +108,7 @@ class Validation:
         return {**overall, "prior_drift": drift, "bands": bands, "photos": self.photo_count, "source": self.source}
 
     def gains(self, adapter: Trainable, conditions: Conditioning | None = None) -> dict[str, float]:
-        """The share of the base's squared error that the adapter takes away, of each photo by its name.
+        """Name of each photo -> the share of the base's squared error that the adapter removes.
 
         Args:
             adapter, conditions: as for `run`.
@@ -125,7 +124,7 @@ class Validation:
         return {name: 1 - trained / max(base, 1e-30) for name, (base, trained) in errors.items()}
 
     def _errors(self, conditions: Conditioning) -> list[float]:
-        """The squared error at each place."""
+        """The mean squared error at each of `places`."""
         errors = []
         for number in range(len(self.places)):
             noisy, timesteps, target, text, sizes = self._point(number)
@@ -134,11 +133,13 @@ class Validation:
         return [float(error) for error in torch.stack(errors).cpu()]
 
     def _follow_the_base(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Draw pictures of the class in a few DDIM steps (Song et al. 2020, arXiv 2010.02502), and keep what the base
-        was shown and said in the middle of each band. Photos would not do: they are of the subject, on which the
-        adapter is meant to change what the model says."""
+        """Draw pictures of the class in a few DDIM steps (Song et al. 2020, arXiv 2010.02502). Return the base's inputs
+        and predictions in the middle of each band.
+
+        Photos cannot be used: they show the subject, for which the adapter is meant to change the predictions.
+        """
         family, device = self.family, self.family.device
-        # Just below each edge of equal shares of the timesteps in training.
+        # Just below the edges of equal shares of the training timesteps.
         shares = torch.arange(DENOISING_STEPS, 0, -1, dtype=torch.float64) / DENOISING_STEPS - 1e-9
         times = family.prediction.timesteps_at(shares.to(device))
         shape = (CLASS_BATCH, *self._largest.mean.shape[1:])
@@ -158,7 +159,7 @@ class Validation:
 
     @property
     def _largest(self) -> LatentBucket:
-        """The bucket with the most rows: its size stands for the class pictures."""
+        """The bucket with the most rows; class pictures have its size."""
         return max(self.dataset.buckets, key=lambda bucket: len(bucket.mean))
 
     def _class_sized(self, condition: Conditioning) -> Conditioning:
@@ -170,15 +171,16 @@ class Validation:
     def _point(
         self, number: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """One photo, once in each band: noisy latents `[BANDS, C, h, w]`, timesteps, target, text and sizes."""
+        """One photo with noise in each band: noisy latents `[BANDS, C, h, w]`, timesteps, target, text rows and
+        sizes."""
         family, device = self.family, self.family.device
         bucket_index, row, text = self.places[number]
         bucket = self.dataset.buckets[bucket_index]
         latents = bucket.mean[row].to(device).expand(BANDS, -1, -1, -1)
-        # Drawn on the CPU, so that the examination is the same on every device.
+        # Drawn on the CPU, so that the noise is the same on every device.
         draw = rng.generator(self.seed, number, "validation")
         noise = torch.randn(latents.shape, generator=draw).to(device)
-        # Over the points, the places within a band are spread evenly: a stratified sample.
+        # Across all points, the positions within a band are spread evenly: a stratified sample.
         place = (number + torch.rand(BANDS, generator=draw, dtype=torch.float64)) / len(self.places)
         shares = (torch.arange(BANDS, dtype=torch.float64) + place) / BANDS
         timesteps = family.prediction.timesteps_at(shares.to(device))
@@ -189,7 +191,7 @@ class Validation:
 
 
 def _unaugmented_rows(dataset: Dataset) -> list[tuple[int, int, int]]:
-    """(bucket, row, text) of each photo as it is (variant 0) with its own text, in the photos' order."""
+    """(bucket, row, text) of each unaugmented photo (variant 0) with its own text, in the order of the photos."""
     rows = [
         (photo, number, row, text)
         for number, bucket in enumerate(dataset.buckets)
@@ -202,12 +204,12 @@ def _unaugmented_rows(dataset: Dataset) -> list[tuple[int, int, int]]:
 
 
 def _spread(rows: list[tuple[int, int, int]], count: int) -> list[tuple[int, int, int]]:
-    """At most `count` of them, evenly spread."""
+    """At most `count` of the rows, evenly spread."""
     return rows if len(rows) <= count else [rows[number * len(rows) // count] for number in range(count)]
 
 
 def _sums(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`[5, BANDS]`: squared errors, absolute errors, targets, squared targets (each summed), and their number."""
+    """`[5, BANDS]`: sums of squared errors, absolute errors, targets and squared targets, and the number of values."""
     error, target = (prediction - target).flatten(1), target.flatten(1)
     count = torch.full((len(target),), target.shape[1], device=target.device)
     parts = [error.square().sum(1), error.abs().sum(1), target.sum(1), target.square().sum(1), count.to(error.dtype)]
@@ -215,7 +217,7 @@ def _sums(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _figures(sums: torch.Tensor) -> dict[str, float]:
-    """MSE, RMSE, MAE and R2 from the five sums; R2 is the share of the target's variance that is explained."""
+    """MSE, RMSE, MAE and R2 from the five sums. R2 = 1 - squared error / (variance of the target * count)."""
     squared, absolute, target, target_squared, count = sums.tolist()
     variance = target_squared - target * target / count
     mse = squared / count

@@ -1,10 +1,11 @@
-"""One run in several processes, each with a card: their communication.
+"""Communication of a run that trains in several processes, one GPU each.
 
-All of them go through the same code. What one process alone may do, such as reading photos and writing, is done by the
-first inside `Processes.first`, whose result the others receive; they take their share of what it gives to
-`Processes.map` meanwhile. Gradients are added up between backward and optimizer
-step, on the device; all else goes through gloo, which notices at once where a process is lost. A run in a single
-process has `SINGLE`, by which nothing of this happens.
+All processes run the same code. What only one may do, such as reading photos and writing files, the first process does
+inside `Processes.first`; the others receive the result. While they wait, they compute their share of the items that the
+first process passes to `Processes.map`.
+
+Gradients are summed on the device, between the backward pass and the optimizer step. All other messages use gloo, which
+notices at once when a process is lost. A run in a single process uses `SINGLE`, which communicates nothing.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Tasks = Mapping[str, Callable[[Any], object]]
 NO_TASKS: Tasks = {}
-CARDS = 64  # of one machine, at most
-# The first process may draw class images for hours while the others wait; that it is lost is noticed otherwise.
+CARDS = 64  # the most GPUs of one machine
+# Timeout of gloo. The first process may draw class images for hours while the others wait; lost processes are noticed
+# in another way.
 PATIENCE = datetime.timedelta(days=7)
-# A process that still waits for the device so many seconds after another was lost is ended: NCCL waits for ever.
+# Seconds after which a process ends if it still waits for the device after another was lost: NCCL would wait forever.
 GRACE = 10
-# They compute, or say what is computed: all processes must have the same.
+# Packages whose version must be the same in all processes: they compute, or decide what is computed.
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
 NO_NCCL = (
     "several CUDA cards need NCCL, which torch {version} is built without (torch for Windows is): train on one card, "
@@ -57,11 +59,11 @@ NO_NCCL = (
 
 
 class ProcessLost(LorakitError):
-    """Another process of the run has ended, and with it the run."""
+    """Another process of the run has ended, so this one cannot go on."""
 
 
 class EndedElsewhere(Exception):
-    """The first process has ended the run, and has said why."""
+    """The first process has ended the run and has reported why."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class _Failure:
 
     @classmethod
     def of(cls, error: Exception) -> _Failure:
-        """Of what the first raised, or a task of another."""
+        """The failure for an exception of the first process, or of a task in another."""
         kind = next(kind for kind, types in _KINDS.items() if isinstance(error, types))
         return cls(kind, str(error) or type(error).__name__)
 
@@ -84,13 +86,13 @@ _KINDS: dict[str, tuple[type[Exception], ...]] = {
     "memory": (torch.OutOfMemoryError,),
     "other": (Exception,),
 }
-# What the first raised is in the others.
+# The exception that the other processes raise for a failure of the first; `EndedElsewhere` for all other kinds.
 _FAILURES: dict[str, type[Exception]] = {"stop": StopRequested, "not finite": NotFinite}
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """An item for each of the first `count` processes comes next."""
+    """Announces that each of the first `count` processes gets an item of `task` next."""
 
     task: str
     count: int
@@ -100,42 +102,43 @@ class Processes:
     """The processes of a run. This class is for a run in a single process; `Group` is for several.
 
     Attributes:
-        rank: of this process; 0 is the first.
-        count: of all.
+        rank: rank of this process; 0 is the first.
+        count: number of processes.
     """
 
     rank, count = 0, 1
 
     def share(self, parts: int) -> range:
-        """The places among the `parts` batches of a step that this process computes: every process has as many."""
+        """Indices, among the `parts` batches of a step, that this process computes. Each process has the same
+        number."""
         return share(parts, self.rank, self.count)
 
     def first(self, compute: Callable[[], T], tasks: Tasks = NO_TASKS) -> T:
-        """The result of `compute`, which only the first process calls. An exception is raised in all.
+        """Call `compute` in the first process only and return its result in all. If it raises, all processes raise.
 
         Args:
-            tasks: what the others do for it on the way, by the names that `map` takes.
+            tasks: name -> function that the other processes run for `map` while they wait.
 
         Raises:
-            StopRequested, NotFinite: it raised that, or Stopped.
-            EndedElsewhere: it raised something else; in the first process this is what it was.
+            StopRequested, NotFinite: `compute` raised this (or Stopped, which becomes StopRequested).
+            EndedElsewhere: `compute` raised something else. The first process raises the original exception.
         """
         return compute()
 
     def map(self, task: str, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        """What `function` makes of each item, in their order, inside `first`; the other processes take their share of
-        them to their own task of that name."""
+        """Apply `function` to each item, in order, inside `first`. The other processes apply their own task of that
+        name to their share of the items."""
         return map(function, items)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process."""
+        """Whether `flag` is true in any process."""
         return flag
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace each tensor by the sum of those of all processes, which is the same in all of them to the bit."""
+        """Replace each tensor by its sum over all processes. The sum is the same in all of them, to the bit."""
 
     def copy_weights(self, adapter: Trainable) -> None:
-        """Give an adapter the weights that it has in the first process: other hardware rounds otherwise."""
+        """Copy the adapter's weights from the first process: other hardware rounds differently."""
 
 
 SINGLE = Processes()
@@ -148,19 +151,20 @@ def share(parts: int, rank: int, count: int) -> range:
 
 
 class Group(Processes):
-    """Several processes. Every method but `share` is called by all of them in the same order.
+    """Several processes. All of them call every method but `share`, in the same order.
 
     Args:
-        world: this process among the others, whose process group exists.
+        world: rank and number of this process; its process group exists already.
     """
 
     def __init__(self, world: launch.World):
         self.rank, self.count, self.local_rank = world.rank, world.count, world.local_rank
-        # Kept through the public store of the group: what a process says before it ends.
+        # The store of the process group holds the message that a process leaves before it ends.
         self._store = dist.distributed_c10d._get_default_store()
         self._ends = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.lost: list[int] = []
-        # The first watches all others, and they watch the first: a message comes at the end, or the connection ends.
+        # The first watches all others, and they watch the first: each waits for a last message, or for the connection
+        # to end.
         peers = range(1, self.count) if self.rank == 0 else [0]
         self._watchers = [threading.Thread(target=self._watch, args=(peer,), daemon=True) for peer in peers]
         self._peers = list(peers)
@@ -180,7 +184,7 @@ class Group(Processes):
         return value
 
     def map(self, task: str, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        """See `Processes`. Items and results are sent as the result of `first` is."""
+        """See `Processes`. Items and results are pickled like the result of `first`."""
         rest = iter(items)
         while turn := list(itertools.islice(rest, self.count)):
             others = range(1, len(turn))
@@ -189,7 +193,7 @@ class Group(Processes):
                 self._send(turn[rank], functools.partial(dist.send, dst=rank))
             try:
                 values = [function(turn[0])]
-            finally:  # they send it in any case
+            finally:  # the others send a result in any case
                 parts = [self._take(functools.partial(dist.recv, src=rank)) for rank in others]
             for rank, part in zip(others, parts, strict=True):
                 if isinstance(part, _Failure):
@@ -199,7 +203,8 @@ class Group(Processes):
             yield from values
 
     def receive(self, tasks: Tasks = NO_TASKS) -> object:
-        """As `first`, in a process that is not the first."""
+        """The counterpart of `first` in the other processes: run the tasks of `map`, then return the result of
+        `first`."""
         while isinstance(value := self._take(self._to_all), _Turn):
             if self.rank < value.count:
                 item = self._take(functools.partial(dist.recv, src=0))
@@ -222,9 +227,9 @@ class Group(Processes):
             receive(size)
             data = torch.empty(int(size), dtype=torch.uint8)
             receive(data)
-        # Tensors on the card of another process, also of another machine, go to the card of this one.
+        # Tensors from the GPU of another process, also on another machine, go to the GPU of this one.
         places = dict.fromkeys((f"cuda:{number}" for number in range(CARDS)), f"cuda:{self.local_rank}")
-        # It comes from a process of this run: the pickle is trusted.
+        # The data comes from a process of this run, so its pickle is trusted.
         return torch.load(io.BytesIO(data.numpy().tobytes()), map_location=places, weights_only=False)
 
     def _send(self, value: object, send: Callable[[torch.Tensor], object]) -> None:
@@ -236,14 +241,14 @@ class Group(Processes):
             send(data)
 
     def any(self, flag: bool) -> bool:
-        """See `Processes`. It does not wait for the device."""
+        """See `Processes`. This does not wait for the device."""
         value = torch.tensor([int(flag)])
         with self._connected():
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """See `Processes`. On a card, what follows there waits for it, and the host does not."""
+        """See `Processes`. Later work on the GPU waits for the sum; the host does not."""
         with self._connected():
             for work in [dist.all_reduce(tensor.detach(), async_op=True) for tensor in tensors]:
                 work.wait()
@@ -279,11 +284,11 @@ class Group(Processes):
                 )
 
     def say_problem(self, text: str) -> None:
-        """Send the first process the reason why this one ends. The first reports it."""
+        """Leave a message for the first process about why this one ends. The first reports it."""
         self._store.set(f"problem/{self.rank}", f"process {self.rank} on {platform.node()}: {text}")
 
     def leave(self) -> None:
-        """Part from the others at the end of the run."""
+        """Send the last message to the watched processes, at the end of the run."""
         with self._connected():
             for peer in self._peers:
                 dist.send(torch.zeros(1), peer, group=self._ends)
@@ -305,9 +310,9 @@ class Group(Processes):
             raise ProcessLost(self._problem()) from error
 
     def _problem(self) -> str:
-        """What a process said before it ended; else that one was lost."""
+        """The message that a process left before it ended; without one, that a process was lost."""
         for watcher in self._watchers:
-            watcher.join(1.0 / len(self._watchers))  # its connection ends with that by which this was noticed
+            watcher.join(1.0 / len(self._watchers))  # the watcher's connection ends at about the same time
         ranks = sorted({*self.lost, *range(self.count)}, key=lambda rank: rank not in self.lost)
         for rank in ranks:
             if self.rank == 0 and self._store.check([f"problem/{rank}"]):
@@ -317,24 +322,24 @@ class Group(Processes):
 
 
 class SilentFolder(RunFolder):
-    """The run folder as the other processes see it: only the first one writes."""
+    """The run folder in the processes that do not write it: only the first one writes."""
 
     def update(self, **changes: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def event(self, event: str, **facts: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def record(self, event: Event) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @contextlib.contextmanager
 def join() -> Iterator[Processes]:
-    """The processes of this run, as the launcher started them; `SINGLE` without a launcher.
+    """Connect the processes that the launcher started, and yield them; without a launcher, yield `SINGLE`.
 
     Raises:
-        LorakitError: they cannot be connected, or do not suit each other.
+        LorakitError: they cannot be connected, or differ in versions or arguments.
     """
     world = launch.world()
     if world.count == 1:
@@ -357,25 +362,25 @@ def join() -> Iterator[Processes]:
 
 
 def _connect(world: launch.World) -> None:
-    """Place this process on its card, and connect it with the others, by accelerate."""
+    """Select the GPU of this process and create the process group, through accelerate."""
     from accelerate import PartialState
     from accelerate.utils import check_cuda_p2p_ib_support
 
     has_cuda = torch.cuda.is_available()
     if problem := has_cuda and card_problem(world, torch.cuda.device_count(), dist.is_nccl_available()):
         raise LorakitError(problem)
-    if has_cuda and not check_cuda_p2p_ib_support():  # these cards cannot, and NCCL would try
+    if has_cuda and not check_cuda_p2p_ib_support():  # these GPUs have no P2P, and NCCL would try it
         os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
     try:
         with _ended_by_signals():
             PartialState(cpu=not has_cuda, backend="cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        PartialState._reset_state()  # half of it is there, which accelerate would take for the whole
+        PartialState._reset_state()  # without this, accelerate would reuse the half-made state
         _refuse(error)
 
 
 def card_problem(world: launch.World, cards: int, has_nccl: bool) -> str:
-    """Why this process cannot compute on a card with the others, or ""."""
+    """Why this process has no GPU for a distributed run; "" if it has one."""
     if not has_nccl:
         return Message(NO_NCCL, torch.__version__)
     if world.local_rank >= cards:
@@ -389,7 +394,7 @@ def card_problem(world: launch.World, cards: int, has_nccl: bool) -> str:
 
 
 def _refuse(error: Exception) -> NoReturn:
-    """Raise what a failed connection means."""
+    """Raise a LorakitError that explains a failed connection."""
     place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '29500')}"
     if "EADDRINUSE" in str(error) or "address already in use" in str(error):
         raise LorakitError(
@@ -403,7 +408,8 @@ def _refuse(error: Exception) -> NoReturn:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Inside, a signal ends the process at once: nothing is lost yet, and a connection that waits hears none."""
+    """Restore the default signal handlers inside, so that a signal ends the process while it waits for a connection.
+    There is nothing to save yet."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

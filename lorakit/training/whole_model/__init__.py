@@ -1,7 +1,7 @@
-"""Training a base's own weights, as DreamBooth does (Ruiz et al. 2022, arXiv 2208.12242), instead of an adapter's.
+"""Training the base's own weights, as DreamBooth does (Ruiz et al. 2022, arXiv 2208.12242), instead of an adapter's.
 
-`WholeModel` is what the run asks of it: weights to train, a step that applies gradients one by one, files of a whole
-model, and their check.
+`WholeModel` is the interface to the run: the trained weights, an optimizer step that applies gradients one by one, the
+files of a model, and their check.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """What differs from a run that trains an adapter.
+    """The parts in which training a whole model differs from training an adapter.
 
     Attributes:
-        attach: (base, config) -> what is trained in it, a `core.protocols.Trainable`.
-        step: as `optimizer_step.OptimizerStep`.
-        save: writes the files: (run, what is trained, name, metadata) -> what -> path.
-        examine: checks them, as `selfcheck.examine`.
+        attach: (base, config) -> the trained weights, a `core.protocols.Trainable`.
+        step: the class that takes the place of `optimizer_step.OptimizerStep`.
+        save: writes the files: (run, weights, name, metadata) -> {output: path}.
+        examine: checks the files, as `selfcheck.examine`.
     """
 
     attach: Callable[..., weights.ModelWeights]

@@ -1,4 +1,4 @@
-"""The files of a trained model: the whole model, as one file or a folder, and a LoRA extracted from it; their check."""
+"""The files of a trained model and their check: the model as one file or a folder, and a LoRA extracted from it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from lorakit.families import BaseInfo, Family
     from lorakit.training.loop import Run
 
-# Output -> what follows the name of its file or folder.
+# Output -> suffix of its file or folder.
 ENDINGS = {"file": "-model.safetensors", "folder": "-model"}
-# In a LoRA's metadata, how much of the model it holds.
+# Metadata key of a LoRA: how much of the model's change it holds.
 SHARE = "lorakit.extracted"
-# How far a weight in a file may be from the one in memory, relative to its size: half a unit in the last place. And
-# what is half the smallest step of float16.
+# Largest relative difference between a weight in a file and in memory: half a unit in the last place; and half the
+# smallest step of float16.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SMALLEST = 2.0**-25
 
@@ -50,11 +50,11 @@ class Check(TypedDict):
 
 @dataclass(frozen=True)
 class TrainedModel(AdapterWeights):
-    """A trained model, as layers that take the place of the base's.
+    """A trained model, as layers that replace those of the base.
 
     Attributes:
-        base: what it was trained from.
-        rank: of the LoRA that is extracted.
+        base: the base that it was trained from.
+        rank: rank of the extracted LoRA.
     """
 
     base: BaseInfo | None = None
@@ -62,10 +62,10 @@ class TrainedModel(AdapterWeights):
 
     @functools.cached_property
     def lora(self) -> AdapterWeights:
-        """The LoRA nearest to the change by training, in the layers that every program reads.
+        """The LoRA that best approximates the change by training, in the layers that every program reads.
 
         Raises:
-            LorakitError: nothing has changed there.
+            LorakitError: none of these layers has changed.
         """
         dtype = next(iter(self.layers.values())).factors()["weight"].dtype
         assert self.base is not None, "a run gives it"
@@ -87,7 +87,7 @@ class TrainedModel(AdapterWeights):
 
 
 def named_weights(family: Family) -> Iterator[tuple[str, torch.Tensor]]:
-    """Canonical name and weight of all that may be trained in a base."""
+    """Canonical name and value of every weight of a base that can be trained."""
     for component, module in family.modules().items():
         for path, parameter in module.named_parameters():
             stem, _, kind = path.rpartition(".")
@@ -98,7 +98,7 @@ def save(run: Run, weights: TrainedModel, name: str, metadata: Mapping[str, str]
     """Write the files of `adapter.outputs`. Earlier files of the same name are replaced.
 
     Raises:
-        LorakitError: a number is not finite, or there is no room.
+        LorakitError: a weight is not finite, or the disk is full.
     """
     config, paths = run.config, dict[str, Path]()
     for output in config.adapter.outputs:  # type: ignore[attr-defined]
@@ -112,7 +112,7 @@ def save(run: Run, weights: TrainedModel, name: str, metadata: Mapping[str, str]
 
 
 def _replace(path: Path, weights: TrainedModel) -> None:
-    """Write a model to a temporary place, then replace the old one: a complete model is there at every moment."""
+    """Write a model to a temporary path, then replace the old one."""
     temporary = atomic.temporary_path(path)
     temporary = temporary.with_name(temporary.name + path.suffix)
     assert weights.base is not None, "a run gives it"
@@ -130,8 +130,8 @@ def examine(
     memory_probe: Probe,
     **options: Unpack[Check],
 ) -> Iterator[tuple[str, list[Finding], Family | None]]:
-    """As `selfcheck.examine`; a model is read again by the loader of bases, each of its weights is compared, and it
-    computes what the trained one computed."""
+    """As `selfcheck.examine`. A model is loaded as a base, each of its weights is compared, and its outputs must equal
+    those of the trained model."""
     load, prompt, size = options["load"], options["prompt"], options["size"]
     for name in exports.keys() & ENDINGS.keys():
         gc.collect()
@@ -166,7 +166,7 @@ def examine(
 
 
 def _weights_finding(name: str, family: Family, weights: TrainedModel) -> Finding:
-    """Whether every trained weight is in a model that was read again, as it was trained."""
+    """Compare every trained weight with the model that was read again."""
     rounding = max(ROUNDING.get(dtype, 0.0) for dtype in _file_dtypes(family.info))
     expected = {
         f"{layer}.{kind}": tensor for layer, parts in weights.layers.items() for kind, tensor in parts.factors().items()
@@ -182,7 +182,7 @@ def _weights_finding(name: str, family: Family, weights: TrainedModel) -> Findin
 
 
 def _file_dtypes(info: BaseInfo) -> set[torch.dtype]:
-    """What the weights of a base are written in."""
+    """The dtypes of the weights in a base's files."""
     files = [path for path in info.content if path.suffix == ".safetensors"]
     names = {entry.dtype for path in files for entry in safetensors_header.read(path).tensors.values()}
     return {getattr(torch, safetensors_header.DTYPES[name]) for name in names}

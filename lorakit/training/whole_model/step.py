@@ -1,9 +1,8 @@
-"""An optimizer step that clips, applies and frees each weight's gradient as soon as the backward pass has it.
+"""An optimizer step that clips, applies and frees each weight's gradient as soon as the backward pass has computed it.
 
-So there is never more than one gradient of a large model (Lv et al. 2023, arXiv 2306.09782; torch's tutorial "How to
-save memory by fusing the optimizer step into the backward pass"). Weights in bfloat16 are stepped in float32 and
-rounded up or down at random, in proportion: rounded to the nearest number, most steps would be lost (Zamirai et al.
-2020, arXiv 2010.06192).
+So only one gradient of a large model exists at a time (Lv et al. 2023, arXiv 2306.09782; torch's tutorial "How to save
+memory by fusing the optimizer step into the backward pass"). Weights in bfloat16 are updated in float32 and rounded
+stochastically: with rounding to nearest, most updates would be lost (Zamirai et al. 2020, arXiv 2010.06192).
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class LayerwiseStep:
-    """As `optimizer_step.OptimizerStep`, one weight after the other: each gradient is clipped by its own norm.
+    """As `optimizer_step.OptimizerStep`, one weight at a time: each gradient is clipped by its own norm.
 
-    With several batches a step, gradients are added up first, so all of them are there.
+    With several batches a step, gradients are accumulated first, so all of them exist together.
 
     Attributes:
-        optimizer: over a stand-in for each weight, in float32, which holds memory only while that weight is stepped.
-        limited, loss_scale: None: there is no such thing here.
+        optimizer: over a float32 stand-in for each weight, which holds memory only while that weight is updated.
+        limited, loss_scale: always None; neither exists here.
     """
 
     limited = None
@@ -63,7 +62,11 @@ class LayerwiseStep:
         self._squares = torch.zeros((), device=self.device)
 
     def __call__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do step `number`, counted from 0: (mean loss of its batches, norm of the gradients before clipping)."""
+        """Do step `number`, counted from 0.
+
+        Returns:
+            (mean loss of its batches, norm of the gradients before clipping), scalars on the device
+        """
         parts = self.config.train.gradient_accumulation_steps
         optimizers.set_learning_rate(self.optimizer, self.config.optimizer, number, self.total)
         loss = torch.zeros((), device=self.device)
@@ -83,7 +86,7 @@ class LayerwiseStep:
         return loss, self._squares.sqrt()
 
     def discard_graphs(self) -> bool:
-        """There are no CUDA graphs."""
+        """Return False: there are no CUDA graphs."""
         return False
 
     def _accumulated(self, name: str, _: torch.Tensor) -> None:
@@ -92,7 +95,7 @@ class LayerwiseStep:
 
     @torch.no_grad()
     def _apply(self, name: str) -> None:
-        """Step one weight, and free its gradient."""
+        """Update one weight and free its gradient."""
         weight, stand_in, number = self._weights[name]
         assert weight.grad is not None, "a gradient has just been added to it"
         gradient, max_norm = weight.grad.float(), self.config.train.max_grad_norm
@@ -102,7 +105,7 @@ class LayerwiseStep:
         self._squares += norm.square()
         if max_norm:
             gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
-        stand_in.data = weight.data.float()  # float32 is stepped in place
+        stand_in.data = weight.data.float()  # float() copies only other dtypes
         stand_in.grad = gradient
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = [{**groups[number], "params": [stand_in]}]
@@ -119,7 +122,7 @@ class LayerwiseStep:
 
 
 def round_at_random(values: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """float32 as bfloat16, rounded to one of the two numbers beside it, each the likelier the nearer it is."""
+    """Round float32 to bfloat16 stochastically: up or down, with the probability that keeps the mean."""
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, generator=draw, device=values.device)
     bits = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
     return torch.where(torch.isfinite(values), bits.view(torch.float32), values).bfloat16()

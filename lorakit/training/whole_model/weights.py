@@ -34,11 +34,11 @@ class ModelWeights:
 
     Attributes:
         family: "sd1", "sd2", "sdxl" or "sd3".
-        dropout: 0: there is none.
-        average: of the weights over the steps, where there is one.
+        dropout: 0: there is no dropout.
+        average: moving average of the weights, or None.
 
     Raises:
-        LorakitError: the weights are in float16, which is too coarse to be trained.
+        LorakitError: the weights are in float16, which is too coarse to train.
     """
 
     dropout = 0.0
@@ -79,11 +79,11 @@ class ModelWeights:
         return {name: (layers[name], sum(p.numel() for p in group)) for name, group in self.groups()}
 
     def train(self, mode: bool = True) -> None:
-        """There is no dropout: the base stays in eval mode, as with an adapter."""
+        """Do nothing: there is no dropout, and the base stays in eval mode, as with an adapter."""
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base as it was while inside: its weights are read again, and the trained ones wait on the CPU."""
+        """Inside, the base has its original weights, which are loaded again; the trained ones wait on the CPU."""
         trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
         self._fill(self.base_weights())
         try:
@@ -96,7 +96,7 @@ class ModelWeights:
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
     def base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the base's weights were, component by component, on the CPU."""
+        """Load the base's original weights, component by component, on the CPU."""
         for component, module in self._modules.items():
             with loading.quiet():
                 base = loading.load_module(self._base.info, component, type(module), self._base.dtype)
@@ -105,7 +105,7 @@ class ModelWeights:
                 yield f"{canonical(component, stem)}.{kind}", parameter.detach()
 
     def weights(self) -> TrainedModel:
-        """A copy of all weights, or of their average, on the CPU, as layers that take the place of the base's."""
+        """A copy of all weights (or of their average) on the CPU, as layers that replace those of the base."""
         parts: dict[str, dict[str, torch.Tensor]] = {}
         with self.averaged():
             for name, parameter in self._parameters.items():
@@ -118,13 +118,13 @@ class ModelWeights:
         return TrainedModel(self.family, KIND, dict(layers), base=self._base.info, rank=self._rank)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The weights themselves, for a checkpoint, which copies them."""
+        """The weights and their average for a checkpoint. They are not copied."""
         tensors = self.average.tensors if self.average else {}
         own = {name: parameter.detach() for name, parameter in self._parameters.items()}
         return own | {average.PREFIX + name: each for name, each in tensors.items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put a checkpoint's weights back, in place.
+        """Load a checkpoint's weights in place.
 
         Raises:
             LorakitError: a tensor is missing, too many or of another shape.
@@ -135,7 +135,7 @@ class ModelWeights:
             tensor.copy_(state[name])
 
     def detach(self) -> None:
-        """The base as it was."""
+        """Restore the base's original weights."""
         self._fill(self.base_weights())
         for module in self._modules.values():
             module.requires_grad_(False)
@@ -147,8 +147,8 @@ class ModelWeights:
 
 
 def replacement(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
-    """What turns the base's weight into the trained one, in float64, so that the sum is the trained one to the bit; a
-    bias comes as a matrix of one column."""
+    """The difference between the trained weight and the base's, in float64, so that their sum is the trained weight to
+    the bit. A bias comes as a matrix of one column."""
     own = layer.parts["weight"]
     trained = own if own.shape == weight.shape else layer.parts["bias"][:, None]
     return strength * (trained.double() - weight.double())
