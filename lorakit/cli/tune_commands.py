@@ -34,7 +34,7 @@ RANKS = (4, 8, 16, 32)
 RATE_FACTOR, LENGTHS = 5.0, (0.5, 1.0, 1.5)
 # Validations in a trial; trials that no other is compared with.
 LOOKS, FIRST_TRIALS = 5, 4
-BEST = "best.toml"
+LOWEST = "lowest-score.toml"
 
 
 def add(command: Command) -> None:
@@ -180,33 +180,34 @@ def _text(options: Mapping[str, float]) -> str:
 
 
 def _tell(study: Study, search: Search, as_json: bool) -> int:
-    """Write and say what is recommended, with the figures of all."""
+    """Write and say which options had the lowest score, with the figures of all."""
     from lorakit.runs import batch
 
     complete = [trial for trial in study.trials if trial.value is not None]
     if not complete:
         raise LorakitError("no trial came to its end: the same command goes on with the search")
-    best = study.best_trial
-    name = f"trial-{best.number:03d}"
+    lowest = study.best_trial
+    name = f"trial-{lowest.number:03d}"
     names = [f"trial-{trial.number:03d}" for trial in study.trials]
     outcomes = [batch.outcome(search.folder / each) for each in names]
-    options = search.options(best)
+    options = search.options(lowest)
     output = replace(search.config.output, folder="")
-    best_config = replace(options, output=output, sample=search.config.sample)
-    atomic.write(search.folder / BEST, configuration.to_toml(best_config))
+    own_config = replace(options, output=output, sample=search.config.sample)
+    atomic.write(search.folder / LOWEST, configuration.to_toml(own_config))
     if as_json:
-        print_json({"best": name, "options": best.params, "score": best.value, "runs": batch.to_json(outcomes)})
+        print_json({"lowest": name, "options": lowest.params, "score": lowest.value, "runs": batch.to_json(outcomes)})
         return 0
     drift = next(each.prior_drift for each in outcomes if each.name == name)
     print_lines(
         *batch.table(outcomes),
         Message(
-            "recommended: {options} ({name}): score {score:.4f}, prior drift {drift:.2%}",
-            _text(best.params),
+            "lowest score: {options} ({name}): {score:.4f}, prior drift {drift:.2%}",
+            _text(lowest.params),
             name,
-            best.value,
+            lowest.value,
             drift or 0,
         ),
-        Message("train with: lorakit train --preset {file}", quote(search.folder / BEST)),
+        "The score does not measure likeness: draw with the adapters of two or three trials and choose by eye.",
+        Message("train with: lorakit train --preset {file}", quote(search.folder / LOWEST)),
     )
     return 0

@@ -54,7 +54,7 @@ class Outcome:
     Attributes:
         state: of its run folder; "waiting" before there is one.
         seconds: from its beginning to its last line.
-        best_step, best_mse: the validation with the lowest error, on `source`.
+        lowest_step, lowest_mse: the validation with the lowest error, on `source`.
         prior_drift: at the last validation.
         passed: of the self-check, None before it.
     """
@@ -64,8 +64,8 @@ class Outcome:
     step: int = 0
     steps: int = 0
     seconds: float = 0.0
-    best_step: int | None = None
-    best_mse: float | None = None
+    lowest_step: int | None = None
+    lowest_mse: float | None = None
     source: str = ""
     prior_drift: float | None = None
     passed: bool | None = None
@@ -230,7 +230,7 @@ def outcome(folder: Path) -> Outcome:
         return Outcome(folder.name)
     state, events = run_folder.read(folder), list(run.events())
     examined = [event for event in events if event["event"] == "validation"]
-    best = min(examined, key=lambda event: event["mse"], default=None)
+    lowest = min(examined, key=lambda event: event["mse"], default=None)
     passed = None
     if run.report_file.is_file():
         passed = bool(foreign_json.loads(run.report_file.read_text(encoding="utf-8"))["passed"])
@@ -240,9 +240,9 @@ def outcome(folder: Path) -> Outcome:
         state.step,
         state.steps,
         events[-1]["time"] - events[0]["time"] if events else 0.0,
-        best["step"] if best else None,
-        best["mse"] if best else None,
-        best["source"] if best else "",
+        lowest["step"] if lowest else None,
+        lowest["mse"] if lowest else None,
+        lowest["source"] if lowest else "",
         examined[-1]["prior_drift"] if examined else None,
         passed,
         state.message,
@@ -262,7 +262,7 @@ def _cells(each: Outcome) -> tuple[str, ...]:
         each.state,
         f"{each.step}/{each.steps}" if each.steps else "-",
         duration(each.seconds) if each.seconds else "-",
-        "-" if each.best_mse is None else f"{each.best_mse:.4f} at {each.best_step} ({each.source})",
+        "-" if each.lowest_mse is None else f"{each.lowest_mse:.4f} at {each.lowest_step} ({each.source})",
         "-" if each.prior_drift is None else f"{each.prior_drift:.2%}",
         {None: "-", True: "passed", False: "FAILED"}[each.passed],
     )

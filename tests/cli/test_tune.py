@@ -57,18 +57,19 @@ def test_a_search_without_a_folder_or_a_result_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed (the extra `tune`)")
-def test_the_best_trial_is_recommended_and_the_search_goes_on(tiny_sd1, tmp_path, capsys) -> None:
+def test_the_trial_of_the_lowest_score_is_named_and_the_search_goes_on(tiny_sd1, tmp_path, capsys) -> None:
     words = command(tiny_sd1, tmp_path, 10)
     assert cli.main([*words, "--trials", "1"]) == 0
-    assert "recommended: " in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "lowest score: " in output and "The score does not measure likeness: " in output
     assert cli.main([*words, "--trials", "3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert len(result["runs"]) == 3 and all(each["source"] == "held-out photos" for each in result["runs"])
     ended = {each["name"]: each for each in result["runs"] if each["state"] == "done"}
-    assert result["best"] in ended
-    best = config.load(tmp_path / "tune" / "best.toml")
-    assert best.optimizer.learning_rate == result["options"]["optimizer.learning_rate"]
-    assert (best.adapter.rank, best.output.folder) == (result["options"]["adapter.rank"], "")
+    assert result["lowest"] in ended
+    lowest = config.load(tmp_path / "tune" / "lowest-score.toml")
+    assert lowest.optimizer.learning_rate == result["options"]["optimizer.learning_rate"]
+    assert (lowest.adapter.rank, lowest.output.folder) == (result["options"]["adapter.rank"], "")
     (tmp_path / "small").mkdir()
     assert cli.main(command(tiny_sd1, tmp_path / "small", 3)) == 2
     assert "tune judges runs by held-out photos: give 10 photos or more" in capsys.readouterr().err

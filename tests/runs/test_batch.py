@@ -130,7 +130,7 @@ def test_a_batch_begins_goes_on_and_tells_what_came_of_it(tmp_path, photos, monk
     capsys.readouterr()
     assert cli.main(["batch", "status", str(runs), "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)["runs"]
-    assert (first["state"], first["best_step"], first["best_mse"], first["prior_drift"]) == ("done", 5, 0.5, 0.2)
+    assert (first["state"], first["lowest_step"], first["lowest_mse"], first["prior_drift"]) == ("done", 5, 0.5, 0.2)
     assert (first["passed"], second["passed"], second["state"]) == (True, False, "stopped")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["batch", "status", "runs"]) == 0
