@@ -93,7 +93,7 @@ def demo(
 
     result = run.train(config, listeners=[terminal], stop=stop)
     terminal.say("comparing base and adapter on scenes that no photo showed")
-    grid, before, after = compare(config, result.adapter, subject, folder)
+    grid, before, after = compare(config, result.adapter, subject, folder, terminal)
     outcome = Outcome(
         subject, folder, photos, result.folder, result.adapter, grid, before, after, time.monotonic() - start
     )
@@ -126,7 +126,9 @@ def write_photos(subject: str, folder: Path) -> Path:
     return folder
 
 
-def compare(config: configuration.Config, adapter: Path, subject: str, folder: Path) -> tuple[Path, float, float]:
+def compare(
+    config: configuration.Config, adapter: Path, subject: str, folder: Path, terminal: Terminal
+) -> tuple[Path, float, float]:
     """Draw the prompts by the base and with the adapter, from equal seeds: (grid, judge's share before, after)."""
     import dataclasses
 
@@ -139,17 +141,21 @@ def compare(config: configuration.Config, adapter: Path, subject: str, folder: P
 
     family, _ = families.load_as_configured(families.describe(config.model), config)
 
-    def draw() -> list[Any]:
-        images = []
+    columns = len(config.sample.prompts)
+    total = columns * PICTURES_PER_SCENE
+
+    def draw(position: int) -> list[Any]:
+        images: list[Any] = []
         for seed in range(PICTURES_PER_SCENE):
             settings = dataclasses.replace(config.sample, seed=config.sample.seed + seed)
             images += sampling.draw(family, list(config.sample.prompts), settings, config.data.resolution)
+            bar.advance(position + len(images))
         return images
 
-    base = draw()
-    adapters.apply(family, formats.read(adapter))
-    adapted = draw()
-    columns = len(config.sample.prompts)
+    with terminal.progress(2 * total, what="comparing") as bar:
+        base = draw(0)
+        adapters.apply(family, formats.read(adapter))
+        adapted = draw(total)
     file = folder / "before-after.png"
     photos = [Image.open(path).convert("RGB") for path in sorted(Path(config.data.folder).glob("*.png"))[:columns]]
     pictures = photos + base[:columns] + adapted[:columns]

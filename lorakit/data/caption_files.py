@@ -34,7 +34,9 @@ def decode(raw: bytes, name: str, warn: Callable[[str], object]) -> str:
     text, guess = _decode(raw)
     if text is not None and "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise LorakitError("{file}: a NUL character in line {line}: remove it, or write the text anew", name, line)
+        raise LorakitError(
+            "{file}: line {line} has a NUL character (U+0000): remove it, or write the text again", name, line
+        )
     if text is None:
         raise LorakitError("{file}: not text in an encoding that lorakit reads; save it as UTF-8", name)
     if match := MARKUP.match(text):

@@ -97,6 +97,7 @@ class Report:
 
     def to_text(self) -> str:
         """Everything, for a person."""
+        trigger, noun = health.trigger_and_class(self.trigger, self.metadata)
         title = self.model or (registry.version_of(self.family).title if self.family else "")
         rows = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
@@ -107,7 +108,8 @@ class Report:
             "trained": health.history(self.metadata) if self.kind == "adapter" else "",
             "format": f"{self.format}, {self.dtype}" if self.format else "",
             "method": self.method,
-            "trigger": self.trigger,
+            "trigger": trigger,
+            "class": noun,
             "hashes": ", ".join(f"{name} {value}" for name, value in self.hashes.items()),
         }
         for part, component in self.components.items():

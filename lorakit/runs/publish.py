@@ -28,6 +28,7 @@ from lorakit.data import captions
 from lorakit.families import hub
 from lorakit.families.describe import BUNDLED
 from lorakit.formats import embeddings, identify, metadata as meta
+from lorakit.formats.facts import health
 from lorakit.formats.facts.consumers import CONSUMERS
 from lorakit.formats.facts.licenses import LICENSES
 from lorakit.formats.inspect import Report, inspect
@@ -221,7 +222,9 @@ def _facts(publication: Publication) -> Iterator[tuple[str, str]]:
     link = f"[{publication.base}](https://huggingface.co/{publication.base})" if publication.base else ""
     yield "Adapter for", report.only or title
     yield "Base", link or _code(re.split(r"[\\/]", facts.get("ss_sd_model_name", ""))[-1])
-    yield "Trigger", _code(report.trigger)
+    trigger, noun = health.trigger_and_class(report.trigger, facts)
+    yield "Trigger", _code(trigger)
+    yield "Class", _code(noun)
     ranks = sorted({rank for component in report.components.values() for rank in component.ranks})
     yield "Method", report.method + (f", rank {', '.join(f'{rank:g}' for rank in ranks)}" if ranks else "")
     photos, side = facts.get("ss_num_train_images", ""), facts.get("modelspec.resolution", "")
@@ -250,7 +253,7 @@ It fits {report.only} only, so other programs cannot use it. With lorakit:
 lorakit sample {quote(file)} --prompt {quote(prompt)}
 ```"""
     words = " and those in `embeddings/` into its embeddings" if publication.words else ""
-    trigger = f", and write the trigger, {_code(report.trigger)}, into the prompt" if report.trigger else ""
+    trigger = f", and write {_code(report.trigger)} into the prompt" if report.trigger else ""
     title = registry.version_of(report.family).title if report.family else "the"
     named = _code(re.split(r"[\\/]", report.metadata.get("ss_sd_model_name", ""))[-1])
     was = f"; it was trained on {named}" if named else ""

@@ -245,7 +245,6 @@ def _class_images(
     side = config.data.resolution
     total, seed = config.train.class_images, config.train.seed
     pictures, text_rows = [], []
-    events.begin("drawing the class images", total)
     prompts = class_texts[:total]
     # The same token ids as in training.
     rows = [[table[place : place + 1] for table in class_tokens] for place in range(len(prompts))]
@@ -255,6 +254,8 @@ def _class_images(
         for place, (prompt, text) in enumerate(zip(prompts, embeds, strict=True))
     ]
     events.say(class_images.summary(groups))
+    missing = any(group.missing for group in groups)
+    events.begin("drawing the class images" if missing else "reading the class images", total)
     for place, group in enumerate(groups):
         pictures += class_images.draw(family, group, events=events, map_batches=draw)
         text_rows += [place] * len(group.files)

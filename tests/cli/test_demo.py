@@ -62,5 +62,5 @@ def test_the_demo_in_little(
     width, height = Image.open(report["grid"]).size
     assert width > 5 * 64 and height > 3 * 64
     assert Path(report["adapter"]).is_file()
-    for line in ("judge: ", "before and after: out/before-after.png", "done in "):
+    for line in ("comparing 10/10\n", "judge: ", "before and after: out/before-after.png", "done in "):
         assert line in captured.err

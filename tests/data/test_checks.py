@@ -216,6 +216,8 @@ def test_few_photos_and_poor_names(photos: Path, base) -> None:
     assert report_of(photos, base).warnings == ["only 1 photo: 5 to 20 from different sides and places teach more"]
     fill(photos, 3)
     assert report_of(photos, base).warnings == ["only 3 photos: 5 to 20 from different sides and places teach more"]
+    style = report_of(photos, base, kind="style", name="sks style")
+    assert style.warnings == ["only 3 photos: 15 to 40 of different things teach more"]
     fill(photos, 5)
     assert report_of(photos, base, name="sks").warnings == [
         'data.name = "sks" is one word: give a rare word and what it is, such as "sks dog"'

@@ -1,6 +1,7 @@
 """Captions as other programs leave them: scores, documents, folders of their own, many of a kind."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,17 @@ def test_the_json_of_one_photo(row: Any, text: str | None) -> None:
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        (b"a toy\0 on grass", "a NUL character in line 1"),
-        (b"toy\n \0", "a NUL character in line 2"),
-        ("ein H\u00fcndchen auf der\0 Wiese".encode(), "a NUL character in line 1"),
-        ("a toy\0".encode("utf-16"), "a NUL character in line 1"),
+        (b"a toy\0 on grass", "line 1 has a NUL character (U+0000)"),
+        (b"toy\n \0", "line 2 has a NUL character (U+0000)"),
+        ("ein H\u00fcndchen auf der\0 Wiese".encode(), "line 1 has a NUL character (U+0000)"),
+        ("a toy\0".encode("utf-16"), "line 1 has a NUL character (U+0000)"),
         (rb"{\rtf1\ansi a toy}", "a document in RTF, not plain text"),
         (b"\n<!DOCTYPE html><p>a toy", "a document in HTML, not plain text"),
         (b"<html><body>a toy", "a document in HTML, not plain text"),
     ],
 )
 def test_what_is_no_plain_text_is_refused(raw: bytes, why: str) -> None:
-    with pytest.raises(LorakitError, match=why):
+    with pytest.raises(LorakitError, match=re.escape(why)):
         caption_files.decode(raw, "a.txt", print)
 
 

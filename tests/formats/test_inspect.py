@@ -53,6 +53,35 @@ def test_an_adapter_in_each_format(exported):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "subjects", "trigger", "noun"),
+    [
+        ("subject", {"sks red toy": 5}, "sks", "red toy"),
+        ("subject", {"sks dog": 2, "ohwx cat": 3}, "sks, ohwx", "dog, cat"),
+        ("style", {"sks style": 5}, "sks", ""),
+        ("subject", {"sks": 5}, "sks", ""),
+    ],
+)
+def test_the_trigger_is_one_word_and_the_rest_is_the_class(kind, subjects, trigger, noun, tmp_path):
+    metadata = {
+        "modelspec.trigger_phrase": ", ".join(subjects),
+        "lorakit.config": json.dumps({"data": {"kind": kind}}),
+        "ss_tag_frequency": json.dumps({"photos": subjects}),
+    }
+    path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", metadata)["kohya"]
+    rows = inspect(path).to_text().splitlines()
+    facts = {row[2:17].strip(): row[18:] for row in rows if row.startswith("  ")}
+    assert facts["type"].partition("  ")[0] == ", ".join(subjects)
+    assert (facts["trigger"], facts.get("class", "")) == (trigger, noun)
+
+
+def test_a_phrase_of_another_program_is_not_split(tmp_path):
+    metadata = {"modelspec.trigger_phrase": "long hair, ada", "ss_tag_frequency": '{"10_ada": {"long hair": 3}}'}
+    path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", metadata)["kohya"]
+    text = inspect(path).to_text()
+    assert "  trigger         long hair, ada\n" in text and "\n  class " not in text
+
+
 def test_dora_and_sdxl_are_recognized(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sdxl", method="dora")
     report = inspect(save(weights, tmp_path, "toy", ["kohya"], "bf16", {})["kohya"])

@@ -112,6 +112,11 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     assert family.on_device["encode_image"] == {frozenset({"vae"})} | drawing
     assert "vae" not in family.there and "text_encoders" not in family.there
     assert (encoded.class_latents is None) == (prior == "none")
+    if prior == "images":  # the second time they are in the cache
+        work.clear()
+        second = Watched(families.load(info, "cpu", torch.float32))
+        precompute(run_config, second, None, checks.check(run_config.data, info), Events(count))
+        assert "drawing the class images" not in work and work["reading the class images"] == (2, 2)
 
 
 def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photos: Path) -> None:

@@ -35,6 +35,10 @@ MAX_CROP = 0.10
 MIN_SHARPNESS = 0.004
 # With fewer photos, the check warns.
 MIN_PHOTOS = 4
+# The advised numbers of photos, least and most. README, docs, presets and the front end name the same: a test compares.
+ADVISED_PHOTOS = {"subject": (5, 20), "style": (15, 40)}
+MORE_PHOTOS = "only {photos}: {low} to {high} from different sides and places teach more"
+MORE_PICTURES = "only {photos}: {low} to {high} of different things teach more"
 NOT_COUNTED = "tokens of the texts are not counted: the base's tokenizer is not on this machine yet"
 
 
@@ -185,8 +189,8 @@ def _check_sizes(report: Report) -> None:
 def _check_folder(report: Report, config: DataConfig) -> None:
     readable = [item for item in report.items if item.readable]
     if 0 < len(report.items) < MIN_PHOTOS:
-        photos = count(len(report.items), "photo")
-        report.warnings.append(Message("only {photos}: 5 to 20 from different sides and places teach more", photos))
+        template = MORE_PICTURES if config.kind == "style" else MORE_PHOTOS
+        report.warnings.append(Message(template, count(len(report.items), "photo"), *ADVISED_PHOTOS[config.kind]))
     folders = {item.relative.partition("/")[0] for item in report.items if "/" in item.relative}
     report.errors += [
         Message(

@@ -95,6 +95,22 @@ def history(metadata: Mapping[str, str]) -> str:
     return ", ".join(text.format(value) for text, value in facts.items() if value not in ("", "None"))
 
 
+def trigger_and_class(phrase: str, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """The trigger and the class in a trigger phrase of lorakit: "sks", "toy" of "sks toy".
+
+    A style has no class. Other programs' phrases are not split: ("long hair, ada", "").
+    """
+    try:
+        is_style = foreign_json.loads_table(metadata["lorakit.config"])["data"]["kind"] == "style"
+        names = list(foreign_json.loads_table(metadata["ss_tag_frequency"])["photos"])
+    except (KeyError, TypeError, ValueError):
+        return phrase, ""
+    if ", ".join(names) != phrase:
+        return phrase, ""
+    words, rests = zip(*(name.partition(" ")[::2] for name in names), strict=True)
+    return ", ".join(words), "" if is_style else ", ".join(filter(None, rests))
+
+
 def contradictions(metadata: Mapping[str, str], ranks: Iterable[int], scales: Iterable[float]) -> list[str]:
     """Where rank and alpha of the metadata are not those of the tensors, by which every program goes."""
     try:

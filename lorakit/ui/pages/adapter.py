@@ -12,6 +12,7 @@ from lorakit import config as configuration
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.formats import inspect
+from lorakit.formats.facts import health
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
@@ -107,6 +108,7 @@ def report_card(report: inspect.Report, say: Say) -> str:
     """What the file is, then who can read it, then all that the command line says."""
     size = widgets.memory(report.bytes, say)
     rank = ", ".join(sorted({f"{r:g}" for component in report.components.values() for r in component.ranks}))
+    trigger, noun = health.trigger_and_class(report.trigger, report.metadata)
     figures = widgets.facts(
         [
             (
@@ -116,7 +118,8 @@ def report_card(report: inspect.Report, say: Say) -> str:
             ),
             (say("file.method"), report.method, ""),
             (say("file.rank"), rank, ""),
-            (say("file.trigger"), report.trigger, ""),
+            (say("file.trigger"), trigger, ""),
+            (say("file.class"), noun, ""),
             (say("adapter.format"), report.format, report.dtype),
         ]
     )

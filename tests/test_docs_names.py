@@ -1,0 +1,76 @@
+"""What the pages name exists in the repository: links, headings, files, options of scripts, tests; and one advice."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lorakit.data import checks
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = [path.name for path in [*ROOT.iterdir(), *(ROOT / "lorakit").iterdir()] if path.is_dir()]
+# Files of other programs.
+FOREIGN = {"train_dreambooth_lora.py", "train_util.py", "external.py"}
+
+
+def text_of(page: Path) -> str:
+    """A page, its continued lines joined."""
+    return page.read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as GitHub and MkDocs make them of its headings."""
+    lines = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_of_the_repository(page: Path) -> None:
+    """The site has further pages, which the plain repository lacks."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if not re.match(r"https?:|mailto:", link):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{link}: there is no such file"
+            assert not anchor or anchor in headings(target), f"{link}: there is no such heading"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_every_named_file_exists(page: Path) -> None:
+    text = re.sub(r"https?://\S+", "", text_of(page))
+    for name in re.findall(rf"(?<![\w./~:$-])((?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/])", text):
+        is_example = bool(re.search(r"[A-Z]{4}", name)) or (name.startswith("runs/") and not name.endswith(".py"))
+        places = [ROOT, ROOT / "lorakit", ROOT / "tests"]
+        assert is_example or any(any(place.glob(name)) for place in places), name
+    for name in set(re.findall(r"`(\w+\.py)`", text)) - FOREIGN:
+        assert any(ROOT.glob(f"[!.]*/**/{name}")), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_of_a_script_and_every_named_test_exists(page: Path) -> None:
+    for line in re.findall(r"python ((?:benchmarks|tests|scripts|tools)/[^`\n|]*)", text_of(page)):
+        script, *words = line.partition("  #")[0].split()
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for word in words:
+            option = word.partition("=")[0].rstrip(";,.)")
+            assert not option.startswith("--") or f'"{option}"' in source, f"{script} has no {option}"
+    for name, test in re.findall(r"`([\w/]+\.py)::(test_\w+)`", text_of(page)):
+        assert f"def {test}(" in (ROOT / "tests" / name).read_text(encoding="utf-8"), f"{name}::{test}"
+
+
+def test_pages_presets_and_front_end_advise_the_same_numbers_of_photos() -> None:
+    """Some words may stand between the numbers: 5 to 20, 5 到 20, 5～20."""
+    ranges = {kind: rf"\b{low}(?: to | 到 |～){high}\b" for kind, (low, high) in checks.ADVISED_PHOTOS.items()}
+    both = ["README.md", "README.zh-TW.md", "docs/index.md", "docs/tutorial.md"]
+    for name in both:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert all(re.search(pattern, text) for pattern in ranges.values()), name
+        assert not re.search(r"dozen photos|十幾張照片", text), name
+    for path in (ROOT / "lorakit" / "ui" / "texts").glob("*.json"):
+        lead = json.loads(path.read_text(encoding="utf-8"))["texts"]["photos.lead"]
+        assert all(re.search(pattern, lead) for pattern in ranges.values()), path.name
+    for path in (ROOT / "presets").glob("*.toml"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert " from " not in first or re.search(ranges[path.name.partition("-")[0]], first), path.name
