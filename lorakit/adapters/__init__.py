@@ -31,17 +31,17 @@ def attach(
     trigger: str = "",
     init_word: str = "",
 ) -> Adapter:
-    """Attach a new adapter to a base for training. Before training the base's output is the same to the bit.
+    """Attach a new adapter to a base for training. Until the first step the base's output does not change, to the bit.
 
     Args:
-        target: a `families.Family`, or any Stable Diffusion pipeline of diffusers, whose modules are changed in place.
+        target: a `families.Family`, or a Stable Diffusion pipeline of diffusers; its modules are changed in place.
         config: method, rank and so on.
-        seed: the first weights follow from it and from each layer's name, whatever else is adapted.
-        trigger: the word that `config.new_tokens` vectors are learned for.
-        init_word: what they begin as; by default the trigger.
+        seed: the initial weights depend only on it and on each layer's name, not on the other layers.
+        trigger: the word for which `config.new_tokens` vectors are learned.
+        init_word: the word whose vectors they start from; by default the trigger.
 
     Raises:
-        LorakitError: `target` is no such thing, already carries an adapter, or has none of the layers asked for.
+        LorakitError: `target` is neither, already has an adapter, or has none of the selected layers.
     """
     from lorakit.adapters import adapter
 
@@ -52,7 +52,7 @@ def apply(target: Family | DiffusionPipeline, weights: AdapterWeights, strength:
     """Attach a trained adapter of any method, rank and set of layers to a base. `set_strength` scales its effect.
 
     Raises:
-        LorakitError: as `attach`, or the adapter was made for another family or shape of base.
+        LorakitError: as `attach`, or the adapter is for another family or for a base with other shapes.
     """
     from lorakit.adapters import adapter
 
@@ -62,12 +62,12 @@ def apply(target: Family | DiffusionPipeline, weights: AdapterWeights, strength:
 def optimize_blocks(
     target: Family | DiffusionPipeline, *, save_less: bool = False, channels_last: bool = False
 ) -> None:
-    """Make the UNet of a base with an attached adapter compute in fewer operations, for training.
+    """Make the UNet of a base with an attached adapter run in fewer operations, for training.
 
     Args:
         target: the `families.Family`.
-        save_less: also save less for the backward pass, which takes the host a little longer.
-        channels_last: keep pictures channels last between convolutions and norms.
+        save_less: also save less for the backward pass, which takes the host slightly longer.
+        channels_last: keep feature maps channels_last between convolutions and norms.
     """
     from lorakit.engine import fused_blocks
 
@@ -82,16 +82,15 @@ def flatten(
     copies: bool = True,
     block_size: int = 1,
 ) -> list[FlatParameters]:
-    """Make an adapter's parameters views of one tensor for each of its groups; for training, after
-    `optimize_blocks`.
+    """Make an adapter's parameters views of one tensor for each group. For training, after `optimize_blocks`.
 
     Args:
         target: the `families.Family` that the adapter is attached to.
-        adapter: its parameters, names and file stay what they are.
-        groups: (component, some of its parameters), which share a learning rate; by default all of each component.
-        copies: where the base is in half precision, let LoRA's layers read copies of the factors that are cast all at
-            once; these, and their gradients, take 4 bytes for each trained number.
-        block_size: the optimizer's, see `registry.OptimizerSpec`.
+        adapter: the adapter; its parameters, their names and its file format do not change.
+        groups: (component, some of its parameters) with one learning rate; by default all parameters of each component.
+        copies: for a half-precision base, let LoRA layers read copies of the factors that are cast in one operation.
+            Copies and their gradients take 4 bytes per trained weight.
+        block_size: block size of the optimizer, see `registry.OptimizerSpec`.
     """
     from lorakit.engine import flat_parameters
 

@@ -1,4 +1,4 @@
-"""An adapter inside a base: PEFT's layers under canonical names, with float32 weights of its own."""
+"""An adapter in a base: PEFT's layers, under canonical names, with float32 weights."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def apply(target: Any, weights: AdapterWeights, strength: float = 1.0) -> Adapte
                 expected,
                 actual,
             )
-    # Most layers share one rank; PEFT makes those, and `fill` puts the others' factors in their place.
+    # PEFT creates all layers with the most common rank; `fill` then replaces the factors of layers with other ranks.
     ranks = Counter(layer.rank for layer in weights.layers.values()).most_common(1)
     section = ADAPTER_SECTIONS[method]
     config = section(method=method, rank=ranks[0][0]) if ranks else section(method=method)
@@ -103,13 +103,14 @@ class Adapter:
     """The adapter of one base.
 
     Attributes:
-        layers: canonical names, in a fixed order.
+        layers: canonical names of the adapted layers, in a fixed order.
         family: "sd1", "sd2", "sdxl" or "sd3".
-        config: the section of the config that it was made by.
+        config: the section `adapter` of the config.
         method: a name of `registry.METHODS`.
-        dropout: the largest of the config's, on while `train(True)`.
-        average: of the weights over the steps, where there is one.
-        scaled_gradients: its gradients stay `Family.gradient_scale` times too large; who sets this divides them.
+        dropout: the largest dropout probability; dropout is on after `train(True)`.
+        average: moving average of the weights, or None.
+        scaled_gradients: if True, gradients keep the factor `Family.gradient_scale`, and whoever sets this divides by
+            it.
     """
 
     average: average.WeightAverage | None = None
@@ -125,15 +126,15 @@ class Adapter:
         self._scales = {name: scale(layer) for name, layer in layers.items()}
         self._off = False
         self._word, self._learned_tokens = "", dict[str, LearnedToken]()
-        # Tells the base how many places the word takes in a text.
+        # Tells the base how many tokens the word takes in a text.
         self._reserve: Callable[[str, int], None] = lambda word, places: None
         for layer in layers.values():
             layer.eval()
         self.set_strength(1)
 
     def reset(self, seed: int) -> None:
-        """First weights as the method begins, from a generator seeded by the seed and the layer's name. The global
-        generators are not touched."""
+        """Initialize the weights as the method does, with a generator seeded by `seed` and the layer's name. The global
+        generators do not change."""
         for name, layer in self._layers.items():
             self._method.begin(layer, rng.generator(seed, 0, f"adapter {name}"))
 
@@ -141,7 +142,7 @@ class Adapter:
         """Divide every gradient by `scale()`, except while `scaled_gradients`."""
 
         def divided(gradient: torch.Tensor | None) -> torch.Tensor | None:
-            # None: the layer has added its gradient already (`FlatParameters`).
+            # None: the layer has added its gradient to a buffer itself (`FlatParameters`).
             return None if gradient is None or self.scaled_gradients else gradient / scale()
 
         for parameter in self.parameters().values():
@@ -157,10 +158,10 @@ class Adapter:
     ) -> None:
         """Give every text encoder vectors for a word: `vectors`, or `count` copies of an embedding.
 
-        The embedding is that of `init_word`, or of the word itself.
+        The embedding is that of `init_word`, by default of the word itself.
 
         Raises:
-            LorakitError: vectors for a second word, or of another width than the encoder's.
+            LorakitError: there are vectors for another word already, or `vectors` have another width than the encoder.
         """
         if self._learned_tokens:
             raise LorakitError(
@@ -176,8 +177,11 @@ class Adapter:
         self._reserve(word, max((len(token.vectors) for token in self._learned_tokens.values()), default=0))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`. Factors are what `weights` calls them:
-        `down`, `up`, `magnitude`; `hada_w1_a`, ...; `lokr_w1`, ... Then `<component>.token`, the vectors of a word."""
+        """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`, then `<component>.token`, the vectors
+        of a word.
+
+        Factors have the names of `weights`: `down`, `up`, `magnitude`; `hada_w1_a`, ...; `lokr_w1`, ...
+        """
         factors = {
             f"{name}.{factor}": parameter
             for name, layer in self._layers.items()
@@ -198,13 +202,13 @@ class Adapter:
         return {name: (modules[name], sum(p.numel() for p in group)) for name, group in self.groups()}
 
     def train(self, mode: bool = True) -> None:
-        """Turn the adapter's dropout on or off. The base stays in eval mode always."""
+        """Turn the adapter's dropout on or off. The base always stays in eval mode."""
         for layer in self._layers.values() if self.dropout else ():
             layer.lora_dropout[NAME].train(mode)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the adapter is off."""
+        """Inside, the adapter is disabled."""
         before = self._off
         self._switch(True)
         try:
@@ -213,19 +217,22 @@ class Adapter:
             self._switch(before)
 
     def set_strength(self, strength: float) -> None:
-        """Weigh the whole change by `strength`; 0 is the base, 1 the adapter as trained."""
+        """Scale the adapter's effect by `strength`: 0 is the base, 1 the adapter as trained."""
         for name, layer in self._layers.items():
             layer.scaling[NAME] = self._scales[name] * strength
         self._switch(strength == 0)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the weights are replaced by their average over the steps, if there is one."""
+        """Inside, the weights are replaced by their moving average, if there is one."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
     @torch.no_grad()
     def limit_norms(self, maximum: float) -> torch.Tensor:
-        """Scale down the factors of each layer whose change has a norm above `maximum`. Return the number of such
-        layers. This is sd-scripts' `scale_weight_norms`."""
+        """Scale down the factors of each layer whose delta W has a norm above `maximum`. Return the number of such
+        layers.
+
+        This is sd-scripts' `scale_weight_norms`.
+        """
         count = torch.zeros((), device=next(iter(self.parameters().values())).device)
         for name, layer in self._layers.items():
             factors = self._method.factors(layer)
@@ -252,7 +259,7 @@ class Adapter:
         return AdapterWeights(self.family, self.method, layers, embeddings=embeddings if self._learned_tokens else {})
 
     def load(self, weights: AdapterWeights) -> None:
-        """Begin from another adapter's weights. A difference of scale is folded into one of the factors.
+        """Start from another adapter's weights. One of the factors absorbs a difference of scale.
 
         Raises:
             LorakitError: as `weights_fit.require`.
@@ -268,7 +275,7 @@ class Adapter:
                 self._learned_tokens[part].vectors.copy_(vectors)
 
     def fill(self, weights: AdapterWeights) -> None:
-        """Set the factors, of any rank and scale. The names of the layers must be those of the adapter."""
+        """Set factors of any rank and scale. The layers must have the names of this adapter's layers."""
         assert self._method.fill is not None, "weights are applied by a method that reads them"
         for name, layer in weights.layers.items():
             self._method.fill(self._layers[name], layer)
@@ -279,10 +286,10 @@ class Adapter:
         return {name: tensor.detach().cpu().clone() for name, tensor in self._state().items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put a checkpoint's parameters back, in place: the optimizer keeps its hold on them.
+        """Load a checkpoint's parameters in place, so that the optimizer still refers to them.
 
         Raises:
-            LorakitError: a tensor is missing, too many or of another shape.
+            LorakitError: a tensor is missing, unknown or of another shape.
         """
         own = self._state()
         weights_fit.require_checkpoint(own, state, "adapter")
@@ -291,7 +298,7 @@ class Adapter:
                 tensor.copy_(state[name])
 
     def detach(self) -> None:
-        """Remove the adapter; the base is the same as before `attach`."""
+        """Remove the adapter; the base is then as before `attach`."""
         for token in self._learned_tokens.values():
             token.remove()
         self._reserve("", 0)
@@ -305,7 +312,7 @@ class Adapter:
                 module._hf_peft_config_loaded = False
 
     def _state(self) -> dict[str, torch.Tensor]:
-        """Parameters, and what else the adapter would not be the same without."""
+        """Parameters, constants of the method, and the moving average."""
         constants = {
             f"{name}.{factor}": tensor
             for name, layer in self._layers.items()
@@ -315,8 +322,8 @@ class Adapter:
         return {**self.parameters(), **constants} | {average.PREFIX + name: each for name, each in tensors.items()}
 
     def _switch(self, off: bool) -> None:
-        # PEFT's own `enable_adapters` also walks over every parameter, and `nn.Module` looks closely at each attribute
-        # that is set: both are too slow for something done twice a step in a thousand layers.
+        # PEFT's `enable_adapters` visits every parameter, and `nn.Module.__setattr__` is slow: both take too long for
+        # two calls per step in a thousand layers.
         self._off = off
         for layer in self._layers.values():
             layer.__dict__["_disable_adapters"] = off
@@ -325,7 +332,7 @@ class Adapter:
 
 
 def _modules(target: Any) -> dict[str, Any]:
-    """Component -> module that may be adapted, of a Family or a diffusers pipeline."""
+    """Component -> module that can be adapted, of a Family or a diffusers pipeline."""
     if hasattr(target, "components"):
         spec, components = _pipeline_family(target), target.components
         encoders = {name: components.get(name) for name in (() if spec is None else spec.trainable_encoders())}
@@ -346,7 +353,8 @@ def _modules(target: Any) -> dict[str, Any]:
 
 
 def _pipeline_family(pipeline: Any) -> FamilySpec | None:
-    """The family whose parts a pipeline has: that with its denoiser, most of its encoders and fewest of others."""
+    """The family of a pipeline: it has this denoiser, the most of its encoders, and the fewest encoders that the
+    pipeline lacks."""
     parts = {name for name, part in pipeline.components.items() if part is not None}
 
     def fit(spec: FamilySpec) -> tuple[int, int]:
@@ -366,7 +374,7 @@ def _tokenizers(target: Any) -> dict[str, Any]:
 
 
 def _family(target: Any, modules: dict[str, Any]) -> str:
-    """The name of the family: of a Family its own, of a pipeline as `families.describe` finds it."""
+    """The name of the family's version: that of a Family, or the one that a pipeline's text width indicates."""
     if hasattr(target, "info"):
         return str(target.info.family)
     spec = _pipeline_family(target)
@@ -376,7 +384,7 @@ def _family(target: Any, modules: dict[str, Any]) -> str:
 
 
 def _layer_paths(modules: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Canonical name -> (component, module path as the installed libraries call it)."""
+    """Canonical name -> (component, module path in the installed libraries)."""
     return {
         canonical(component, path): (component, path)
         for component, module in modules.items()
@@ -388,9 +396,10 @@ def _layer_paths(modules: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def _inject(
     modules: dict[str, Any], layer_paths: dict[str, tuple[str, str]], config: AdapterConfig, *, plain: bool
 ) -> dict[str, Any]:
-    """Let PEFT put its layers in; canonical name -> layer. `plain`: its own, not those of `engine.fused_lora`."""
+    """Let PEFT insert its layers. Return canonical name -> layer. With `plain` they are PEFT's, not those of
+    `engine.fused_lora`."""
     method: Method = registry.resolve(registry.METHODS[config.method].functions)
-    # PEFT's layers draw first weights that `reset` replaces; that must not move the global generator.
+    # PEFT's layers draw initial weights, which `reset` replaces; this must not advance the global generator.
     with torch.random.fork_rng(devices=[]):
         for component, module in modules.items():
             paths = {path: name for name, (part, path) in layer_paths.items() if part == component}
@@ -404,7 +413,7 @@ def _inject(
 def _set_patterns(peft: PeftConfig, config: AdapterConfig, names: dict[str, str]) -> None:
     """Set PEFT's patterns for layers (path -> canonical name) whose rank or alpha differs from the config's.
 
-    There is one pattern for each size, because PEFT compares every layer with every pattern.
+    Layers of the same rank and alpha share one pattern, because PEFT compares every layer with every pattern.
     """
     paths: dict[tuple[int, float], list[str]] = {}
     for path, name in names.items():

@@ -1,5 +1,5 @@
-"""An exponential moving average of an adapter's weights. It varies less than the last weights (Polyak and Juditsky
-1992, doi 10.1137/0330046; for diffusion models Ho et al. 2020, arXiv 2006.11239, appendix B)."""
+"""An exponential moving average (EMA) of an adapter's weights, which varies less than the last weights (Polyak and
+Juditsky 1992, doi 10.1137/0330046; for diffusion models Ho et al. 2020, arXiv 2006.11239, appendix B)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-# In front of the names of its tensors in a checkpoint.
+# Prefix of its tensors in a checkpoint.
 PREFIX = "average."
 
 
 class WeightAverage:
-    """The average of parameters that stay where they are.
+    """The moving average of parameters.
 
     Args:
-        parameters: name -> what is trained; the average begins as it.
-        decay: share of the average that stays at a step; less in the first steps, see `decay_at`.
+        parameters: name -> trained parameter; the average starts with their values.
+        decay: the weight of the old average in each step; smaller in the first steps, see `decay_at`.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float):
@@ -27,14 +27,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step `step`, counted from 0."""
+        """Update the average with the weights after step `step`, counted from 0."""
         own: list[torch.Tensor] = list(self.tensors.values())
         weights: list[torch.Tensor] = list(self.parameters.values())
         torch._foreach_lerp_(own, weights, 1 - decay_at(self.decay, step))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the parameters hold the average. Afterwards they are restored to the bit."""
+        """Inside, the parameters hold the average. On exit their exact values are restored."""
         if self._in_place:
             yield
             return
@@ -55,8 +55,8 @@ class WeightAverage:
 
 
 class OptimizerAverage(WeightAverage):
-    """The average that a schedule-free optimizer keeps and activates in its eval mode (Defazio et al. 2024, arXiv
-    2405.15682)."""
+    """The average that a schedule-free optimizer keeps and puts into the parameters in its eval mode (Defazio et al.
+    2024, arXiv 2405.15682)."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer):
         super().__init__(parameters, decay=0.0)
@@ -64,7 +64,7 @@ class OptimizerAverage(WeightAverage):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Copy the average after step `step`; the parameters stay the same to the bit."""
+        """Copy the average after step `step`; the parameters stay the same, to the bit."""
         weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer.eval()
         for name, parameter in self.parameters.items():
@@ -75,11 +75,11 @@ class OptimizerAverage(WeightAverage):
 
 
 def decay_at(decay: float, step: int) -> float:
-    """The decay at a step: at first less, so that the average soon forgets how the weights began (TensorFlow's
+    """The decay at a step. It starts small, so that the average soon forgets the initial weights (TensorFlow's
     `ExponentialMovingAverage`)."""
     return min(decay, (1 + step) / (10 + step))
 
 
 def averaged(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint; the average, if there is one, replaces the last weights."""
+    """The adapter's tensors of a checkpoint: averages where there are some, else the last weights."""
     return {name: state.get(PREFIX + name, last) for name, last in state.items() if not name.startswith(PREFIX)}

@@ -1,9 +1,9 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353) with its magnitude on the input axis.
 
-W' = m * V / ||V||, V = W + alpha / rank * B A, where m has one entry for each input channel and the norm is taken over
-everything else. The paper, LyCORIS until version 3 and all web UIs have it so; PEFT's own is on the output axis, which
-nothing but PEFT reads. As V's columns are the inputs, W' x = V (s * x) with s = m / ||V||: DoRA is LoRA on a scaled
-input, and W' is never made.
+W' = m * V / ||V||, V = W + alpha / rank * B A. m has one entry for each input channel, and the norm is taken over all
+other axes. The paper, LyCORIS before version 3 and all web UIs use this axis; PEFT uses the output axis, which only
+PEFT reads. Because V's columns are the inputs, W' x = V (s * x) with s = m / ||V||: DoRA is LoRA on a scaled input, and
+W' is never computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def dora(config: LoraConfig, modules: list[str]) -> PeftConfig:
-    """PEFT's config for `modules`, with the layers of this file in place of PEFT's DoRA."""
+    """PEFT's config for `modules`, with the layers of this module instead of PEFT's DoRA."""
     peft_config = lora.lora(config, modules)
     peft_config._register_custom_module({nn.Linear: DoraLinear, nn.Conv2d: DoraConv2d})
     return peft_config
@@ -40,18 +40,18 @@ class Magnitude(nn.Module):
 
 
 def column_norms(weight: torch.Tensor) -> torch.Tensor:
-    """Norm over every axis but the input's, in that axis: `[1, in]` or `[1, in, 1, 1]`."""
+    """Norms over every axis but the input's: `[1, in]` or `[1, in, 1, 1]`."""
     return torch.linalg.vector_norm(weight, dim=[axis for axis in range(weight.ndim) if axis != 1], keepdim=True)  # type: ignore[no-any-return]
 
 
 def input_scale(layer: LoraLayer, name: str) -> torch.Tensor:
-    """s = m / ||V||, float32, in the shape of the magnitude. The norm is a constant to the gradient, as in the
-    paper's section 4.3."""
+    """s = m / ||V||, float32, in the shape of the magnitude. No gradient flows through the norm, as in the paper's
+    section 4.3."""
     weight, down, up = layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
     with torch.no_grad():
         delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * layer.full_scaling[name]
         norms = column_norms(weight.float() + delta)
-    # A column of zeros has m = 0 too, and stays what it was.
+    # A column of zeros has m = 0, and stays zero.
     return layer.lora_magnitude_vector[name].weight / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # type: ignore[no-any-return]
 
 
@@ -60,8 +60,8 @@ def forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     (name,) = layer.active_adapters
     strength = layer.scaling[name] / layer.full_scaling[name]
     scale = input_scale(layer, name)
-    # A linear layer's input has its channels last, a convolution's second: `[1, in]` and `[1, in, 1, 1]` fit both.
-    # The product is made in float32 and rounded once: s is near 1, where bfloat16 has steps of nearly a percent.
+    # A linear layer's input has its channels last, a convolution's second: `[1, in]` and `[1, in, 1, 1]` broadcast to
+    # both. The product is computed in float32 and rounded once: s is near 1, where bfloat16 has steps of nearly 1 %.
     scaled = x * scale
     output = layer.base_layer((scaled if strength == 1 else x * (1 + strength * (scale - 1))).to(x.dtype))
     update = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](scaled))) * layer.scaling[name]
@@ -72,7 +72,7 @@ class DoraLinear(Linear):  # type: ignore[misc]
     """PEFT's linear LoRA layer with a magnitude."""
 
     def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
-        """Make the factors, and a magnitude that leaves the layer as it was."""
+        """Create the factors, and a magnitude with which the layer's output does not change."""
         super().update_layer(adapter_name, *args, **kwargs)
         _add_magnitude(self, adapter_name)
 
@@ -81,10 +81,10 @@ class DoraLinear(Linear):  # type: ignore[misc]
         return forward(self, x) if _has_magnitude(self) else super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not offered.
+        """Refuse to merge.
 
         Raises:
-            LorakitError: always; PEFT's own would merge the factors without the magnitude.
+            LorakitError: always; PEFT's method would merge the factors without the magnitude.
         """
         raise LorakitError(NO_MERGE)
 
@@ -93,7 +93,7 @@ class DoraConv2d(Conv2d):  # type: ignore[misc]
     """PEFT's convolutional LoRA layer with a magnitude."""
 
     def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
-        """Make the factors, and a magnitude that leaves the layer as it was."""
+        """Create the factors, and a magnitude with which the layer's output does not change."""
         super().update_layer(adapter_name, *args, **kwargs)
         _add_magnitude(self, adapter_name)
 
@@ -102,10 +102,10 @@ class DoraConv2d(Conv2d):  # type: ignore[misc]
         return forward(self, x) if _has_magnitude(self) else super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not offered.
+        """Refuse to merge.
 
         Raises:
-            LorakitError: always; PEFT's own would merge the factors without the magnitude.
+            LorakitError: always; PEFT's method would merge the factors without the magnitude.
         """
         raise LorakitError(NO_MERGE)
 
@@ -114,7 +114,7 @@ NO_MERGE = "a DoRA adapter cannot be fused into the base here: draw with it as i
 
 
 def _has_magnitude(layer: LoraLayer) -> bool:
-    """Whether this layer is on and is DoRA's: files may have layers that are plain LoRA among them."""
+    """Whether this layer is enabled and has a magnitude: in files some layers of a DoRA adapter may be plain LoRA."""
     return not layer.disable_adapters and any(name in layer.lora_magnitude_vector for name in layer.active_adapters)
 
 

@@ -1,6 +1,6 @@
-"""Dropout of ranks and of whole layers, as sd-scripts and LyCORIS have them (rank_dropout, module_dropout).
+"""Dropout of ranks and of modules, as in sd-scripts and LyCORIS (rank_dropout, module_dropout).
 
-All numbers are drawn on the layer's device, so that a CUDA graph draws others on each replay.
+All random numbers are drawn on the layer's device, so that each replay of a CUDA graph draws new ones.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class InputDropout(nn.Module):
-    """PEFT's dropout on an adapter's input, which is all zeros with a chance: the layer is then the base's.
+    """PEFT's dropout on an adapter's input. With probability `module_share` the input is all zeros, so that only the
+    base computes.
 
     Args:
-        share: of numbers that are dropped, the rest scaled up.
-        module_share: of passes without the adapter, the others not scaled.
+        share: probability that a value is dropped; the others are scaled up.
+        module_share: probability that a pass leaves out the adapter; other passes are not scaled.
     """
 
     def __init__(self, share: float, module_share: float):
@@ -40,11 +41,12 @@ class InputDropout(nn.Module):
 
 
 class OutputDropout(nn.Module):
-    """The same for a layer that materializes delta W: drops rows of its output for each picture, or all of a pass.
+    """Dropout for a layer that materializes delta W: drops rows of its output for each picture, or the output of a
+    pass.
 
     Args:
-        share: of the rows of delta W that are dropped, the rest scaled up.
-        module_share: of passes without the adapter, the others not scaled.
+        share: probability that a row of delta W is dropped; the others are scaled up.
+        module_share: probability that a pass leaves out the adapter; other passes are not scaled.
     """
 
     def __init__(self, share: float, module_share: float):
@@ -60,7 +62,7 @@ class OutputDropout(nn.Module):
 
 
 def install(layers: Iterable[LoraLayer], config: AdapterConfig) -> None:
-    """Put both into PEFT's layers, if they are asked for."""
+    """Add the configured dropout to PEFT's layers."""
     if not isinstance(config, DropoutConfig) or not (config.rank_dropout or config.module_dropout):
         return
     for layer in layers:
@@ -74,14 +76,14 @@ def install(layers: Iterable[LoraLayer], config: AdapterConfig) -> None:
 
 def _drop_ranks(down: nn.Module, dropout: nn.Module, share: float) -> None:
     def hook(module: nn.Module, inputs: object, inner: torch.Tensor) -> torch.Tensor:
-        """Of each picture other ranks."""
+        """Drop other ranks for each picture."""
         return _without_channels(inner, share, isinstance(module, nn.Conv2d)) if dropout.training else inner
 
     down.register_forward_hook(hook)
 
 
 def _without_channels(x: torch.Tensor, share: float, is_picture: bool) -> torch.Tensor:
-    """Of each row of a batch other channels are 0: they are second in a convolution, else last."""
+    """Set channels to 0, others for each row of a batch. The channel axis of a picture is the second, else the last."""
     ones = (1,) * (x.ndim - 2)
     stays = torch.rand((len(x), x.shape[1], *ones) if is_picture else (len(x), *ones, x.shape[-1]), device=x.device)
     return x * (stays >= share).to(x.dtype) / (1 - share)

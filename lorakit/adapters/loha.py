@@ -1,7 +1,7 @@
-"""LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): PEFT's layers, whose maths and names are LyCORIS'.
+"""LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): PEFT's layers, with LyCORIS' formula and names.
 
-delta W = alpha / rank * (w1_a w1_b) * (w2_a w2_b), element by element, so of a rank up to rank * rank. It is made for
-each product and dropped, in training twice: slower than LoRA.
+delta W = alpha / rank * (w1_a w1_b) * (w2_a w2_b), an elementwise product with a rank up to rank * rank. delta W is
+computed for each forward and freed, and computed again in the backward pass: slower than LoRA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft.tuners.loha import LoHaLayer
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-# LyCORIS modules/loha.py; one factor of zeros makes delta W zero.
+# Standard deviations of LyCORIS (modules/loha.py); one factor of zeros makes delta W zero.
 SPREAD = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
 
 
@@ -29,7 +29,7 @@ def peft(config: AdapterConfig, modules: list[str]) -> PeftConfig:
 
 
 def begin(layer: LoHaLayer, draw: torch.Generator) -> None:
-    """Normal numbers as LyCORIS has them."""
+    """Draw from normal distributions, as LyCORIS does."""
     recompute_delta(layer)
     for part, spread in SPREAD.items():
         shape = getattr(layer, part)[NAME].shape
@@ -42,7 +42,7 @@ def factors(layer: LoHaLayer) -> Factors:
 
 
 def fill(layer: LoHaLayer, weights: AnyLayer) -> None:
-    """Take these matrices."""
+    """Set the four matrices."""
     for part, weight in weights.factors().items():
         getattr(layer, part)[NAME] = parameter(weight, layer)
     layer.r[NAME], layer.alpha[NAME], layer.scaling[NAME] = weights.rank, weights.alpha, weights.scale

@@ -1,8 +1,9 @@
-"""LoKr (Yeh et al. 2023, arXiv 2309.14859): PEFT's layers, whose maths and names are LyCORIS'.
+"""LoKr (Yeh et al. 2023, arXiv 2309.14859): PEFT's layers, with LyCORIS' formula and names.
 
-delta W = scale * kron(w1, w2), the layer's rows and columns each cut into two numbers as equal as can be. w1, the
-smaller, is whole; w2 is a product of two where the rank is below half its larger side, else whole too. The scale is
-alpha / rank, and 1 where w2 is whole. delta W is made for each product and dropped, in training twice.
+delta W = scale * kron(w1, w2). Rows and columns of the layer are each split into two factors as equal as possible. w1,
+the smaller matrix, is not factorized. w2 is a product of two matrices if the rank is below half its larger side. The
+scale is alpha / rank, or 1 if w2 is not factorized. delta W is computed for each forward and freed, and computed again
+in the backward pass.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def peft(config: AdapterConfig, modules: list[str]) -> PeftConfig:
 
 
 def begin(layer: LoKrLayer, draw: torch.Generator) -> None:
-    """As LyCORIS: zeros in w2 or its second factor, uniform numbers in the rest."""
+    """As LyCORIS: zeros in w2 or its second factor, uniform values in the rest."""
     recompute_delta(layer)
     for part, weight in factors(layer).items():
         still = part in ("lokr_w2", "lokr_w2_b")
@@ -42,7 +43,7 @@ def factors(layer: LoKrLayer) -> Factors:
 
 
 def fill(layer: LoKrLayer, weights: AnyLayer) -> None:
-    """Take these matrices, factorised or whole."""
+    """Set these matrices, factorized or not."""
     for part in PARTS:
         if NAME in getattr(layer, part):
             del getattr(layer, part)[NAME]
@@ -52,7 +53,7 @@ def fill(layer: LoKrLayer, weights: AnyLayer) -> None:
 
 
 def scale(layer: LoKrLayer) -> float:
-    """alpha / rank, or 1 where there is no rank."""
+    """alpha / rank, or 1 where no matrix is factorized."""
     return 1.0 if NAME in layer.lokr_w1 and NAME in layer.lokr_w2 else float(layer.scaling[NAME])
 
 

@@ -1,4 +1,4 @@
-"""LoRA and rank-stabilised LoRA: PEFT's config and layers, whose forward the engine may replace by a fused one."""
+"""LoRA and rank-stabilized LoRA: PEFT's config and layers. The engine may replace their forward by a fused one."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def lora(config: LoraConfig, modules: list[str]) -> PeftConfig:
         lora_dropout=config.dropout,
         target_modules=modules,
         use_rslora=METHODS[config.method].rank_stabilized,
-        # The weights are drawn by `Adapter`, from its own generator.
+        # `Adapter` draws the weights, with its own generator.
         init_lora_weights=False,
     )
     return peft_config
 
 
 def fuse(config: PeftConfig) -> PeftConfig:
-    """Let PEFT put in the fused layers of the engine instead of its own."""
+    """Make PEFT insert the engine's fused layers instead of its own."""
     config._register_custom_module({nn.Linear: fused_lora.FusedLinear, nn.Conv2d: fused_lora.FusedConv2d})
     return config
 
 
 def begin(layer: LoraLayer, draw: torch.Generator) -> None:
-    """A uniform, B zero."""
+    """Initialize A with uniform values and B with zeros."""
     down, up = layer.lora_A[NAME], layer.lora_B[NAME]
     down.weight = parameter(uniform(down.weight.shape, draw), layer)
     up.weight = parameter(torch.zeros(up.weight.shape), layer)
@@ -54,7 +54,7 @@ def factors(layer: LoraLayer) -> Factors:
 
 
 def fill(layer: LoraLayer, weights: AnyLayer) -> None:
-    """Set these factors. An adapter of DoRA may have layers without a magnitude."""
+    """Set these factors. Some layers of a DoRA adapter may have no magnitude."""
     tensors, magnitudes = weights.factors(), layer.lora_magnitude_vector
     layer.lora_A[NAME].weight = parameter(tensors["down"], layer)
     layer.lora_B[NAME].weight = parameter(tensors["up"], layer)

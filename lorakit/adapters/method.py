@@ -1,5 +1,5 @@
-"""`Method`: the functions by which `Adapter` uses a method, most of them on one of PEFT's layers. Each method has one,
-in one file, which a line of `registry.METHODS` names."""
+"""`Method`: the functions of a method that `Adapter` calls, most of them on one of PEFT's layers. Each method is one
+file, named by one entry of `registry.METHODS`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.adapters.weights import AnyLayer
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-# PEFT's name for the adapter. There is one at a time, so training and drawing use exactly the attached one.
+# The name of the adapter in PEFT. There is only one at a time, so training and sampling use the attached one.
 NAME = "default"
 Factors = dict[str, nn.Parameter]
 
@@ -31,12 +31,13 @@ class Method:
 
     Attributes:
         peft: (section of the config, full paths inside one component) -> PEFT's config.
-        begin: (layer, generator): the first weights, by which the base's output is unchanged.
-        factors: layer -> what is trained, named as `weights.from_factors` knows it, float32.
-        fill: (layer, weights): take factors of any rank and scale as they are; None where only training makes such.
-        constants: layer -> what is not trained and yet belongs to the adapter, named in the same way.
-        fuse: changes PEFT's config so that it makes fused layers, where there are such; unused by the plain engine.
-        scale: layer -> what the product of the factors is multiplied by, as the layer was made.
+        begin: (layer, generator): set the initial weights, with which the base's output does not change.
+        factors: layer -> trained parameters, float32, with the names of `weights.from_factors`.
+        fill: (layer, weights): set factors of any rank and scale; None if such weights only exist in training.
+        constants: layer -> tensors that are not trained but are part of the adapter, with the same names.
+        fuse: changes PEFT's config so that it inserts fused layers, if there are any. The plain engine does not call
+            it.
+        scale: layer -> initial factor of the product of the factors.
     """
 
     peft: Callable[[Any, list[str]], PeftConfig]
@@ -49,22 +50,22 @@ class Method:
 
 
 def parameter(weight: torch.Tensor, layer: BaseTunerLayer) -> nn.Parameter:
-    """A float32 parameter on the base layer's device. PEFT's parameters have the precision of the base."""
+    """A float32 parameter on the base layer's device. PEFT would use the dtype of the base."""
     device = layer.base_layer.weight.device
     return nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
 
 
 def uniform(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
-    """Uniform as `nn.Linear` begins (Kaiming, a = sqrt 5): within one by the square root of a row's length."""
+    """Uniform values with the bound of `nn.Linear` (Kaiming with a = sqrt 5): 1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(shape[1:].numel())
     return torch.empty(shape).uniform_(-bound, bound, generator=draw)
 
 
 def recompute_delta(layer: BaseTunerLayer) -> None:
-    """Make a layer that materializes delta W compute it again in the backward pass instead of keeping it.
+    """Make a layer that materializes delta W compute it again in the backward pass instead of saving it.
 
-    Kept for all layers, delta W would take as much memory as the base in float32. The output goes through the layer's
-    dropout.
+    Saved for all layers, delta W would take as much memory as the base in float32. The output passes through the
+    layer's dropout.
     """
     compute = functools.partial(type(layer)._get_delta_activations, layer)
     change = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)

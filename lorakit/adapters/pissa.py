@@ -1,12 +1,12 @@
-"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that begins as the principal part of the weight it adapts.
+"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA initialized with the principal part of the weight that it adapts.
 
-The paper trains W - s B0 A0 + s B A, where s B0 A0 are the first singular directions of W, and B A = B0 A0 at first.
-Here W does not change, in whatever precision it is stored, and the layer computes the same as
+The paper trains W - s B0 A0 + s B A, where s B0 A0 is made of the first singular directions of W, and B A = B0 A0
+initially. Here W does not change, in whatever precision it is stored, and the layer computes the same as
 
     y = W x + s ((B - B0) A x + B0 (A - A0) x),
 
-At first this is exactly the base, and no large number is subtracted from another. The export has the same sum: plain
-LoRA of twice the rank, for the unchanged base.
+which initially is exactly the base's output; no large numbers are subtracted from each other. The export has the same
+sum: plain LoRA of twice the rank, for the unchanged base.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from lorakit.core.errors import LorakitError
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-# Of the randomised SVD (Halko et al. 2009, arXiv 0909.4061): directions more than are asked for, and power iterations.
+# Randomized SVD (Halko et al. 2009, arXiv 0909.4061): directions beyond the rank, and power iterations.
 OVERSAMPLING, ITERATIONS = 8, 6
 NO_MERGE = "a PiSSA adapter that is being trained cannot be fused into the base: export it, it is plain LoRA then"
 
 
 def peft(config: LoraConfig, modules: list[str]) -> PeftConfig:
-    """PEFT's config for `modules`, with the layers of this file."""
+    """PEFT's config for `modules`, with the layers of this module."""
     peft_config = lora.lora(config, modules)
     peft_config._register_custom_module({nn.Linear: PissaLinear, nn.Conv2d: PissaConv2d})
     return peft_config
 
 
 def begin(layer: LoraLayer, draw: torch.Generator) -> None:
-    """A and B, and A0 and B0 that stay: the principal part of the weight shared out between both, by its roots."""
+    """Set A and B, and the constants A0 and B0: the principal part of the weight, with the roots of its singular values
+    in both factors."""
     down, up = layer.lora_A[NAME], layer.lora_B[NAME]
     weight, rank = layer.base_layer.weight.detach().float().flatten(1), len(down.weight)
     left, values, right = _principal(weight, rank, draw)
@@ -56,7 +57,7 @@ def begin(layer: LoraLayer, draw: torch.Generator) -> None:
 def _principal(
     weight: torch.Tensor, rank: int, draw: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first `rank` singular triples (U, S, V) of a matrix; zeros beyond what it has."""
+    """The first `rank` singular triples (U, S, V) of a matrix, padded with zeros."""
     count = min(rank, *weight.shape)
     sketch_rank = min(count + OVERSAMPLING, *weight.shape)
     with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
@@ -73,7 +74,7 @@ def constants(layer: LoraLayer) -> dict[str, torch.Tensor]:
 
 
 class PissaLinear(Linear):  # type: ignore[misc]
-    """PEFT's linear LoRA layer that counts from where it began."""
+    """PEFT's linear LoRA layer that adds the change since initialization."""
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
@@ -84,16 +85,16 @@ class PissaLinear(Linear):  # type: ignore[misc]
         return self.base_layer(x) + (updates[0] + updates[1]) * self.scaling[NAME]  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not offered.
+        """Refuse to merge.
 
         Raises:
-            LorakitError: always; PEFT's own would add the principal part a second time.
+            LorakitError: always; PEFT's method would add the principal part a second time.
         """
         raise LorakitError(NO_MERGE)
 
 
 class PissaConv2d(Conv2d):  # type: ignore[misc]
-    """PEFT's convolutional LoRA layer that counts from where it began."""
+    """PEFT's convolutional LoRA layer that adds the change since initialization."""
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`[B, in, h, w]` -> `[B, out, h', w']`."""
@@ -110,16 +111,16 @@ class PissaConv2d(Conv2d):  # type: ignore[misc]
         return base(x) + (updates[0] + updates[1]) * self.scaling[NAME]  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not offered.
+        """Refuse to merge.
 
         Raises:
-            LorakitError: always; PEFT's own would add the principal part a second time.
+            LorakitError: always; PEFT's method would add the principal part a second time.
         """
         raise LorakitError(NO_MERGE)
 
 
 def _pairs(layer: LoraLayer, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(A, B - B0) and (A - A0, B0), differences taken in float32."""
+    """(A, B - B0) and (A - A0, B0); the differences are computed in float32."""
     down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
     pairs = [(down, up - layer.up_0), (down - layer.down_0, layer.up_0)]
     return [(left.to(dtype), right.to(dtype)) for left, right in pairs]

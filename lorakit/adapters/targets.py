@@ -1,8 +1,8 @@
-"""Which layers of a base get an adapter. Only names are used, so a plan needs no model.
+"""The layers of a base that get an adapter. Only names are used, so a plan needs no model.
 
 The sets are those of sd-scripts, which every program reads: attention blocks, resnets and samplers of the UNet, and
-attention and MLP of the text encoders. Not `conv_in`, `conv_out`, time and size embeddings or norms: they are lost in
-half of the programs.
+attention and MLP of the text encoders. `conv_in`, `conv_out`, time and size embeddings and norms are left out, because
+half of the programs ignore them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lorakit.core.messages import Message, join
 from lorakit.core.registry import METHODS, resolve
 
 Value = TypeVar("Value")
-# Always all four of an attention: A1111 reads none of them where one is missing.
+# Always all four projections of an attention: A1111 reads none of them if one is missing.
 _TEXT_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
 _TEXT_LINEAR = _TEXT_ATTENTION + r"|\.mlp\.fc[12]$"
 TEXT = {"attention": _TEXT_ATTENTION, "linear": _TEXT_LINEAR, "linear+conv": _TEXT_LINEAR}
 
 
 def adapted(family: str, layers: Iterable[str], adapter: AdapterConfig) -> list[str]:
-    """Canonical names of the layers that get an adapter: those of `select` except layers of rank 0 by a pattern. If the
-    base's weights are trained, all layers of the trained parts."""
+    """Canonical names of the layers that get an adapter: those of `select`, except layers of rank 0. If the base's
+    weights are trained, all layers of the trained parts."""
     if METHODS[adapter.method].words_only:
         return []
     if METHODS[adapter.method].whole_model:
@@ -41,19 +41,19 @@ def adapted(family: str, layers: Iterable[str], adapter: AdapterConfig) -> list[
 
 
 def no_layer(adapter: AdapterConfig) -> str:
-    """What is said where an adapter enters nothing."""
+    """The message for an adapter that has no layer."""
     if adapter.ranks:
         return "adapter.ranks leaves out every layer"
     return Message("adapter.target_modules = {which!r} selects no layer of this base", adapter.target_modules)
 
 
 def last_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The value of the last pattern, with `*`, `?` and `[...]`, that a whole canonical name matches."""
+    """The value of the last pattern (with `*`, `?` and `[...]`) that matches the full canonical name."""
     return next((patterns[pattern] for pattern in list(patterns)[::-1] if fnmatchcase(name, pattern)), default)
 
 
 def layer_config(adapter: AdapterConfig, name: str) -> AdapterConfig:
-    """The config of one layer, with the rank and alpha of the last matching patterns."""
+    """The config of one layer, with rank and alpha from the last matching patterns."""
     if not adapter.ranks and not adapter.alphas:
         return adapter
     rank, alpha = last_match(adapter.ranks, name, adapter.rank), last_match(adapter.alphas, name, adapter.alpha)
@@ -61,7 +61,8 @@ def layer_config(adapter: AdapterConfig, name: str) -> AdapterConfig:
 
 
 def pattern_problems(config: Config, family: str, layers: Iterable[str]) -> list[str]:
-    """Patterns of ranks, alphas and rates that no layer of a base matches, or that later ones undo; a line each."""
+    """Problems of the patterns of ranks, alphas and rates, one message each: no layer matches, or later patterns
+    override them."""
     adapter = config.adapter
     if METHODS[adapter.method].whole_model:
         return _unmatched("optimizer.rates", config.optimizer.rates, adapted(family, layers, adapter))
@@ -72,7 +73,8 @@ def pattern_problems(config: Config, family: str, layers: Iterable[str]) -> list
 
 
 def adapter_pattern_problems(adapter: AdapterConfig, selected: Sequence[str], left: Sequence[str]) -> list[str]:
-    """The same of an adapter's own patterns: `selected` by `target_modules`, and what is `left` of it by rank 0."""
+    """The same for an adapter's own patterns. `selected` is the result of `target_modules`, `left` the rest after rank
+    0."""
     problems = _unmatched("adapter.ranks", adapter.ranks, selected) + _unmatched("adapter.alphas", adapter.alphas, left)
     if adapter.train_text_encoder and left and not any(not name.startswith("unet.") for name in left):
         problems.append("adapter.ranks leaves out the text encoders: leave out adapter.train_text_encoder")
@@ -104,7 +106,7 @@ def _unmatched(option: str, patterns: Mapping[str, float], layers: Sequence[str]
 
 
 def near(pattern: str, layers: Sequence[str]) -> str:
-    """What to write instead of a pattern: with stars around it, or names like it."""
+    """A hint for a pattern that matches nothing: the pattern with stars around it, or similar names."""
     word = pattern.strip("*.")
     inside = sum(word in name for name in layers)
     if word and inside:
@@ -123,11 +125,11 @@ def select(family: str, layers: Iterable[str], target_modules: str, train_text_e
     """Canonical names of the layers of a set, in the order of `layers`.
 
     Args:
-        family: what adapters of the base are called, such as "sd1".
+        family: version of the base's family, such as "sd1".
         layers: canonical names of a base's linear and convolutional layers.
-        target_modules: "attention" (q, k, v, out), "linear" (every layer of the attention blocks, `proj_in`, `proj_out`
-            and feed-forward too) or "linear+conv" (resnets, down- and upsamplers too).
-        train_text_encoder: the text encoders' layers too.
+        target_modules: "attention" (q, k, v, out), "linear" (also the other linear layers of the attention blocks,
+            `proj_in`, `proj_out` and feed-forward) or "linear+conv" (also resnets, down- and upsamplers).
+        train_text_encoder: also select the layers of the text encoders.
     """
     spec = registry.family_of(family)
     rules = {"unet": spec.target_patterns[target_modules]}
@@ -143,27 +145,27 @@ def trained(adapter: AdapterConfig, shape: Sequence[int]) -> int:
 
 
 def lora_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
-    """The numbers of A and B."""
+    """The number of weights in A and B."""
     return adapter.rank * (shape[0] + math.prod(shape[1:]))
 
 
 def all_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
-    """The layer's own."""
+    """The number of weights in the layer itself."""
     return math.prod(shape)
 
 
 def dora_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
-    """LoRA's, and a magnitude for each input."""
+    """Those of LoRA, and a magnitude for each input."""
     return lora_weights(adapter, shape) + shape[1]
 
 
 def loha_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
-    """Two products of LoRA's size."""
+    """Those of two LoRA products."""
     return 2 * lora_weights(adapter, shape)
 
 
 def lokr_weights(adapter: AdapterConfig, shape: Sequence[int]) -> int:
-    """The numbers of w1, and of w2 or its two factors."""
+    """Those of w1, and of w2 or its two factors."""
     (a, b), (c, d) = factorization(shape[0]), factorization(shape[1])
     is_full = adapter.rank >= max(b, d) / 2
     d *= math.prod(shape[2:])

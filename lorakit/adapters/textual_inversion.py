@@ -1,7 +1,7 @@
-"""A trigger as its own word (textual inversion, Gal et al. 2022, arXiv 2208.01618), learned beside an adapter.
+"""A trigger as a new word (textual inversion, Gal et al. 2022, arXiv 2208.01618), learned together with an adapter.
 
-Tokenizer and text do not change. The text encoder gets the learned vectors in place of the trigger's tokens, and the
-rest of the text moves accordingly. A1111 and ComfyUI do the same with an embedding of that name. Internally the vectors
+Tokenizer and text do not change. The text encoder gets the learned vectors instead of the trigger's tokens, and the
+following tokens move accordingly. A1111 and ComfyUI do the same with an embedding of that name. Internally the vectors
 have negative ids, so that CLIP still finds the end of the text (the largest id, or the first end token).
 """
 
@@ -21,11 +21,11 @@ class LearnedToken:
     """The vectors of one word in one text encoder.
 
     Args:
-        encoder: the text encoder; it is changed until `remove`.
-        tokenizer: its tokenizer, which is only asked.
+        encoder: the text encoder; it is modified until `remove`.
+        tokenizer: its tokenizer, which is not modified.
         word: the trigger.
-        vectors: `[n, width]`; None: those of `init_word`, over and over until there are `count`.
-        init_word: by default the word itself.
+        vectors: `[n, width]`; None: the embeddings of `init_word`, repeated up to `count`.
+        init_word: by default `word`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LearnedToken:
         return self.embedding.vectors
 
     def remove(self) -> None:
-        """The encoder as it was."""
+        """Restore the encoder."""
         self._hook.remove()
         self.encoder.set_input_embeddings(self.embedding.table)
 
@@ -82,12 +82,13 @@ class _Embedding(nn.Module):
 
 
 def mark_token(ids: torch.Tensor, word_ids: torch.Tensor, count: int, end: int) -> torch.Tensor:
-    """Token ids with -1, ..., -count where the ids `word_ids` stand in a row. Nothing is read back from the device.
+    """Replace the ids `word_ids` in each row by -1, ..., -count. Nothing is read back from the device.
 
     Args:
-        ids: `[B, T]`, padded with the token that stands last; texts that grow too long are cut and still end.
+        ids: `[B, T]`, padded with the last token of the row. Texts that become too long are cut and still end with
+            `end`.
         word_ids: `[k]`.
-        end: id of the token that ends a text.
+        end: id of the end token.
     """
     length, wide = ids.shape[1], ids.shape[1] * max(1, count)
     start = torch.zeros_like(ids, dtype=torch.bool)
@@ -98,7 +99,7 @@ def mark_token(ids: torch.Tensor, word_ids: torch.Tensor, count: int, end: int) 
         inside[:, offset:] |= start[:, :-offset]
     sizes = torch.where(start, count, torch.where(inside, 0, 1))
     places = sizes.cumsum(1) - sizes
-    # One column more than is ever read takes what is left out.
+    # An extra column, which is never read, receives the removed ids.
     output = ids[:, -1:].repeat(1, wide + 1)
     output.scatter_(1, torch.where(inside, wide, places), ids)
     for number in range(count):

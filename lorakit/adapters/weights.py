@@ -1,8 +1,7 @@
-"""An adapter's weights under canonical names. Training gives them, and every file format is read to and written from
-them.
+"""An adapter's weights under canonical names: the result of training, and the common form of all file formats.
 
-Canonical layer names are the module paths of diffusers' UNet and of CLIP as real checkpoints spell it, with the
-component in front, whatever the installed transformers calls its modules:
+Canonical layer names are the module paths of diffusers' UNet and of CLIP in released checkpoints, with the component as
+prefix. They do not depend on the names in the installed transformers:
 
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q
     text_encoder.text_model.encoder.layers.0.self_attn.q_proj
@@ -30,11 +29,11 @@ class LoraLayer:
     Attributes:
         down: `[rank, in]`, or `[rank, in, kh, kw]` for a convolution.
         up: `[out, rank]`, or `[out, rank, 1, 1]` for a convolution.
-        alpha: numerator of the scale; rank-stabilised adapters carry alpha * sqrt(rank) here, so that alpha / rank is
-            the true scale for every reader.
-        magnitude: DoRA's column magnitudes `[1, in]` (`[1, in, 1, 1]` for a convolution), the axis web UIs read, or
-            None. W' = magnitude * V / ||V||, V = W + delta W, the norm taken over every axis but the input axis.
-            Other programs' files may have row magnitudes `[out, 1]`, with the norm of each row.
+        alpha: numerator of the scale. For rank-stabilized adapters this is alpha * sqrt(rank), so that every reader
+            computes the right scale alpha / rank.
+        magnitude: DoRA's column magnitudes `[1, in]` (`[1, in, 1, 1]` for a convolution), on the axis that web UIs
+            read, or None. W' = magnitude * V / ||V||, V = W + delta W, with the norm over every axis but the input
+            axis. Other programs' files may have row magnitudes `[out, 1]`, with the norm of each row.
     """
 
     down: torch.Tensor
@@ -46,7 +45,7 @@ class LoraLayer:
 
     @property
     def is_lora(self) -> bool:
-        """Whether it is LoRA as every program reads it, without a magnitude."""
+        """Whether this is plain LoRA, without a magnitude, which every program reads."""
         return self.magnitude is None
 
     @property
@@ -66,11 +65,11 @@ class LoraLayer:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(rows, columns) of delta W, a convolution's kernel counted to the columns."""
+        """(rows, columns) of delta W; a convolution's kernel is part of the columns."""
         return len(self.up), self.down[0].numel()
 
     def factors(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor, all that is trained."""
+        """Name -> trained tensor."""
         return {"down": self.down, "up": self.up} | ({} if self.magnitude is None else {"magnitude": self.magnitude})
 
     def delta(self) -> torch.Tensor:
@@ -86,10 +85,10 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LohaLayer:
-    """One layer with LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098; LyCORIS): two low ranks, multiplied by element.
+    """One layer with LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098; LyCORIS): the elementwise product of two low-rank
+    matrices.
 
-    delta W = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b). Files know a convolution's kernel only as part of the
-    columns, and so does this.
+    delta W = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b). As in files, a convolution's kernel is part of the columns.
 
     Attributes:
         w1_a, w2_a: `[out, rank]`.
@@ -102,7 +101,7 @@ class LohaLayer:
     w2_a: torch.Tensor
     w2_b: torch.Tensor
     alpha: float
-    magnitude: torch.Tensor | None = None  # DoRA's, as `LoraLayer` has it; from other programs' files
+    magnitude: torch.Tensor | None = None  # of DoRA, as in `LoraLayer`; only in other programs' files
 
     method = "loha"
     is_lora = False
@@ -123,7 +122,7 @@ class LohaLayer:
         return int(self.w1_a.shape[0]), int(self.w1_b.shape[1])
 
     def factors(self) -> dict[str, torch.Tensor]:
-        """LyCORIS' name -> tensor, all that is trained."""
+        """LyCORIS' name -> trained tensor."""
         tensors = {f"hada_{part}": getattr(self, part) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
         return tensors | ({} if self.magnitude is None else {"magnitude": self.magnitude})
 
@@ -141,33 +140,33 @@ class LohaLayer:
 class LokrLayer:
     """One layer with LoKr (Yeh et al. 2023, arXiv 2309.14859; LyCORIS): a Kronecker product of two small matrices.
 
-    delta W = scale * kron(w1, w2), either of which may be a product of two factors. The scale is alpha / rank, and 1
-    where both are whole, as there is no rank then.
+    delta W = scale * kron(w1, w2). Each of them may be a product of two factors. The scale is alpha / rank, or 1 if
+    neither is factorized, because there is no rank then.
 
     Attributes:
         w1: one matrix `[a, c]`, or its factors `[a, rank]` and `[rank, c]`, with a * b = out and c * d = in.
         w2: one matrix `[b, d * kh * kw]`, or its factors `[b, rank]` and `[rank, d * kh * kw]`.
         alpha: numerator of the scale.
-        kernel: a convolution's, `(kh, kw)`, where it is known: a whole w2 has it in files.
+        kernel: kernel size `(kh, kw)` of a convolution, if known: files keep it in a w2 that is not factorized.
     """
 
     w1: tuple[torch.Tensor, ...]
     w2: tuple[torch.Tensor, ...]
     alpha: float
     kernel: tuple[int, ...] = ()
-    magnitude: torch.Tensor | None = None  # DoRA's, as `LoraLayer` has it; from other programs' files
+    magnitude: torch.Tensor | None = None  # of DoRA, as in `LoraLayer`; only in other programs' files
 
     method = "lokr"
     is_lora = False
 
     @property
     def rank(self) -> int:
-        """Rank of the factorised part; 1 if no part is factorised."""
+        """Rank of the factorized matrix; 1 if neither is factorized."""
         return next((int(pair[1].shape[0]) for pair in (self.w1, self.w2) if len(pair) == 2), 1)
 
     @property
     def is_full(self) -> bool:
-        """Whether neither matrix is factorised."""
+        """Whether neither matrix is factorized."""
         return len(self.w1) == len(self.w2) == 1
 
     @property
@@ -184,7 +183,7 @@ class LokrLayer:
         )
 
     def factors(self) -> dict[str, torch.Tensor]:
-        """LyCORIS' name -> tensor, all that is trained; a convolution's whole w2 is `[b, d, kh, kw]`."""
+        """LyCORIS' name -> trained tensor; a convolution's w2 that is not factorized is `[b, d, kh, kw]`."""
         tensors: dict[str, torch.Tensor] = {}
         for name, parts in (("lokr_w1", self.w1), ("lokr_w2", self.w2)):
             tensors |= {name: parts[0]} if len(parts) == 1 else {f"{name}_a": parts[0], f"{name}_b": parts[1]}
@@ -201,7 +200,8 @@ class LokrLayer:
         return product.reshape(self.size) * self.scale
 
     def rescaled(self, scale: float) -> LokrLayer:
-        """The same delta W with this scale; the difference goes into w1. A whole one has scale 1 and keeps it."""
+        """The same delta W with this scale; w1 absorbs the difference. A layer that is not factorized has scale 1 and
+        keeps it."""
         if self.is_full:
             return self
         first, *rest = self.w1
@@ -216,11 +216,11 @@ class ForeignLayer:
     to one whose `MethodSpec` names a new kind of layer.
 
     Attributes:
-        method: what LyCORIS calls it, or `MethodSpec.layers`.
-        parts: name in LyCORIS' files, or of `MethodSpec.factors` -> tensor.
-        alpha: as in the file; GLoRA's numerator of the scale, OFT's constraint.
-        change: (weight in float32, layer, strength) -> what is added to the weight.
-        with_bias: the bias of the layer, where it has one, is changed as a weight with one column.
+        method: its name in LyCORIS, or `MethodSpec.layers`.
+        parts: name in LyCORIS' files, or in `MethodSpec.factors` -> tensor.
+        alpha: as in the file: GLoRA's numerator of the scale, OFT's constraint.
+        change: (weight in float32, layer, strength) -> the difference to add to the weight.
+        with_bias: whether `change` also applies to the bias of the layer, as a weight with one column.
     """
 
     method: str
@@ -235,7 +235,7 @@ class ForeignLayer:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(rows, columns) of delta W, where the layer holds it whole."""
+        """(rows, columns) of delta W, if the layer stores delta W itself."""
         return len(self.delta()), self.delta()[0].numel()
 
     def factors(self) -> dict[str, torch.Tensor]:
@@ -243,7 +243,7 @@ class ForeignLayer:
         return dict(self.parts)
 
     def delta(self) -> torch.Tensor:
-        """delta W in float32, where it does not depend on the weight."""
+        """delta W in float32, if it does not depend on the base's weight."""
         is_full = self.parts.get("diff", self.parts.get("w_norm"))
         if is_full is None:
             raise LorakitError(
@@ -254,7 +254,7 @@ class ForeignLayer:
         return is_full.float()
 
     def rescaled(self, scale: float) -> ForeignLayer:
-        """Itself: it has no scale."""
+        """The layer itself: it has no scale."""
         return self
 
 
@@ -262,11 +262,11 @@ AnyLayer = LoraLayer | LohaLayer | LokrLayer | ForeignLayer
 
 
 def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
-    """One layer from its tensors, named as `factors()` names them.
+    """Build a layer from its tensors, named as in `factors()`.
 
-    PiSSA has `down` and `up`, and their initial values `down_0` and `up_0`, which were taken from the base. Its change
-    of the original base is up @ down - up_0 @ down_0 = (up - up_0) @ down + up_0 @ (down - down_0). That is LoRA of
-    twice the rank, and no large number is subtracted from another.
+    PiSSA has `down` and `up`, and their initial values `down_0` and `up_0` from the base. The difference from the
+    original base is up @ down - up_0 @ down_0 = (up - up_0) @ down + up_0 @ (down - down_0). That is LoRA of twice the
+    rank, and no large numbers are subtracted from each other.
     """
     for kind, spec in registry.own_kinds().items():
         if factors.keys() == set(spec.factors):
@@ -284,7 +284,7 @@ def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
         return replace(layer, alpha=scale * layer.rank)
     down, up = factors["down"], factors["up"]
     if "down_0" in factors:
-        import torch  # this module is read where torch is not wanted
+        import torch  # this module can be imported without torch
 
         down_0, up_0 = factors["down_0"], factors["up_0"]
         down, up = torch.cat([down, down - down_0]), torch.cat([up - up_0, up_0], dim=1)
@@ -292,7 +292,7 @@ def from_factors(factors: Mapping[str, torch.Tensor], scale: float) -> AnyLayer:
 
 
 def delta_norm(factors: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
-    """Frobenius norm of delta W. That of a product of two factors comes from their small products with themselves."""
+    """Frobenius norm of delta W. For LoRA it is computed from the small Gram matrices of the two factors."""
     if "up" not in factors:
         norm: torch.Tensor = from_factors(factors, scale).delta().norm()
         return norm
@@ -301,23 +301,23 @@ def delta_norm(factors: Mapping[str, torch.Tensor], scale: float) -> torch.Tenso
 
 
 def factorization(width: int) -> tuple[int, int]:
-    """A layer's width as the product of two numbers as near to each other as can be, the smaller first: how LoKr cuts
-    it (LyCORIS functional/general.py, `factorization` without a factor)."""
+    """Split a layer's width into two factors as equal as possible, the smaller first, as LoKr does (LyCORIS
+    functional/general.py, `factorization` without a factor)."""
     small = next(n for n in range(math.isqrt(width), 0, -1) if width % n == 0)
     return small, width // small
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """All layers of an adapter, and what they belong to.
+    """All layers of an adapter, with family and method.
 
     Attributes:
         family: "sd1", "sd2", "sdxl" or "sd3".
         method: how it was trained, a name of `registry.METHODS`.
         layers: canonical name -> layer.
-        metadata: what a file said of itself (empty for weights that come from training).
-        embeddings: word -> text encoder ("text_encoder", "text_encoder_2") -> vectors `[n, width]` that stand for it.
-        biases: canonical name -> what is added to the layer's bias; other programs' files have such.
+        metadata: metadata of the file (empty for weights from training).
+        embeddings: word -> text encoder ("text_encoder", "text_encoder_2") -> vectors `[n, width]` of the word.
+        biases: canonical name -> difference of the layer's bias; only in other programs' files.
     """
 
     family: str

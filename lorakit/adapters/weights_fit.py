@@ -1,4 +1,4 @@
-"""Check that the weights of an adapter fit a base and a config, by names, ranks and sizes. No model is loaded."""
+"""Check by names, ranks and shapes that the weights of an adapter fit a base and a config. No model is loaded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def require(
     weights: AdapterWeights, config: AdapterConfig, family: str, shapes: Mapping[str, Sequence[int]], trigger: str
 ) -> None:
-    """Compare an adapter to start from with the one that is trained.
+    """Compare an initial adapter with the one to train.
 
     Args:
-        shapes: canonical name -> shape of the weight, of each layer that is trained.
-        trigger: the word that vectors are learned for.
+        shapes: canonical name of each trained layer -> shape of its weight.
+        trigger: the word for which vectors are learned.
 
     Raises:
-        LorakitError: family, method, layers, ranks or shapes differ; a method that begins from the base.
+        LorakitError: family, method, layers, ranks or shapes differ, or the method starts from the base's weights.
     """
     spec = registry.METHODS[config.method]
     if spec.begins_from_base:
@@ -78,13 +78,13 @@ def require(
 
 
 def require_checkpoint(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Compare the tensors of a checkpoint with those that they are to be copied into.
+    """Compare the tensors of a checkpoint with those that they will be copied into.
 
     Args:
-        what: what is trained, in a word, for the message.
+        what: a word for the trained object, for the message.
 
     Raises:
-        LorakitError: a tensor is missing, too many or of another shape.
+        LorakitError: a tensor is missing, unknown or of another shape.
     """
     wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if p.shape != state[n].shape]
     if wrong:
@@ -94,7 +94,7 @@ def require_checkpoint(own: Mapping[str, torch.Tensor], state: Mapping[str, torc
 
 
 def fits(layer: AnyLayer, shape: Sequence[int]) -> bool:
-    """Whether a layer of an adapter is for a weight of this shape."""
+    """Whether an adapter's layer fits a weight of this shape."""
     if isinstance(layer, ForeignLayer):
         import torch
 
@@ -108,17 +108,17 @@ def fits(layer: AnyLayer, shape: Sequence[int]) -> bool:
 
 
 def size_text(layer: AnyLayer) -> str:
-    """The shape of the weight that a layer of an adapter is for, as far as it knows it."""
+    """The shape of the weight that an adapter's layer fits, as far as it is known."""
     if isinstance(layer, ForeignLayer):
         return "another shape"
     return str((len(layer.up), *layer.down.shape[1:]) if isinstance(layer, LoraLayer) else layer.size)
 
 
 def method(weights: AdapterWeights) -> str:
-    """The method by which weights are applied. It follows from their layers, not from their training.
+    """The method that applies these weights. It depends on the kinds of layers, not on how they were trained.
 
     Raises:
-        LorakitError: several methods in one adapter.
+        LorakitError: the adapter mixes methods, or has layers that can only be merged.
     """
     if weights.embeddings and not weights.layers:
         return "embedding"
@@ -132,7 +132,7 @@ def method(weights: AdapterWeights) -> str:
         raise LorakitError(
             "the adapter has {what}, which lorakit does not put into a model in use: merge it into a base", what
         )
-    # Among DoRA's layers there may be plain ones.
+    # Some layers of a DoRA adapter may be plain LoRA.
     if any(layer.magnitude is not None for layer in weights.layers.values()):
         methods -= {LoraLayer.METHOD}
     if len(methods) > 1:
