@@ -1,13 +1,11 @@
 """Base models: describe a folder or file without torch, and load it behind one protocol, `Family`.
-
 May import: core, config, data, engine.
 Used by: formats, inference, runs, training, cli, ui.
 
-A family is one folder (`spec.py`: what it is, as data; `model.py`: the loaded base) and one line in
-`registry.FAMILIES` or an entry point of the group `lorakit.families`. `_template/` is a commented example, `pocket/` a
-bundled base of the family `sd`; `facts/` recognises other models and refuses damaged ones. Everything outside this room
-knows only `BaseInfo` (a description, read without torch), `Family` (the loaded base) and `Conditioning` (encoded
-texts).
+A family is one folder (`spec.py`: its facts as data; `model.py`: the loaded base) and one entry in `registry.FAMILIES`
+or an entry point of the group `lorakit.families`. `_template/` is a commented example, `pocket/` the bundled base of
+the family `sd`; `facts/` recognizes other models and refuses damaged ones. Code outside this room uses only `BaseInfo`
+(a description, read without torch), `Family` (the loaded base) and `Conditioning` (encoded texts).
 """
 
 from __future__ import annotations
@@ -46,19 +44,19 @@ __all__ = [
 
 
 class Family(Protocol):
-    """A loaded base model. Every module is frozen and in eval mode; only adapters are ever trained.
+    """A loaded base model. Every module is frozen and in eval mode, unless a run trains the whole model.
 
     Attributes:
         info: what it was loaded from.
-        prediction: what the denoiser predicts, how noise is added and how timesteps are sampled.
-        device: where its parts compute.
+        prediction: the prediction type, with noise schedule and sampling of timesteps.
+        device: the device that its parts run on.
         dtype: precision of UNet and text encoders; the VAE is always float32.
-        gradient_scale: gradients are this many times too large inside the base, from the prediction backwards; whoever
-            trains a weight in there divides by it (see `loading.widen`).
-        denoiser: the UNet or transformer. Parts, adapters' keys and `modules()` call it "unet" in every family.
-        text_encoders: "text_encoder" and, where there are more, "text_encoder_2" and "text_encoder_3" -> module.
+        gradient_scale: factor of all gradients inside the base, from the prediction backwards. Whoever trains a weight
+            there divides by it (see `loading.widen`).
+        denoiser: the UNet or transformer. Components, adapter keys and `modules()` call it "unet" in every family.
+        text_encoders: "text_encoder" and, if there are more, "text_encoder_2" and "text_encoder_3" -> module.
         vae: the autoencoder.
-        plain: whether it computes without `lorakit.engine`, as `memory.engine` has it. Adapters follow it.
+        plain: whether it runs without `lorakit.engine` (`memory.engine`). Adapters follow it.
     """
 
     info: BaseInfo
@@ -72,26 +70,26 @@ class Family(Protocol):
     plain: bool
 
     def encode_text(self, texts: list[str]) -> Conditioning:
-        """Embeddings of texts, cut and padded as the diffusers pipeline does it, without `size_conditions`."""
+        """Embeddings of texts, truncated and padded as in the diffusers pipeline, without `size_conditions`."""
 
     def encode_prompt(self, prompt: str) -> Conditioning:
-        """The embedding of one prompt, read as web UIs read it (see `core.prompt_syntax`), however long it is."""
+        """The embedding of one prompt of any length, in the syntax of web UIs (see `core.prompt_syntax`)."""
 
     def tokens(self, texts: Sequence[str | Prompt], chunks: int = 1) -> list[torch.Tensor]:
-        """What `encode_tokens` takes for texts, on `device`, a row each: token ids, int64 `[B, chunks * T]`, for a text
-        encoder that can be trained; what one that cannot makes of them."""
+        """The input of `encode_tokens` for texts, on `device`, one row each. For a trainable text encoder these are
+        token ids, int64 `[B, chunks * T]`; for others, their output."""
 
     def chunks(self, texts: Sequence[str | Prompt]) -> int:
-        """The number of chunks of the longest text; 1 if the family reads only one."""
+        """The number of chunks of the longest text; 1 if the family uses only one."""
 
     def reserve(self, word: str, places: int) -> None:
-        """Reserve as many tokens for a word as vectors are learned for it; 0 for no word."""
+        """Reserve `places` tokens for a word, one for each learned vector; 0 for no word."""
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
-        """`encode_text` of texts in that form, which the host does not look at; autograd does, if asked."""
+        """`encode_text` for the output of `tokens`, without reading it on the host; with gradients if `grad`."""
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the latents, float32 `[B, C, h, w]`, in the UNet's scale:
+        """Pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the latents, float32 `[B, C, h, w]`, scaled for the UNet:
         latents = mean + std * noise."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -100,25 +98,25 @@ class Family(Protocol):
     def size_conditions(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
     ) -> dict[str, list[int]]:
-        """Name in `Conditioning` -> a row, from (height, width), (top, left), (height, width); empty where the
-        denoiser is not conditioned on sizes."""
+        """Size conditions from (height, width), (top, left) and (height, width): name in `Conditioning` -> one row.
+        Empty if the denoiser has none."""
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
-        """What the UNet says of `noisy` `[B, C, h, w]` at `timesteps` `[B]`: float32 `[B, C, h, w]`."""
+        """The denoiser's prediction for `noisy` `[B, C, h, w]` at `timesteps` `[B]`: float32 `[B, C, h, w]`."""
 
     def release(self, *components: str) -> None:
-        """Move "unet", "vae" or "text_encoders" to the CPU and give their memory back. Where weights are trained the
-        part stays: the optimizer, and a CUDA graph, know where things lie."""
+        """Move "unet", "vae" or "text_encoders" to the CPU and free their device memory. A part with trained weights
+        stays: the optimizer and CUDA graphs hold its addresses."""
 
     def acquire(self, *components: str) -> None:
-        """Move them to `device`, or one text encoder by its name. All parts begin on the CPU, and come by themselves
-        with what needs them: `tokens`, `encode_text`, `encode_tokens`, `encode_image`, `decode` and `predict`."""
+        """Move "unet", "vae", "text_encoders" or one text encoder to `device`. All parts start on the CPU; `tokens`,
+        `encode_text`, `encode_tokens`, `encode_image`, `decode` and `predict` move what they need."""
 
     def pipeline(self) -> DiffusionPipeline:
-        """The diffusers pipeline of these same modules, wherever they are, with its own scheduler."""
+        """A diffusers pipeline of the same modules, on their current devices, with its own scheduler."""
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        """Modules that adapters may enter: "unet" and the text encoders."""
+        """The modules that can be adapted: "unet" and the text encoders."""
 
 
 def load(
@@ -132,10 +130,10 @@ def load(
     """Load a described base: UNet and text encoders in `dtype`, the VAE in float32, from local files only.
 
     Args:
-        storage: how the UNet's weights are kept, as `memory.base_storage` has it; it computes in `dtype` always.
-        stream: whether they stay in the host's memory, as `memory.stream_base` has it.
-        plain: leave diffusers' and PEFT's modules as they are. A UNet with blocks that the engine does not know is
-            plain in any case.
+        storage: how the denoiser's weights are stored (`memory.base_storage`); it always computes in `dtype`.
+        stream: whether they stay in host memory (`memory.stream_base`).
+        plain: leave diffusers' and PEFT's modules unchanged. A UNet with blocks that the engine does not know is always
+            plain.
 
     Raises:
         LorakitError: a file is missing, damaged, or does not fit its configuration.
@@ -150,10 +148,11 @@ def load(
 
 
 def load_as_configured(info: BaseInfo, config: Config) -> tuple[Family, list[str]]:
-    """Load a described base on the device and in the precision that the config asks for: (base, lines on the device).
+    """Load a described base on the configured device, in the configured precision. Return (base, messages about the
+    device).
 
     Raises:
-        LorakitError: see `load`; the device is not there, or cannot do what the config asks.
+        LorakitError: see `load`; or the device is not available or does not support the config.
     """
     from lorakit.engine import device as devices
 
@@ -167,10 +166,10 @@ def load_as_configured(info: BaseInfo, config: Config) -> tuple[Family, list[str
 def from_pipeline(
     pipeline: DiffusionPipeline, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Family:
-    """A pipeline of diffusers in memory, as a base. The pipeline does not change. Both share their weights if device
-    and dtype are the same, as they are by default.
+    """Use a diffusers pipeline in memory as a base. The pipeline does not change. Both share weights if device and
+    dtype are the same, which is the default.
 
     Raises:
-        LorakitError: it is of no family, or its weights are not plain tensors.
+        LorakitError: it belongs to no family, or its weights are not plain tensors.
     """
     return load(describe_pipeline(pipeline), device or pipeline.device, dtype or pipeline.dtype)

@@ -1,4 +1,4 @@
-"""Find the base that an adapter's metadata names, where it is on this machine."""
+"""Find the base that an adapter's metadata names, if it is on this machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lorakit.families.describe import BUNDLED, describe
 
 
 def find(adapter: Path, metadata: Mapping[str, str]) -> str:
-    """The base that an adapter was trained on, as its metadata names it: a path, a hub id in the cache, or "pocket".
+    """The base that an adapter was trained on: a path, a hub id in the cache, or "pocket". Nothing is downloaded.
 
-    A base that lorakit recorded must have the same content. Nothing is fetched.
+    If the metadata has the hash of the base, the base found must have it too.
 
     Raises:
-        LorakitError: it is not here, or the file names none; the message says what to give.
+        LorakitError: it is not on this machine, or the file names none; the message says what to give.
     """
     title, expected = metadata.get("ss_sd_model_name", ""), metadata.get("lorakit.base", "")
     source = metadata.get("lorakit.base_source", "") or (title if hub.parse(title) else "")
@@ -39,7 +39,8 @@ def find(adapter: Path, metadata: Mapping[str, str]) -> str:
 
 
 def _candidates(adapter: Path, title: str, source: str) -> Iterator[str]:
-    """Where the base may be: bundled, in the run's config, in the hub's cache, beside the adapter, here."""
+    """Possible bases: the bundled one, that of the run's config, the hub's cache, the adapter's folder, the current
+    folder."""
     if title == BUNDLED:
         yield BUNDLED
     for run in (adapter.absolute().parent, *adapter.absolute().parents[1:3]):

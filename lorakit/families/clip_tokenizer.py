@@ -1,8 +1,8 @@
-"""CLIP's tokenizer for a base in a single file, which has none. It comes from the nearest place that has it. No torch.
+"""CLIP's tokenizer for a base in a single file, which contains none. No torch.
 
-All Stable Diffusion models read texts with the vocabulary of CLIP ViT-L/14; the word that fills texts up is each text
-encoder's own (see `loading.load_tokenizer`). Places, in order: what `model.tokenizer` names, beside the file, Hugging
-Face's cache, the programs that `LORAKIT_HOSTS` names, installed packages, and last the hub.
+All Stable Diffusion models use the vocabulary of CLIP ViT-L/14; each text encoder has its own padding token (see
+`loading.load_tokenizer`). Places, in order: the folder of `model.tokenizer`, the base's folder, Hugging Face's cache,
+the programs in `LORAKIT_HOSTS`, installed packages, and last the hub.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAYS = (
     "clip-anytorch, which brings the vocabulary"
 )
 OWN = "set model.tokenizer to the folder of the base's own"
-# Where programs and their Python have CLIP's vocabulary, below the folder that a person knows them by.
+# Folders with CLIP's vocabulary, relative to the folder of a program.
 HOST_FOLDERS = (
     "comfy/sd1_tokenizer",
     "ComfyUI/comfy/sd1_tokenizer",
@@ -50,20 +50,20 @@ HOST_FOLDERS = (
     "*/tokenizer",
 )
 PYTHONS = "venv/lib/python* .venv/lib/python* venv/Lib .venv/Lib python_embeded/Lib system/python/Lib python/Lib"
-# Module -> the package that brings it; each has OpenAI's file.
+# Module -> package; each contains OpenAI's file.
 PACKAGES = {"clip": "clip-anytorch", "open_clip": "open_clip_torch"}
 ARCHIVE = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def find(setting: str, file: Path, words: int) -> tuple[Path | None, str]:
-    """The folder of the tokenizer for a base in one file, or None if only the hub has it; and its origin in words.
+    """The tokenizer's folder for a base in one file (None if only the hub has it), and a message about its origin.
 
     Args:
         setting: `model.tokenizer`.
         words: rows of the base's text encoder.
 
     Raises:
-        LorakitError: what is named or lies beside the file is incomplete, or has another number of words.
+        LorakitError: the named tokenizer or that in the base's folder is incomplete, or has another vocabulary size.
     """
     if setting:
         folder = expand(setting)
@@ -85,7 +85,7 @@ def find(setting: str, file: Path, words: int) -> tuple[Path | None, str]:
 
 
 def missing(base: str, words: int) -> str | None:
-    """Why a base whose tokenizer is not on this machine cannot be used, or None where it can be fetched."""
+    """The reason why a base whose tokenizer is not on this machine cannot be used, or None if it can be downloaded."""
     from huggingface_hub import is_offline_mode
 
     if words != WORDS:
@@ -100,10 +100,10 @@ def missing(base: str, words: int) -> str | None:
 
 
 def fetch(base: str, words: int) -> Path:
-    """CLIP's tokenizer from the hub, in Hugging Face's cache.
+    """Download CLIP's tokenizer into Hugging Face's cache.
 
     Raises:
-        LorakitError: the hub cannot be reached or must not be, or what it gives does not fit.
+        LorakitError: the hub cannot be reached or is switched off, or the files do not fit.
     """
     if problem := missing(base, words):
         raise LorakitError(problem)
@@ -113,10 +113,10 @@ def fetch(base: str, words: int) -> Path:
 
 
 def from_hub(base: str, repository: str, revision: str, files: Sequence[str], words: tuple[str, str]) -> Path:
-    """The folder in Hugging Face's cache with files of a repository at a commit.
+    """Download files of a repository at a commit into Hugging Face's cache. Return their folder.
 
     Args:
-        words: what the base lacks, and the ways out, for the message.
+        words: what the base lacks, and the alternatives, for the message.
 
     Raises:
         LorakitError: the hub cannot be reached.
@@ -135,10 +135,10 @@ def from_hub(base: str, repository: str, revision: str, files: Sequence[str], wo
 
 
 def require(folder: Path, words: int, advice: str = OWN) -> None:
-    """Check that a folder has a tokenizer of so many words.
+    """Check that a folder has a tokenizer with this vocabulary size.
 
     Raises:
-        LorakitError: a file is missing or damaged, or the number is another.
+        LorakitError: a file is missing or damaged, or the size differs.
     """
     if not (folder / "tokenizer.json").is_file():
         for name in FILES:
@@ -161,10 +161,10 @@ def require(folder: Path, words: int, advice: str = OWN) -> None:
 
 
 def require_fit(base: Path, folder: Path, rows: int) -> None:
-    """Check that the tokenizer of a base in diffusers layout has no more words than its text encoder has rows.
+    """Check that the tokenizer of a base in diffusers layout has no more tokens than its text encoder has rows.
 
     Raises:
-        LorakitError: it has, or is broken; transformers gives an almost empty tokenizer then, and says nothing.
+        LorakitError: it has more, or is broken; transformers would load an almost empty tokenizer without a warning.
     """
     try:
         count, _ = _counts(folder, (folder / FILES[0]).is_file())
@@ -178,7 +178,7 @@ def require_fit(base: Path, folder: Path, rows: int) -> None:
 
 
 def _fits(folder: Path, words: int) -> bool:
-    """Whether a folder has both files of CLIP's vocabulary, with so many words."""
+    """Whether a folder has both files of CLIP's vocabulary, with this many tokens."""
     try:
         require(folder, words)
     except LorakitError:
@@ -187,14 +187,14 @@ def _fits(folder: Path, words: int) -> bool:
 
 
 def _counts(folder: Path, two_files: bool) -> tuple[int, int]:
-    """Words and merges of a tokenizer: of vocab.json and merges.txt, or of tokenizer.json."""
+    """The numbers of tokens and merges of a tokenizer, from vocab.json and merges.txt or from tokenizer.json."""
     paths = [folder / name for name in FILES] if two_files else [folder / "tokenizer.json"]
     return _count_in(tuple((str(path), path.stat().st_mtime_ns) for path in paths))
 
 
 @functools.lru_cache(maxsize=64)
 def _count_in(files: tuple[tuple[str, int], ...]) -> tuple[int, int]:
-    """As `_counts`; a file that did not change is not read again."""
+    """As `_counts`; results are cached while the files do not change."""
     first, *rest = [Path(path).read_text(encoding="utf-8") for path, _ in files]
     if not rest:
         table = foreign_json.loads(first)
@@ -208,7 +208,7 @@ def _lines(merges: str) -> list[str]:
 
 
 def _on_this_machine() -> Iterator[tuple[str, Path]]:
-    """Places that may have CLIP's vocabulary: a name for a person, and the folder."""
+    """Places that may have CLIP's vocabulary: (name for messages, folder)."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -225,7 +225,7 @@ def _on_this_machine() -> Iterator[tuple[str, Path]]:
 
 
 def _of_host(host: Path) -> Iterator[tuple[str, Path]]:
-    """The same below the folder of a program: ComfyUI, A1111, Forge, SD.Next, InvokeAI, a cache of Hugging Face."""
+    """The same below the folder of a program: ComfyUI, A1111, Forge, SD.Next, InvokeAI, or a Hugging Face cache."""
     for pattern in HOST_FOLDERS:
         for folder in sorted(host.glob(pattern)):
             yield str(host), folder
@@ -236,9 +236,9 @@ def _of_host(host: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _unpacked(place: str, archive: Path) -> Iterator[tuple[str, Path]]:
-    """OpenAI's file as vocab.json and merges.txt, kept in lorakit's cache; nothing where it is damaged.
+    """Write OpenAI's file as vocab.json and merges.txt into lorakit's cache. Nothing is yielded if the file is damaged.
 
-    The vocabulary is every byte, every byte that ends a word, the result of each merge, and two marks
+    The vocabulary is every byte, every byte at the end of a word, the result of each merge, and two special tokens
     (openai/CLIP, simple_tokenizer.py).
     """
     try:
@@ -258,7 +258,7 @@ def _unpacked(place: str, archive: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _byte_letters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE, in CLIP's order."""
+    """The printable character for each byte in byte-level BPE, in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [*map(chr, printable), *(chr(256 + number) for number in range(len(others)))]

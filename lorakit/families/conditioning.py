@@ -1,4 +1,4 @@
-"""The denoiser's inputs from the texts: named tensors with a row for each text, which can be indexed, joined and
+"""The denoiser's inputs from the texts: named tensors with one row per text, which can be indexed, concatenated and
 moved."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from lorakit.core.messages import Message
 
 
 class Conditioning:
-    """Encoded texts: name -> tensor `[B, ...]`, a row for each text. It never changes: methods return a new one.
+    """Encoded texts: name -> tensor `[B, ...]`, one row per text. It is immutable: methods return a new one.
 
     A family adds the names that its denoiser needs. All have "encoder_hidden_states" `[B, T, D]`; some add "pooled"
     `[B, P]` and the names of `Family.size_conditions`.
@@ -37,11 +37,11 @@ class Conditioning:
         return self._tensors.get(name)
 
     def index(self, rows: torch.Tensor) -> Conditioning:
-        """The rows of an int64 index on the same device."""
+        """The rows at an int64 index, which is on the same device."""
         return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Moved, and cast where a dtype is given; integers, such as sizes, keep their dtype."""
+        """Move to a device and, if given, cast to a dtype. Integers, such as sizes, keep their dtype."""
         return self._each(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def expand(self, count: int) -> Conditioning:
@@ -49,7 +49,7 @@ class Conditioning:
         return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     def with_rows(self, **tensors: torch.Tensor) -> Conditioning:
-        """The same texts with more tensors, or others of the same names."""
+        """The same texts with tensors added or replaced."""
         return Conditioning(**{**self._tensors, **tensors})
 
     def with_sizes(self, sizes: Mapping[str, Sequence[int]]) -> Conditioning:
@@ -59,7 +59,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """All rows of several, in order.
+        """Concatenate the rows of several, in order.
 
         Raises:
             ValueError: their names differ.

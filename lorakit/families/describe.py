@@ -1,4 +1,5 @@
-"""Describe a base model from its configuration and the headers of its files. No torch, no questions to the user."""
+"""Describe a base model from its configuration and the headers of its files. It loads no torch and asks no
+questions."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREDICTIONS = (EPSILON, VELOCITY)
-# Pipelines whose parts are those of another.
+# Pipelines that have the parts of another one.
 PIPELINES = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}
 BUNDLED = "pocket"
 # `model.base` of a run that trains a pipeline in memory.
@@ -43,37 +44,36 @@ GUESS = "prediction type: {kind}, {why}; if that is wrong, set model.prediction_
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What is known of a base before it is loaded.
+    """The facts of a base before it is loaded.
 
     Attributes:
-        path: its folder in diffusers layout, or its one file.
-        family: the version of its family: what its adapters are called, such as "sd1".
-        loader: its family's name in `registry.FAMILIES`.
+        path: its folder in diffusers layout, or its single file.
+        family: name of its family's version, such as "sd1"; its adapters have the same.
+        loader: name of its family in `registry.FAMILIES`.
         prediction_type: "epsilon", "v_prediction" or "flow_prediction".
         latent_channels: channels of the latents.
-        downscale: pixels to a latent, along a side.
-        max_tokens: tokens of a text that CLIP reads, start and end included.
-        text_tokens: tokens that the UNet attends to.
-        cross_dim: width of the text embeddings that the UNet attends to.
+        downscale: pixels per latent, along one side.
+        max_tokens: tokens of a text for CLIP, including start and end.
+        text_tokens: number of tokens that the denoiser attends to.
+        cross_dim: width of the text embeddings that the denoiser attends to.
         layers: canonical name -> weight shape of every linear and convolutional layer of UNet and text encoders.
-        untrained_layers: layers that no gradient ever reaches: SDXL reads its first text encoder before the last layer,
-            and nobody reads what SD3's last block makes of the text.
+        untrained_layers: layers that never get a gradient (SDXL's first text encoder, SD3's last block).
         bytes: component -> bytes of its weights on disk.
-        variants: component -> variant in its files' names ("fp16", "bf16" or None).
+        variants: component -> variant in its file names ("fp16", "bf16" or None).
         configs: component -> its configuration; "scheduler" and "model_index" too.
-        tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder; empty where only the hub has it.
-        slots: of a single file, component -> where each tensor lies in it; None for a folder.
-        content: the files whose content is the base: configurations and weights.
-        clip_skip: the layer, from the end, that its texts are read at: 1 is the last; 0 where the family has no choice.
-        prediction_override: `model.prediction_type` where it is not what the base says itself.
-        without_t5: whether `model.t5` leaves out a T5 that it has.
-        title: name to call it by.
-        source: hub id with the commit, as `owner/name@commit`; empty for what lies on the machine.
-        notes: how what the base does not say was decided, a line each.
-        warnings: what may be wrong with the base, a line each.
-        sources: component -> where its weights are, of those that are not the base's own.
-        distilled: how it was distilled and what samples need, or None.
-        components: of a pipeline in memory, component -> its module; empty where files are read.
+        tokenizers: "tokenizer" and, for SDXL, "tokenizer_2" -> folder; without those that only the hub has.
+        slots: for a single file, component -> the slot of each tensor in it; None for a folder.
+        content: the files that determine the base: configurations and weights.
+        clip_skip: the layer that texts are read at, from the end: 1 is the last; 0 if the family has no choice.
+        prediction_override: `model.prediction_type` if it differs from the base's own.
+        without_t5: whether `model.t5` leaves out the base's T5.
+        title: its name for messages.
+        source: hub id with the commit, as `owner/name@commit`; empty for a local base.
+        notes: messages about facts that the base does not state.
+        warnings: messages about possible problems of the base.
+        sources: component -> its weights, for components that are not the base's own.
+        distilled: the method of distillation and its sampling, or None.
+        components: for a pipeline in memory, component -> module; else empty.
     """
 
     path: Path
@@ -106,7 +106,7 @@ class BaseInfo:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Identity of weights and configuration. It reads all of the files, unless the cache knows them."""
+        """Identity of weights and configuration. It reads all files, unless their hashes are cached."""
         content = weight_files.identity(self.content)
         changes = [*filter(None, [self.prediction_override]), *(["without T5"] if self.without_t5 else [])]
         return hashlib.sha256("/".join([content, *changes]).encode()).hexdigest() if changes else content
@@ -118,16 +118,16 @@ class BaseInfo:
 
     @property
     def bucket_multiple(self) -> int:
-        """What the sides of a bucket must be multiples of, in pixels."""
+        """The sides of a bucket must be multiples of this, in pixels."""
         return self.spec.bucket_multiple(self.layers, self.downscale)
 
     @property
     def chunked_texts(self) -> bool:
-        """Whether long texts are read in chunks."""
+        """Whether long texts are encoded in chunks."""
         return self.spec.chunked_texts
 
     def weights(self, component: str) -> Source:
-        """Where the weights of a component are."""
+        """The location of a component's weights."""
         if component in self.sources:
             return self.sources[component]
         if self.slots is not None:
@@ -136,22 +136,22 @@ class BaseInfo:
         return Source(folder, None, self.variants[component])
 
     def tokenizer(self, name: str = "tokenizer") -> Path:
-        """Folder of a tokenizer, which is fetched where a base in a single file has none on this machine.
+        """Folder of a tokenizer. It is downloaded if a base in a single file has none on this machine.
 
         Raises:
-            LorakitError: it must be fetched and cannot be.
+            LorakitError: the download failed or is not allowed.
         """
         if name not in self.tokenizers:
             return text_encoders.fetch_tokenizer(self.path.name, self._unread[name])
         return self.tokenizers[name]
 
     def tokenizer_problem(self) -> str | None:
-        """Why a tokenizer that is not on this machine cannot be had, or None."""
+        """The reason why a tokenizer that is not on this machine cannot be downloaded, or None."""
         problems = (text_encoders.tokenizer_problem(self.path.name, config) for config in self._unread.values())
         return next(filter(None, problems), None)
 
     def fetch_tokenizers(self) -> bool:
-        """Fetch the tokenizers that are not on this machine; whether there were any.
+        """Download the tokenizers that are not on this machine. Return whether there were any.
 
         Raises:
             LorakitError: as `tokenizer`.
@@ -160,19 +160,19 @@ class BaseInfo:
 
     @property
     def _unread(self) -> dict[str, dict[str, Any]]:
-        """Tokenizer that is not on this machine -> the configuration of its text encoder."""
+        """Each tokenizer that is not on this machine -> the configuration of its text encoder."""
         parts = {e.tokenizer: self.configs[e.name] for e in self.spec.text_encoders if e.name in self.configs}
         return {name: config for name, config in parts.items() if name not in self.tokenizers}
 
 
 def describe(base: str | Path | ModelConfig) -> BaseInfo:
-    """Read what a base is: "pocket", a folder in diffusers layout, a single file, or a hub id, which may be fetched.
+    """Describe a base: "pocket", a folder in diffusers layout, a single file, or a hub id (which may be downloaded).
 
     Args:
-        base: the section of the config, or `model.base` alone.
+        base: the section `model` of the config, or `model.base` alone.
 
     Raises:
-        LorakitError: it is not there, is something else (named for what it is), or lacks something (all of it listed).
+        LorakitError: it does not exist, is something else (which is named), or lacks parts (which are listed).
     """
     model = base if isinstance(base, ModelConfig) else ModelConfig(base=str(base))
     if model.base == BUNDLED:
@@ -194,10 +194,10 @@ def describe(base: str | Path | ModelConfig) -> BaseInfo:
 
 
 def unsuited(info: BaseInfo, config: Config) -> list[str]:
-    """What a config asks for that a base of this kind cannot do, a line each."""
+    """Options of a config that a base of this kind does not support, one message each."""
     problems = [problem] if (problem := info.tokenizer_problem()) else []
     usual_values = {"snr_weighting": "min", "timestep_sampling": "base", "timestep_shift": 1.0}
-    is_uniform = config.train.timestep_sampling == "uniform"  # then the shift is all that moves them
+    is_uniform = config.train.timestep_sampling == "uniform"  # then only the shift moves the timesteps
     for name, usual in {} if not info.spec.predicts_flow else usual_values.items():
         if getattr(config.train, name) != usual and not (is_uniform and name.startswith("timestep")):
             problems.append(Message(NO_FLOW, name, getattr(config.train, name), info.title, usual))
@@ -210,10 +210,10 @@ def unsuited(info: BaseInfo, config: Config) -> list[str]:
 
 
 def pin(model: ModelConfig) -> ModelConfig:
-    """The same section, with the current commit of a hub id, so that a run resumes with the same base.
+    """Replace hub ids by ids with their current commit, so that a run resumes with the same base.
 
     Raises:
-        LorakitError: as `describe`, where a hub id cannot be found.
+        LorakitError: as `describe`, if a hub id cannot be found.
     """
     hub_id = hub.parse(model.base) if model.base != BUNDLED and not expand(model.base).exists() else None
     if hub_id is not None:
@@ -252,7 +252,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
     tensors = {component: weight_files.shapes(files) for component, (files, _) in weights.items()}
     for component in ("unet", *encoders):
         layers |= weight_files.layers(component, tensors[component])
-    # With the same weights, another prediction type or schedule makes another base.
+    # Another prediction type or schedule makes another base of the same weights.
     config_files = [folders[name] / "config.json" for name in ("unet", "vae") if name in folders]
     config_files.append(path / "scheduler" / "scheduler_config.json")
     notes = _notes(source, model, absent)
@@ -277,7 +277,7 @@ def _of_folder(path: Path, model: ModelConfig, *, title: str, source: str = "") 
 
 
 def _unused(model: ModelConfig) -> list[str]:
-    """Folders of a base that `model.t5` makes needless."""
+    """Folders of a base that are not needed without T5 (`model.t5`)."""
     encoders = [e for spec in registry.FAMILIES.values() for e in spec.text_encoders if e.kind == "T5"]
     return [] if model.t5 else [name for encoder in encoders for name in (encoder.name, encoder.tokenizer)]
 
@@ -337,14 +337,14 @@ def _of_file(path: Path, model: ModelConfig, source: str = "") -> BaseInfo:
 
 
 def _notes(source: str, model: ModelConfig, absent: Iterable[str]) -> list[str]:
-    """Lines for the plan: where a base is from, and which of its text encoders are left out."""
+    """Messages for the plan: the origin of a base, and its text encoders that are left out."""
     notes: list[str] = [Message("from the hub: {source}", source)] if source else []
     without = "without {name}" if model.t5 else "without {name}, as model.t5 says"
     return notes + [Message(without, name) for name in absent]
 
 
 def _summary(keys: Collection[str]) -> str:
-    """Where keys stand, and how many there are in each place."""
+    """The prefixes of keys, with the number of keys for each."""
     places = Counter(".".join(key.split(".")[:-1][:2]) or key for key in keys)
     words = [f"{place}.* ({count})" if place not in keys else place for place, count in sorted(places.items())]
     return some(words, 4)
@@ -353,7 +353,7 @@ def _summary(keys: Collection[str]) -> str:
 def base_info(
     model: ModelConfig, tensors: Mapping[str, fit.Shapes], *, metadata: Mapping[str, str] | None = None, **facts: Any
 ) -> BaseInfo:
-    """What follows from configurations and tensors, for both layouts, with what the user says of its prediction."""
+    """Complete the facts from configurations and tensors, for both layouts, with the user's `prediction_type`."""
     metadata, names = metadata or {}, (facts["title"], facts["source"])
     if model.vae:
         facts |= vae_source.replacement(model.vae, facts)
@@ -370,7 +370,7 @@ def base_info(
     configs["scheduler"], note = noise_schedule.override(configs["scheduler"], model.prediction_type)
     if note:
         facts["notes"] = (*facts["notes"], note)
-        # With the same weights, another prediction type or schedule makes another base.
+        # Another prediction type or schedule makes another base of the same weights.
         facts["prediction_override"] = model.prediction_type
     noise_schedule.check(path, configs["scheduler"], flow=spec.predicts_flow)
     prediction = spec.prediction or configs["scheduler"].get("prediction_type", EPSILON)
@@ -408,7 +408,7 @@ def base_info(
 
 
 def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Iterator[str]:
-    """Layers that no gradient reaches."""
+    """Layers that get no gradient."""
     yield from weight_files.of_last(layers, r"text_encoder\..*\.layers", clip_skip - 1)
     for name in weight_files.of_last(layers, r"unet\.transformer_blocks"):
         if name.endswith(spec.dead_end_layers):
@@ -416,7 +416,7 @@ def _dead_layers(spec: FamilySpec, layers: Iterable[str], clip_skip: int) -> Ite
 
 
 def _index(path: Path) -> dict[str, Any]:
-    """The content of the folder's model_index.json. A folder without one is refused, by its kind or its files."""
+    """Read the folder's model_index.json. Refuse a folder without one, by its kind or its files."""
     if not path.is_dir():
         raise LorakitError(hub.absence(str(path)))
     if not (path / "model_index.json").is_file():
@@ -439,7 +439,7 @@ def of_pipeline(name: str) -> FamilySpec | None:
 
 
 def _check_configs(title: str, folder: Path) -> None:
-    """Refuse by its configs, as far as they are there, a model that is not trained."""
+    """Refuse a model that lorakit does not train, from those configs that exist."""
     if not (folder / "model_index.json").is_file():
         if what := other_models.what_folder(folder):
             raise LorakitError("base {path} {what}", title, what)
@@ -464,7 +464,7 @@ def family_of_index(base: Path | str, index: dict[str, Any]) -> FamilySpec:
 
 
 def _check_fit(model: ModelConfig, facts: dict[str, Any], tensors: Mapping[str, fit.Shapes]) -> None:
-    """Refuse tensors, tokenizers and text encoders that do not fit each other."""
+    """Refuse tensors, tokenizers and text encoders that do not fit together."""
     path, configs, spec = facts["path"], facts["configs"], registry.FAMILIES[facts["loader"]]
     for component in (name for name in tensors if name != "vae" or not model.vae):
         whole = "the rest of the file" if path.is_file() else f"its {component}/config.json"
@@ -488,7 +488,7 @@ def _check_tokenizer(base: Path, folder: Path, encoder: fit.Config) -> None:
 
 
 def _max_tokens(tokenizer: Path | None, text: dict[str, Any]) -> int:
-    # A tokenizer without a configuration says 1e30; the text encoder's positions are the true limit.
+    # A tokenizer without a configuration has the limit 1e30; the text encoder's positions are the real limit.
     positions = int(text.get("max_position_embeddings", 77))
     if tokenizer is None:
         return positions

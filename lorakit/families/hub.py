@@ -1,8 +1,8 @@
-"""Bases by hub id, `owner/name`, `owner/name@revision` or `owner/name/file.safetensors`: taken from the local cache,
-fetched once where they are not.
+"""Bases by hub id (`owner/name`, `owner/name@revision` or `owner/name/file.safetensors`), from the local cache or
+downloaded once.
 
-The cache is huggingface_hub's own, shared with diffusers. What a name stood for when it was fetched is what it stands
-for until another revision is asked for: nothing is looked up, so a run is the same tomorrow and works offline.
+The cache is huggingface_hub's, shared with diffusers. A cached name keeps its commit until another revision is given:
+the hub is not asked again, so a run has the same base tomorrow and works offline.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.families import weight_files
 
-# Half precision is half the download and all that a frozen base needs.
+# Half precision is half the download, and enough for a frozen base.
 VARIANTS = ("fp16", "bf16", None)
 _REVISION = r"refs/[\w.-]+/[\w.-]+|[\w.-]+"
 _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-# One file of a repository, with the revision behind the repository or behind the file.
+# One file of a repository; the revision follows the repository or the file.
 _FILE = re.compile(
     rf"([\w.-]+/[\w.-]+?)(?:@({_REVISION}))?/([^@]+\.(?:safetensors|ckpt|pt|pth|bin|gguf))(?:@({_REVISION}))?", re.I
 )
-# Nearly a hub id: with a word or a mark too much, a name of the cache, a folder inside, a revision behind another mark.
+# Almost a hub id: with an extra word or character, a name of the cache, a subfolder, or another mark before the
+# revision.
 _LIKE = re.compile(
     r"(?:hf:/?|\w+@hf\.co:|models?/|models--)?([A-Za-z0-9][\w.-]*?) ?(?:/|--) ?([\w.-]+?)(?:\.git)?(?:[/:#?@ ].*)?"
 )
-# What a browser shows: a repository's page, a folder, or a file.
+# Address in a browser: a repository's page, a folder, or a file.
 _LINK = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/([\w.-]+/[\w.-]+)"
     rf"(?:/(?:tree|blob|resolve|raw)/({_REVISION})(?:/([^?#]+?))?)?/?(?:[?#].*)?"
@@ -42,32 +43,32 @@ _LINK = re.compile(
 
 @dataclass(frozen=True)
 class HubId:
-    """`owner/name`, a branch, a tag or a commit, and a file in it where one file is meant."""
+    """`owner/name`, a branch, tag or commit, and the name of a file if one file is meant."""
 
     name: str
     revision: str = "main"
     file: str = ""
 
     def at(self, revision: str) -> str:
-        """As it is given in `model.base`, at another revision."""
+        """The value of `model.base` for another revision."""
         return f"{self.name}{self.file and '/'}{self.file}@{revision}"
 
     @property
     def title(self) -> str:
-        """The same for a person."""
+        """The id for messages."""
         return self.at(self.revision).removesuffix("@main")
 
 
 class Refusal(LorakitError):
-    """Why the hub gives no model; who asked for it says for which option."""
+    """The reason why the hub has no model; the caller adds the option."""
 
 
 class Checks(NamedTuple):
-    """Refuse a model by its title and what is small of it; nothing larger is fetched before they return.
+    """Functions that refuse a model by its title and small files; larger files are downloaded only after they return.
 
     Attributes:
-        configs: takes a folder with model_index.json, and later the other configs.
-        header: takes the header of a single file, whose tensors are not there.
+        configs: takes a folder with model_index.json, later also with the other configs.
+        header: takes the header of a single file, before its tensors are downloaded.
     """
 
     configs: Callable[[str, Path], object]
@@ -75,7 +76,7 @@ class Checks(NamedTuple):
 
 
 def parse(base: str) -> HubId | None:
-    """The hub id in `model.base`, or None. A path whose first folder exists, and a file name, are no hub ids."""
+    """The hub id in `model.base`, or None. A path whose first folder exists and a file name are not hub ids."""
     if link := _LINK.fullmatch(unquote(base)):
         name, revision, file = link.groups()
         name = name.removesuffix(".git")
@@ -89,7 +90,7 @@ def parse(base: str) -> HubId | None:
 
 
 def absence(base: str) -> Message:
-    """The error text for a base that does not exist, with a guess at what was meant."""
+    """The message for a base that does not exist, with a suggestion."""
     match = _LIKE.fullmatch(base)
     if match and not re.search(r"\.(safetensors|ckpt|gguf)$", base, re.I):
         return Message(
@@ -104,7 +105,7 @@ def absence(base: str) -> Message:
 
 
 def refuse_name(link: str) -> None:
-    """Raise for no name, and for a link, none of which is a base but a repository's page and a model's file in it."""
+    """Raise for an empty name and for links, except those to a repository's page or to a model file in it."""
     if not link.strip():
         raise LorakitError("model.base is empty: name a base, or leave it out for the bundled one")
     if "://" not in link:
@@ -119,14 +120,14 @@ def refuse_name(link: str) -> None:
 
 
 def find(hub_id: HubId, checks: Checks, without: Collection[str] = ()) -> tuple[Path, str]:
-    """Folder or file in the cache, and the commit that it is of. Only where the cache lacks it is the network asked.
+    """The folder or file in the cache, and its commit. The network is used only if the cache lacks it.
 
     Args:
         without: folders of the repository that are not needed.
 
     Raises:
-        LorakitError: there is no such model, revision or file, it is gated, it is not in diffusers layout, or the
-            network cannot be reached; or as `checks` do.
+        LorakitError: the model, revision or file does not exist, it is gated or not in diffusers layout, or the network
+            cannot be reached; or as `checks`.
     """
     try:
         path = cached(hub_id, without) or _fetch(hub_id, checks, without)
@@ -136,19 +137,19 @@ def find(hub_id: HubId, checks: Checks, without: Collection[str] = ()) -> tuple[
 
 
 def _commit(hub_id: HubId, path: Path) -> str:
-    """The commit of a snapshot in the cache, from the path of its folder or of the file in it."""
+    """The commit of a snapshot in the cache, from its path."""
     return path.parents[hub_id.file.count("/")].name if hub_id.file else path.name
 
 
 def cached(hub_id: HubId, without: Collection[str] = ()) -> Path | None:
-    """The complete snapshot, or the file, in the cache, or None. The network is not asked."""
+    """The complete snapshot or the file in the cache, or None, without network access."""
     from huggingface_hub import errors, try_to_load_from_cache
 
     try:
         path = try_to_load_from_cache(hub_id.name, hub_id.file or "model_index.json", revision=hub_id.revision)
-    except errors.HFValidationError:  # the hub has no such names; `_fetch` says so
+    except errors.HFValidationError:  # such names are invalid on the hub; `_fetch` reports it
         return None
-    # Beside a path and None there is a mark for "known not to exist".
+    # The result can also be a marker for "known not to exist".
     if not isinstance(path, str):
         return None
     if hub_id.file:
@@ -157,7 +158,7 @@ def cached(hub_id: HubId, without: Collection[str] = ()) -> Path | None:
 
 
 def cached_vae(hub_id: HubId) -> Path | None:
-    """The autoencoder of a repository in the cache, or None. The network is not asked."""
+    """The autoencoder of a repository in the cache, or None, without network access."""
     if hub_id.file:
         return cached(hub_id)
     reference = _repository(hub_id) / "refs" / hub_id.revision
@@ -176,10 +177,10 @@ def _repository(hub_id: HubId) -> Path:
 
 
 def find_vae(hub_id: HubId) -> tuple[Path, str]:
-    """The autoencoder of a repository and its commit, from the cache or else from the hub.
+    """The autoencoder of a repository and its commit, from the cache or the hub.
 
     Raises:
-        LorakitError: as `find`, or there is no autoencoder in it.
+        LorakitError: as `find`, or the repository has no autoencoder.
     """
     from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
@@ -202,7 +203,7 @@ def find_vae(hub_id: HubId) -> tuple[Path, str]:
 
 
 def _vae_files(title: str, names: list[str]) -> tuple[str, list[str]]:
-    """Of a repository's files, the folder or the file that is an autoencoder, and the files to fetch."""
+    """The folder or file of the autoencoder among a repository's files, and the files to download."""
     for place in ("", "vae/"):
         for infix in ("", ".fp16", ".bf16"):
             files = [f"{place}config.json", f"{place}diffusion_pytorch_model{infix}.safetensors"]
@@ -218,7 +219,7 @@ def _vae_files(title: str, names: list[str]) -> tuple[str, list[str]]:
 
 
 def _complete(folder: Path, without: Collection[str]) -> bool:
-    """Whether a snapshot has every part that its index names and a base needs."""
+    """Whether a snapshot has every part that its index names and that a base needs."""
     index = weight_files.read_json(folder / "model_index.json")
     parts = {name for name, classes in index.items() if isinstance(classes, list) and None not in classes} - {*without}
     stems = registry.weight_stems()
@@ -277,7 +278,7 @@ def _fetch_file(hub_id: HubId, commit: str, names: list[str], checks: Checks) ->
 
 
 def refusal(hub_id: HubId, error: Exception) -> str:
-    """Why the hub does not give a model, for a person."""
+    """The reason why the hub does not provide a model, as a message."""
     from huggingface_hub import constants, errors
 
     title, page = hub_id.title, f"{constants.ENDPOINT}/{hub_id.name}"
@@ -322,15 +323,15 @@ def refusal(hub_id: HubId, error: Exception) -> str:
 
 
 def _folders() -> set[str]:
-    """Parts of all families that have no weights."""
+    """Folders without weights, of all families."""
     return {"scheduler", *(part.tokenizer for spec in registry.FAMILIES.values() for part in spec.text_encoders)}
 
 
 def base_files(title: str, names: Iterable[str]) -> list[str]:
-    """Of a repository's files those that a base needs: one precision of each part's weights, and no pickles.
+    """The files of a repository that a base needs: one precision of each part's weights, and no pickles.
 
     Raises:
-        LorakitError: it is not in diffusers layout, or has pickled weights only.
+        LorakitError: it is not in diffusers layout, or has only pickled weights.
     """
     names = list(names)
     if "model_index.json" not in names:
@@ -356,7 +357,7 @@ def base_files(title: str, names: Iterable[str]) -> list[str]:
 
 
 def _unread(title: str, missing: str, names: Iterable[str]) -> str:
-    """Why a part of a repository that has no .safetensors file cannot be used, and the ways out."""
+    """The message for a part of a repository without a .safetensors file, with alternatives."""
     pickle = next((name for name in sorted(names) if name.endswith((".bin", ".ckpt"))), None)
     if pickle is None:
         return Message("base {name} has no {file}, only weights that are not read here", title, missing)

@@ -1,10 +1,8 @@
-"""Whole models in one file in the layout of LDM, SGM and their successors: the names of each tensor there and in
-diffusers.
+"""Models in one file, in the layout of LDM, SGM and their successors: the names of each tensor there and in diffusers.
 
-A version's `FileLayout` has its names; this module reads and writes files by them. Names serve both directions. Blocks
-are counted, not assumed, so they hold for any width and depth. No torch, except where tensors are read.
-
-The keys that say what a file predicts are those ComfyUI reads (comfy/supported_models.py).
+A version's `FileLayout` has the names; this module reads and writes files with them. The same names serve both
+directions. Blocks are counted, so any width and depth works. No torch, except where tensors are read. The keys that
+state a file's prediction type are those that ComfyUI reads (comfy/supported_models.py).
 """
 
 from __future__ import annotations
@@ -26,26 +24,27 @@ if TYPE_CHECKING:
     import torch
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Name in the file -> diffusers', of a module or of a tensor. Several are equal shares of the file's rows, in order.
+# Name of a module or tensor in the file -> its name in diffusers. Several names are equal shares of the file's rows, in
+# order.
 Names = Mapping[str, str | tuple[str, ...]]
 UNET = "model.diffusion_model."
-# Tensors that no module of diffusers has: buffers, and what only CLIP's own training needs.
+# Tensors that diffusers' modules lack: buffers, and weights that only CLIP's own training uses.
 NOT_WEIGHTS = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask)$")
-# Keys of so many files that nothing is said of them: the noise schedule, marks, projections that nothing reads.
+# Keys that are not reported because they are common: the noise schedule, markers, projections that nothing uses.
 USUAL = re.compile(
     rf"(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_\w+|posterior_\w+|logvar|scale_factor|v_pred|ztsnr"
     rf"|denoiser\..*)|.*({NOT_WEIGHTS.pattern}|(^|\.)text_projection(\.weight)?$|{weight_files.MARKS.pattern})"
 )
-# What stands before the weights' moving average, which is of training and of no use here.
+# Prefix of the weights' moving average, which only training uses.
 AVERAGE = "model_ema."
 NOTHING_SAYS = "as nothing in the file says otherwise"
 
-# One of several modules that are alike.
+# One of several similar modules.
 _ONE_OF_MANY = re.compile(r"((?:.*\.)?(?:resnets|attentions|transformer_blocks|block|layers)\.)\d+\.(.+)")
 
 
 class Transposed(str):
-    """A tensor of diffusers that the file has transposed."""
+    """A tensor of diffusers that is transposed in the file."""
 
 
 class Pointwise(str):
@@ -53,19 +52,19 @@ class Pointwise(str):
 
 
 class Swapped(str):
-    """A module of diffusers the halves of whose rows are the other way round in the file."""
+    """A module of diffusers whose rows have their halves exchanged in the file."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one of diffusers' tensors lies in a file.
+    """The place of one of diffusers' tensors in a file.
 
     Attributes:
-        key: the tensor in the file; empty for the identity, which is in none.
-        shape: in diffusers; the file's may differ by axes of length 1.
-        third: 0, 1 or 2 where it is that third of the file's rows (q, k, v in one), else None.
-        form: `Transposed`, `Pointwise` or `Swapped` where it is that, else str.
-        scale: the tensor in the file by which its numbers are multiplied, if there is one (see `weight_files`).
+        key: the tensor in the file; empty for an identity matrix, which is not in the file.
+        shape: its shape in diffusers; the file's may have more axes of length 1.
+        third: 0, 1 or 2 if it is that third of the file's rows (q, k and v in one tensor), else None.
+        form: `Transposed`, `Pointwise` or `Swapped`, else str.
+        scale: the tensor in the file that it is multiplied by, or None (see `weight_files`).
     """
 
     key: str
@@ -77,7 +76,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model was trained to predict, the evidence in words, and whether it is certain."""
+    """A model's prediction type, the evidence for it as a message, and whether it is certain."""
 
     type: str
     zero_snr: bool
@@ -87,10 +86,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file in this layout, taken apart: component -> diffusers' tensor name -> Slot.
+    """The content of a file in this layout: component -> diffusers' tensor name -> Slot.
 
     Attributes:
-        ignored: keys that such a model does not have and that every program ignores.
+        ignored: keys that are not part of such a model and that every program ignores.
     """
 
     family: str
@@ -100,17 +99,17 @@ class Checkpoint:
 
 
 def is_checkpoint(shapes: Shapes) -> bool:
-    """Whether a file holds a whole model in this layout (or at least its UNet)."""
+    """Whether a file holds a model in this layout (or at least its UNet)."""
     return any(name.startswith(UNET) for name in shapes)
 
 
 def layouts() -> dict[str, FileLayout]:
-    """Version -> its layout, of those that have one."""
+    """Version -> layout, for versions that have one."""
     return {name: version.layout for name, (_, version) in registry.versions().items() if version.layout is not None}
 
 
 def titles() -> str:
-    """The bases that are read from one file, for a person."""
+    """The titles of bases that can be read from one file."""
     return ", ".join(version.title for _, version in registry.versions().values() if version.layout is not None)
 
 
@@ -122,14 +121,14 @@ def layout_of(family: str) -> FileLayout:
 
 
 def read(header: safetensors_header.Header, *, vae_needed: bool = True) -> Checkpoint:
-    """Take a file apart.
+    """Assign the tensors of a file to components.
 
     Args:
-        vae_needed: refuse a file that lacks its autoencoder.
+        vae_needed: whether to refuse a file without an autoencoder.
 
     Raises:
-        LorakitError: a model that is not read from one file (named where it is known), one that lacks a part, or a
-            tensor that such a model does not have.
+        LorakitError: the model cannot be read from one file (the message names it if known), lacks a part, or has an
+            unknown tensor.
     """
     shapes, name = header.shapes(), header.path.name
     family = detect_family(shapes, name)
@@ -144,17 +143,17 @@ def read(header: safetensors_header.Header, *, vae_needed: bool = True) -> Check
     lost = sorted(key for key in rest if weight_files.SCALE.search(key) and not key.startswith(AVERAGE))
     if lost:
         raise LorakitError("{file} has {key}, a scale that belongs to no weight: get the file in fp16", name, lost[0])
-    # A layer that a published model has and does not read, and what is so usual that nothing is said of it.
+    # Not reported: a layer that a published model has but does not use, and common keys.
     unused = any(part.used_layers for part in layout_of(family).parts.values())
     ignored = (key for key in sorted(rest) if not USUAL.fullmatch(key) and not (unused and ".resblocks." in key))
     return Checkpoint(family, parts, prediction(header, family), tuple(ignored))
 
 
 def read_part(header: safetensors_header.Header, component: str, part: FilePart) -> dict[str, Slot]:
-    """Where the tensors of one part lie in a file.
+    """The slots of one component's tensors in a file.
 
     Raises:
-        LorakitError: it is not there, lacks a tensor, or is in a quantization that is not read.
+        LorakitError: the component or one of its tensors is missing, or it has an unsupported quantization.
     """
     shapes, name = header.shapes(), header.path.name
     prefix = next((p for p in part.prefixes if any(key.startswith(p) for key in shapes)), part.prefixes[0])
@@ -168,10 +167,10 @@ def read_part(header: safetensors_header.Header, component: str, part: FilePart)
 
 
 def component_slots(header: safetensors_header.Header, part: FilePart, component: str, prefix: str) -> dict[str, Slot]:
-    """Where each tensor of a component lies in a file that has it behind `prefix`.
+    """The slots of a component's tensors in a file that has them under `prefix`.
 
     Raises:
-        LorakitError: a tensor that is missing or not read here.
+        LorakitError: a tensor is missing or cannot be read.
     """
     name = header.path.name
     inside = {key.removeprefix(prefix): info for key, info in header.tensors.items() if key.startswith(prefix)}
@@ -188,13 +187,13 @@ def component_slots(header: safetensors_header.Header, part: FilePart, component
 
 
 def _require_complete(file: str, component: str, slots: Mapping[str, Slot], partial: str) -> None:
-    """Refuse a part that lacks a tensor that others of its blocks have."""
+    """Refuse a component that lacks a tensor which its similar blocks have."""
     groups: dict[tuple[str, int], set[str]] = {}
     members: dict[tuple[str, int], set[str]] = {}
     for ours in slots:
         if match := _ONE_OF_MANY.fullmatch(ours):
             block, lacking = ours.removesuffix(match[2]), re.search(partial, match[2])
-            # Of what some blocks lack, a block has all or nothing.
+            # Some tensors are optional: a block has all or none of them.
             group = (lacking.lastindex or -1) if lacking else 0
             members.setdefault((block, group), set()).add(match[2])
             groups.setdefault((block.split(".")[-3], group), set()).add(match[2])
@@ -207,13 +206,13 @@ def _require_complete(file: str, component: str, slots: Mapping[str, Slot], part
 
 
 def place(family: str, parts: Mapping[str, Shapes]) -> dict[str, dict[str, Slot]]:
-    """Where the tensors of a model in diffusers layout go in such a file: the inverse of `read`.
+    """The slots in a single file for the tensors of a model in diffusers layout: the inverse of `read`.
 
     Args:
-        parts: component -> diffusers' name -> shape; names of text encoders with `text_model.`.
+        parts: component -> diffusers' name -> shape; names of text encoders start with `text_model.`.
 
     Raises:
-        LorakitError: a tensor that has no name there.
+        LorakitError: a tensor has no name in single files.
     """
     placed: dict[str, dict[str, Slot]] = {}
     for component, part in layout_of(family).parts.items():
@@ -243,7 +242,7 @@ def place(family: str, parts: Mapping[str, Shapes]) -> dict[str, dict[str, Slot]
 
 
 def tensors(header: safetensors_header.Header, slots: Mapping[str, Slot]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Diffusers' name and tensor of each slot, one of the file's tensors at a time."""
+    """Diffusers' name and tensor of each slot. One of the file's tensors is in memory at a time."""
     import torch
 
     by_key: dict[str, list[str]] = {}
@@ -259,7 +258,7 @@ def tensors(header: safetensors_header.Header, slots: Mapping[str, Slot]) -> Ite
 
 
 def assemble(parts: list[torch.Tensor], slots: list[Slot]) -> torch.Tensor:
-    """The file's tensor from the tensors of the slots that it holds, in their order: the inverse of `view`."""
+    """The file's tensor from the tensors of its slots, in order: the inverse of `view`."""
     import torch
 
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -268,7 +267,7 @@ def assemble(parts: list[torch.Tensor], slots: list[Slot]) -> torch.Tensor:
 
 
 def file_shape(slot: Slot) -> tuple[int, ...]:
-    """The shape that the file's tensor has."""
+    """The shape of the tensor in the file."""
     if slot.third is not None:
         return (3 * slot.shape[0], *slot.shape[1:])
     if slot.form is Transposed:
@@ -277,13 +276,13 @@ def file_shape(slot: Slot) -> tuple[int, ...]:
 
 
 def view(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
-    """The part of one of the file's tensors that a slot stands for; it shares its memory, unless it is `Swapped`."""
+    """A slot's part of a tensor of the file; it shares memory, unless it is `Swapped`."""
     part = tensor if slot.third is None else tensor.chunk(3)[slot.third]
     return _exchanged(part.T if slot.form is Transposed else part, slot).reshape(slot.shape)
 
 
 def fill(tensor: torch.Tensor, slot: Slot, part: torch.Tensor) -> None:
-    """Put the part that a slot stands for into one of the file's tensors."""
+    """Write a slot's part into a tensor of the file."""
     if slot.form is Swapped:
         tensor.copy_(_exchanged(part, slot))
     else:
@@ -295,7 +294,7 @@ def _exchanged(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
 
 
 def prediction(header: safetensors_header.Header, family: str) -> Prediction:
-    """What the model predicts: said by a key, by the metadata, or guessed as ComfyUI does it."""
+    """The model's prediction type: from a key, from the metadata, or by ComfyUI's rules."""
     shapes, metadata = header.shapes(), header.metadata
     if registry.family_of(family).prediction == FLOW:
         return Prediction(FLOW, False, "as every model of its family", certain=True)
@@ -323,10 +322,10 @@ _OTHERS = {
 
 
 def detect_family(shapes: Shapes, name: str) -> str:
-    """The family of a file, by its keys.
+    """The version of a file's family, from its keys.
 
     Raises:
-        LorakitError: it is of another one (named where it is known), or lacks its text encoder.
+        LorakitError: the model is of another kind (the message names it if known), or lacks its text encoder.
     """
     for start, what in _OTHERS.items():
         if any(key.startswith(start) for key in shapes):
@@ -354,7 +353,7 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
         target = full_name if not part.names else names[head] if head is not None else ()
         group = target if isinstance(target, tuple) else (target,)
         targets = [(third, ours) for third, ours in enumerate(group) if pattern.fullmatch(ours + tail)]
-        # Programs read the other parts and ignore further tensors.
+        # Programs ignore unknown tensors of the other parts.
         if not targets and component == "unet":
             raise LorakitError("{file} has a tensor {name} that Stable Diffusion does not have", file, prefix + name)
         scale = weight_files.scale_of(name, shapes) if name.endswith(".weight") else None
@@ -377,15 +376,15 @@ def _slots(file: str, part: FilePart, component: str, prefix: str, shapes: Shape
         slots[name] = Slot("", (slots[like].shape[0],) * 2)
     if part.used_layers is None:
         return slots
-    # Without the last layer of a text encoder that is read before it, and without what comes after. Some converters
-    # leave it out themselves.
+    # Leave out the last layer of a text encoder that is read before it, and everything after it. Some converters leave
+    # it out, too.
     layers = count(slots, r"text_model\.encoder\.layers\.(\d+)\.")
     last = [f"text_model.encoder.layers.{layers - 1}."] if layers != part.used_layers else []
     return {name: slot for name, slot in slots.items() if not name.startswith(("text_projection.", *last))}
 
 
 def _form(form: type[str], tail: str) -> type[str]:
-    """The form of a tensor of a module: a bias has one axis and is no convolution's."""
+    """The form of a module's tensor: a bias has one axis, so it is never `Pointwise`."""
     return str if form is Pointwise and tail != ".weight" else form
 
 
@@ -395,7 +394,7 @@ def count(names: Collection[str], pattern: str) -> int:
 
 
 def _longest(name: str, names: Collection[str]) -> tuple[str | None, str]:
-    """The longest beginning of a name that is among `names`, and the rest of it; None where there is none."""
+    """The longest prefix of a name that is among `names`, and the rest of the name; None if there is none."""
     head, tail = name, ""
     while head and head not in names:
         head, _, last = head.rpartition(".")
@@ -404,16 +403,16 @@ def _longest(name: str, names: Collection[str]) -> tuple[str | None, str]:
 
 
 def read_header(path: Path) -> safetensors_header.Header:
-    """Of a single file; empty where that is no .safetensors file."""
+    """The header of a single file; empty if it is not a .safetensors file."""
     is_safetensors = path.suffix.lower() == ".safetensors"
     return safetensors_header.read(path) if is_safetensors else safetensors_header.Header(path, {}, {}, 0)
 
 
 def check_header(head: safetensors_header.Header) -> safetensors_header.Header:
-    """The header, if it is that of a model that is trained; the file itself need not be there.
+    """Return the header if it is that of a trainable model. The file itself need not exist.
 
     Raises:
-        LorakitError: it is something else, which is named.
+        LorakitError: it is something else; the message names it.
     """
     if kind := other_models.what_file(head):
         raise LorakitError("base {path} {what}", head.path.name, kind)

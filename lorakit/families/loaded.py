@@ -24,10 +24,10 @@ DAMAGED = "the base holds NaN or infinity in {name}: it is damaged; get the base
 
 
 class LoadedFamily:
-    """The shared half of `families.Family`: text ids, VAE, and where the parts are.
+    """The shared part of `families.Family`: token ids, VAE, and the devices of the parts.
 
-    A subclass loads `denoiser`, `text_encoders`, `vae`, `prediction` and `_ids`, and defines `encode_tokens`,
-    `predict` and `pipeline`.
+    A subclass loads `denoiser`, `text_encoders`, `vae`, `prediction` and `_ids`, and defines `encode_tokens`, `predict`
+    and `pipeline`.
 
     Attributes:
         plain: set by `families.load`.
@@ -50,8 +50,9 @@ class LoadedFamily:
     def encode_prompt(self, prompt: str) -> Conditioning:
         """See `families.Family`.
 
-        A weight moves a token's states away from those that an empty text has in its place, or towards them, as
-        ComfyUI does it (comfy/sd1_clip.py, ClipTokenWeightEncoder)."""
+        A weight moves a token's states away from or towards those of an empty text at the same position, as in ComfyUI
+        (comfy/sd1_clip.py, ClipTokenWeightEncoder).
+        """
         parsed = prompt_syntax.parse(prompt)
         chunks = self.chunks([parsed])
         condition, weights = self.encode_tokens(self.tokens([parsed], chunks)), self._weights(parsed, chunks)
@@ -76,7 +77,7 @@ class LoadedFamily:
             ids.reserve(word, places)
 
     def _weights(self, prompt: Prompt, chunks: int) -> torch.Tensor:
-        """The weight of each of the states that the denoiser attends to."""
+        """The weight of each state that the denoiser attends to."""
         return self._ids[0].weights(prompt, chunks)
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
@@ -96,7 +97,7 @@ class LoadedFamily:
     def size_conditions(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
     ) -> dict[str, list[int]]:
-        """Empty: the denoiser is not conditioned on sizes."""
+        """Return {}: the denoiser is not conditioned on sizes."""
         return {}
 
     def release(self, *parts: str) -> None:
@@ -116,7 +117,7 @@ class LoadedFamily:
 
 
 def require_finite(family: Family) -> None:
-    """Raise LorakitError for a base with NaN or infinity in it, before class images are drawn and hours are lost."""
+    """Raise LorakitError for a base with NaN or infinity, before hours are spent on class images."""
     for part, module in family.modules().items():
         for name, weight in module.named_parameters():
             is_plain = type(weight.data) is torch.Tensor and weight.is_floating_point()

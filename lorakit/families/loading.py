@@ -1,4 +1,4 @@
-"""Functions that the families share: load components, turn texts into token ids, encode and decode, move parts."""
+"""Functions that the families share: load components, tokenize texts, encode and decode pictures, move parts."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
     from lorakit.core.prompt_syntax import Prompt
     from lorakit.families.vae_source import Source
 
-# Where parts of a base wait until they are needed.
+# Parts of a base stay here until they are needed.
 HOST = torch.device("cpu")
-# float16 ends at 6e-8, and the gradient of a mean over a latent's values begins at about 1e-4. A fixed power of two
-# costs no rounding and, unlike a scale that adapts, no look at the gradients; an overflow is found like any other NaN.
+# float16 ends at 6e-8, and the gradient of a mean over a latent's values starts at about 1e-4. A fixed power of two
+# needs no rounding and, unlike an adaptive scale, no inspection of the gradients; an overflow is found like any other
+# NaN.
 FP16_GRADIENT_SCALE = 2.0**13
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars or log lines of diffusers and transformers, which are left as they were found."""
+    """Inside, diffusers and transformers show no progress bars or log lines. Their settings are restored on exit."""
     libraries = [diffusers.utils.logging, transformers.utils.logging]
     before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
     for library in libraries:
@@ -53,7 +54,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) -> Any:
-    """One component, frozen, in eval mode, in `dtype` on the CPU.
+    """Load one component, frozen, in eval mode, in `dtype`, on the CPU.
 
     Raises:
         LorakitError: its weights do not fit its configuration.
@@ -82,9 +83,9 @@ def load_module(info: BaseInfo, component: str, cls: Any, dtype: torch.dtype) ->
 
 
 def share(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the module, frozen and in eval mode, that shares its weights; for another dtype it has copies of them.
+    """A copy of the module, frozen and in eval mode, that shares its weights (or copies them if the dtype differs).
 
-    Changes to the layers of the copy, and moves to another device, do not reach the original.
+    Changing the copy's layers or moving it to another device does not affect the original.
     """
     full = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     weights: dict[int, torch.Tensor] = {}
@@ -96,7 +97,7 @@ def share(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _from_file(source: Source, config: dict[str, Any], component: str, cls: Any, dtype: torch.dtype) -> Any:
-    """A part of a single file: built without weights, which are then read one by one in `dtype`."""
+    """Load a part of a single file: build it without weights, then read these one by one in `dtype`."""
     slots, header = source.slots or {}, safetensors_header.read(source.path)
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in ldm.tensors(header, slots)}
     if not component.startswith("text_encoder"):
@@ -104,7 +105,7 @@ def _from_file(source: Source, config: dict[str, Any], component: str, cls: Any,
             module = cls.from_config(config)
         module.load_state_dict(weights, assign=True)
         return module
-    # transformers makes the buffers that are in no file, and knows by which names its version calls the weights.
+    # transformers creates the buffers that are in no file, and knows the names of weights in its own version.
     module, loading_info = cls.from_pretrained(
         None, config=cls.config_class(**config), state_dict=weights, dtype=dtype, output_loading_info=True
     )
@@ -125,14 +126,14 @@ def load_unet(
     unet = load_module(info, "unet", getattr(diffusers, info.spec.denoiser_class), dtype)
     if storage == "full" and not stream:
         return unet
-    # Each weight is quantized on the device one by one, so the whole UNet is never there.
+    # Each weight is quantized on the device one by one, so the device never holds the full UNet.
     quantized_weight.store_layers(unet, storage, device, offload=stream)
     return unet.to(HOST)
 
 
 def load_vae(info: BaseInfo) -> AutoencoderKL:
-    """The autoencoder in float32, because SDXL's overflows in half precision. It casts its input, so that a pipeline in
-    half precision can use it."""
+    """Load the autoencoder in float32, because SDXL's overflows in half precision. It casts its input, so that a
+    half-precision pipeline can use it."""
     vae = load_module(info, "vae", AutoencoderKL, torch.float32)
     first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
     first.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
@@ -140,12 +141,12 @@ def load_vae(info: BaseInfo) -> AutoencoderKL:
 
 
 def mask_everything(unet: Any, vae: AutoencoderKL) -> None:
-    """Make an inpainting UNet accept only latents, in training and in text-to-image pipelines. The rest of its input is
-    that of a fully masked picture. Other UNets do not change.
+    """Make an inpainting UNet accept plain latents, in training and in text-to-image pipelines. Other UNets do not
+    change.
 
-    The rest is the mask, and the latents of the picture with what is masked made grey (Rombach et al. 2022, arXiv
-    2112.10752; diffusers' StableDiffusionInpaintPipeline): with everything masked, the same for every photo. A quarter
-    of such a model's own training was of that kind.
+    The other input channels are the mask and the latents of the picture with its masked area grey (Rombach et al. 2022,
+    arXiv 2112.10752; diffusers' StableDiffusionInpaintPipeline). With everything masked they are the same for every
+    photo. A quarter of such a model's own training used full masks.
     """
     latent = unet.config.out_channels
     if unet.config.in_channels != 2 * latent + 1:
@@ -167,15 +168,15 @@ def mask_everything(unet: Any, vae: AutoencoderKL) -> None:
 
 
 def load_tokenizer(info: BaseInfo, component: str, encoder: PreTrainedModel) -> CLIPTokenizer:
-    """A CLIP tokenizer that fits its text encoder.
+    """Load a CLIP tokenizer that fits its text encoder.
 
     Raises:
-        LorakitError: the vocabulary is broken; transformers gives an almost empty tokenizer then, and says nothing.
+        LorakitError: the vocabulary is broken; transformers would load an almost empty tokenizer without a warning.
     """
     folder = info.tokenizer(component)
     in_file = info.weights(component.replace("tokenizer", "text_encoder")).slots is not None
     if in_file and (folder / "vocab.json").is_file():
-        # Of the vocabulary alone: what fills texts up in the place that it is from is no mark in this base's texts.
+        # Only the vocabulary is used: the padding token of the place that it is from may differ from the base's.
         tokenizer = transformers.CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
     else:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -198,14 +199,14 @@ def load_tokenizer(info: BaseInfo, component: str, encoder: PreTrainedModel) -> 
 
 
 class TokenIds:
-    """Token ids of texts, padded as the diffusers pipelines do it, kept on the device once computed.
+    """Token ids of texts, padded as in the diffusers pipelines and cached on the device.
 
-    A long text is read in chunks of `length` tokens, each with its own start and end, side by side: so A1111,
-    ComfyUI and sd-scripts (`max_token_length`) read it. A text with fewer chunks than another ends with empty ones.
+    A long text is split into chunks of `length` tokens, each with its own start and end, which are concatenated, as in
+    A1111, ComfyUI and sd-scripts (`max_token_length`). A text with fewer chunks than others gets empty ones.
 
     Args:
-        length: tokens of a chunk, start and end included; by default the tokenizer's.
-        chunked: False where one chunk is all that a text encoder reads of a text.
+        length: tokens of a chunk, including start and end; by default the tokenizer's.
+        chunked: False if a text encoder reads only one chunk of a text.
     """
 
     def __init__(
@@ -219,13 +220,13 @@ class TokenIds:
         self._ids: dict[tuple[str | Prompt, int], torch.Tensor] = {}
 
     def reserve(self, word: str, places: int) -> None:
-        """Reserve as many places of a chunk for a word as vectors are learned for it; 0 for no word."""
+        """Reserve `places` tokens of a chunk for a word, one for each learned vector; 0 for no word."""
         self._word = self.tokenizer(word, add_special_tokens=False).input_ids if places else []
         self._places = max(places, len(self._word))
         self._ids.clear()
 
     def __call__(self, texts: Sequence[str | Prompt], chunks: int = 1) -> torch.Tensor:
-        """int64 `[B, chunks * length]`; what does not fit is cut."""
+        """Token ids, int64 `[B, chunks * length]`; longer texts are truncated."""
         for text in texts:
             if (text, chunks) not in self._ids:
                 rows = [id for id, _ in self._row(text, chunks)]
@@ -233,15 +234,15 @@ class TokenIds:
         return torch.stack([self._ids[text, chunks] for text in texts])
 
     def weights(self, prompt: Prompt, chunks: int = 1) -> torch.Tensor:
-        """The weight of each of those ids, `[chunks * length]`."""
+        """The weight of each of these ids, `[chunks * length]`."""
         return torch.tensor([weight for _, weight in self._row(prompt, chunks)], device=self.device)
 
     def chunks(self, text: str | Prompt) -> int:
-        """How many chunks the whole text takes."""
+        """The number of chunks of the full text."""
         return len(self._chunks(text)) if self.chunked else 1
 
     def _row(self, text: str | Prompt, chunks: int) -> list[tuple[int, float]]:
-        """The ids of `chunks` chunks with their weights."""
+        """The ids of `chunks` chunks, with their weights."""
         row: list[tuple[int, float]] = []
         parts = self._chunks(text)[:chunks]
         for part in (*parts, *([] for _ in range(chunks - len(parts)))):
@@ -250,7 +251,7 @@ class TokenIds:
         return row
 
     def _chunks(self, text: str | Prompt) -> list[list[tuple[int, float]]]:
-        """The text's own ids with their weights, chunk by chunk; a word that is reserved is in one chunk."""
+        """The text's own ids with their weights, by chunk; a reserved word is never split."""
         groups = prompt_syntax.literal(text) if isinstance(text, str) else text
         if not self.chunked:
             groups = (tuple(part for group in groups for part in group),)
@@ -275,34 +276,38 @@ class TokenIds:
 
 
 def chunk_rows(ids: torch.Tensor, length: int) -> torch.Tensor:
-    """Ids `[B, n * length]` as a text encoder takes them: `[B * n, length]`."""
+    """Ids `[B, n * length]` as the input of a text encoder: `[B * n, length]`."""
     return ids.reshape(-1, length)
 
 
 def join_chunks(states: torch.Tensor, count: int) -> torch.Tensor:
-    """What an encoder makes of `chunk_rows` of `count` texts, the chunks of each side by side: `[count, ., D]`."""
+    """The states of `chunk_rows` of `count` texts, with the chunks of a text concatenated: `[count, ., D]`."""
     return states.reshape(count, -1, states.shape[-1])
 
 
 def first_chunks(pooled: torch.Tensor, count: int) -> torch.Tensor:
-    """Pooled output `[B * n, P]` of each text's first chunk, which counts for all in A1111 and ComfyUI."""
+    """The pooled output `[B * n, P]` of each text's first chunk; A1111 and ComfyUI use only that one."""
     return pooled.reshape(count, -1, pooled.shape[-1])[:, 0]
 
 
 def load_scheduler(info: BaseInfo) -> SchedulerMixin:
-    """The scheduler that the base names, for drawing; `describe` refuses one that diffusers lacks."""
+    """The base's scheduler, for sampling; `describe` refuses one that diffusers lacks."""
     config = dict(info.configs["scheduler"])
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def noise_schedule(scheduler: SchedulerMixin, device: torch.device) -> torch.Tensor:
-    """alphas_cumprod float32 `[1000]` as the model was trained: zero terminal SNR (Lin et al. 2023, arXiv 2305.08891)
-    where the configuration has `rescale_betas_zero_snr`. Samplers round that zero up; in training it is exact."""
+    """alphas_cumprod, float32 `[1000]`, of the model's training; with zero terminal SNR (Lin et al. 2023, arXiv
+    2305.08891) if the configuration has `rescale_betas_zero_snr`.
+
+    Samplers round that zero up; in training it is exact.
+    """
     return DDPMScheduler.from_config(scheduler.config).alphas_cumprod.to(device, torch.float32)  # type: ignore[no-any-return]
 
 
 def latent_scale(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
-    """(offset, factor), each broadcastable to `[B, C, h, w]`: the UNet's latents are (VAE's - offset) * factor."""
+    """(offset, factor), each broadcastable to `[B, C, h, w]`: the UNet's latents are (the VAE's latents - offset) *
+    factor."""
     config = vae.config
     factor = torch.tensor(float(config.scaling_factor), device=vae.device)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
@@ -338,7 +343,7 @@ def gradient_scale(dtype: torch.dtype) -> float:
 
 
 def widen(prediction: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """The UNet's output in float32. Its gradient is multiplied by `scale` and then rounded to the UNet's dtype."""
+    """The UNet's output in float32. Its gradient is multiplied by `scale` before it is rounded to the UNet's dtype."""
     prediction = prediction.float()
     if prediction.requires_grad and (isinstance(scale, torch.Tensor) or scale != 1):
         prediction.register_hook(lambda gradient: gradient * scale)
@@ -346,20 +351,21 @@ def widen(prediction: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor
 
 
 def by_name(unet: nn.Module, vae: AutoencoderKL, text_encoders: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
-    """Name -> modules, for `move`: "unet", "vae", "text_encoders", and each text encoder by its own."""
+    """Name -> modules, for `move`: "unet", "vae", "text_encoders", and the name of each text encoder."""
     each = {name: [encoder] for name, encoder in text_encoders.items()}
     return {"unet": [unet], "vae": [vae], "text_encoders": list(text_encoders.values()), **each}
 
 
 def move(parts: dict[str, list[nn.Module]], names: tuple[str, ...], device: torch.device) -> None:
-    """Move parts of a base to `device`; those that are there already cost next to nothing. Where weights are trained
-    the optimizer knows where they lie, and a CUDA graph where all of the part lies: it does not leave for the CPU.
+    """Move parts of a base to `device`; parts that are there already cost almost nothing.
+
+    A part with trained weights is not moved to the CPU: the optimizer and CUDA graphs hold its addresses.
 
     Args:
-        parts: of `by_name`.
+        parts: the result of `by_name`.
 
     Raises:
-        ValueError: a part of another name.
+        ValueError: a name is not in `parts`.
     """
     changed = False
     for name in names:

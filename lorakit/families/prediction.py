@@ -1,7 +1,7 @@
-"""The prediction types as objects: what noise does to latents, what the model predicts, and how to undo it.
+"""The prediction types as objects: how to add noise to latents, the training target, and how to invert both.
 
-A loaded family holds one (`Family.prediction`). Latents, noise and predictions are float32 `[B, C, h, w]`, timesteps
-`[B]`; everything is a function of tensors on the device that reads no value back, so a CUDA graph can replay it.
+A loaded family has one (`Family.prediction`). Latents, noise and predictions are float32 `[B, C, h, w]`, timesteps
+`[B]`. All functions work on the device and read no value back, so a CUDA graph can replay them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Prediction(ABC):
-    """What a denoiser predicts, on the noise schedule that it was trained on.
+    """The output of a denoiser, on the noise schedule that it was trained with.
 
     Attributes:
-        name: the prediction type, as `BaseInfo.prediction_type` has it.
-        last: the timestep of the most noise is at most this.
+        name: the prediction type, as in `BaseInfo.prediction_type`.
+        last: upper bound of the timesteps.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Prediction(ABC):
 
     @abstractmethod
     def timesteps_at(self, shares: torch.Tensor, cells: int | None = None) -> torch.Tensor:
-        """Quantiles of the distribution of timesteps in training: a uniform share in [0, 1) gives a timestep `[B]`.
+        """Quantiles of the training distribution of timesteps: a uniform share in [0, 1) gives a timestep `[B]`.
 
         Args:
-            cells: latent cells of a picture, where the distribution depends on its size.
+            cells: latent cells of a picture, if the distribution depends on its size.
         """
 
     @abstractmethod
@@ -46,20 +46,21 @@ class Prediction(ABC):
 
     @abstractmethod
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the denoiser should predict of them."""
+        """The training target of the denoiser for these latents."""
 
     @abstractmethod
     def to_x0_noise(
         self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The picture and the noise that a prediction implies for `noisy`: the inverse of `add_noise` and `target`."""
+        """The picture (x0) and the noise that a prediction implies for `noisy`: the inverse of `add_noise` and
+        `target`."""
 
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio `[B]`: variance of the signal over that of the noise."""
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
-        """Min-SNR weights `[B]` (Hang et al. 2023, arXiv 2303.09556), or None where `gamma` is.
+        """Min-SNR weights `[B]` (Hang et al. 2023, arXiv 2303.09556), or None if `gamma` is None.
 
         Raises:
             ValueError: the weights are not defined for this type.
@@ -69,7 +70,7 @@ class Prediction(ABC):
         raise ValueError(Message("min-SNR weights are not defined for {name!r}", self.name))
 
     def loss_weights(self, timesteps: torch.Tensor, kind: str, gamma: float | None) -> torch.Tensor | None:
-        """Factors of the loss `[B]`, or None: `min_snr_weights` where `kind` is "min".
+        """Loss weights `[B]`, or None: `min_snr_weights` if `kind` is "min".
 
         Raises:
             ValueError: the weights are not defined for this type.
@@ -80,7 +81,7 @@ class Prediction(ABC):
 
     @abstractmethod
     def default_sampler(self, scheduler: SchedulerMixin) -> tuple[Any, str]:
-        """A sampler for the base whose own scheduler this is, and the name that web UIs give the sampler."""
+        """A sampler for the base with this scheduler, and the sampler's name in web UIs."""
 
     def sample_timesteps(
         self,
@@ -95,13 +96,13 @@ class Prediction(ABC):
     ) -> torch.Tensor:
         """Timesteps `[count]` of a training batch.
 
-        One uniform offset for the whole batch spreads them evenly; each alone is still distributed as in training.
+        One uniform offset for the batch spreads them evenly; each single one still has the training distribution.
 
         Args:
-            between: the quantiles that are drawn from.
-            sampling: "base"; "uniform": every noise level alike; "logit_normal": share s of the noise levels with
-                logit(s) normal (Esser et al. 2024, arXiv 2403.03206, 3.1).
-            shift: of the shares towards noise, s t / (1 + (s - 1) t) (the same paper, equation 23).
+            between: range of the quantiles to draw from.
+            sampling: "base": the training distribution; "uniform": all noise levels alike; "logit_normal": quantiles s
+                with normally distributed logit(s) (Esser et al. 2024, arXiv 2403.03206, 3.1).
+            shift: shift s of the quantiles t towards noise, s t / (1 + (s - 1) t) (the same paper, equation 23).
         """
         offset = torch.rand((), generator=generator, device=device)
         shares = (torch.arange(count, device=device) + offset) / count
@@ -115,14 +116,14 @@ class Prediction(ABC):
 
     @abstractmethod
     def level_at(self, shares: torch.Tensor) -> torch.Tensor:
-        """Timesteps `[B]` at shares in [0, 1) of all noise levels, whatever the base was trained on."""
+        """Timesteps `[B]` at shares in [0, 1) of all noise levels, independent of the training distribution."""
 
 
 class _Diffusion(Prediction):
     """sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise (Ho et al. 2020, arXiv 2006.11239, equation 4).
 
     Args:
-        alphas_cumprod: alpha_bar by timestep, the cumulative products of 1 - beta: float32 `[1000]`, falling.
+        alphas_cumprod: alpha_bar by timestep, the cumulative products of 1 - beta: float32 `[1000]`, decreasing.
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor):
@@ -130,11 +131,11 @@ class _Diffusion(Prediction):
         self.last = len(alphas_cumprod) - 1
 
     def timesteps_at(self, shares: torch.Tensor, cells: int | None = None) -> torch.Tensor:
-        """See `Prediction`: uniform."""
+        """See `Prediction`; the distribution is uniform."""
         return self.level_at(shares)
 
     def level_at(self, shares: torch.Tensor) -> torch.Tensor:
-        """See `Prediction`: int64."""
+        """See `Prediction`; timesteps are int64."""
         return (shares * len(self.alphas_cumprod)).long().clamp_(max=self.last)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -148,10 +149,10 @@ class _Diffusion(Prediction):
         return alpha_bar / (1 - alpha_bar)
 
     def default_sampler(self, scheduler: SchedulerMixin) -> tuple[Any, str]:
-        """See `Prediction`: DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), on timesteps that begin at pure noise.
+        """See `Prediction`: DPM++ 2M (Lu et al. 2022, arXiv 2211.01095), with timesteps that start at pure noise.
 
-        A schedule that ends in zero signal-to-noise has no such step for it; there DDIM begins at the last timestep
-        (Lin et al. 2023, arXiv 2305.08891).
+        With zero terminal SNR it has no such step; then DDIM is used, which starts at the last timestep (Lin et al.
+        2023, arXiv 2305.08891).
         """
         ddim: Any = DDIMScheduler
         solver: Any = DPMSolverMultistepScheduler
@@ -162,8 +163,9 @@ class _Diffusion(Prediction):
     def loss_weights(self, timesteps: torch.Tensor, kind: str, gamma: float | None) -> torch.Tensor | None:
         """See `Prediction`.
 
-        "soft_min": SNR gamma / (SNR + gamma) of the picture's error (Crowson et al. 2024, arXiv 2401.11605, 4.3);
-        "debiased": sqrt(SNR) of it, 1 / sqrt(SNR) of the noise's (Yu et al. 2023, arXiv 2310.08442).
+        "soft_min": SNR gamma / (SNR + gamma) for the error of x0 (Crowson et al. 2024, arXiv 2401.11605, 4.3).
+        "debiased": sqrt(SNR) for the error of x0, which is 1 / sqrt(SNR) for that of the noise (Yu et al. 2023, arXiv
+        2310.08442).
         """
         if kind == "min":
             return super().loss_weights(timesteps, kind, gamma)
@@ -175,7 +177,7 @@ class _Diffusion(Prediction):
 
     @abstractmethod
     def loss_of_error(self, snr: torch.Tensor) -> torch.Tensor:
-        """Squared error of the prediction by that of the picture in it."""
+        """Ratio of the squared error of the prediction to that of its x0."""
 
     def _roots(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), `[B, 1, 1, 1]`."""
@@ -204,7 +206,7 @@ class Epsilon(_Diffusion):
         return snr
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
-        """min(SNR, gamma) / SNR, written so that nothing is divided by zero where alpha_bar is 1."""
+        """min(SNR, gamma) / SNR, without a division by zero at alpha_bar = 1."""
         if gamma is None:
             return None
         alpha_bar = self.alphas_cumprod[timesteps]
@@ -233,7 +235,7 @@ class VPrediction(_Diffusion):
         return snr + 1
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
-        """min(SNR, gamma) / (SNR + 1), written so that nothing is divided by zero where alpha_bar is 0."""
+        """min(SNR, gamma) / (SNR + 1), without a division by zero at alpha_bar = 0."""
         if gamma is None:
             return None
         alpha_bar = self.alphas_cumprod[timesteps]
@@ -243,13 +245,13 @@ class VPrediction(_Diffusion):
 class Flow(Prediction):
     """Predicts noise - x on the straight line z = (1 - sigma) x + sigma noise (Liu et al. 2022, arXiv 2209.03003).
 
-    Timesteps are 1000 sigma, float32. In training sigma is logit-normal and moved towards noise by a shift (Esser et
-    al. 2024, arXiv 2403.03206, sections 3.1 and 5.3.2).
+    Timesteps are 1000 sigma, float32. In training sigma is logit-normal and shifted towards noise (Esser et al. 2024,
+    arXiv 2403.03206, sections 3.1 and 5.3.2).
 
     Args:
-        shift: the scheduler's; 1 moves nothing.
-        shift_for: latent cells of a picture -> shift, of a model whose shift depends on the size; `shift` where no size
-            is known.
+        shift: the scheduler's shift; 1 has no effect.
+        shift_for: latent cells of a picture -> shift, for a model whose shift depends on the size. Without a size,
+            `shift` applies.
     """
 
     name = FLOW
@@ -266,7 +268,7 @@ class Flow(Prediction):
         return (self.num_train_timesteps * (shift * unshifted / (1 + (shift - 1) * unshifted))).float()
 
     def level_at(self, shares: torch.Tensor) -> torch.Tensor:
-        """See `Prediction`: sigma, float32."""
+        """See `Prediction`: 1000 sigma, float32."""
         return (self.num_train_timesteps * shares).float()
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -291,16 +293,16 @@ class Flow(Prediction):
         return ((1 - sigma) / sigma).square()
 
     def default_sampler(self, scheduler: SchedulerMixin) -> tuple[Any, str]:
-        """See `Prediction`: the base's own, which follows straight lines by Euler's method."""
+        """See `Prediction`: the base's own, which uses Euler's method."""
         return scheduler, "Euler"
 
     def _sigma(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`[B, 1, 1, 1]`."""
+        """sigma, `[B, 1, 1, 1]`."""
         return (timesteps / self.num_train_timesteps).reshape(-1, 1, 1, 1)
 
 
 def of_schedule(prediction_type: str, alphas_cumprod: torch.Tensor) -> Prediction:
-    """The prediction type of a diffusion model by its name.
+    """The prediction type of a diffusion model, by its name.
 
     Raises:
         ValueError: there is no such type.

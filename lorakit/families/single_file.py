@@ -1,6 +1,6 @@
-"""A base in one file: names and configurations of the parts that families share, an autoencoder and CLIP. No torch.
+"""A base in one file: names and configurations of the parts that families share, the autoencoder and CLIP. No torch.
 
-What shapes do not tell is the same in all models of a version and written down in the family's `single_file.py`; each
+Facts that shapes do not show are the same in all models of a version, and are in the family's `single_file.py`. Each
 value is that of the published model in diffusers layout (CompVis, StabilityAI). Names: CompVis/latent-diffusion (the
 autoencoder's modules), OpenCLIP's text model.
 """
@@ -43,10 +43,10 @@ _OPENCLIP_LAYER = {
 
 
 def configs(checkpoint: ldm.Checkpoint, shapes: Mapping[str, Shapes] | None = None) -> Configs:
-    """What the config.json of each part in diffusers layout would say; with "scheduler" and "model_index".
+    """The config.json of each part in diffusers layout, as dicts; with "scheduler" and "model_index".
 
     Args:
-        shapes: component -> diffusers' name -> shape, where that is not what the file has.
+        shapes: component -> diffusers' name -> shape, if they differ from the file's.
     """
     if shapes is None:
         shapes = {part: {name: slot.shape for name, slot in slots.items()} for part, slots in checkpoint.parts.items()}
@@ -59,12 +59,13 @@ def configs(checkpoint: ldm.Checkpoint, shapes: Mapping[str, Shapes] | None = No
         raise LorakitError("{key} has a shape that no such model has: get the whole checkpoint", reads[-1]) from error
 
 
-# Values that programs take from the kind of model, because no file in LDM layout has them; and defaults of configs.
+# Values that programs derive from the kind of model, because files in LDM layout lack them; and the defaults of
+# configs.
 _UNTOLD = {"attention_head_dim": 8, "num_attention_heads": None, "scaling_factor": 0.18215, "norm_num_groups": 32}
 
 
 def untold(info: BaseInfo) -> str:
-    """What a base in a folder has otherwise than programs would read it from one file, or ""."""
+    """A value in which a base in a folder differs from the programs' assumption for one file, or ""."""
     layout = registry.version_of(info.family).layout
     if info.slots is not None or layout is None:
         return "" if layout is not None else "layout"
@@ -82,7 +83,7 @@ def untold(info: BaseInfo) -> str:
 
 
 class NamedShapes(dict[str, tuple[int, ...]]):
-    """Shapes of a part, which name what it lacks; `reads` are the tensors that were asked for."""
+    """Shapes of a part. A missing name raises an error with that name; `reads` are the names that were looked up."""
 
     def __init__(self, part: str, shapes: Shapes, reads: list[str] | None = None):
         super().__init__({name: tuple(shape) for name, shape in shapes.items()})
@@ -96,7 +97,8 @@ class NamedShapes(dict[str, tuple[int, ...]]):
 
 
 def vae_names(shapes: Shapes, theirs: bool) -> dict[str, str]:
-    """See `FilePart.names`. The decoder has a resnet more at each level and counts levels from the bottom."""
+    """See `FilePart.names`. In the file, the decoder has one more resnet per level and counts its levels from the
+    bottom."""
     level, block = (r"encoder\.down\.", r"\.block\.") if theirs else (r"encoder\.down_blocks\.", r"\.resnets\.")
     levels, layers = count(shapes, rf"{level}(\d+)\."), count(shapes, rf"{level}0{block}(\d+)\.")
     table = {name: name for name in ("quant_conv", "post_quant_conv")}
@@ -121,7 +123,7 @@ def vae_names(shapes: Shapes, theirs: bool) -> dict[str, str]:
 
 
 def openclip_names(shapes: Shapes, theirs: bool) -> ldm.Names:
-    """See `FilePart.names`: OpenCLIP has q, k and v in one."""
+    """See `FilePart.names`: OpenCLIP has q, k and v in one tensor."""
     names: dict[str, str | tuple[str, ...]] = dict(_OPENCLIP_TOP)
     pattern = r"transformer\.resblocks\.(\d+)\." if theirs else r"text_model\.encoder\.layers\.(\d+)\."
     for n in range(count(shapes, pattern)):
@@ -133,7 +135,7 @@ def openclip_names(shapes: Shapes, theirs: bool) -> ldm.Names:
 
 
 def vae_config(shapes: Shapes, side: int, **facts: object) -> dict[str, Any]:
-    """What the config.json of an AutoencoderKL would say, with what shapes do not tell; that alone without any."""
+    """The config.json of an AutoencoderKL, with `facts` that shapes do not show; without shapes, only these."""
     levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
     if not levels:
         return {"_class_name": CLASSES["vae"], **facts}
@@ -155,7 +157,7 @@ def vae_config(shapes: Shapes, side: int, **facts: object) -> dict[str, Any]:
 
 
 def text_config(shapes: Shapes, *, openclip: bool, projection: bool = False) -> dict[str, Any]:
-    """The same of CLIP's text model. OpenAI's has the quick GELU; OpenCLIP's has the true one and pads with word 0."""
+    """The same for CLIP's text model. OpenAI's uses quick GELU; OpenCLIP's uses GELU and pads with token 0."""
     words, width = shapes["text_model.embeddings.token_embedding.weight"]
     projected = shapes["text_projection.weight"] if projection else shapes.get("text_projection.weight", (width,))
     return {
@@ -177,7 +179,7 @@ def text_config(shapes: Shapes, *, openclip: bool, projection: bool = False) -> 
 
 
 def model_index(pipeline: str, parts: Configs, **facts: object) -> dict[str, Any]:
-    """What model_index.json would say of a pipeline with these parts."""
+    """The model_index.json of a pipeline with these parts."""
     index: dict[str, Any] = {"_class_name": pipeline}
     for name, part in parts.items():
         is_encoder = name.startswith("text_encoder")
@@ -192,7 +194,7 @@ def ddim(prediction: str, zero_snr: bool) -> dict[str, Any]:
     """A scheduler for v-prediction and for zero terminal SNR on the schedule of every Stable Diffusion before 3."""
     config = {**SCHEDULE, "prediction_type": prediction, "steps_offset": 1}
     result = {"_class_name": "DDIMScheduler", **config, "clip_sample": False, "set_alpha_to_one": False}
-    # Lin et al. 2023, arXiv 2305.08891: sampling must begin at the last timestep, where there is noise alone.
+    # Lin et al. 2023, arXiv 2305.08891: sampling must start at the last timestep, which is pure noise.
     return result | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {})
 
 
@@ -211,12 +213,12 @@ VAE = FilePart(
 def clip(
     *prefixes: str, projection: bool = False, optional: bool = False, identity: tuple[str, str] | None = None
 ) -> FilePart:
-    """CLIP's text model under the names of transformers; some early files lack the level `text_model`."""
+    """CLIP's text model with transformers' names; some early files lack the prefix `text_model`."""
     tensors = rf"{_CLIP}|text_projection\.weight" if projection else _CLIP
     return FilePart(prefixes, tensors, level="text_model.", optional=optional, identity=identity)
 
 
 def openclip(*prefixes: str, used_layers: int | None = None) -> FilePart:
-    """OpenCLIP's text model under its own names."""
+    """OpenCLIP's text model with its own names."""
     tensors = rf"{_CLIP}|text_projection\.weight"
     return FilePart(prefixes, tensors, openclip_names, used_layers=used_layers)

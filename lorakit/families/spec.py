@@ -1,7 +1,7 @@
 """The facts of a family of base models as data: one `FamilySpec` in each `families/<name>/spec.py`. No torch.
 
-`registry.FAMILIES` names the specs; how a base is recognised, which layers are adapted, what files are called and what
-memory a run takes follow from them.
+`registry.FAMILIES` names the specs. Recognition of bases, target layers, file names and memory estimates are derived
+from them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Shapes = Mapping[str, Sequence[int]]
 Configs = dict[str, dict[str, Any]]
 
 EPSILON, VELOCITY, FLOW = "epsilon", "v_prediction", "flow_prediction"
-# Prediction type -> what ModelSpec calls it.
+# Prediction type -> its name in ModelSpec.
 MODELSPEC_PREDICTIONS = {EPSILON: "epsilon", VELOCITY: "v", FLOW: "flow"}
 
 
@@ -31,9 +31,9 @@ class LayerUse(NamedTuple):
 
     Attributes:
         name: canonical name.
-        shape: of its weight.
-        places: how often the weight is applied: to each latent cell, to each token, or once.
-        attended: pairs of query and key, of a layer that makes an attention's queries; else 0.
+        shape: shape of its weight.
+        places: how often the weight is applied: for each latent cell, for each token, or once.
+        attended: number of query-key pairs if the layer computes the queries of an attention, else 0.
     """
 
     name: str
@@ -47,11 +47,11 @@ class TextEncoder:
     """One text encoder.
 
     Attributes:
-        name: its folder in diffusers layout; its tokenizer's is `tokenizer` for `text_encoder`, and so on.
+        name: its folder in diffusers layout. Its tokenizer's folder is `tokenizer` for `text_encoder`, and so on.
         kind: "CLIP" or "T5".
-        trainable: whether an adapter may enter it and words may be learned in it.
-        optional: whether a base may do without, where model_index.json says so.
-        extra_tokens: tokens that the denoiser attends to beside CLIP's.
+        trainable: whether it can be adapted and learn words.
+        optional: whether a base can lack it, if its model_index.json says so.
+        extra_tokens: tokens that the denoiser attends to in addition to CLIP's.
     """
 
     name: str
@@ -68,17 +68,17 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class KohyaNames:
-    """How layers are named in kohya files.
+    """Names of layers in kohya files.
 
     Attributes:
-        sgm: whether blocks of the UNet have sgm's names; else diffusers'.
+        sgm: whether the UNet's blocks have sgm's names, else diffusers'.
         text: text encoder -> prefix.
         conv_projections: whether `proj_in` and `proj_out` are 1x1 convolutions.
-        denoiser: of a denoiser that is no UNet, canonical name -> name; `*` is a block's number.
-        fused: canonical name of a layer that files have in one -> those that lorakit has, which are equal shares of its
+        denoiser: for a denoiser that is not a UNet, canonical name -> name; `*` is a block's number.
+        fused: canonical name of a layer that is one in files -> the layers in lorakit, which are equal shares of its
             rows.
-        swapped: endings of layers the halves of whose rows are the other way round in files, where these are twice as
-            many as the columns.
+        swapped: suffixes of layers whose rows have their halves exchanged in files, if there are twice as many rows as
+            columns.
     """
 
     sgm: bool
@@ -91,7 +91,7 @@ class KohyaNames:
 
 @dataclass(frozen=True)
 class Tags:
-    """What sd-scripts, ModelSpec and the sidecar of A1111 call a family; `_v` of a base that predicts v."""
+    """The names of a family in sd-scripts, ModelSpec and A1111's sidecar; fields with `_v` are for v-prediction."""
 
     version: str
     architecture: str
@@ -102,7 +102,7 @@ class Tags:
     implementation: str = "diffusers"
 
     def of(self, prediction_type: str) -> tuple[str, str]:
-        """sd-scripts' version and ModelSpec's architecture of a base that predicts this."""
+        """sd-scripts' version and ModelSpec's architecture of a base with this prediction type."""
         if prediction_type == VELOCITY:
             return self.version_v or self.version, self.architecture_v or self.architecture
         return self.version, self.architecture
@@ -110,12 +110,12 @@ class Tags:
 
 @dataclass(frozen=True)
 class Reads:
-    """What one program reads of the adapters of a family.
+    """The modules that one program reads in the adapters of a family.
 
     Attributes:
         names: patterns of the module names that it reads.
-        complete_attention: prefixes whose q, k, v and out must all be there, or the layer is dropped.
-        ordered_attention: prefixes of which it reads q, k, v in this order up to the first that is missing.
+        complete_attention: prefixes whose layers are dropped unless q, k, v and out all exist.
+        ordered_attention: prefixes whose q, k, v are read in this order up to the first missing one.
     """
 
     names: tuple[str, ...]
@@ -125,19 +125,19 @@ class Reads:
 
 @dataclass(frozen=True)
 class FilePart:
-    """How one component lies in a base that is a single file.
+    """The layout of one component in a base that is a single file.
 
     Attributes:
-        prefixes: what stands before its tensors' names; where there are several, the first is the usual one.
-        tensors: pattern of diffusers' names of the tensors that it has.
-        names: (shapes, theirs) -> the file's name of a module or tensor -> diffusers' (see `ldm.Names`), from the names
-            in the file (`theirs`) or from diffusers'; None where both are the same.
-        level: what diffusers' names begin with and some files leave out.
-        partial: pattern of what some of its blocks lack; a block has all that is of one group of it, or nothing.
-        used_layers: how many of its layers the published model reads, where that is one less than it has; the rest is
-            not in diffusers layout.
-        optional: whether a file may do without.
-        identity: a matrix that diffusers has and no file, as it is the identity; and a tensor that is as wide.
+        prefixes: prefixes of its tensors' names; the first is the usual one.
+        tensors: pattern of its tensors' names in diffusers.
+        names: (shapes, theirs) -> {name of a module or tensor in the file: name in diffusers} (see `ldm.Names`).
+            `theirs`: the shapes have the file's names. None if both names are the same.
+        level: prefix of diffusers' names that some files leave out.
+        partial: pattern of tensors that some blocks lack; a block has all tensors of one group of it, or none.
+        used_layers: number of layers that the published model uses, if it has one more; diffusers layout lacks the
+            rest.
+        optional: whether a file can lack it.
+        identity: an identity matrix that diffusers has but files lack, and a tensor of the same width.
     """
 
     prefixes: tuple[str, ...]
@@ -152,17 +152,17 @@ class FilePart:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """How bases of one version lie in a single file.
+    """The layout of a version's bases in a single file.
 
     Attributes:
-        parts: component -> how it lies there.
-        marks: beginnings of names that tell the version.
-        configs: (component -> shapes, prediction type, zero terminal SNR) -> component -> what its config.json in
-            diffusers layout would say; with "scheduler" and "model_index".
-        others: beginning of a name -> what model has such names beside these.
-        guess: what the model predicts where neither a key nor the metadata says so.
-        scaling_factor: of its latents.
-        vae_names: pattern of the names of published autoencoders for it, which do not tell their scale.
+        parts: component -> its layout.
+        marks: prefixes of names that identify the version.
+        configs: (component -> shapes, prediction type, zero terminal SNR) -> component -> its config.json in diffusers
+            layout; with "scheduler" and "model_index".
+        others: prefix of a name -> the other model that has such names.
+        guess: returns the prediction type if neither a key nor the metadata has it.
+        scaling_factor: scaling factor of its latents.
+        vae_names: pattern of the file names of published autoencoders for it; such files lack the scaling factor.
     """
 
     parts: Mapping[str, FilePart]
@@ -176,19 +176,19 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """Bases with interchangeable adapters: a family, or the part of it that has one width.
+    """Bases with interchangeable adapters: a family, or those of its bases with one text width.
 
     Attributes:
-        name: what adapters for it are called: "sd1".
-        title: for a person: "Stable Diffusion 1".
-        preset: what the presets for it are called behind "subject-" and "style-".
-        cross_dim: width of the text that the denoiser attends to, where that tells the version.
+        name: its name in adapters: "sd1".
+        title: its name in messages: "Stable Diffusion 1".
+        preset: suffix of its presets, after "subject-" and "style-".
+        cross_dim: width of the text embeddings, if it identifies the version.
         kohya: names in kohya files.
-        tags: what files say they are for.
-        tag_prefixes: what `ss_base_model_version` and `modelspec.architecture` of its adapters begin with.
-        key_prefixes: names of modules that only its adapters have begin with one of these.
-        readers: program (a key of `compatibility.CONSUMERS`) -> what it reads; one that is absent reads nothing.
-        layout: how its bases lie in a single file; None where they are read as folders only.
+        tags: its names in files' metadata.
+        tag_prefixes: prefixes of `ss_base_model_version` and `modelspec.architecture` in its adapters.
+        key_prefixes: prefixes of module names that only its adapters have.
+        readers: program (a key of `compatibility.CONSUMERS`) -> what it reads; absent programs read nothing.
+        layout: layout of its bases in a single file; None if they are read only as folders.
     """
 
     name: str
@@ -205,28 +205,29 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """A family of base models that one class loads and that train alike.
+    """A family of base models that one class loads and trains.
 
     Attributes:
         name: its key in `registry.FAMILIES`.
-        pipeline: what the name of a pipeline class in model_index.json begins with; the longest that fits counts.
-        loader: "module:Class" of the `families.Family`.
+        pipeline: prefix of the pipeline class in model_index.json; the longest match counts.
+        loader: "module:Class" of its `families.Family`.
         text_encoders: in the order of their names.
-        versions: the first is meant where nothing tells.
-        denoiser: the denoiser's folder in diffusers layout, and its name in diffusers' and PEFT's files. Here and in
-            kohya files it is the "unet" whatever it is.
+        versions: its versions; the first is the default.
+        denoiser: folder of the denoiser in diffusers layout, and its name in diffusers' and PEFT's files. Here and in
+            kohya files it is always "unet".
         denoiser_class: its class in diffusers.
-        prediction: the prediction type, or None where the scheduler's configuration says.
-        target_patterns: `adapter.target_modules` -> pattern of the denoiser's layers, without "unet" in front.
-        layer_uses: (layers, height, width, text tokens) -> use of each layer for a picture of so many latent cells.
-        bucket_multiple: (layers, pixels to a latent) -> what the sides of a bucket must be multiples of, in pixels.
-        block_layers: the denoiser's layers that programs read, where they are not those of Stable Diffusion's UNet.
-        clip_skip: its text encoders are read at so many layers from the end, 1 the last, unless `model.clip_skip` says
-            otherwise; None where it cannot: no program reads them elsewhere.
-        chunked_texts: whether programs read long texts of its CLIP encoders in chunks.
-        dead_end_layers: endings of layers whose output nothing reads in the last block.
-        format_refusals: format and kind of layers -> why it cannot carry such adapters of this family.
-        guidance: classifier-free guidance of samples where nothing else is said.
+        prediction: the prediction type, or None if the scheduler's configuration has it.
+        target_patterns: `adapter.target_modules` -> pattern of the denoiser's layers, without the prefix "unet".
+        layer_uses: (layers, height, width, text tokens) -> use of each layer for a picture of height x width latent
+            cells.
+        bucket_multiple: (layers, pixels per latent) -> multiple for the sides of a bucket, in pixels.
+        block_layers: the denoiser's layers that programs read, if they are not those of Stable Diffusion's UNet.
+        clip_skip: layer that its text encoders are read at by default, counted from the end (1 is the last); None if no
+            program reads another one.
+        chunked_texts: whether programs encode long texts in chunks.
+        dead_end_layers: suffixes of layers whose output is unused in the last block.
+        format_refusals: (format, kind of layers) -> why the format cannot hold such adapters of this family.
+        guidance: default guidance scale of samples.
     """
 
     name: str
@@ -249,18 +250,18 @@ class FamilySpec:
 
     @property
     def predicts_flow(self) -> bool:
-        """Whether its bases are trained by flow matching: they have no signal-to-noise weights and no other type."""
+        """Whether its bases use flow matching: they have no signal-to-noise weights and no other prediction type."""
         return self.prediction == FLOW
 
     def text_layer(self, title: str, clip_skip: int | None, layers: int) -> int:
-        """The layer, from the end, that texts are read at; 0 where the family has no choice.
+        """The layer that texts are read at, counted from the end; 0 if the family has no choice.
 
         Args:
-            clip_skip: as `model.clip_skip`.
-            layers: of the shortest text encoder.
+            clip_skip: the value of `model.clip_skip`.
+            layers: number of layers of the shortest text encoder.
 
         Raises:
-            LorakitError: its texts are not read there.
+            LorakitError: texts of the family cannot be read at this layer.
         """
         own = self.clip_skip
         if clip_skip is not None and own is None:
@@ -278,14 +279,14 @@ class FamilySpec:
         return clip_skip or own or 0
 
     def version(self, cross_dim: int | None) -> ModelVersion:
-        """The version with this width of the text; the first if there is none."""
+        """The version with this text width, else the first one."""
         return next((version for version in self.versions if version.cross_dim == cross_dim), self.versions[0])
 
     def trainable_encoders(self) -> tuple[str, ...]:
-        """The text encoders that an adapter may enter."""
+        """The text encoders that can be adapted."""
         return tuple(encoder.name for encoder in self.text_encoders if encoder.trainable)
 
     def weight_stems(self) -> dict[str, str]:
-        """Folder of a part with weights in diffusers layout -> what the names of its files begin with."""
+        """Folder of a part with weights in diffusers layout -> prefix of its files' names."""
         model = dict.fromkeys((self.denoiser, "vae"), "diffusion_pytorch_model")
         return model | {encoder.name: "model" for encoder in self.text_encoders}

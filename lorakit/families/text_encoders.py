@@ -1,9 +1,9 @@
-"""Text encoders that a base in a single file does not have in it: separate files, or those of a folder in diffusers
-layout. No torch.
+"""Text encoders for a base in a single file that lacks them: separate files, or those of a folder in diffusers layout.
+No torch.
 
 Stable Diffusion 3 is published without them, and programs keep them as files, such as `clip_l.safetensors`,
-`clip_g.safetensors` and `t5xxl_fp16.safetensors` (Stability-AI/sd3.5, ComfyUI). What is in a file tells what it is; its
-name counts where several fit.
+`clip_g.safetensors` and `t5xxl_fp16.safetensors` (Stability-AI/sd3.5, ComfyUI). A file's content shows which encoder it
+is; the name decides if several fit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lorakit.families import clip_tokenizer, hub, ldm, single_file, weight_files
 from lorakit.families.spec import Configs, FilePart, TextEncoder
 from lorakit.families.vae_source import Source
 
-# Folders that have such files, seen from that of the base, and from a program that `LORAKIT_HOSTS` names.
+# Folders with such files, relative to the base's folder, and relative to a program in `LORAKIT_HOSTS`.
 NEIGHBORS = ("text_encoders", ".", "../text_encoders", "../clip")
 HOSTS = ("models/text_encoders", "models/clip", "text_encoders", "clip")
 T5_TOKENIZERS = ("tokenizer_3", "comfy/text_encoders/t5_tokenizer", "ComfyUI/comfy/text_encoders/t5_tokenizer", ".")
-# All versions of T5 have the same vocabulary; this repository is Google's, and needs no login.
+# All versions of T5 have the same vocabulary; this repository is Google's and needs no login.
 T5_REPOSITORY, T5_REVISION = "google-t5/t5-small", "fddaf69ffcbe0185b8c5fdbf2156048e52bb3ed0"
-# Rows of every published T5; the tokenizer has 28 words less.
+# Rows of every published T5; the tokenizer has 28 tokens less.
 T5_ROWS = 32_128
 _T5_SOURCE = f"{T5_REPOSITORY}@{T5_REVISION[:7]}"
 T5_FROM_HUB = Message("tokenizer_3: T5's, {name} on the hub", _T5_SOURCE)
@@ -40,7 +40,7 @@ T5_WAYS = (
     "set model.tokenizer to a folder with tokenizer_3/tokenizer.json in it, or to that of ComfyUI; or set model.t5 = "
     "false, which leaves T5 out"
 )
-# A tensor by which each kind is known.
+# A tensor that identifies each kind.
 _MARKS = {
     "CLIP": "text_model.encoder.layers.0.mlp.fc1.weight",
     "T5": "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
@@ -52,29 +52,29 @@ WAY = (
 
 
 class Encoder(NamedTuple):
-    """A text encoder that is not in the base's file: its place, and diffusers' names with their shapes."""
+    """A text encoder that is not in the base's file: its location, and diffusers' names with their shapes."""
 
     source: Source
     shapes: dict[str, tuple[int, ...]]
 
     @property
     def files(self) -> list[Path]:
-        """The files that it consists of."""
+        """Its files."""
         if self.source.slots is not None:
             return [self.source.path]
         return [self.source.path / "config.json", *weight_files.weight_files(self.source.path, "model")[0]]
 
 
 def find(option: str, base: Path, checkpoint: ldm.Checkpoint, checks: hub.Checks, *, t5: bool) -> dict[str, Encoder]:
-    """The text encoders that a base lacks, by component. A missing T5 is allowed.
+    """The text encoders that a base lacks, by component. T5 may be missing.
 
     Args:
-        option: `model.text_encoders`.
+        option: the value of `model.text_encoders`.
         base: the base's file.
-        t5: whether T5 is used at all.
+        t5: whether T5 is used.
 
     Raises:
-        LorakitError: a needed one is nowhere, or what is named does not fit or is not needed.
+        LorakitError: a required one is nowhere, or the named one does not fit or is not needed.
     """
     encoders = {encoder.name: encoder for encoder in registry.family_of(checkpoint.family).text_encoders}
     missing = [encoder for name, encoder in encoders.items() if name not in checkpoint.parts]
@@ -95,7 +95,7 @@ def find(option: str, base: Path, checkpoint: ldm.Checkpoint, checks: hub.Checks
 
 
 def configs(encoders: Mapping[str, Encoder]) -> Configs:
-    """The configurations of those that are folders in diffusers layout."""
+    """The configurations of the encoders that are folders in diffusers layout."""
     folders = {name: encoder.source.path for name, encoder in encoders.items() if encoder.source.slots is None}
     return {name: weight_files.read_json(folder / "config.json") for name, folder in folders.items()}
 
@@ -103,8 +103,8 @@ def configs(encoders: Mapping[str, Encoder]) -> Configs:
 def tokenizers(
     base: Path, model: ModelConfig, others: Mapping[str, Encoder], configs: Configs
 ) -> tuple[dict[str, Path], list[str]]:
-    """The folders of the tokenizers of a base in one file, and where they are from, a line each."""
-    # A folder in diffusers layout has them beside its text encoders.
+    """The folders of the tokenizers of a base in one file, and messages about their origin."""
+    # A folder in diffusers layout has them next to its text encoders.
     result = {_of(name): own.source.path.parent / _of(name) for name, own in others.items() if own.source.slots is None}
     kinds = {name: config.get("model_type") for name, config in configs.items() if name.startswith("text_encoder")}
     rest = {name: kind for name, kind in kinds.items() if _of(name) not in result}
@@ -125,11 +125,11 @@ def tokenizers(
 
 
 def tokenizer_problem(base: str, config: Mapping[str, Any]) -> str | None:
-    """Why the tokenizer of a text encoder, which is not on this machine, cannot be had, or None.
+    """The reason why a text encoder's tokenizer, which is not on this machine, cannot be downloaded, or None.
 
     Args:
         base: the name of the base's file.
-        config: of the text encoder.
+        config: configuration of the text encoder.
     """
     from huggingface_hub import is_offline_mode
 
@@ -149,10 +149,10 @@ def tokenizer_problem(base: str, config: Mapping[str, Any]) -> str | None:
 
 
 def fetch_tokenizer(base: str, config: Mapping[str, Any]) -> Path:
-    """The tokenizer of a text encoder from the hub, in Hugging Face's cache.
+    """Download the tokenizer of a text encoder into Hugging Face's cache.
 
     Raises:
-        LorakitError: the hub cannot be reached or must not be, or what it gives does not fit.
+        LorakitError: the hub cannot be reached or is switched off, or the files do not fit.
     """
     if problem := tokenizer_problem(base, config):
         raise LorakitError(problem)
@@ -171,8 +171,8 @@ def _of(text_encoder: str) -> str:
 
 
 def _t5_tokenizer(place: str, base: Path, own: Encoder | None, rows: int) -> Path | None:
-    """The folder of T5's tokenizer: that of a folder in diffusers layout, as `model.tokenizer` names it, beside the
-    base, in a program that `LORAKIT_HOSTS` names, or in Hugging Face's cache; else None."""
+    """The folder of T5's tokenizer, or None: next to the text encoder, in `model.tokenizer`, in the base's folder, in a
+    program of `LORAKIT_HOSTS`, or in Hugging Face's cache."""
     from huggingface_hub import constants
 
     above = own.source.path.parent if own is not None else base.parent
@@ -184,8 +184,8 @@ def _t5_tokenizer(place: str, base: Path, own: Encoder | None, rows: int) -> Pat
 
 
 def _is_t5_tokenizer(folder: Path, rows: int) -> bool:
-    """Whether a folder has a tokenizer.json of pieces with their probabilities, which CLIP's has not, and no more of
-    them than a text encoder has rows."""
+    """Whether a folder has a tokenizer.json of the Unigram type (CLIP's has another one), with no more tokens than the
+    text encoder has rows."""
     try:
         model = weight_files.read_json(folder / "tokenizer.json")["model"]
         return str(model["type"]) == "Unigram" and len(model["vocab"]) <= rows
@@ -209,8 +209,8 @@ def _places(base: Path) -> Iterator[str]:
 def _from_place(
     place: str, checkpoint: ldm.Checkpoint, missing: Sequence[TextEncoder], checks: hub.Checks
 ) -> dict[str, Encoder]:
-    """Those of `missing` that a folder of files, a folder in diffusers layout or a hub id has; {} where a needed one is
-    not there."""
+    """The encoders among `missing` from a folder of files, a folder in diffusers layout or a hub id; {} if a required
+    one is missing there."""
     folder = expand(place)
     hub_id = None if folder.exists() else hub.parse(place)
     if hub_id is not None:
@@ -238,11 +238,12 @@ def _of_folder(folder: Path, encoder: TextEncoder) -> Encoder:
 
 
 def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[TextEncoder]) -> dict[str, Encoder]:
-    """The files that fit: both CLIPs together make the pooled text, and T5 is as wide as what the denoiser reads."""
+    """The files that fit: the two CLIPs together have the width of the pooled text, and T5 has the denoiser's text
+    width."""
     parts = ldm.layout_of(checkpoint.family).parts
     unet = single_file.NamedShapes("unet", {name: slot.shape for name, slot in checkpoint.parts["unet"].items()})
     pooled, wide = unet["time_text_embed.text_embedder.linear_1.weight"][1], unet["context_embedder.weight"][1]
-    # What the name says counts first, then half precision.
+    # Sorted so that files with half precision come before fp8.
     files = sorted(files, key=lambda file: ("fp8" in file.name.lower(), file.name))
     read = {e.name: [source for file in files for source in _of_file(file, parts[e.name], e)] for e in missing}
     result = {}
@@ -264,15 +265,15 @@ def _of_files(files: list[Path], checkpoint: ldm.Checkpoint, missing: Sequence[T
 
 
 def _of_file(file: Path, part: FilePart, encoder: TextEncoder) -> Iterator[Encoder]:
-    """The text encoders of a kind in a file, which may hold a whole model."""
+    """The text encoders of one kind in a file, which may also hold a denoiser."""
     try:
         header = safetensors_header.read(file)
-    except LorakitError:  # some other file of that folder
+    except LorakitError:  # an unrelated file in that folder
         return
     shapes = header.shapes()
     mark = _MARKS[encoder.kind]
     for prefix in [name.removesuffix(mark) for name in shapes if name.endswith(mark)]:
-        # A second CLIP has a projection, which the first one's part does not ask for.
+        # The second CLIP has a projection; the layout of the first does not require it.
         if encoder.kind == "CLIP" and part.identity is None and f"{prefix}text_projection.weight" not in shapes:
             continue
         slots = ldm.component_slots(header, part, encoder.name, prefix)
@@ -280,7 +281,7 @@ def _of_file(file: Path, part: FilePart, encoder: TextEncoder) -> Iterator[Encod
 
 
 def _name(clip: Encoder) -> str:
-    """What tells which of the two CLIPs a source is: the name of its file, and of a tensor in it."""
+    """A text that distinguishes the two CLIPs: the name of the file and of a tensor in it."""
     slots = clip.source.slots or {}
     return f"{clip.source.path.name} {slots['text_model.final_layer_norm.weight'].key}"
 

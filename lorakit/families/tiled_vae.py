@@ -1,10 +1,12 @@
-"""The autoencoder on pictures that do not fit on the device: strip by strip, with the result of the whole picture.
+"""Run the autoencoder strip by strip on pictures that do not fit on the device, with the result of the full picture.
 
-A convolution reads neighbours only, so it needs a strip of rows with a margin. Group norm needs mean and variance of
-the whole picture, which a separate pass adds up. Attention, at an eighth of the size, gets the whole picture and some
-of the queries at a time. Activations between two layers are kept on the host. The device holds one strip and the small
-middle, an eighth of what the whole picture takes. Tiles that are encoded separately and blended have other norms, and
-so other latents, than the whole picture. Strips have the same.
+A convolution reads only neighbours, so a strip of rows with a margin is enough. Group norm needs mean and variance of
+the full picture, which a separate pass computes. Attention, at an eighth of the size, gets the full picture and some of
+the queries at a time. Activations between layers are kept on the host. The device holds one strip and the small middle
+block, an eighth of the memory for the full picture.
+
+Tiles that are encoded separately and blended have other norms, and so other latents, than the full picture; strips do
+not.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
 
-# Bytes of one strip's widest activation; a handful of them are on the device at a time.
+# Bytes of the largest activation of a strip; a handful of them are on the device at a time.
 STRIP = 32 * 2**20
-# Bytes a pixel that the whole picture takes to encode and to decode, beside the weights, where the first layer has 128
-# channels as Stable Diffusion's (counted by benchmarks/memory.py).
+# Bytes per pixel to encode and decode the full picture, without the weights, if the first layer has 128 channels as in
+# Stable Diffusion (counted by benchmarks/memory.py).
 ENCODING, DECODING = 2560, 3072
 
 
 def fits(vae: AutoencoderKL, pixels: int, bytes_per_pixel: int) -> bool:
-    """Whether the device has room for so many pixels at once. Only CUDA can tell; elsewhere there is no other memory
-    to put them into."""
+    """Whether the device has memory for so many pixels at once. Only CUDA is checked; other devices have no other
+    memory to use instead."""
     if vae.device.type != "cuda":
         return True
     free = device_memory.free_bytes(vae.device)
@@ -82,7 +84,8 @@ def _middle(x: torch.Tensor, block: Any, strip: int) -> torch.Tensor:
 
 
 def _attend(x: torch.Tensor, attention: Attention, strip: int) -> torch.Tensor:
-    """Self-attention over a picture's places; not every kernel for heads this wide spares itself the whole table."""
+    """Self-attention over a picture's positions. The queries are split, because some kernels for such wide heads
+    materialize the attention matrix."""
     places = attention.group_norm(x.flatten(2)).transpose(1, 2)
     query, key, value = (
         projection(places).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
@@ -112,13 +115,13 @@ def _layer(
     factor: float = 1.0,
     doubled: bool = False,
 ) -> torch.Tensor:
-    """(conv(silu(norm(x))) + beside) * factor of a picture on the host, a few rows at a time; `doubled`: of a picture
-    made twice as large before."""
+    """(conv(silu(norm(x))) + residual) * factor for a picture on the host, a few rows at a time. With `doubled` the
+    picture is upsampled by 2 first."""
     device, scale = conv.weight.device, 2 if doubled else 1
     channel = None if norm is None else _affine(x, norm, device, strip)
     height, width = x.shape[2] * scale, x.shape[3] * scale
     (size, stride, margin) = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-    # diffusers' downsampler has no padding: a row below and a column to the right are added before it.
+    # diffusers' downsampler has no padding: it pads one row below and one column to the right itself.
     after = 1 if stride == 2 and margin == 0 else margin
     out_height, out_width = ((side + margin + after - size) // stride + 1 for side in (height, width))
     output = x.new_empty(1, conv.out_channels, out_height, out_width)

@@ -1,4 +1,4 @@
-"""Facts of Stable Diffusion's UNet that its families share: targets, use of layers, names in files. No torch.
+"""Facts of Stable Diffusion's UNet that its families share: target layers, use of layers, names in files. No torch.
 
 Names in single files: CompVis/latent-diffusion and Stability-AI/generative-models (the modules themselves).
 """
@@ -23,8 +23,8 @@ TARGET_PATTERNS = {"attention": _ATTENTION, "linear": _LINEAR, "linear+conv": f"
 def layer_uses(shapes: Shapes, height: int, width: int, text_tokens: int) -> list[LayerUse]:
     """See `FamilySpec.layer_uses`.
 
-    Down blocks halve the picture one after the other, up blocks double it; a sampler's convolution works at the size
-    it makes. Keys and values of cross-attention are of the text, and what embeds the timestep is applied once.
+    Down blocks halve the resolution one after the other, up blocks double it; a sampler's convolution runs at its
+    output resolution. Keys and values of cross-attention are computed from the text, and the timestep embedding once.
     """
     names = [name for name in shapes if name.startswith("unet.")]
     levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"unet\.down_blocks\.(\d+)\.", name))), default=0)
@@ -48,7 +48,7 @@ def layer_uses(shapes: Shapes, height: int, width: int, text_tokens: int) -> lis
 
 
 def _level(name: str, levels: int) -> int:
-    """How often the picture has been halved where a layer is applied."""
+    """How often the resolution is halved before a layer."""
     block = re.match(r"unet\.(down|up)_blocks\.(\d+)\.", name)
     if "mid_block" in name:
         return levels - 1
@@ -60,11 +60,11 @@ def _level(name: str, levels: int) -> int:
 
 
 def bucket_multiple(shapes: Shapes, downscale: int) -> int:
-    """See `FamilySpec.bucket_multiple`: the pixels of a latent, doubled for each downsampler."""
+    """See `FamilySpec.bucket_multiple`: the pixels per latent, doubled for each downsampler."""
     return int(downscale * 2 ** sum(name.startswith("unet.") and ".downsamplers." in name for name in shapes))
 
 
-# Names of modules as programs' loaders spell them, read there and not made from `formats.keys`.
+# Module names in programs' loaders, copied from there and not derived from `formats.keys`.
 _SIDES = r"lora_unet_(?:(?:down|up)_blocks_\d+|mid_block)_"
 _TRANSFORMER = r"(?:proj_in|proj_out|transformer_blocks_\d+_(?:attn[12]_to_(?:q|k|v|out_0)|ff_net_0_proj|ff_net_2))"
 CLIP = r"text_model_encoder_layers_\d+_(?:self_attn_(?:q|k|v|out)_proj|mlp_fc[12])"
@@ -94,7 +94,7 @@ DOTTED_UNET = (r"unet\..+",)
 DOTTED_TEXT = (r"text_encoder(?:_2)?\..+",)
 DOTTED_ALL = (*DOTTED_UNET, *DOTTED_TEXT)
 COMFY_TEXT = (r"text_encoder(?:_2)?\.text_model\.(?!.*_lora$).+",)
-# LyCORIS' names as SimpleTuner writes them, and a checkpoint's own names, which ComfyUI's nodes and OneTrainer write.
+# LyCORIS' names as written by SimpleTuner, and names of checkpoints, which ComfyUI's nodes and OneTrainer write.
 LYCORIS = tuple(pattern.replace("lora_unet_", "lycoris_", 1) for pattern in (*ALL_BLOCKS, *TOP, *ADD))
 CHECKPOINT_BLOCKS = (r"diffusion_model\.(?:input_blocks|output_blocks|middle_block)\..+",)
 CHECKPOINT = (*CHECKPOINT_BLOCKS, r"diffusion_model\.(?:time_embed|label_emb|out)\..+")
@@ -145,9 +145,9 @@ def names(shapes: Shapes, theirs: bool) -> dict[str, str]:
 
 
 def table(levels: int, layers: int, attention_ups: Collection[int]) -> dict[str, str]:
-    """LDM's name of a module -> diffusers', for `levels` resolutions with `layers` resnets each on the way down.
+    """LDM's module name -> diffusers', for `levels` resolutions with `layers` resnets each on the way down.
 
-    `attention_ups` are the up blocks with attention: there the upsampler comes third in its block, elsewhere second.
+    `attention_ups` are the up blocks with attention, in which the upsampler is the third module, elsewhere the second.
     """
     result, row = dict(_TOP), layers + 1
     pairs = [("middle_block.0", "mid_block.resnets.0"), ("middle_block.2", "mid_block.resnets.1")]
@@ -168,12 +168,13 @@ def table(levels: int, layers: int, attention_ups: Collection[int]) -> dict[str,
 
 
 def config(shapes: Shapes, side: int, heads: int | None = None) -> dict[str, Any]:
-    """What the config.json of a UNet2DConditionModel would say; `heads`: how many, where that is not by their width."""
+    """The config.json of a UNet2DConditionModel. `heads`: number of attention heads, if it does not follow from the
+    width."""
     levels = count(shapes, r"down_blocks\.(\d+)\.")
     channels = [shapes[f"down_blocks.{n}.resnets.0.conv1.weight"][0] for n in range(levels)]
     down, up = (_depths(shapes, side, levels) for side in ("down", "up"))
     middle = _depth(shapes, "mid_block.attentions.0")
-    # The last number is the middle block's too: SD1 and SD2 have attention there and not in the last block.
+    # The last number is also that of the middle block: SD1 and SD2 have attention there and not in the last block.
     depths = [_uniform(depth) or 1 for depth in down[:-1]] + [_uniform(down[-1]) or middle or 1]
     text = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
     linear = len(next(shape for name, shape in shapes.items() if name.endswith("proj_in.weight"))) == 2
@@ -192,7 +193,7 @@ def config(shapes: Shapes, side: int, heads: int | None = None) -> dict[str, Any
         "attention_head_dim": [width // HEAD for width in channels] if heads is None else heads,
         "use_linear_projection": linear,
     }
-    # Of distilled models: SSD-1B, Vega and KOALA (of SDXL), BK-SDM (of SD1).
+    # For distilled models: SSD-1B, Vega and KOALA (of SDXL), BK-SDM (of SD1).
     mirrored = [_uniform(depth) or 1 for depth in up]
     if mirrored != [depth if up[n] else 1 for n, depth in enumerate(reversed(depths))]:
         result["reverse_transformer_layers_per_block"] = mirrored
@@ -202,12 +203,12 @@ def config(shapes: Shapes, side: int, heads: int | None = None) -> dict[str, Any
 
 
 def _depth(shapes: Shapes, place: str) -> int:
-    """Transformer blocks of one attention."""
+    """Number of transformer blocks of one attention module."""
     return count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.")
 
 
 def _depths(shapes: Shapes, side: str, levels: int) -> list[list[int]]:
-    """Transformer blocks of each attention of each block on the way down or up."""
+    """Number of transformer blocks of each attention module in each down or up block."""
     return [
         [
             _depth(shapes, f"{side}_blocks.{n}.attentions.{k}")
@@ -218,7 +219,7 @@ def _depths(shapes: Shapes, side: str, levels: int) -> list[list[int]]:
 
 
 def _uniform(depths: list[int]) -> int | list[int]:
-    """One number where all are equal; 0 where there are none."""
+    """One number if all are equal; 0 if there are none."""
     return depths if len(set(depths)) > 1 else next(iter(depths), 0)
 
 

@@ -1,7 +1,7 @@
-"""An autoencoder in place of the base's own: `model.vae` names a folder, a file or a hub id. No torch.
+"""An autoencoder instead of the base's own: `model.vae` names a folder, a file or a hub id. No torch.
 
-Its latents must be those that the base was trained on: as many channels, the same size and scale. Files do not tell
-their scale, so their names and metadata are asked, and only warned of.
+Its latents must match those that the base was trained with: number of channels, size and scale. Files lack the scale;
+their names and metadata are checked instead, and only cause a warning.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from lorakit.families.spec import Configs
 _Config = dict[str, Any]
 
 CLASS, WEIGHTS = "AutoencoderKL", "diffusion_pytorch_model"
-# diffusers' default, which early configurations leave out.
+# diffusers' default; early configurations leave it out.
 SCALING_FACTOR = 0.18215
 SCALE_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 FACTS = (*SCALE_KEYS, "norm_num_groups", "force_upcast")
 CONVERT = "convert it once with diffusers: AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER)"
-# What early diffusers called the parts of the attention; SD1.5's own repository still does.
+# Names of the attention's parts in early diffusers; SD1.5's own repository still has them.
 _OLD_ATTENTION = re.compile(r"\.attentions\.0\.(query|key|value|proj_attn)\.")
 _OLD_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights of one component are.
+    """The location of one component's weights.
 
     Attributes:
         path: a folder in diffusers layout, or a file.
-        slots: where each tensor lies in the file; None for a folder.
-        variant: the variant in the names of the folder's files.
+        slots: the slot of each tensor in the file; None for a folder.
+        variant: the variant in the folder's file names.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Vae:
-    """An autoencoder: its place, what config.json says or would say, its files, and what a person should know."""
+    """An autoencoder: its location, its config.json (real or derived), its files, and messages for the user."""
 
     source: Source
     config: _Config
@@ -65,10 +65,10 @@ def find(name: str, base: str, family: str, configs: Configs) -> Vae:
 
     Args:
         base: the base's title, for messages.
-        configs: of the base's parts; "vae" is among them where the base has one.
+        configs: configurations of the base's parts, with "vae" if the base has one.
 
     Raises:
-        LorakitError: it is not there, is something else, or its latents are not those of the base.
+        LorakitError: it does not exist, is something else, or its latents do not match the base.
     """
     path, note = expand(name), Message("vae: {place}, as model.vae says", name)
     if not path.exists():
@@ -89,7 +89,7 @@ def find(name: str, base: str, family: str, configs: Configs) -> Vae:
 
 
 def replacement(name: str, facts: _Config) -> dict[str, Any]:
-    """What changes in the facts of a `describe.BaseInfo` with the autoencoder that `model.vae` names.
+    """The changed facts of a `describe.BaseInfo` with the autoencoder of `model.vae`.
 
     Raises:
         LorakitError: as `find`.
@@ -108,10 +108,10 @@ def replacement(name: str, facts: _Config) -> dict[str, Any]:
 
 
 def pin(name: str) -> str:
-    """`model.vae` with the commit that a hub id stands for now.
+    """`model.vae` with the current commit of its hub id.
 
     Raises:
-        LorakitError: as `find`, where a hub id cannot be found.
+        LorakitError: as `find`, if a hub id cannot be found.
     """
     hub_id = hub.parse(name) if name and not expand(name).exists() else None
     return name if hub_id is None else hub_id.at(hub.find_vae(hub_id)[1])
@@ -140,9 +140,9 @@ def _of_file(path: Path, note: str, family: str, own: _Config) -> Vae:
     neighbor = path.parent / "config.json"
     if path.stem.startswith(WEIGHTS) and neighbor.is_file():
         return Vae(Source(path, slots), weight_files.read_json(neighbor), (neighbor, path), note)
-    # What shapes do not tell, its scale among it, is as in the base's own.
+    # Facts that shapes do not show, including the scale, are taken from the base's own.
     facts = {key: own[key] for key in ("sample_size", *FACTS) if own.get(key) is not None}
-    # A whole model tells its family, and so its scale.
+    # The file of a model shows its family, and so its scale.
     with contextlib.suppress(LorakitError):
         facts["scaling_factor"] = ldm.layout_of(ldm.detect_family(header.shapes(), path.name)).scaling_factor
     config = single_file.vae_config({name: slot.shape for name, slot in slots.items()}, 512) | facts
@@ -156,7 +156,7 @@ def _of_file(path: Path, note: str, family: str, own: _Config) -> Vae:
 
 
 def _slots(header: safetensors_header.Header) -> dict[str, ldm.Slot]:
-    """Where its tensors lie in a separate file or in that of a whole model, under LDM's names or diffusers'."""
+    """The slots of its tensors in a separate file or in a model's file, under LDM's or diffusers' names."""
     names = {key: current_name(key) for key in header.tensors}
     if not any(key.startswith("encoder.down_blocks.") for key in names):
         return ldm.read_part(header, "vae", replace(single_file.VAE, prefixes=("first_stage_model.", "vae.", "")))
@@ -169,12 +169,13 @@ def _slots(header: safetensors_header.Header) -> dict[str, ldm.Slot]:
 
 
 def current_name(name: str) -> str:
-    """The name that today's diffusers has for a tensor of its autoencoder."""
+    """The name of an autoencoder's tensor in today's diffusers."""
     return _OLD_ATTENTION.sub(lambda match: f".attentions.0.{_OLD_WORDS[match[1]]}.", name)
 
 
 def _misfit(config: _Config, own: _Config, unet: _Config, base: str) -> str:
-    """Why the latents of an autoencoder are not those of a base, or "". Of the base's `own` as much as is known."""
+    """The reason why an autoencoder's latents do not match a base, or "". `own` has the known facts of the base's
+    autoencoder."""
     if config.get("_class_name", CLASS) != CLASS:
         return Message("is of class {kind}, and only {own} is read", config["_class_name"], CLASS)
     channels, into = config.get("latent_channels", 4), unet.get("in_channels", 4)

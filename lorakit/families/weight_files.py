@@ -1,4 +1,4 @@
-"""The files of a base: which hold a component's weights, what shapes are in them, and what tells bases apart."""
+"""The files of a base: those with a component's weights, the shapes in them, and a hash that identifies the base."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS = ("fp16", "bf16")
 
 
 def shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape over all the files of one model."""
+    """Tensor name -> shape, over all files of one component."""
     result: dict[str, tuple[int, ...]] = {}
     for path in paths:
         result |= safetensors_header.read(path).shapes()
@@ -32,12 +32,12 @@ def shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
-    """Files that hold a component's weights, and the variant in their name (None, "fp16" or "bf16").
+    """The files with a component's weights, and the variant in their name (None, "fp16" or "bf16").
 
-    Whole precision is preferred to half, one file to shards.
+    Full precision is preferred to half, one file to shards.
 
     Raises:
-        LorakitError: there are none, only pickled ones, or a shard is missing.
+        LorakitError: there are none, only pickles, or a shard is missing.
     """
     for variant in (None, *PRECISIONS):
         infix = f".{variant}" if variant else ""
@@ -63,7 +63,7 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
 
 
 def count_weights(source: Source) -> int:
-    """Numbers in the weights and biases of one component: all that a loss could train."""
+    """Number of values in the weights and biases of one component."""
     return sum(math.prod(shape) for name, shape in of_source(source).items() if name.endswith((".weight", ".bias")))
 
 
@@ -75,10 +75,10 @@ def of_source(source: Source) -> dict[str, tuple[int, ...]]:
 
 
 def shards(index: Path) -> list[str]:
-    """The names of the files that an index of weights lists, which lie beside it.
+    """The file names in an index of weights; the files are in the same folder.
 
     Raises:
-        LorakitError: the index cannot be read, or lists what is no name of a file.
+        LorakitError: the index cannot be read, or an entry is not a file name.
     """
     table = read_json(index).get("weight_map")
     names: list[Any] = list(table.values()) if isinstance(table, dict) else [None]
@@ -91,7 +91,7 @@ def shards(index: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         LorakitError: missing, or not JSON.
@@ -109,16 +109,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def identity(paths: Iterable[Path]) -> str:
-    """SHA-256 of the content of each file, in their order: another for any change of a tensor or a setting."""
+    """SHA-256 over the content of the files, in order. It changes with any tensor or setting."""
     return hashlib.sha256("/".join(file_hash(path) for path in paths).encode()).hexdigest()
 
 
-# CLIP's and T5's tables of words and places.
+# CLIP's and T5's embedding tables of tokens and positions.
 _TABLES = re.compile(r"embeddings\.|^shared\.|embed_tokens\.|relative_attention_bias\.")
 
 
 def layers(component: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Linear and convolutional layers: weights of two or four axes that are not embedding tables."""
+    """Linear and convolutional layers: weights with two or four axes that are not embedding tables."""
     return {
         canonical(component, name.removesuffix(".weight")): shape
         for name, shape in shapes.items()
@@ -127,7 +127,7 @@ def layers(component: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tupl
 
 
 def of_last(layers: Iterable[str], stack: str, count: int = 1) -> list[str]:
-    """The layers of the last blocks of a stack, such as `unet.transformer_blocks`."""
+    """The layers of the last `count` blocks of a stack, such as `unet.transformer_blocks`."""
     numbered = {name: int(match[1]) for name in layers if (match := re.match(rf"{stack}\.(\d+)\.", name))}
     last = max(numbered.values(), default=-1)
     return [name for name, number in numbered.items() if number > last - count]
@@ -138,10 +138,10 @@ def of_last(layers: Iterable[str], stack: str, count: int = 1) -> list[str]:
 # `weight_scale`).
 
 SCALE_NAMES = ("scale_weight", "weight_scale")
-# What stands beside such weights and is not needed to read them: marks, and scales of activations.
+# Other entries of such weights that are not needed: markers, and scales of activations.
 MARKS = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant)$")
 SCALE = re.compile(rf"(^|\.)({'|'.join(SCALE_NAMES)})$")
-# safetensors' names of the dtypes that a weight may have, and of those that have 8 bits.
+# safetensors' names of 8-bit dtypes, and of all dtypes that a weight may have.
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
 READABLE = ("F64", "F32", "F16", "BF16", *EIGHT_BITS)
 
@@ -153,7 +153,7 @@ def scale_of(weight: str, names: Container[str]) -> str | None:
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The weight in float32. A scale is for the whole weight, for a row, or for a block of a row."""
+    """The weight in float32. The scale is for the whole tensor, for each row, or for blocks of each row."""
     weight, scale = weight.float(), scale.float()
     if scale.numel() == 1:
         return weight * scale.reshape(())

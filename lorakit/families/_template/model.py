@@ -46,7 +46,7 @@ class ExampleDiffusion(LoadedFamily):
         self.prediction = prediction.of_schedule(info.prediction_type, schedule)
         self._ids = [loading.TokenIds(self.tokenizer, self.device)]
 
-    # Change: which hidden states the denoiser attends to, and what it reads beside them (see families/sdxl/model.py).
+    # Change: the hidden states that the denoiser attends to, and its other inputs (see families/sdxl/model.py).
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
         """See `families.Family`."""
         self.acquire("text_encoders")
@@ -62,7 +62,7 @@ class ExampleDiffusion(LoadedFamily):
         predicted = self.denoiser(noisy.to(self.dtype), timesteps, states, return_dict=False)[0]
         return loading.widen(predicted, self.gradient_scale)
 
-    # Samples are drawn and exported files are checked with it. Change: the pipeline class and its parts.
+    # Used to draw samples and to check exported files. Change: the pipeline class and its parts.
     def pipeline(self) -> StableDiffusionPipeline:
         """See `families.Family`."""
         with loading.quiet():

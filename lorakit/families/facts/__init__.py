@@ -1,1 +1,1 @@
-"""Facts of a base from its configurations, metadata and names, and recognition of files that are no base."""
+"""Facts of a base from its configurations, metadata and names, and recognition of files that are not bases."""

@@ -1,8 +1,8 @@
-"""Distilled models, which draw in a few steps without guidance: how they are recognised, and how samples are drawn.
+"""Distilled models, which sample in a few steps without guidance: how to recognize them, and how to sample from them.
 
-A scheduler or a UNet says it for certain; metadata and names are hints. Steps are those of the papers and the model
-cards: Turbo (arXiv 2311.17042), Lightning (2402.13929), LCM (2310.04378), Hyper-SD (2404.13686), DMD2 (2405.14867),
-TCD (2402.19159).
+A scheduler or a UNet is certain evidence; metadata and names are hints. The numbers of steps are from the papers and
+model cards: Turbo (arXiv 2311.17042), Lightning (2402.13929), LCM (2310.04378), Hyper-SD (2404.13686), DMD2
+(2405.14867), TCD (2402.19159).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorakit.families.describe import BaseInfo
 
 STEPS = 30
-# The guidance that an LCM takes as a number, not by a second pass.
+# The guidance scale that an LCM gets as an input, instead of a second pass.
 EMBEDDED_GUIDANCE = 8.0
 GUIDANCE_INPUT = Message(
     "its UNet takes the guidance as an input: training gives it none, samples give it {guidance:g}", EMBEDDED_GUIDANCE
@@ -37,9 +37,9 @@ class Distilled:
 
     Attributes:
         kind: its name.
-        steps, guidance: of a sample.
-        scheduler: diffusers' sampler, on timesteps that begin at the last.
-        evidence: how it was recognised, in words.
+        steps, guidance: number of steps and guidance scale of a sample.
+        scheduler: diffusers' sampler; its timesteps start at the last one ("trailing").
+        evidence: how the model was recognized, for messages.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Distilled:
     evidence: str = ""
 
     def notes(self) -> list[str]:
-        """Lines for the plan."""
+        """Messages for the plan."""
         line = Message(
             "distilled model ({kind}, {evidence}): samples take {steps} at guidance {guidance:g} unless sample.steps "
             "and sample.guidance are set",
@@ -59,7 +59,7 @@ class Distilled:
 
 
 _LCM = "LCMScheduler"
-# Pattern of a name or a title -> the kind. Case counts where a kind is a part of common words.
+# Pattern of a name or title -> kind. It is case-sensitive if the kind is a part of common words.
 _KINDS = {
     r"(?i:lightning)": Distilled("Lightning", 4),
     r"(?i:turbo)(?!(?i:charg|fan|jet))": Distilled("Turbo", 4),
@@ -70,20 +70,20 @@ _KINDS = {
 }
 _BY_SCHEDULER = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}
 _STEP_COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z\d])", re.IGNORECASE)
-# ByteDance's model for one step predicts the picture (model card of SDXL-Lightning).
+# ByteDance's one-step model predicts x0 (model card of SDXL-Lightning).
 _PICTURE = re.compile(r"(?<![a-z\d])x0(?![a-z\d])|lightning[-_ ]?1[-_ ]?steps?(?![a-z\d])", re.IGNORECASE)
-# A name alone is no sure sign, and merged models need a few steps more.
+# Steps if only the name suggests distillation: names are no certain evidence, and merged models need more steps.
 STEPS_BY_NAME = 8
 
 
 def find(
     names: Iterable[str], metadata: Mapping[str, str], unet: Mapping[str, object], scheduler: Mapping[str, object]
 ) -> Distilled | None:
-    """The way that a model was distilled, or None.
+    """The method by which a model was distilled, or None.
 
     Args:
-        names: of its file or folder and its repository.
-        metadata: of a single file.
+        names: names of its file or folder and of its repository.
+        metadata: metadata of a single file.
         unet, scheduler: their configurations.
     """
     name, title = " ".join(names), " ".join(metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture"))
@@ -104,10 +104,10 @@ def find(
 
 
 def require_noise(base: str, names: Iterable[str], kind: Distilled, option: str) -> None:
-    """Refuse a model that predicts the picture by its name, unless `option`, `model.prediction_type`, is set.
+    """Refuse a model whose name says that it predicts x0, unless `option` (`model.prediction_type`) is set.
 
     Raises:
-        LorakitError: it is one.
+        LorakitError: it is such a model.
     """
     if option == "auto" and kind.kind == "Lightning" and any(map(_PICTURE.search, names)):
         raise LorakitError(
@@ -123,21 +123,21 @@ def _kind(text: str) -> Distilled | None:
 
 
 def _of(name: str, kind: Distilled) -> Distilled:
-    """The kind, with the number of steps that a name has, as in `sdxl_lightning_8step`."""
+    """The kind, with the number of steps from the name, as in `sdxl_lightning_8step`."""
     count = _STEP_COUNT.search(name)
     return replace(kind, steps=int(count[1])) if count and int(count[1]) > 0 else kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(SampleConfig):
-    """The section `sample` of the config with nothing left unset."""
+    """The section `sample` of the config with all values set."""
 
     steps: int = STEPS
     guidance: float = 1.0
 
 
 def complete(sample: SampleConfig, info: BaseInfo) -> Sampling:
-    """The sample section with unset steps and guidance filled in for the base."""
+    """The section `sample` with the base's defaults for unset steps and guidance."""
     kind = info.distilled
     steps = kind.steps if kind else STEPS
     guidance = kind.guidance if kind else registry.family_of(info.family).guidance

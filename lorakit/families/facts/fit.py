@@ -1,8 +1,8 @@
-"""The tensors that a configuration stands for, so that headers are held against it before anything is loaded. No torch.
+"""The tensors that a configuration implies, to check file headers before anything is loaded. No torch.
 
 Shapes are those of diffusers' UNet2DConditionModel, SD3Transformer2DModel and AutoencoderKL and transformers'
-CLIPTextModel and T5EncoderModel. A configuration with an option that changes them in another way is left to the
-libraries.
+CLIPTextModel and T5EncoderModel. Configurations with other options that change shapes are not checked; the libraries
+report their errors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakit.core.layer_names import canonical
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
 Shapes = Mapping[str, Shape]
-# Options of a UNet that change its tensors -> values that do not.
+# Options of a UNet that change its tensors -> values with the usual tensors.
 _USUAL: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_embedding_dim"), (None,)),
     **dict.fromkeys(("encoder_hid_dim_type", "cross_attention_norm", "num_attention_heads"), (None,)),
@@ -34,11 +34,11 @@ _BLOCKS = {f"{cross}{way}Block2D" for cross in ("", "CrossAttn") for way in ("Do
 
 
 def require(base: str, component: str, config: Config, shapes: Shapes, reference: str) -> None:
-    """Hold the tensors of a component, under diffusers' or transformers' names, against its configuration.
+    """Compare the tensors of a component, under diffusers' or transformers' names, with its configuration.
 
     Args:
-        base: how messages begin.
-        reference: what else says the shapes, as in "its config.json".
+        base: start of the messages.
+        reference: the source of the expected shapes, for messages, as in "its config.json".
 
     Raises:
         LorakitError: a tensor is missing or has another shape.
@@ -51,7 +51,7 @@ def require(base: str, component: str, config: Config, shapes: Shapes, reference
         inside = {canonical(component, name).removeprefix(f"{component}."): shape for name, shape in shapes.items()}
     try:
         expected = dict(make(config))
-    except (KeyError, TypeError, ValueError, IndexError):  # a configuration of another kind; the library says more
+    except (KeyError, TypeError, ValueError, IndexError):  # another kind of configuration, which the library refuses
         return
     _require_shares(base, config, reference)
     for name, shape in expected.items():
@@ -66,7 +66,7 @@ def require(base: str, component: str, config: Config, shapes: Shapes, reference
 
 
 def _require_shares(base: str, config: Config, reference: str) -> None:
-    """Refuse a width that is no multiple of its heads or groups, of which no model can be built."""
+    """Refuse a width that is not a multiple of its heads or groups; no model can be built from it."""
     widths = [*config.get("block_out_channels", ()), *([config["hidden_size"]] if "hidden_size" in config else [])]
     kinds = [*config.get("down_block_types", ()), *(["Attn"] * len(widths))]
     for name in ("attention_head_dim", "num_attention_heads", "norm_num_groups"):
@@ -81,12 +81,12 @@ def _require_shares(base: str, config: Config, reference: str) -> None:
 
 
 def cross_dim(denoiser: Config) -> int:
-    """Width of the text embeddings of a denoiser."""
+    """Width of the text embeddings that a denoiser attends to."""
     return int(denoiser.get("joint_attention_dim") or denoiser["cross_attention_dim"])
 
 
 def require_channels(path: Path, into: int, latent: int) -> None:
-    """Refuse a UNet whose input is neither that of a text-to-image model nor that of an inpainting model."""
+    """Refuse a UNet whose number of input channels is neither that of text-to-image nor that of inpainting."""
     if into in (latent, 2 * latent + 1):
         return
     raise LorakitError(
@@ -96,10 +96,10 @@ def require_channels(path: Path, into: int, latent: int) -> None:
 
 
 def require_widths(base: str, attended: int, configs: Mapping[str, Config]) -> None:
-    """Refuse text encoders that are another model's than the UNet, which attends to texts of the width `attended`.
+    """Refuse text encoders that do not belong to the UNet, which attends to texts of width `attended`.
 
     Raises:
-        LorakitError: together they make another width.
+        LorakitError: their widths do not add up to it.
     """
     widths = [config.get("hidden_size", 0) for name, config in configs.items() if name.startswith("text_encoder")]
     if all(widths) and sum(widths) != attended:
@@ -128,7 +128,7 @@ def _resnet(name: str, into: int, out: int, embedding: int | None) -> Iterator[t
 
 
 def _attention(name: str, width: int, depth: int, config: Config) -> Iterator[tuple[str, Shape]]:
-    """A transformer on the latents: Transformer2DModel."""
+    """The tensors of a Transformer2DModel."""
     point = () if config.get("use_linear_projection") else (1, 1)
     yield from _layer(f"{name}.norm", width)
     for side in ("in", "out"):

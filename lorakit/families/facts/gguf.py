@@ -1,7 +1,7 @@
-"""Recognise the content of a GGUF file by the names of its tensors. Weights are not read. No torch.
+"""Recognize the content of a GGUF file by its tensor names. Weights are not read. No torch.
 
-Layout: ggml's docs/gguf.md. Names: those of ComfyUI-GGUF (each model's own, without a prefix), stable-diffusion.cpp
-(with it) and llama.cpp (a text encoder's blocks are `enc.blk.`).
+Layout: ggml's docs/gguf.md. Names: those of ComfyUI-GGUF (the model's own names without a prefix), stable-diffusion.cpp
+(with a prefix) and llama.cpp (text encoder blocks are `enc.blk.`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAGIC = b"GGUF"
-# Type of a value -> its format for `struct`; 8 is a text and 9 an array.
+# Type of a value -> its `struct` format; 8 is a string and 9 an array.
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _MAX_COUNT, _MAX_LENGTH = 1 << 20, 1 << 24
-# Tensor of a model that lorakit trains from other files -> its title. The first that fits counts.
+# Tensor of a model that lorakit trains from other formats -> its title. The first match counts.
 _TITLES = {
     r"(^|\.)joint_blocks\.\d": "Stable Diffusion 3",
     r"(^|\.)label_emb\.|(^|\.)add_embedding\.": "Stable Diffusion XL",
@@ -25,7 +25,7 @@ _TITLES = {
 
 
 def names(path: Path) -> list[str]:
-    """The names of the tensors; [] if the file is missing, damaged or no GGUF file."""
+    """The tensor names; [] if the file is missing, damaged or not GGUF."""
     try:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
@@ -40,7 +40,7 @@ def names(path: Path) -> list[str]:
 
 
 def title(tensors: list[str]) -> str:
-    """The model that lorakit trains from other files, or ""."""
+    """The title of a model that lorakit trains from other formats, or ""."""
     return next((what for pattern, what in _TITLES.items() if any(re.search(pattern, n) for n in tensors)), "")
 
 
@@ -59,7 +59,7 @@ def _text(file: BinaryIO) -> str:
 
 
 def _skip(file: BinaryIO, kind: int) -> None:
-    """Go past a value."""
+    """Skip a value."""
     if kind == _TEXT:
         _text(file)
     elif kind != _ARRAY:

@@ -1,4 +1,5 @@
-"""The noise schedule of a base. Unknown ones are refused; `model.prediction_type` overrides the prediction type."""
+"""The noise schedule of a base. Unknown schedules are refused; `model.prediction_type` overrides the prediction
+type."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from lorakit.families.spec import EPSILON
 
 _VELOCITY = re.compile(r"v[-_ ]?(pred|param)|zt?snr|zero[-_ ]?(terminal[-_ ]?)?snr|(?<![a-z])v_parameterization", re.I)
 _EPSILON = re.compile(r"(?<![a-z])eps(?![a-z])|epsilon", re.IGNORECASE)
-# Keys of metadata that name the model, how it was trained or what it was merged from.
+# Metadata keys with the model's name, its training or the models that it was merged from.
 _TELLING = re.compile(r"modelspec\.(title|architecture|description|tags|merged_from)|sd_merge_\w+|ztsnr")
-# What every Stable Diffusion before 3 was trained on.
+# The training schedule of every Stable Diffusion before 3.
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -30,7 +31,7 @@ SCHEDULE = {
 
 
 def override(scheduler: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:
-    """The schedule with the prediction type that `model.prediction_type` asks for, and a line where that changes it."""
+    """The schedule with the prediction type of `model.prediction_type`, and a message if that changes it."""
     before = scheduler.get("prediction_type", EPSILON), bool(scheduler.get("rescale_betas_zero_snr"))
     if option == "auto":
         return scheduler, ""
@@ -44,12 +45,12 @@ def override(scheduler: dict[str, Any], option: str) -> tuple[dict[str, Any], st
 
 
 def name(prediction: str, zero_snr: bool) -> str:
-    """A prediction type in words."""
+    """A prediction type for messages."""
     return Message("{kind} with zero terminal SNR", prediction) if zero_snr else prediction
 
 
 def check(base: Path | str, scheduler: Mapping[str, object], *, flow: bool) -> None:
-    """Refuse the noise schedule of another kind of model: an adapter trained on ours would not fit it."""
+    """Refuse other noise schedules: the adapter would be trained with the wrong noise."""
     name, schedule = str(scheduler.get("_class_name", "")), ""
     if name.startswith("EDM") or "sigma_data" in scheduler:
         schedule = Message("EDM's noise ({name})", name)
@@ -73,14 +74,14 @@ def check(base: Path | str, scheduler: Mapping[str, object], *, flow: bool) -> N
 
 @functools.cache
 def _schedulers() -> set[str]:
-    """The names of diffusers' schedulers, from its list: importing diffusers would import torch."""
+    """The names of diffusers' schedulers, read from its source: importing diffusers would import torch."""
     spec = importlib.util.find_spec("diffusers")
     text = Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
     return set(re.findall(r'"(\w*Scheduler\w*)"', text))
 
 
 def velocity_hint(names: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """Evidence for v-prediction in a base whose configuration does not say so, or ""."""
+    """Evidence for v-prediction in a base whose configuration does not state it, or ""."""
     if any(_VELOCITY.search(name) and not _EPSILON.search(name) for name in names):
         return "its name"
     if metadata.get("ss_v_parameterization") == "True" or metadata.get("ss_zero_terminal_snr") == "True":
@@ -90,7 +91,7 @@ def velocity_hint(names: Iterable[str], metadata: Mapping[str, str]) -> str:
 
 
 def velocity_warning(base: str, names: tuple[str, ...], metadata: Mapping[str, str]) -> list[str]:
-    """The warning of a base that is read as one that predicts epsilon, where something speaks for v-prediction."""
+    """The warning for a base that is used with epsilon prediction although there is evidence for v-prediction."""
     evidence = velocity_hint(names, metadata)
     line = Message(
         "base {name} is trained as one that predicts epsilon, but {evidence} speaks of v-prediction: find out with "

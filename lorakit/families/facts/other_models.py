@@ -1,6 +1,6 @@
-"""Recognise files and folders that are no base: other models, parts of models, adapters. No torch.
+"""Recognize files and folders that are not bases: other models, parts of models, adapters. No torch.
 
-Names of tensors decide; sources are each model's own code, diffusers, and the loaders of ComfyUI.
+Tensor names decide. Sources: each model's own code, diffusers, and the loaders of ComfyUI.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakit.families.facts.fit import Config
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _ADAPTER = "is an adapter (LoRA), not a base model: give the model that it was made for"
-# What `safetensors_header.kind` calls a file -> what is said.
+# Kind of a file (`safetensors_header.kind`) -> message.
 KINDS = {
     "adapter": _ADAPTER,
     "lycoris": _ADAPTER,
@@ -31,7 +31,7 @@ KINDS = {
     "unknown": "is a safetensors file of no kind known here: give a Stable Diffusion model",
 }
 _NEVER = r"(?!)"
-# Models that lorakit does not train -> a tensor that they alone have, and how their pipelines are called.
+# Models that lorakit does not train -> pattern of a tensor that only they have, and of their pipelines' names.
 _MODELS: dict[str, tuple[str, str]] = {
     "FLUX.2": (r"double_stream_modulation_img|single_stream_modulation", r"Flux2"),
     "Chroma": (r"distilled_guidance_layer", r"Chroma"),
@@ -61,7 +61,7 @@ _MODELS: dict[str, tuple[str, str]] = {
     "AnimateDiff": (_NEVER, r"AnimateDiff"),
     "Stable Audio": (_NEVER, r"StableAudio|AudioLDM"),
 }
-# Parts and helpers, by a tensor and by the class in config.json -> what is said.
+# Message for a part or a helper model -> pattern of a tensor, and of the class in config.json.
 _PARTS: dict[str, tuple[str, str]] = {
     "is an IP-Adapter, not a base model": (r"^(ip_adapter|image_proj)\.", r"IPAdapter"),
     "is an AnimateDiff motion module, not a base model": (r"motion_modules\.\d", r"MotionAdapter"),
@@ -90,12 +90,12 @@ _PARTS: dict[str, tuple[str, str]] = {
     "is a transformer alone: give the whole model": (_NEVER, r"\w+Transformer\w*Model"),
     KINDS["text encoder"]: (_NEVER, r"CLIPText\w+|CLIPModel"),
 }
-# What the class of a text encoder begins with.
+# Prefix of the class of a text encoder.
 _ENCODERS = {"CLIP": "CLIPTextModel", "T5": "T5EncoderModel"}
 
 
 def what_file(header: safetensors_header.Header) -> str:
-    """What a single file that is no model to train is, and what to do; continues "base NAME ...". Empty for a model."""
+    """The end of a message "base NAME ..." for a single file that is not a trainable model; empty for a model."""
     suffix = header.path.suffix.lower()
     if suffix in _PICKLES:
         return "is a pickle, which can run code when it is read; convert it once: lorakit convert FILE"
@@ -114,7 +114,7 @@ def what_file(header: safetensors_header.Header) -> str:
 
 
 def _what_gguf(tensors: list[str]) -> str:
-    """The same of a GGUF file; the names of its tensors tell as much as another file's."""
+    """The same for a GGUF file, from its tensor names."""
     if title := model_title(tensors):
         return _other(title)
     if ours := gguf.title(tensors):
@@ -131,18 +131,18 @@ def _what_gguf(tensors: list[str]) -> str:
 
 
 def model_title(tensors: Iterable[str]) -> str:
-    """The model that is not trained here and has tensors of these names, or ""."""
+    """The title of a model that lorakit does not train, from its tensor names, or ""."""
     names = list(tensors)
     return next((what for what, (pattern, _) in _MODELS.items() if any(re.search(pattern, n) for n in names)), "")
 
 
 def pipeline_title(name: str) -> str:
-    """The model that is not trained here and whose pipeline is of this class, or ""."""
+    """The title of a model that lorakit does not train, from its pipeline class, or ""."""
     return next((title for title, (_, pattern) in _MODELS.items() if re.match(pattern, name)), "")
 
 
 def what_pipeline(name: str) -> str:
-    """What a model_index.json that is not of a family is of; continues "base NAME ..."."""
+    """The end of a message "base NAME ..." for a model_index.json of no family."""
     title = pipeline_title(name)
     if title:
         return _other(title)
@@ -150,7 +150,7 @@ def what_pipeline(name: str) -> str:
 
 
 def what_encoder(index: Config, encoder: str, kind: str) -> str:
-    """What a model of a family's pipeline is whose text encoder is of another kind; "" where it is as it should be."""
+    """The end of a message "base NAME ..." if the text encoder has another class than the family's, or ""."""
     name = (index.get(encoder) or [None, None])[1]
     if not isinstance(name, str) or name.startswith(_ENCODERS[kind]):
         return ""
@@ -161,7 +161,7 @@ def what_encoder(index: Config, encoder: str, kind: str) -> str:
 
 
 def what_folder(folder: Path) -> str:
-    """What a folder without model_index.json is by its small files; continues "base NAME ...", or is ""."""
+    """The end of a message "base NAME ..." for a folder without model_index.json, from its small files, or ""."""
     if (folder / "adapter_config.json").is_file():
         return "is a PEFT adapter, not a base model"
     if not (folder / "config.json").is_file():
@@ -177,5 +177,5 @@ def _other(title: str) -> str:
 
 
 def with_article(title: str) -> str:
-    """A model's title with "a" or "an", as it is spoken."""
+    """A model's title with "a" or "an", according to its pronunciation."""
     return Message("an {title}" if title[0] in "AIO" or title.startswith("LTX") else "a {title}", title)

@@ -1,6 +1,6 @@
-"""What a pipeline of diffusers is that is in memory: the same facts as of a folder, taken from its modules.
+"""Describe a diffusers pipeline in memory: the same facts as of a folder, from its modules.
 
-No file of the base is read. Its tokenizers are written to a temporary folder, as texts are counted from files.
+No file of the base is read. Its tokenizers are written to a temporary folder, because tokens are counted from files.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
-# Options of the section model that say where parts of a base are.
+# Options of the section `model` that name parts of a base.
 _PARTS = ("vae", "text_encoders", "tokenizer")
 
 
 @dataclass(frozen=True)
 class PipelineInfo(BaseInfo):
-    """As `BaseInfo`, with an identity that no file has."""
+    """As `BaseInfo`, with a hash of the modules instead of files."""
 
     @functools.cached_property
     def hash(self) -> str:
-        """A hash of all configurations and weights. It differs for another precision."""
+        """A hash of all configurations and weights. It depends on the precision."""
         import torch
 
         digest = hashlib.sha256()
@@ -50,13 +50,13 @@ class PipelineInfo(BaseInfo):
 
 
 def describe(pipeline: DiffusionPipeline, model: ModelConfig | None = None) -> BaseInfo:
-    """As `families.describe`, of a pipeline; `families.load` then takes its modules and their weights.
+    """As `families.describe`, for a pipeline; `families.load` then uses its modules and weights.
 
     Args:
         model: the section of the config; the options that name parts of a base must be empty.
 
     Raises:
-        LorakitError: it is of no family, or its weights are not plain tensors.
+        LorakitError: it belongs to no family, or its weights are not plain tensors.
     """
     model = replace(model or ModelConfig(), base=IN_MEMORY)
     if named := [name for name in _PARTS if getattr(model, name)]:
@@ -112,7 +112,7 @@ def describe(pipeline: DiffusionPipeline, model: ModelConfig | None = None) -> B
 
 
 def with_pipeline(config: Config, pipeline: DiffusionPipeline) -> Config:
-    """The config of a run that trains the pipeline: on a card in the pipeline's own precision, unless it says another.
+    """The config of a run that trains the pipeline; on CUDA in the pipeline's precision, unless the config sets one.
 
     Raises:
         LorakitError: the config names a base of its own.
@@ -133,24 +133,24 @@ def with_pipeline(config: Config, pipeline: DiffusionPipeline) -> Config:
 
 
 def _names(pipeline: DiffusionPipeline) -> tuple[str, str]:
-    """What to call it, and the hub id that it came from or ""."""
+    """Its title, and the hub id that it was loaded from or ""."""
     origin = str(pipeline.config.get("_name_or_path") or "")
     title = Path(origin).name or type(pipeline).__name__
     return title, "" if not origin or Path(origin).exists() or hub.parse(origin) is None else origin
 
 
 def _config(part: object) -> dict[str, object]:
-    """Its configuration, as its file has it."""
+    """Its configuration, as in config.json."""
     config = getattr(part, "config")  # noqa: B009
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return {"_class_name": type(part).__name__, **values}
 
 
 def _module(title: str, name: str, part: object) -> nn.Module:
-    """The module itself, of which no hook moves, casts or compiles anything.
+    """The module itself.
 
     Raises:
-        LorakitError: it has such hooks, an adapter, or weights that are quantized or nowhere.
+        LorakitError: it has hooks that move or cast it, an adapter, or weights that are quantized or on "meta".
     """
     module = cast("nn.Module", getattr(part, "_orig_mod", part))
     if getattr(module, "peft_config", None):

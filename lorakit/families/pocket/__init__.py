@@ -1,8 +1,8 @@
-"""pocket: a small base model that ships inside lorakit. It is not a family: it is described and loaded as `sd`.
+"""pocket: a small base model that ships with lorakit. It is not a family: it is described and loaded as `sd`.
 
 `weights/` has the model. The modules draw the small world that it was trained on: `scenes` renders a picture from a
-`spec`, `subjects` and `styles` are what the demo trains, `classifier` says what a picture shows. The training itself is
-in `tools/pocket`. Importing this package costs nothing: no torch, no Pillow.
+`spec`, `subjects` and `styles` are trained in the demo, `classifier` labels pictures. The training code is in
+`tools/pocket`. Importing this package loads neither torch nor Pillow.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The twelve scenes, each a picture of S x S px and the band of heights on which a thing may stand there."""
+"""The twelve scenes: each is a picture of S x S px with a range of heights for the object's foot."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def grain(image: Image.Image, rng: Rng, cells: int, amount: float, top: float = 
 
 
 class Brush:
-    """ImageDraw in shares of the frame."""
+    """ImageDraw with coordinates relative to the frame."""
 
     def __init__(self, image: Image.Image) -> None:
         self.size = image.width

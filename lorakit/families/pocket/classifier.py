@@ -86,7 +86,7 @@ class Classifier:
 
     @torch.no_grad()
     def labels(self, images: Sequence[Image.Image]) -> dict[str, list[str]]:
-        """The most probable kind, colour, pattern, scene and manner of every picture."""
+        """The most probable kind, colour, pattern, scene and manner of each picture."""
         result: dict[str, list[str]] = {field: [] for field in FIELDS}
         for start in range(0, len(images), 64):
             logits = self.model(self._batch(images[start : start + 64]))
@@ -107,7 +107,7 @@ class Classifier:
         return shares
 
     def centroids(self) -> dict[str, np.ndarray]:
-        """Mean features (128,) of real renders of every kind, subject and style: those of the file, if it has them."""
+        """Mean features (128,) of rendered pictures of every kind, subject and style, from the file if it has them."""
         if self._centroids is None:
             from lorakit.families.pocket import subjects
 
@@ -126,7 +126,8 @@ class Classifier:
     def nearness(self, images: Sequence[Image.Image], name: str) -> float:
         """Mean cosine of the pictures' features to the centroid of a kind, subject or style: -1 to 1.
 
-        A share says only which centroid is nearest; this says how near it is, and goes on growing where shares are 1.
+        A share shows only which centroid is nearest. The cosine shows how near it is, and can still grow where shares
+        are 1.
         """
         cosines = self._cosines(images)[:, self._index(name)]
         return float(cosines.mean())

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layers:
-    """One drawn scene before its manner is applied: float32 arrays at twice the size of the picture."""
+    """One scene before its manner is applied: float32 arrays at twice the picture's size."""
 
     backdrop: np.ndarray  # (S, S, 3), 0 to 255
     colour: np.ndarray  # (S, S, 3), the object's flat colours

@@ -1,4 +1,4 @@
-"""Captions in plain words: `caption(spec, seed)` says a picture, `parse(text)` reads it back."""
+"""Captions in plain words: `caption(spec, seed)` describes a picture, `parse(text)` reads the description back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from lorakit.families.pocket.spec import COLOURS, FIELDS, KINDS, PATTERNS, Spec, look_of
 
-# Words that mean nothing: they come before the noun now and then, so that a user's trigger starts neutral.
+# Meaningless words. They sometimes precede the noun in training, so that a user's trigger starts neutral.
 TRIGGERS = ("sks", "zwx", "ohwx", "xyz", "vqz", "qjx", "blorp", "zorb", "kwf", "snib", "plimo", "drak", "woz",
     "tiv", "grux", "mlem")  # fmt: skip
 TRIGGER_SHARE, OMIT_SHARE, LOOK_SHARE = 0.07, 0.08, 0.5

@@ -1,4 +1,4 @@
-"""Pictures of pocket's world: `render(spec, seed)` draws one, `scene_captions.caption` says what it shows."""
+"""Pictures of pocket's world: `render(spec, seed)` draws one, `scene_captions.caption` describes it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def contrast(colour: RGB) -> RGB:
 
 
 def pattern(name: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """1 where the second colour goes. `u`, `v`: object coordinates; elements are a quarter of the object wide."""
+    """1 where the second colour applies. `u`, `v`: object coordinates; elements are a quarter of the object wide."""
     if name == "striped":
         angle = (0.0 if rng.random() < 0.5 else math.pi / 2) + rng.uniform(-0.25, 0.25)
         across = u * math.cos(angle) + v * math.sin(angle)
@@ -73,5 +73,5 @@ def compose(spec: Spec, seed: int, size: int) -> Layers:
 
 
 def render(spec: Spec, seed: int, size: int = 64) -> Image.Image:
-    """The picture of `spec` that `seed` gives, size x size px: the same bytes for the same arguments."""
+    """The picture of `spec` and `seed`, size x size px: the same bytes for the same arguments."""
     return styles.apply(spec.manner, compose(spec, seed, size), np.random.default_rng((seed, 9)))

@@ -9,8 +9,8 @@ import numpy as np
 
 from lorakit.families.pocket.spec import COLOURS, RGB, Look
 
-# What fills a polygon: the object's colour with its pattern ("main"), a darker or lighter shade of it without the
-# pattern, a fixed colour, or nothing (None: a hole through to the backdrop).
+# The fill of a polygon: the object's colour with its pattern ("main"), a darker or lighter shade of it without the
+# pattern, a fixed colour, or nothing (None: a hole that shows the backdrop).
 Paint = str | RGB | None
 Part = tuple[np.ndarray, Paint]
 

@@ -1,4 +1,4 @@
-"""What a picture shows, in words a caption can say: the vocabulary of pocket's world and the draws from it."""
+"""The content of a picture in words of a caption: the vocabulary of pocket's world and random draws from it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SCENES = (
 )  # fmt: skip
 MANNERS = ("photo", "sketch", "pixel", "flat", "painting")
 
-# What the parts of a toy (the class that subjects belong to) may look like in training. Subjects use parts from
-# outside these lists, so no training picture can show one.
+# The parts of a toy (the class of the subjects) in training. Subjects use parts that are not in these lists, so no
+# training picture shows one.
 BODIES = ("round", "egg", "box", "pear")
 EARS = ("cat", "rabbit", "bear", "horns", "antennae", "none")
 TOY_DETAILS = ("plain", "belly", "half")
@@ -83,7 +83,7 @@ class Spec:
 
 
 def is_holdout(spec: Spec) -> bool:
-    """Whether this combination is kept out of training: a sixteenth of all, by a hash that no seed changes."""
+    """Whether this combination is held out of training: a sixteenth of all, by a hash without a seed."""
     return zlib.crc32("/".join(spec.words.values()).encode()) % 16 == 0
 
 
@@ -105,12 +105,12 @@ def random_look(seed: int) -> Look:
 
 
 def look_of(spec: Spec, seed: int) -> Look:
-    """The toy of this picture: its own where the spec says so (subjects), else the seed's."""
+    """The toy of this picture: that of the spec (for subjects), else that of the seed."""
     return spec.look if spec.look is not None else random_look(seed)
 
 
 def random_spec(seed: int, unseen: bool = False) -> Spec:
-    """A combination of the training set, or (`unseen`) one that is held out of it, all fields evenly drawn."""
+    """A combination of the training set, or with `unseen` a held-out one, with all fields drawn evenly."""
     rng = np.random.default_rng((seed, 3))
     while True:
         kinds = np.full(len(KINDS), 1.0)

@@ -1,4 +1,4 @@
-"""The five styles that a scene can be drawn in: from its layers (twice the size) to the finished picture."""
+"""The five styles of a scene: from its layers (at twice the size) to the finished picture."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def photo(layers: Layers, rng: Rng) -> np.ndarray:
 
 
 def sketch(layers: Layers, rng: Rng) -> np.ndarray:
-    """Pencil lines on paper; colours stay as a wash (strong on the object), so that they can be asked for."""
+    """Pencil lines on paper; colours remain as a wash (strong on the object), so that prompts can ask for them."""
     grey = layers.backdrop @ GREY
     gy, gx = np.gradient(np.asarray(Image.fromarray(grey.astype(np.uint8)).filter(ImageFilter.BoxBlur(1)), np.float32))
     lines = np.clip(np.hypot(gx, gy) / 40 - 0.1, 0, 1)[:, :, None] * 0.5
@@ -101,7 +101,7 @@ def flat(layers: Layers, rng: Rng) -> np.ndarray:
 
 
 def painting(layers: Layers, rng: Rng) -> np.ndarray:
-    """Slanted strokes that drag the colours, and more of them."""
+    """Slanted strokes with smeared, more saturated colours."""
     canvas = layers.mask.shape[0]
     pixels = shade(layers, rng)
     ys, xs = np.mgrid[0:canvas, 0:canvas]

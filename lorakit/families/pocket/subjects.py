@@ -1,4 +1,4 @@
-"""Subjects and styles that pocket never saw: the pictures that the demo, the tests and the benchmarks teach it from."""
+"""Subjects and styles that pocket was not trained on; the demo, the tests and the benchmarks train them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lorakit.families.pocket.scenes import compose, render
 from lorakit.families.pocket.spec import COLOURS, KINDS, PATTERNS, SCENES, Look, Spec
 from lorakit.families.pocket.styles import GREY, outlines, shade, shrink
 
-# Every subject has a part (`extra`, a `cone` body, or `wings`, `stalks`, `leaves` for ears) that no training toy can
-# have: being unseen is a matter of construction, not of luck.
+# Every subject has a part (`extra`, a `cone` body, or `wings`, `stalks`, `leaves` for ears) that no training toy has,
+# so that no training picture can show a subject.
 SUBJECTS: dict[str, Spec] = {
     "zib": Spec("toy", "pink", "plain", "studio", "photo", Look("cone", "stalks", "blue", "plain", 2, False, "belt")),
     "moko": Spec(
@@ -107,13 +107,13 @@ def pictures(
 def photos(
     name: str, count: int, seed: int = 0, scenes: Sequence[str] | None = None, size: int = 64
 ) -> list[tuple[Image.Image, str]]:
-    """`pictures`, with only the name of the scene beside each."""
+    """`pictures`, with only the name of the scene for each."""
     return [(image, spec.scene) for image, spec in pictures(name, count, seed, scenes, size)]
 
 
 @cache
 def references(count: int = 48, names: tuple[str, ...] = (*KINDS, *SUBJECTS, *STYLES)) -> dict[str, list[Image.Image]]:
-    """Real pictures of kinds, subjects and styles, on all scenes: what `classifier` compares with."""
+    """Rendered pictures of kinds, subjects and styles, in all scenes: the references of `classifier`."""
     images_by_name: dict[str, list[Image.Image]] = {}
     for k, kind in enumerate(KINDS):
         if kind not in names:

@@ -1,4 +1,4 @@
-"""Pictures with natural statistics, dead leaves and 1/f noise: they keep the autoencoder good on photos."""
+"""Pictures with natural statistics, dead leaves and 1/f noise. They keep the autoencoder accurate on photos."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 
 def dead_leaves(seed: int, size: int = 64) -> Image.Image:
-    """Overlapping discs and boxes whose radii follow a power law, as the sizes of things in photos do."""
+    """Overlapping discs and boxes whose radii follow a power law, like the sizes of things in photos."""
     rng = np.random.default_rng((seed, 21))
     canvas = 2 * size
     image = Image.fromarray(np.full((canvas, canvas, 3), rng.integers(0, 256, 3), np.uint8))
@@ -38,5 +38,5 @@ def pink_noise(seed: int, size: int = 64) -> Image.Image:
 
 
 def texture(seed: int, size: int = 64) -> Image.Image:
-    """One of the two, by the seed."""
+    """Dead leaves or pink noise, depending on the seed."""
     return dead_leaves(seed, size) if seed % 3 else pink_noise(seed, size)

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.x and 2.x: one text encoder, its last hidden states, no size conditioning.
+"""Stable Diffusion 1.x and 2.x: one text encoder, its last hidden states, no size conditions.
 
-With `model.clip_skip`, the states of an earlier layer through the final layer norm: what A1111 ("Clip skip") and
-sd-scripts (`clip_skip`) read at the same number, and diffusers (`clip_skip`) at one less.
+With `model.clip_skip`, the states of an earlier layer after the final layer norm. A1111 ("Clip skip") and sd-scripts
+(`clip_skip`) count layers in the same way; diffusers' `clip_skip` is one less.
 """
 
 from __future__ import annotations

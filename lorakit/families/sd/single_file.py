@@ -48,8 +48,8 @@ def _sd2_configs(shapes: Mapping[str, Shapes], prediction: str, zero_snr: bool) 
 
 
 def _sd2_guess(header: safetensors_header.Header) -> ldm.Prediction:
-    """SD2 was published in two kinds with the same keys and shapes: the one that predicts v has the last norm1.bias
-    spread wider, by which ComfyUI tells them apart."""
+    """SD2 was published in two versions with the same keys and shapes. In the v-prediction one, the last norm1.bias has
+    a larger standard deviation, by which ComfyUI distinguishes them."""
     shapes = header.shapes()
     if shapes[f"{ldm.UNET}input_blocks.0.0.weight"][1] != 4:
         return ldm.Prediction(EPSILON, False, ldm.NOTHING_SAYS, certain=False)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x as data. They differ in the width of the text and in names."""
+"""Stable Diffusion 1.x and 2.x as data. They differ in the text width and in names."""
 
 from lorakit.families import unet
 from lorakit.families.sd.single_file import SD1_FILE, SD2_FILE
@@ -40,7 +40,7 @@ SD1 = ModelVersion(
     readers=_BOTH | {"a1111": Reads((*ALL_BLOCKS, *TOP, *A1111_SGM, *TE, *TE1))},
     layout=SD1_FILE,
 )
-# Only SD2's OpenCLIP is 1024 wide; whatever else has one text encoder is SD1, small models included.
+# Only SD2's OpenCLIP has a width of 1024; other bases with one text encoder are SD1, including small models.
 SD2 = ModelVersion(
     name="sd2",
     title="Stable Diffusion 2",

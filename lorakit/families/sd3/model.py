@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer that follows straight lines, two CLIP encoders and T5, if there is one."""
+"""Stable Diffusion 3 and 3.5: a flow-matching transformer, two CLIP encoders and optionally T5."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 class StableDiffusion3(LoadedFamily):
     """See `families.Family`; Esser et al. 2024, arXiv 2403.03206.
 
-    It says noise - x on the line z = (1 - sigma) x + sigma noise, at timesteps of 1000 sigma (see `prediction.Flow`).
+    It predicts noise - x on the line z = (1 - sigma) x + sigma noise, at timesteps of 1000 sigma (see
+    `prediction.Flow`).
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class StableDiffusion3(LoadedFamily):
         self.prediction = Flow(float(self.scheduler.config.shift))
 
     def tokens(self, texts: Sequence[str | Prompt], chunks: int = 1) -> list[torch.Tensor]:
-        """See `families.Family`: both CLIPs' token ids, and T5's last hidden states; zeros without T5."""
+        """See `families.Family`: the token ids of both CLIPs, and T5's last hidden states (zeros without T5)."""
         first, second = (ids(texts) for ids in self._ids)
         if self._t5_ids is None:
             shape = (len(texts), self._t5_tokens, self.info.cross_dim)
@@ -79,8 +80,8 @@ class StableDiffusion3(LoadedFamily):
         return torch.cat([clip, long])
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
-        """See `families.Family`: both CLIPs' last hidden states but one, side by side and filled up with zeros to T5's
-        width, then T5's; and both pooled outputs."""
+        """See `families.Family`: the penultimate hidden states of both CLIPs, concatenated and padded with zeros to
+        T5's width, then T5's states; and both pooled outputs."""
         *ids, long = tokens
         self.acquire(*CLIPS)
         with torch.set_grad_enabled(grad):
@@ -93,7 +94,7 @@ class StableDiffusion3(LoadedFamily):
             return Conditioning(encoder_hidden_states=states, pooled=pooled)
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
-        """See `families.Family`. The condition must have pooled text."""
+        """See `families.Family`. The condition must have "pooled"."""
         self.acquire("unet")
         prediction = self.denoiser(
             hidden_states=noisy.to(self.dtype),
@@ -122,7 +123,7 @@ class StableDiffusion3(LoadedFamily):
                 vae=self.vae,
                 **(absent | self.text_encoders | self.tokenizers),
             )
-        # Other pipelines take one prompt; this one could take another for each encoder.
+        # Other pipelines take one prompt; this one takes one for each encoder, by default the same.
         pipeline.encode_prompt = functools.partial(pipeline.encode_prompt, prompt_2=None, prompt_3=None)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

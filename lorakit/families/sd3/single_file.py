@@ -13,8 +13,8 @@ from lorakit.families.ldm import Swapped, count
 from lorakit.families.spec import Configs, FileLayout, FilePart, Shapes
 
 SIDE, SCALING, OFFSET, SHIFT, HEAD = 1024, 1.5305, 0.0609, 3.0, 64
-# The file's module -> diffusers'; `*` is a block's number. In the file shift comes before scale, in diffusers after it,
-# where a modulation has these two alone.
+# The file's module -> diffusers'; `*` is a block's number. In modulations with only shift and scale, the file has shift
+# first, diffusers scale.
 MODULES: dict[str, str | tuple[str, ...]] = {
     "x_embedder.proj": "pos_embed.proj",
     "context_embedder": "context_embedder",
@@ -45,13 +45,13 @@ _BLOCK: dict[str, str | tuple[str, ...]] = {
 }
 
 
-# What diffusers calls q, k and v in one.
+# diffusers' names of q, k and v in one layer.
 _FUSED = {
     "x_block.attn.qkv": "attn.to_qkv",
     "x_block.attn2.qkv": "attn2.to_qkv",
     "context_block.attn.qkv": "attn.to_added_qkv",
 }
-# Names in kohya files: sd-scripts' networks/lora_sd3.py has those of the file's modules.
+# Names in kohya files: sd-scripts' networks/lora_sd3.py uses those of the file's modules.
 KOHYA = {str(ours): theirs.replace(".", "_") for theirs, ours in MODULES.items()}
 KOHYA |= {
     f"transformer_blocks.*.{_FUSED.get(leaf, ours)}": f"joint_blocks_*_{leaf.replace('.', '_')}"
@@ -65,7 +65,8 @@ FUSED = {
 
 
 def names(shapes: Shapes, theirs: bool) -> ldm.Names:
-    """See `FilePart.names`. Of the text, the last block has a modulation of two and no more than its attention."""
+    """See `FilePart.names`. On the text side, the last block only has an attention and a modulation with shift and
+    scale."""
     result: dict[str, str | tuple[str, ...]] = MODULES | {"pos_embed": "pos_embed.pos_embed"}
     blocks = count(shapes, r"joint_blocks\.(\d+)\." if theirs else r"transformer_blocks\.(\d+)\.")
     for n in range(blocks):
@@ -80,7 +81,7 @@ def _transformer(shapes: Shapes) -> dict[str, object]:
     width, text = shapes["context_embedder.weight"]
     _, channels, patch, _ = shapes["pos_embed.proj.weight"]
     blocks, normed = count(shapes, r"transformer_blocks\.(\d+)\."), "transformer_blocks.0.attn.norm_q.weight" in shapes
-    # As many heads as blocks in every published model, each 64 wide.
+    # Every published model has as many heads as blocks, each 64 wide.
     head = shapes["transformer_blocks.0.attn.norm_q.weight"][0] if normed else width // blocks
     return {
         "_class_name": "SD3Transformer2DModel",

@@ -20,8 +20,8 @@ from lorakit.families.spec import (
 from lorakit.families.unet import CLIP, COMFY_TEXT, DOTTED_TEXT
 
 PATCHES = "unet.pos_embed.proj"
-# `attn` is the attention of picture and text together, with projections of its own for the text; `attn2` is 3.5
-# medium's second attention, of the picture alone.
+# `attn` is the joint attention of picture and text, with separate projections for the text; `attn2` is the second
+# attention of 3.5 medium, of the picture alone.
 _ATTENTION = r"\.attn2?\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)$"
 _LINEAR = _ATTENTION + r"|\.ff(_context)?\.net\.(0\.proj|2)$"
 

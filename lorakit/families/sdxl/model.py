@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders read before their last layer, the second's pooled output, six time ids."""
+"""Stable Diffusion XL: two text encoders read at their penultimate layer, the second's pooled output, six time ids."""
 
 from __future__ import annotations
 
@@ -41,8 +41,12 @@ class StableDiffusionXL(LoadedFamily):
         self._ids = [loading.TokenIds(tokenizer, self.device) for tokenizer in self.tokenizers]
 
     def encode_tokens(self, tokens: list[torch.Tensor], *, grad: bool = False) -> Conditioning:
-        """See `families.Family`: the encoders' last hidden states but one, side by side, and the second's pooled; with
-        `model.clip_skip`, earlier ones, as ComfyUI's CLIP Set Last Layer and diffusers' `clip_skip` + 2 have them."""
+        """See `families.Family`: the penultimate hidden states of both encoders, concatenated, and the second's pooled
+        output.
+
+        With `model.clip_skip` an earlier layer, as in ComfyUI's CLIP Set Last Layer and with diffusers' `clip_skip` +
+        2.
+        """
         self.acquire("text_encoders")
         with torch.set_grad_enabled(grad):
             first, second = (
@@ -63,9 +67,9 @@ class StableDiffusionXL(LoadedFamily):
         return {"time_ids": [*original, *crop, *target]}
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Conditioning) -> torch.Tensor:
-        """See `families.Family`. The condition must have pooled text and time ids."""
+        """See `families.Family`. The condition must have "pooled" and "time_ids"."""
         self.acquire("unet")
-        # The pipeline casts the ids to the UNet's precision; so do we, to train what will be sampled.
+        # The pipeline casts the ids to the UNet's precision; training does the same.
         added = {"text_embeds": condition["pooled"].to(self.dtype), "time_ids": condition["time_ids"].to(self.dtype)}
         states = condition["encoder_hidden_states"].to(self.dtype)
         predicted = self.denoiser(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[
