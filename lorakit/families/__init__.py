@@ -1,4 +1,5 @@
 """Base models: describe a folder or file without torch, and load it behind one protocol, `Family`.
+
 May import: core, config, data, engine.
 Used by: formats, inference, runs, training, cli, ui.
 
