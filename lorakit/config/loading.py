@@ -119,7 +119,7 @@ def _absolute(text: str) -> str:
     return str(path.absolute()) if path.exists() else text
 
 
-def _keys_to_drop(overrides: Mapping[str, Any]) -> set[str]:
+def _keys_to_drop(preset: Mapping[str, object], overrides: Mapping[str, Any]) -> set[str]:
     """Options of a preset that belong to what is replaced."""
     of_prior = {f"train.{name}" for name in ("class_images", "prior_loss_weight", "prior_target", "prior_prompts")}
     overridden_keys = of_prior if "train.prior" in overrides else set()
@@ -128,7 +128,8 @@ def _keys_to_drop(overrides: Mapping[str, Any]) -> set[str]:
     warmups = ("optimizer.warmup_steps", "optimizer.warmup_ratio")
     if any(overrides.get(key) for key in warmups):
         overridden_keys |= set(warmups)
-    if overrides.get("adapter.train_text_encoder") is False:
+    trains_text = preset.get("adapter.train_text_encoder") is True
+    if trains_text and overrides.get("adapter.train_text_encoder") is False:
         overridden_keys.add("optimizer.text_encoder_learning_rate")
     return overridden_keys
 
@@ -146,7 +147,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
             flat.update({f"{section}.{name}": value for name, value in table.items()})
     overrides = dict(overrides or {})
     own_rate = own_learning_rate(overrides.get("optimizer.name", flat.get("optimizer.name")))
-    overridden_keys = _keys_to_drop(overrides)
+    overridden_keys = _keys_to_drop(flat, overrides)
     if own_rate != own_learning_rate(flat.get("optimizer.name")):  # a rate and a factor are not comparable
         overridden_keys |= {"optimizer.learning_rate", "optimizer.text_encoder_learning_rate"}
     overridden_keys |= _other_method(flat, overrides)

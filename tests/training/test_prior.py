@@ -96,6 +96,13 @@ def test_without_the_text_encoder_the_presets_rate_of_it_is_gone() -> None:
     assert without.optimizer.text_encoder_learning_rate is None
 
 
+def test_the_rate_of_a_word_stays_where_no_text_encoder_was_trained_before() -> None:
+    tables = {"data": {"name": "sks toy"}, "train": {"steps": 1}}
+    tables |= {"adapter": {"new_tokens": 2}, "optimizer": {"text_encoder_learning_rate": 2e-2}}
+    loaded = config.from_tables(tables, {"adapter.train_text_encoder": False})
+    assert loaded.optimizer.text_encoder_learning_rate == 2e-2
+
+
 def test_class_images_of_ones_own_leave_other_prompts_without_pictures(tiny_sd1: Path, tmp_path: Path) -> None:
     short_run.noise(tmp_path, 2)
     (tmp_path / "reg").mkdir()
