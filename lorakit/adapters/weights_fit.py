@@ -44,8 +44,8 @@ def require(
     extra = [name for name in weights.layers if name not in shapes]
     if missing or extra:
         raise LorakitError(
-            "the adapter to start from has other layers: {count} lacking, {more} too many, e.g. "
-            "{missing}; set adapter.target_modules and train_text_encoder as it was made",
+            "the adapter to start from has other layers: {count} are missing, {more} are too many, "
+            "e.g. {missing}; set adapter.target_modules and adapter.train_text_encoder as it was made",
             *(len(missing), len(extra), (missing or extra)[0]),
         )
     for name, shape in shapes.items():

@@ -36,7 +36,7 @@ def add(command: Command) -> None:
     sample.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
     add_prompts(sample)
-    sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="one row for each")
+    sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="draw one row for each")
     sample.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
     sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as trained)")
     add_model(sample)
@@ -94,7 +94,7 @@ def _add_merge(command: Command) -> None:
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
     merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
     add_model(merge)
-    merge.add_argument("--strength", type=float, default=1.0, help="how much of the adapter (default: 1)")
+    merge.add_argument("--strength", type=float, default=1.0, help="strength of the adapter (default: 1)")
     merge.add_argument(
         "--keep-fp8", action="store_true", help="keep weights in 8 bits (default: fp16, which loses less)"
     )
@@ -104,30 +104,28 @@ def _add_merge(command: Command) -> None:
 def _add_install(command: Command) -> None:
     install = command("install-adapter", run_install_adapter, "copy an adapter into the folders of another program")
     install.add_argument("adapter", metavar="ADAPTER", help="adapter file")
-    install.add_argument("--into", choices=tuple(HOSTS), required=True, help="the program")
+    install.add_argument("--into", choices=tuple(HOSTS), required=True, help="program to copy it into")
     install.add_argument("--at", required=True, metavar="PATH", help="folder of the program, or of its LoRA files")
-    install.add_argument("--name", default="", metavar="NAME", help="name of the file there (default: as it is)")
-    install.add_argument("--any-folder", action="store_true", help="take --at as the folder of LoRA files as it is")
+    install.add_argument("--name", default="", metavar="NAME", help="name of the copy (default: that of ADAPTER)")
+    install.add_argument("--any-folder", action="store_true", help="accept any folder as --at, whatever is in it")
 
 
 def _add_push(command: Command) -> None:
     push = command("push", run_push, "put an adapter with a model card and sample pictures on the Hugging Face hub")
     push.add_argument("source", metavar="RUN_OR_FILE", help="run folder or adapter file")
-    push.add_argument(
-        "--repo", required=True, metavar="OWNER/NAME", help="repository; made, as private, where it is not"
-    )
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository; a new one is created as private")
     push.add_argument("--license", required=True, metavar="NAME", help=f"license of the adapter, {LICENSES}")
-    push.add_argument("--base-model", default="", metavar="ID", help="hub id of the base, where the file does not tell")
-    push.add_argument("--prompts", action="store_true", help="show the prompts of the pictures (default: left out)")
-    push.add_argument("--public", action="store_true", help="for everybody (default: a private repository)")
-    push.add_argument("--replace", action="store_true", help="write over files of the same names in the repository")
+    push.add_argument("--base-model", default="", metavar="ID", help="hub id of the base, if the file does not name it")
+    push.add_argument("--prompts", action="store_true", help="publish the prompts of the pictures too")
+    push.add_argument("--public", action="store_true", help="publish for everybody (default: a private repository)")
+    push.add_argument("--replace", action="store_true", help="overwrite files of the same names in the repository")
     push.add_argument("--dry-run", metavar="FOLDER", help="write all that would be sent into FOLDER, and send nothing")
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
     size = command.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rank", type=int, help="rank of every layer, where it is smaller")
-    size.add_argument("--energy", type=float, metavar="0.95", help="smallest ranks that keep this share of the squares")
+    size.add_argument("--rank", type=int, help="highest rank of a layer")
+    size.add_argument("--energy", type=float, metavar="0.95", help="share of the squared singular values to keep")
 
 
 def _add_format(command: argparse.ArgumentParser) -> None:
@@ -138,7 +136,7 @@ def _add_format(command: argparse.ArgumentParser) -> None:
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="precision (default: fp16)")
     command.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
-    command.add_argument("--force", action="store_true", help="write over files that are there already")
+    command.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def run_sample(args: argparse.Namespace) -> int:

@@ -22,16 +22,22 @@ def add(command: Command) -> None:
     """Add the commands of this page by `command(name, run, help)`."""
     batch = command("batch", run_batch, "train many adapters: a run for each row of a file, or folder of photos")
     batch.add_argument("jobs", metavar="JOBS", help="TOML file, or a folder of photo folders; `status` shows a batch")
-    batch.add_argument("folder", nargs="?", metavar="RUNS", help="of `batch status`: the folder of the batch")
+    batch.add_argument("folder", nargs="?", metavar="RUNS", help="folder of the batch, after `status`")
     batch.add_argument("--output", metavar="DIR", help="where the run folders go (default: runs/<name of JOBS>)")
-    batch.add_argument("--preset", metavar="NAME", help="for all runs: a preset or a TOML file")
-    batch.add_argument("--subject", metavar="'sks {folder}'", help="for all runs; {folder} is the name of each folder")
-    batch.add_argument("--style", metavar="'sks style'", help="for all runs, likewise")
+    batch.add_argument("--preset", metavar="NAME", help="preset or TOML file of all runs")
+    batch.add_argument(
+        "--subject", metavar="'sks {folder}'", help="trigger and class of all runs; {folder} is the name of each folder"
+    )
+    batch.add_argument("--style", metavar="'sks style'", help="the same for styles")
     batch.add_argument("--base", metavar="BASE", help="base model of all runs")
     batch.add_argument("--wait", action="store_true", help="return when all runs have ended")
-    batch.add_argument("--ray", metavar="ADDRESS", help="on this Ray cluster; DIR is on a disk that all machines share")
     batch.add_argument(
-        "--results", metavar="URL", help="copy what comes of each run there: a folder or a URL of fsspec, e.g. s3://..."
+        "--ray", metavar="ADDRESS", help="run on this Ray cluster; DIR is on a disk that all machines share"
+    )
+    batch.add_argument(
+        "--results",
+        metavar="URL",
+        help="copy the results of each run there: a folder or a URL of fsspec, e.g. s3://...",
     )
     add_set(batch)
 

@@ -39,23 +39,39 @@ def add(command: Command) -> None:
     what.add_argument(
         "--with", dest="model", metavar="MODEL", help="captioner: a folder or a hub id (docs/captions.md)"
     )
-    what.add_argument("--undo", action="store_true", help="bring back the captions from before the last change")
+    what.add_argument("--undo", action="store_true", help="restore the captions from before the last change")
     name = caption.add_mutually_exclusive_group()
-    name.add_argument("--subject", metavar="'sks toy'", help="put this in: a rare word for the subject, and what it is")
-    name.add_argument("--style", metavar="'sks style'", help="put this in front: a rare word for the style")
-    caption.add_argument("--prompt", default="", metavar="TEXT", help="what the model is asked, where it takes a text")
+    name.add_argument(
+        "--subject", metavar="'sks toy'", help="add to each caption: a rare word for the subject, and what it is"
+    )
+    name.add_argument("--style", metavar="'sks style'", help="add in front of each caption: a rare word for the style")
+    caption.add_argument("--prompt", default="", metavar="TEXT", help="question for the model, if it takes one")
     caption.add_argument("--prefix", default="", metavar="TEXT", help="words in front of every caption")
     caption.add_argument(
-        "--without", action="append", default=[], metavar="WORDS", help="words or tags to take out, with commas between"
+        "--without",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="words or tags to remove, with commas between them",
     )
     caption.add_argument("--max-tokens", type=int, default=128, metavar="COUNT", help="longest caption (default: 128)")
-    caption.add_argument("--threshold", type=float, default=0.35, metavar="P", help="of taggers (default: 0.35)")
     caption.add_argument(
-        "--character-threshold", type=float, default=0.85, metavar="P", help="for names of characters (default: 0.85)"
+        "--threshold",
+        type=float,
+        default=0.35,
+        metavar="P",
+        help="of taggers: least probability of a tag (default: 0.35)",
     )
-    caption.add_argument("--overwrite", action="store_true", help="replace captions that are there; --undo brings back")
+    caption.add_argument(
+        "--character-threshold",
+        type=float,
+        default=0.85,
+        metavar="P",
+        help="the same for names of characters (default: 0.85)",
+    )
+    caption.add_argument("--overwrite", action="store_true", help="replace existing captions; --undo restores them")
     caption.add_argument("--dry-run", action="store_true", help="show the captions, and write none")
-    caption.add_argument("--fetch", action="store_true", help="fetch the model where it is not on this machine")
+    caption.add_argument("--fetch", action="store_true", help="download the model if it is not on this machine")
     add_set(caption)
 
 
@@ -124,7 +140,7 @@ def _end(args: argparse.Namespace, result: Captions, others: int) -> int:
     for name, reason in result.failed.items():
         complain(Message("{photo}: no caption: {reason}", name, reason))
     if result.stopped:
-        complain("stopped; the same command goes on with the photos that have no caption yet")
+        complain("stopped; run the same command again for the photos that have no caption yet")
         return 130
     return 1 if result.failed else 0
 

@@ -44,7 +44,7 @@ from lorakit.runs import launch
 ALIASES = {"options": ["knobs"]}
 # Where it is more than the report of what was done.
 JSON_HELP = dict.fromkeys(
-    ("train", "resume", "caption"), "every event of the run as a line of JSON on stdout, the result last"
+    ("train", "resume", "caption"), "write each event of the run to stdout as a line of JSON, the result last"
 )
 
 
@@ -138,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
         )
         subparser.set_defaults(run=run)
         if name != "ui":
-            subparser.add_argument("--json", action="store_true", help=JSON_HELP.get(name, "report as JSON on stdout"))
+            subparser.add_argument(
+                "--json", action="store_true", help=JSON_HELP.get(name, "write the report to stdout as JSON")
+            )
         return subparser
 
     train_commands.add(command)

@@ -50,8 +50,8 @@ def add(command: Command) -> None:
     train = command("train", run_train, "train an adapter from a folder of photos")
     train.set_defaults(has_events=True)
     add_run_options(train)
-    _add_gpus(check, "check for a run on so many GPUs of this machine")
-    _add_gpus(train, "train on so many GPUs of this machine (docs/scale.md)")
+    _add_gpus(check, "check a run on this many GPUs of this machine")
+    _add_gpus(train, "train on this many GPUs of this machine (docs/scale.md)")
     _add_output(train)
 
     importing = command("import-config", run_import_config, "write a lorakit config from one of kohya or OneTrainer")
@@ -64,8 +64,8 @@ def add(command: Command) -> None:
     resume.add_argument(
         "--from", dest="checkpoint", default="", metavar="STEP", help="go back to this checkpoint, e.g. step-000120"
     )
-    resume.add_argument("--steps", metavar="COUNT", help="new length of the whole run")
-    _add_gpus(resume, "go on with so many GPUs of this machine")
+    resume.add_argument("--steps", metavar="COUNT", help="new number of steps of the whole run")
+    _add_gpus(resume, "continue on this many GPUs of this machine")
     add_set(resume)
 
 
@@ -74,7 +74,7 @@ def _add_gpus(command: argparse.ArgumentParser, help: str) -> None:
 
 
 def add_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos; nothing is written to it")
+    command.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos, which is only read")
     command.add_argument(
         "--preset", metavar="NAME", help=f"one of {', '.join(configuration.preset_names())}, or a TOML file"
     )
@@ -108,7 +108,11 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def add_set(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any of `lorakit options`"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="set an option of `lorakit options`; may be repeated",
     )
 
 

@@ -41,10 +41,12 @@ def add(command: Command) -> None:
     """Add the commands of this page by `command(name, run, help)`."""
     tune = command("tune", run_tune, "search the learning rate, rank and length for a folder of photos")
     add_run_options(tune)
-    tune.add_argument("--output", metavar="DIR", required=True, help="where the runs go; give it again to go on")
-    tune.add_argument("--trials", type=int, default=12, metavar="COUNT", help="runs in all (default: 12)")
     tune.add_argument(
-        "--drift", type=float, default=0.1, metavar="SHARE", help="prior drift that is accepted (default: 0.1)"
+        "--output", metavar="DIR", required=True, help="where the runs go; give the same folder to continue"
+    )
+    tune.add_argument("--trials", type=int, default=12, metavar="COUNT", help="number of runs (default: 12)")
+    tune.add_argument(
+        "--drift", type=float, default=0.1, metavar="SHARE", help="highest prior drift to accept (default: 0.1)"
     )
 
 

@@ -63,19 +63,25 @@ def _engine_problems(config: Config) -> list[str]:
     """Ways to compute a step, and to keep the base's weights, that exclude each other."""
     memory, problems = config.memory, list[str]()
     if memory.compile and (memory.base_storage != "full" or memory.stream_base):
-        problems.append("memory.compile needs the weights whole: no memory.stream_base, memory.base_storage = 'full'")
+        problems.append(
+            "memory.compile needs unquantized weights on the card: set memory.stream_base = false and "
+            "memory.base_storage = 'full'"
+        )
     if memory.channels_last == "on" and (memory.base_storage != "full" or memory.stream_base):
         problems.append(
-            "memory.channels_last = 'on' needs the weights whole: no memory.stream_base, memory.base_storage = 'full'"
+            "memory.channels_last = 'on' needs unquantized weights on the card: set "
+            "memory.stream_base = false and memory.base_storage = 'full'"
         )
     if memory.channels_last == "on" and (memory.compile or config.engine_is_off):
-        problems.append("memory.channels_last = 'on' needs memory.engine = 'fused' and no memory.compile")
+        problems.append("memory.channels_last = 'on' needs memory.engine = 'fused' and memory.compile = false")
     if memory.engine == "plain" and memory.compile:
         problems.append("memory.compile compiles fused blocks: set memory.engine = 'fused'")
     if memory.engine == "plain" and (memory.base_storage != "full" or memory.stream_base):
         problems.append("memory.base_storage and memory.stream_base need memory.engine = 'fused'")
     if memory.compile and (memory.gradient_checkpointing or memory.limit_gib is not None):
-        problems.append("memory.compile goes neither with memory.gradient_checkpointing nor with memory.limit_gib")
+        problems.append(
+            "memory.compile cannot be combined with memory.gradient_checkpointing or memory.limit_gib: leave them out"
+        )
     if memory.compile and config.adapter.largest_dropout > 0:
         problems.append("memory.compile needs adapter.dropout = 0: compiled code would draw other numbers")
     return problems
@@ -147,8 +153,8 @@ def _factor_problems(config: Config) -> list[str]:
     if not spec.has_product_factors:
         problems += [
             Message(
-                "{option} is for a change that is the product of its factors alone, which that of {method} is "
-                "not; leave it out",
+                "{option} needs a method whose change is the product of its factors alone, and that "
+                "of {method} is not; leave it out",
                 option,
                 method,
             )

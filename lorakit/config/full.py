@@ -61,10 +61,11 @@ def problems(config: Config) -> list[str]:
             memory.mixed_precision == "fp16"
         ),
         Message(
-            "{own}: train.prior = 'teacher' would need the base once more, choose 'images', as DreamBooth does", own
+            "{own}: train.prior = 'teacher' would need a second copy of the base, choose 'images', as DreamBooth does",
+            own,
         ): (train.prior == "teacher"),
         Message(
-            "{own}: train.ema_decay needs memory.mixed_precision = 'fp32', as an average in bf16 would stand still", own
+            "{own}: train.ema_decay needs memory.mixed_precision = 'fp32', as an average in bf16 would not change", own
         ): (train.ema_decay > 0 and memory.mixed_precision != "fp32"),
         Message(
             "{own} one by one, which optimizer.name = {name!r} cannot: choose one of {optimizers}",

@@ -138,7 +138,7 @@ def read_file(path: str | Path) -> list[str]:
     except FileNotFoundError:
         raise MissingFile("--prompts {path}: no such file", quote(path)) from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        reason = "it is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
         reason = getattr(error, "strerror", None) or reason
         raise ConfigError("--prompts {path}: cannot be read: {reason}", quote(path), reason) from None
     try:

@@ -357,7 +357,7 @@ class MemoryConfig:
         "auto", "Precision of the frozen base. auto: bf16 or fp16 on CUDA, fp32 elsewhere. Adapters are always fp32."
     )
     tf32: bool = option(
-        True, "On CUDA, products of float32 numbers in TF32 where the card has it; false: in full, slower."
+        True, "On CUDA, products of float32 numbers in TF32 where the card has it; false: in full precision, slower."
     )
     attention: Literal["sdpa", "xformers"] = option(
         "sdpa", "Attention kernel; xformers is tested against sdpa at the start."
@@ -370,7 +370,8 @@ class MemoryConfig:
         automatic="auto",
     )
     base_storage: Literal["full", "int8", "w8a8", "nf4"] = option(
-        "full", "How the UNet's frozen weights are kept: in full, 8 or 4.5 bits. w8a8: linear layers multiply in int8."
+        "full",
+        "How the UNet's frozen weights are stored: in full, 8 or 4.5 bits. w8a8: linear layers multiply in int8.",
     )
     stream_base: bool = option(
         False, "Keep the UNet's frozen weights in the host's memory, copied to the card in time: less memory, slower."

@@ -202,7 +202,7 @@ def read(path: Path, name: str) -> bytes:
 def _open(source: Path | bytes, name: str) -> Image.Image:
     raw = source if isinstance(source, bytes) else read(source, name)
     if not raw:
-        raise Unreadable(name, "empty, 0 bytes; copy it again from where it came")
+        raise Unreadable(name, "empty, 0 bytes; copy it again from its source")
     if raw[4:8] == b"ftyp" and raw[8:12] in HEIC_BRANDS:
         _register_heif(name)
     Image.init()
@@ -231,7 +231,7 @@ def _errors_of(name: str) -> Iterator[None]:
         raise Unreadable(name, "needs more memory than there is; save it smaller") from None
     except Exception as error:
         why = printable(str(error)) or type(error).__name__
-        raise Unreadable(name, Message("damaged or cut off ({why}); copy it again from where it came", why)) from None
+        raise Unreadable(name, Message("damaged or cut off ({why}); copy it again from its source", why)) from None
 
 
 def _register_heif(name: str) -> None:

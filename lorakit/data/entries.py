@@ -11,10 +11,10 @@ from lorakit.core.names import printable
 
 # Folders that operating systems create and do not show.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
-DANGLING = "links to what is not there; not read"
+DANGLING = "links to a file that does not exist; not read"
 ABOVE = "links to a folder above them; not followed"
 OUTSIDE = "links out of the folder of photos; not followed, copy the files into it"
-NO_FILE = "cannot be opened: no file and no folder"
+NO_FILE = "cannot be opened: neither a file nor a folder"
 
 
 def is_hidden(entry: Path) -> bool:

@@ -29,10 +29,10 @@ def describe_split(count: int, validation_count: int, share: float) -> str:
     """One line for the user: how many of `count` photos are for validation."""
     if validation_count:
         return Message(
-            "validation: {count} of {all} photos are kept back and never trained on",
+            "validation: {count} of {all} photos are held out and never trained on",
             validation_count,
             count,
         )
     if share == 0:
-        return "validation: no photo is kept back (train.holdout = 0); it looks at training photos"
-    return Message("validation: fewer than {count} photos, none is kept back; it looks at training photos", MIN_PHOTOS)
+        return "validation: no photo is held out (train.holdout = 0); it uses training photos"
+    return Message("validation: fewer than {count} photos, none is held out; it uses training photos", MIN_PHOTOS)

@@ -137,7 +137,7 @@ def scan(
     _describe_folders(result)
     ignored = {kind: count for kind, count in other_files.items() if kind not in TEXT_KINDS}
     if ignored:
-        result.notes.append(Message("not pictures, left alone: {kinds}", _count_kinds(ignored)))
+        result.notes.append(Message("not pictures, ignored: {kinds}", _count_kinds(ignored)))
     return result
 
 
@@ -156,7 +156,7 @@ def _leave_out(result: Folder, exclude: Sequence[str]) -> None:
         result.photos = [photo for photo in result.photos if photo.relative not in absent]
         result.notes.append(Message("left out by data.exclude: {names}", some_names(sorted(absent))))
         if not result.photos:
-            raise LorakitError("data.exclude leaves out every photo of {folder}", result.path)
+            raise LorakitError("data.exclude leaves out every photo of {folder}: remove a name or pattern", result.path)
 
 
 def _read_more_folders(result: Folder, more_folders: Mapping[str, str]) -> None:
@@ -226,7 +226,7 @@ def _pass_over(result: Folder, below: list[Path]) -> list[Path]:
     for names, reason in ((runs, "a run of lorakit, not photos"), (zero, "0 repeats")):
         if names:
             folders = some_names(f"{printable(entry.name)}/" for entry in names)
-            result.notes.append(Message("passed over ({reason}): {names}", reason, folders))
+            result.notes.append(Message("skipped ({reason}): {names}", reason, folders))
     return [entry for entry in below if entry not in runs and entry not in zero]
 
 
@@ -237,7 +237,7 @@ def _read_class_folders(result: Folder, below: list[Path], class_folder: str) ->
         _require_folder(expand(class_folder))
         if folders:
             names = some_names(f"{printable(folder.name)}/" for folder in folders)
-            result.notes.append(Message("passed over ({reason}): {names}", "data.class_folder is set", names))
+            result.notes.append(Message("skipped ({reason}): {names}", "data.class_folder is set", names))
     for path in [expand(class_folder)] if class_folder else folders:
         part, others = Folder(path), Counter[str]()
         for level in (path, *(entry for entry in usable(path, path, []) if entry.is_dir())):

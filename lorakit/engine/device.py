@@ -60,7 +60,7 @@ def prepare(config: MemoryConfig, device: torch.device) -> list[str]:
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     if config.mixed_precision == "fp32":
-        where = "in TF32 where the card has it" if config.tf32 else "in full"
+        where = "in TF32 where the card has it" if config.tf32 else "in full precision"
         lines.append(Message("float32 products: {where}", where))
     if "GTX 16" in torch.cuda.get_device_name(device):
         # The convolutions of a GTX 16 give NaN in fp16 unless cuDNN benchmarks its kernels (pytorch issue 58123).

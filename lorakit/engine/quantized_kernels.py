@@ -139,7 +139,7 @@ def require_int8(device: torch.device) -> None:
         reason = str(error).splitlines()[0]
     raise LorakitError(
         "memory.base_storage = 'w8a8': products in int8 do not work on {device} with torch {version} "
-        "({reason}): take 'int8', which is as small",
+        "({reason}): set 'int8', which is as small",
         device,
         torch.__version__,
         reason,

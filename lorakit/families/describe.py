@@ -364,9 +364,9 @@ def base_info(
     if configs["unet"].get("in_channels", 4) != channels:
         facts["notes"] = (*facts["notes"], INPAINTING)
     if not model.t5 and not any(encoder.kind == "T5" for encoder in spec.text_encoders):
-        raise LorakitError("base {path} has no T5: leave model.t5", path)
+        raise LorakitError("base {path} has no T5: leave model.t5 out", path)
     if spec.predicts_flow and model.prediction_type != "auto":
-        raise LorakitError("base {path} predicts the flow: leave model.prediction_type", path)
+        raise LorakitError("base {path} predicts the flow: leave model.prediction_type out", path)
     configs["scheduler"], note = noise_schedule.override(configs["scheduler"], model.prediction_type)
     if note:
         facts["notes"] = (*facts["notes"], note)

@@ -298,7 +298,7 @@ def refusal(hub_id: HubId, error: Exception) -> str:
             *(title, message or "it is wrong or expired"),
         )
     elif isinstance(error, errors.GatedRepoError):
-        why = Message("{name} is gated: accept its terms at {page} and log in with: hf auth login", title, page)
+        why = Message("{name} is gated: accept its terms at {page}, and log in with: hf auth login", title, page)
     elif absent:
         why = Message(
             "{name} is not a file on this machine, and its repository is not on the hub, or is private: look at "

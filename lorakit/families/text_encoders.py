@@ -81,7 +81,7 @@ def find(option: str, base: Path, checkpoint: ldm.Checkpoint, checks: hub.Checks
     missing = [encoder for encoder in missing if t5 or encoder.kind != "T5"]
     needed = [encoder.name for encoder in missing if not encoder.optional]
     if not missing and option:
-        raise LorakitError("base {file} has its own text encoders: leave model.text_encoders", base.name)
+        raise LorakitError("base {file} has its own text encoders: leave model.text_encoders out", base.name)
     if not option and not needed:
         return {}
     for place in [option] if option else _places(base):

@@ -50,7 +50,7 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 file = f"{folder.name}/{missing[0]}"
-                raise LorakitError("{file} is missing: {index} speaks of it; get it again", file, index.name)
+                raise LorakitError("{file} is missing, although {index} lists it: get the base again", file, index.name)
             return [folder / name for name in names], variant
     pickled = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
     if pickled:

@@ -373,7 +373,7 @@ def other_model(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[models.Mod
     if result is None or tagged is None or tagged == result[0].family:
         return result
     return result[0], Message(
-        "{result}; its metadata says {tagged}, which is not so", result[1], registry.version_of(tagged).title
+        "{result}; its metadata says {tagged}, which is wrong", result[1], registry.version_of(tagged).title
     )
 
 
@@ -389,7 +389,7 @@ def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapp
     if evidence:
         title = registry.version_of(tagged).title if tagged else ""
         return evidence[0], evidence[1] + (
-            Message("; its metadata says {title}, which is not so", title) if title else ""
+            Message("; its metadata says {title}, which is wrong", title) if title else ""
         )
     return next(iter(registry.versions())), "a guess: nothing in the file tells"
 

@@ -133,7 +133,7 @@ class Report:
 
     def _fitting_base(self, title: str) -> str:
         """The bases that it fits."""
-        evidence = Message("told by {evidence}", self.family_evidence)
+        evidence = Message("evidence: {evidence}", self.family_evidence)
         if self.only:
             return Message("{only}; its names are those of {title} ({evidence})", self.only, title, evidence)
         return Message("{title} ({evidence})", title, evidence) if title else ""
@@ -386,7 +386,8 @@ def _part_notes(modules: Mapping[str, identify.Module], shapes: identify.Shapes)
     if scalars := sum("scalar" in module.parts for module in modules.values()):
         notes.append(
             Message(
-                "{scalars} modules have a scalar, which other programs pass over: lorakit export writes it into them",
+                "{scalars} modules have a scalar, which other programs ignore: lorakit export "
+                "multiplies it into their factors",
                 scalars,
             )
         )

@@ -31,17 +31,17 @@ COPIED = (
     "train fewer steps, or use more photos"
 )
 LEAST = (
-    "{photo} taught least: the adapter takes {gain:.1%} off the base's error on it, and {middle:.1%} off that on the "
-    "middle photo; look whether it shows what the others show, and whether its text says what it shows"
+    "{photo} taught least: the adapter lowers the base's error on it by {gain:.1%}, and on the median photo by "
+    "{middle:.1%}; check that it shows what the others show, and that its text says what it shows"
 )
 WORSE = (
-    "{photo}, held out, comes out worse than by the base (error {loss:.1%} above), the trained photos better (the "
-    "middle one {middle:.1%} below): it shows something else than they do, or its text does not say what it shows"
+    "{photo}, which was held out, has an error {loss:.1%} above the base's, and the median trained photo one "
+    "{middle:.1%} below it: it shows something else than they do, or its text does not say what it shows; change the "
+    "text, or leave the photo out (data.exclude)"
 )
 BY_HEART = (
-    "the held-out photos come out worse than by the base (error {loss:.1%} above), the trained ones better (the middle "
-    "one {middle:.1%} below): the run has learned its photos, not what they have in common; train fewer steps, or use "
-    "more photos"
+    "the held-out photos have an error {loss:.1%} above the base's, and the median trained photo one {middle:.1%} "
+    "below it: the run has learned its photos, not what they have in common; train fewer steps, or use more photos"
 )
 # A run whose error falls late as fast as at first, or at this share of it, was too short. Runs of 200 steps and more on
 # the bundled base that had learned their subject were at 0.16 to 0.28, runs of 30 and 60 steps at 0.03 to 0.96: many

@@ -53,7 +53,7 @@ SHORT_RUN = Message(
     "photos); make the run longer",
     MIN_STEPS,
 )
-COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were measured to be no quicker for it"
+COMPILED_ON_A_CPU = "memory.compile: a CPU compiles for minutes, and its steps were no faster when measured"
 ASSUMED_STATE = (
     "optimizer: {name} is not known to lorakit; the memory estimate assumes {bytes} bytes of state for each weight"
 )
@@ -65,7 +65,7 @@ STRENGTH = "strength: rank {rank}, alpha {alpha:g}, effective scale {scale:g}"
 SIZES = ("base {size}", "adapter and optimizer {size}", "activations {size}", "runtime {size}")
 MEMORY = "memory: about {total} on {device} ({parts}); {encoding} to encode the photos, {samples} to draw samples"
 LONG_TEXTS = (
-    "texts: all are filled up to {tokens} tokens, as the longest needs; a pass of the UNet computes {share:.1%} more "
+    "texts: all are padded to {tokens} tokens, as the longest needs; a pass of the UNet computes {share:.1%} more "
     "than with {short}; data.max_tokens = 75 would cut them"
 )
 # What is due every so often, such as sample grids, is due after each of so many parts of a run unless an option says.

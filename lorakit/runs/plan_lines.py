@@ -116,4 +116,4 @@ def prior(config: Config, report: Report) -> str:
         more = Message(", and for {count} other prompts,", others) if others else ""
         return Message("{images}{more} and kept for other runs", images, more)
     is_teacher = config.train.prior == "teacher"
-    return "the base itself, asked in each step, which takes about twice as long" if is_teacher else ""
+    return "the base as teacher, which makes a step about twice as long" if is_teacher else ""

@@ -52,7 +52,7 @@ NO_TRIGGER = (
 # Above these a run is warned: presets have rates from 1e-4 to 1e-3, and ranks of 8 and 16.
 MAX_RATE, MAX_RANK = 0.02, 256
 HIGH_RATE = (
-    "optimizer.learning_rate = {rate:g}: with {name} 0.0001 to 0.001 is usual for adapters; at so much the adapter "
+    "optimizer.learning_rate = {rate:g}: with {name} 0.0001 to 0.001 is usual for adapters; at this rate the adapter "
     "usually draws noise"
 )
 HIGH_RANK = "adapter.rank = {rank}: 4 to 128 is usual; more makes the file large and takes memory"
@@ -317,8 +317,8 @@ def _resolution_warning(data: DataConfig, info: BaseInfo) -> str | None:
     if native / MAX_RESOLUTION_FACTOR < data.resolution < native * MAX_RESOLUTION_FACTOR:
         return None
     return Message(
-        "data.resolution = {side}: base {base} draws pictures of {native} pixels a side; at so different a "
-        "size what it draws falls apart",
+        "data.resolution = {side}: base {base} draws pictures of {native} pixels a side, and at a "
+        "very different size they fall apart: set a size near {native}",
         data.resolution,
         info.title,
         native,
@@ -348,8 +348,8 @@ def _rate_warning(config: Config) -> str | None:
     optimizer, own = config.optimizer, registry.METHODS[config.adapter.method].learning_rate
     if own is not None and not config.adapter.words_only and optimizer.learning_rate > MAX_RATE_FACTOR * own:
         return Message(
-            "optimizer.learning_rate = {rate:g}: for adapter.method = {method!r} {usual:g} is usual; at so "
-            "much a model forgets what it knew",
+            "optimizer.learning_rate = {rate:g}: for adapter.method = {method!r} {usual:g} is usual; at this "
+            "rate a model forgets what it knew",
             optimizer.learning_rate,
             config.adapter.method,
             own,
@@ -360,7 +360,7 @@ def _rate_warning(config: Config) -> str | None:
     if usual is None or optimizer.learning_rate >= usual / 10:
         return None
     return Message(
-        "optimizer.learning_rate = {rate:g}: for {name} it is a factor, {usual:g} is usual; with so little "
+        "optimizer.learning_rate = {rate:g}: for {name} it is a factor, and {usual:g} is usual; at this rate "
         "the adapter hardly changes",
         optimizer.learning_rate,
         optimizer.name,

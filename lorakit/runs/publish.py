@@ -317,11 +317,11 @@ def _compare_base(report: Report, base: str, is_recorded: bool, license: str, as
         )
     lines: list[str] = []
     if not family and not is_recorded:
-        lines.append(Message("whether {base} is a base of that family was not checked", base))
+        lines.append(Message("lorakit did not check whether {base} is a base of that family", base))
     if not terms:
-        lines.append(Message("see that the license of {base} permits {license}: it was not checked", base, license))
+        lines.append(Message("check that the license of {base} permits {license}: lorakit did not", base, license))
     elif terms != license:
-        lines.append(Message("{base} has the license {terms}: see that it permits {license}", base, terms, license))
+        lines.append(Message("{base} has the license {terms}: check that it permits {license}", base, terms, license))
     return lines
 
 

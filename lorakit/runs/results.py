@@ -97,7 +97,7 @@ def notify_problem(target: str) -> str | None:
         else:
             reason = "letters beyond ASCII behind the server's name are written as %XX"
     except UnicodeError:
-        reason = "no server can have that name"
+        reason = "it is not a valid name of a server"
     except ValueError as error:  # quotes that do not close, a port that is none
         reason = str(error).lower()
     return Message("output.notify = {value}: {reason}; {way}", to_text(target), reason, way)
@@ -123,7 +123,9 @@ def notify(target: str, folder: Path, state: State) -> str | None:
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     thread.join(NOTIFY_SECONDS + 1)
-    return next((Message("output.notify: nobody was notified ({reason})", reason) for reason in outcome), None)
+    return next(
+        (Message("output.notify: the notification was not sent ({reason})", reason) for reason in outcome), None
+    )
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):

@@ -159,7 +159,7 @@ class RunFolder:
             run.lock()
             atomic.sweep(path, 0)  # what a kill left; nobody else writes here now
             if run.config_file.exists():
-                raise LorakitError("{path} was begun by another process just now; give another --output", path)
+                raise LorakitError("another process has just started a run in {path}; give another --output", path)
             atomic.write(run.config_file, to_toml(configuration.with_absolute_paths(config)))
             run._claim(State())
         except OSError as error:

@@ -135,7 +135,7 @@ def _mib(*tables: Mapping[str, torch.Tensor]) -> str:
 def _require_folder(run: Path, step: int) -> None:
     if not run.is_dir():
         raise LorakitError(
-            "step {step}: {run} is gone: it was deleted or moved while it was trained in, so nothing can be "
+            "step {step}: {run} is gone: it was deleted or moved during training, so nothing can be "
             "saved; start it again",
             step,
             run,
@@ -217,7 +217,7 @@ def newest_complete(folder: Path, say: Callable[[str], object]) -> Path | None:
             load(path)
             return path
         except LorakitError as error:
-            say(Message("{problem}; it is passed over", error))
+            say(Message("{problem}; it is skipped", error))
     return None
 
 

@@ -139,7 +139,9 @@ class Run:
             yield
         except (OSError, files.Unwritable) as error:
             reason = getattr(error, "strerror", None) or error
-            line = Message("{what} cannot be written ({why}); the run goes on without: make room for it", what, reason)
+            line = Message(
+                "{what} cannot be written ({why}); the run continues without it: free disk space", what, reason
+            )
             self.events.say(line, warning=True)
 
 

@@ -49,8 +49,8 @@ __all__ = ["NotFinite", "Result", "Stopped", "resume", "start", "train"]
 
 
 NOT_PINNED = (
-    "memory.stream_base: the system does not pin so much of the host's memory, so copies to the card make training "
-    "wait; on WSL raise the memory in .wslconfig, or keep the weights smaller with memory.base_storage"
+    "memory.stream_base: the system does not pin that much of the host's memory, so training waits for copies to the "
+    "card; on WSL raise the memory in .wslconfig, or keep the weights smaller with memory.base_storage"
 )
 
 
@@ -168,7 +168,7 @@ def resume(
             if later := checkpoint.options_since(newest, ready.config):
                 events.say("the run is older than {options}: it goes on with the default of each", ", ".join(later))
         if unused := checkpoint.set_aside(run.checkpoints, newest):
-            events.say("set aside, to be deleted when you like: {names}", ", ".join(unused), warning=True)
+            events.say("renamed and unused; delete them when you like: {names}", ", ".join(unused), warning=True)
         run.begin(checkpoint.step_of(newest) if newest else 0, config if overrides else None)
     except OSError as error:
         run.unlock()
@@ -187,9 +187,9 @@ def resume(
     if newest is not None:
         at_end = checkpoint.step_of(newest) >= ready.plan.steps
         more = Message(
-            "all {count} steps are done, the files are written again; --steps trains longer", ready.plan.steps
+            "all {count} steps are done, and the files are written again; --steps trains longer", ready.plan.steps
         )
-        events.say(more if at_end else Message("it goes on from {checkpoint}", newest.name))
+        events.say(more if at_end else Message("continuing from {checkpoint}", newest.name))
     return _run(ready, run, listeners, stop, newest)
 
 
@@ -210,9 +210,9 @@ def _checkpoint(run: RunFolder, name: str, events: Events) -> Path | None:
         return checkpoint.named(run.checkpoints, name)
     newest = checkpoint.newest_complete(run.checkpoints, functools.partial(events.say, warning=True))
     if newest is None and any(run.events("step")):
-        events.say("{path} has no whole checkpoint: the run starts again from step 0", run.path, warning=True)
+        events.say("{path} has no complete checkpoint: the run starts again from step 0", run.path, warning=True)
     elif newest is not None and newest != checkpoint.latest(run.checkpoints):
-        events.say("going on from {newest}, the newest whole checkpoint", newest.name, warning=True)
+        events.say("continuing from {newest}, the newest complete checkpoint", newest.name, warning=True)
     return newest
 
 
@@ -436,7 +436,7 @@ def write_previews(sample: Path, exports: Mapping[str, Path], say: Callable[[str
         if name not in FORMATS or FORMATS[name].write_side_files is None or not sample.is_file():
             continue
         if preview.exists() and image_grid.read_software(preview) != "lorakit":
-            say(Message("{preview} is there already and stays as it is", preview.name))
+            say(Message("{preview} exists already and is not replaced", preview.name))
             continue
         picture = image_grid.read(sample)
         picture.info = {"Software": "lorakit"}

@@ -144,10 +144,10 @@ def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Seq
     wrong = verify.verify_file(path, weights, announced)
     if not weights.layers:
         count = sum(len(rows) for vectors in weights.embeddings.values() for rows in vectors.values())
-        right = Message("vectors: {count} there, finite and as trained", count)
+        right = Message("vectors: {count} present, finite and as trained", count)
         return [Finding(f"{name} file", not wrong, some(map(str, wrong), 3, "; ") if wrong else right)]
     if not wrong:
-        text = "{some} of {count} modules there, finite and not zero"
+        text = "{some} of {count} modules present, finite and not zero"
         return [Finding(f"{name} file", True, Message(text, len(announced), len(announced)))]
     zero = sum(finding.problem.startswith("zero") for finding in wrong)
     if zero == len(announced):

@@ -38,7 +38,7 @@ class Roots:
             path = Path(typed).expanduser()
             path = (path if path.is_absolute() else self._relative(path)).resolve()
         except (OSError, RuntimeError):  # a loop of links; a home folder that cannot be found
-            raise LorakitError("{path}: this path cannot be followed", typed) from None
+            raise LorakitError("{path}: this path cannot be read; give another one", typed) from None
         for root in self.paths:
             if path.is_relative_to(root):
                 if any(part.startswith(".") for part in path.relative_to(root).parts):

@@ -123,7 +123,9 @@ class Api:
         captions = captions or {}
         for name, text in captions.items():
             if name not in paths or not isinstance(text, str):
-                raise LorakitError("{photo}: a caption is a text" if name in paths else "{photo}: no such photo", name)
+                raise LorakitError(
+                    "{photo}: a caption must be text" if name in paths else "{photo}: no such photo", name
+                )
         for name, text in captions.items():
             self.workspace.save_caption(paths[name], str(text))
         return {photo.relative: photo.caption or "" for photo in photo_folder.scan(folder).photos}

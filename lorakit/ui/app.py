@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a password"
     )
     options.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    options.add_argument("--share", action="store_true", help="a public address through Gradio; needs a password")
+    options.add_argument("--share", action="store_true", help="open a public address through Gradio; needs a password")
     options.add_argument(
         "--public",
         default="",
@@ -101,16 +101,14 @@ def parser() -> argparse.ArgumentParser:
         help="the one other program whose pages may frame it, as http://127.0.0.1:7860",
     )
     options.add_argument(
-        "--end-with", type=int, default=0, metavar="PID", help="end when this process has ended, which started it"
+        "--end-with", type=int, default=0, metavar="PID", help="end when this process, which started it, has ended"
     )
     options.add_argument(
         "--password",
         default=os.environ.get("LORAKIT_PASSWORD", ""),
-        help=f"ask for it, with the user name {USER!r}; better set in LORAKIT_PASSWORD, as others see command lines",
+        help=f"password for the user name {USER!r}; better set LORAKIT_PASSWORD, as others see command lines",
     )
-    options.add_argument(
-        "--max-upload", type=int, default=500, metavar="MB", help="largest file taken in (default: 500)"
-    )
+    options.add_argument("--max-upload", type=int, default=500, metavar="MB", help="largest upload (default: 500)")
     options.add_argument(
         "--notify",
         default="",

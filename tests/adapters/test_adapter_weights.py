@@ -144,8 +144,8 @@ def test_starting_from_an_adapter_that_does_not_fit_says_what_to_set(sd1: Any, a
     refused(replace(weights, family="sdxl"), "is for sdxl, this base is sd1")
     dora = replace(layer, magnitude=torch.ones(1, layer.down.shape[1]))
     refused(replace(weights, layers={**weights.layers, name: dora}), "is dora: set adapter.method = 'dora'")
-    refused(replace(weights, layers={name: layer}), "has other layers: .* lacking, 0 too many")
-    refused(replace(weights, layers={**weights.layers, "unet.conv_in": layer}), "0 lacking, 1 too many")
+    refused(replace(weights, layers={name: layer}), "has other layers: .* are missing, 0 are too many")
+    refused(replace(weights, layers={**weights.layers, "unet.conv_in": layer}), "0 are missing, 1 are too many")
     half = replace(layer, down=layer.down[:2], up=layer.up[:, :2])
     refused(replace(weights, layers={**weights.layers, name: half}), "has ranks 2, 4: .* lorakit resize FILE --rank 2")
     halves = {n: replace(own, down=own.down[:2], up=own.up[:, :2]) for n, own in weights.layers.items()}

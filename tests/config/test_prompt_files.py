@@ -101,7 +101,7 @@ def test_every_command_with_prompts_takes_files(command: str) -> None:
     [
         (None, "no such file"),
         (b"# nothing\n\n", "has no prompt; write one a line"),
-        (b"\xff\xfe\x00\x01\xd8", "cannot be read: it is no text in UTF-8"),
+        (b"\xff\xfe\x00\x01\xd8", "cannot be read: it is not text in UTF-8"),
     ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:

@@ -77,7 +77,7 @@ def test_each_photo_has_its_row(photos: Path, base) -> None:
     assert (wide.text, wide.photo.caption_source) == ("sks toy, on a table", "wide.txt")
     assert small.scale == 2
     assert rows["clear.png"].transparent
-    assert "set upright by their EXIF tag: turned.jpg" in report.notes
+    assert "rotated by their EXIF tag: turned.jpg" in report.notes
     assert "transparent parts are shown on white: clear.png" in report.notes
     lines = report.table().splitlines()
     assert lines[0] == f"{photos}: 4 photos"
@@ -99,7 +99,7 @@ def test_json_is_stable(photos: Path, base) -> None:
     ]  # fmt: skip
     assert good["bucket"] == {"width": 64, "height": 64}
     assert bad["bucket"] is None
-    assert bad["findings"] == ["empty, 0 bytes; copy it again from where it came"]
+    assert bad["findings"] == ["empty, 0 bytes; copy it again from its source"]
 
 
 def test_unreadable_files_are_errors_grouped_by_cause(photos: Path, base) -> None:
@@ -111,7 +111,7 @@ def test_unreadable_files_are_errors_grouped_by_cause(photos: Path, base) -> Non
     (photos / "half.png").write_bytes(half[: len(half) // 2])
     report = report_of(photos, base)
     assert len(report.errors) == 3
-    assert "x.jpg, y.jpg: empty, 0 bytes; copy it again from where it came" in report.errors
+    assert "x.jpg, y.jpg: empty, 0 bytes; copy it again from its source" in report.errors
     assert any(line.startswith("half.png: damaged or cut off (") for line in report.errors)
     assert any(line.startswith("text.jpg: text, not a picture") for line in report.errors)
     assert len(report.photos) == 5
@@ -122,7 +122,7 @@ def test_many_files_with_one_cause_are_one_line(photos: Path, base) -> None:
     for number in range(8):
         (photos / f"{number}.jpg").write_bytes(b"")
     assert report_of(photos, base).errors == [
-        "0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 3 more: empty, 0 bytes; copy it again from where it came"
+        "0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 3 more: empty, 0 bytes; copy it again from its source"
     ]
 
 
@@ -340,7 +340,7 @@ def test_a_text_with_half_a_character_is_an_error(photos: Path, base) -> None:
     name = min(path.name for path in photos.iterdir())
     (photos / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "a sks toy \\ud800"}}\n')
     report = checks.check(DataConfig(folder=str(photos), name="sks toy", resolution=64), base)
-    assert report.errors == [f"{name}: its text has what is no character: a sks toy \\ud800"]
+    assert report.errors == [f"{name}: its text has invalid characters: a sks toy \\ud800; write them again"]
 
 
 @pytest.mark.parametrize(("blur", "is_blurred"), [(0, False), (60, True)])

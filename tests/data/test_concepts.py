@@ -54,7 +54,7 @@ def test_a_picture_that_lorakit_drew_is_named(photos: Path, base: Any) -> None:
     picture.info["lorakit"] = "{}"
     image_grid.save(picture, photos / "c.png")
     notes = checks.check(DataConfig(folder=str(photos), name="sks dog"), base).notes
-    assert "c.png: drawn by lorakit: it teaches what a model draws already" in notes
+    assert "c.png: drawn by lorakit: a model learns nothing new from what a model drew" in notes
 
 
 def test_a_link_to_itself_is_no_folder_and_no_output(tmp_path: Path, photos: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_class_folder_of_its_own(photos: Path, tmp_path: Path, base: Any) -> N
     config = DataConfig(folder=str(photos), name="sks dog", class_folder=str(tmp_path / "others"))
     report = checks.check(config, base)
     assert [(photo.relative, photo.caption) for photo in report.class_photos] == [("others/d.png", "a brown dog")]
-    assert "passed over (data.class_folder is set): reg/" in report.notes
+    assert "skipped (data.class_folder is set): reg/" in report.notes
     assert [photo.relative for photo in report.photos] == ["a.png"]
     (tmp_path / "others/e.png").write_bytes(b"broken")
     assert any(error.startswith("others/e.png") for error in checks.check(config, base).errors)
@@ -192,7 +192,7 @@ def test_runs_among_the_photos_are_passed_over(photos: Path) -> None:
     assert [photo.relative for photo in result.photos] == ["a.png"]
     assert result.warnings == []
     assert result.notes == [
-        "passed over (a run of lorakit, not photos): drawn/, run/", "passed over (0 repeats): 0_x/",
+        "skipped (a run of lorakit, not photos): drawn/, run/", "skipped (0 repeats): 0_x/",
     ]  # fmt: skip
     with pytest.raises(LorakitError, match="holds pictures of a run of lorakit"):
         photo_folder.scan(photos / "run")

@@ -273,7 +273,7 @@ def test_grey_with_an_rgb_profile_and_rgb_with_a_grey_one() -> None:
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b"", r"empty, 0 bytes; copy it again from where it came"),
+        (b"", r"empty, 0 bytes; copy it again from its source"),
         (b"a holiday photo\n", r"text, not a picture, whatever its name says; remove it or save the picture again"),
         (b"\0\1\2\3" * 30, r"not a picture that can be read; save it as jpg or png"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript, whatever its name says; save it as jpg or png"),

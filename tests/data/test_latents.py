@@ -246,7 +246,7 @@ def test_holdout_photos_are_never_trained_on(build: Builder, photos: Path) -> No
     data = DataConfig(name="sks toy", resolution=64, flip=True, variants=2)
     dataset, holdout = build(data, TrainConfig(holdout=0.1))
     assert holdout is not None
-    assert build.messages[0] == "validation: 2 of 20 photos are kept back and never trained on"
+    assert build.messages[0] == "validation: 2 of 20 photos are held out and never trained on"
     validation_names = {photo.relative for photo in holdout.photos}
     trained = {photo.relative for photo in dataset.photos}
     assert len(validation_names) == 2
@@ -266,9 +266,9 @@ def test_holdout_photos_are_never_trained_on(build: Builder, photos: Path) -> No
 @pytest.mark.parametrize(
     ("count", "holdout", "line"),
     [
-        (9, 0.5, "validation: fewer than 10 photos, none is kept back; it looks at training photos"),
-        (10, 0.0, "validation: no photo is kept back (train.holdout = 0); it looks at training photos"),
-        (10, 0.01, "validation: 1 of 10 photos are kept back and never trained on"),
+        (9, 0.5, "validation: fewer than 10 photos, none is held out; it uses training photos"),
+        (10, 0.0, "validation: no photo is held out (train.holdout = 0); it uses training photos"),
+        (10, 0.01, "validation: 1 of 10 photos are held out and never trained on"),
     ],
 )
 def test_the_split_is_reported(build: Builder, photos: Path, count: int, holdout: float, line: str) -> None:

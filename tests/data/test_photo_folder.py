@@ -29,7 +29,7 @@ def test_a_plain_folder_is_a_data_set(photos: Path) -> None:
     result = photo_folder.scan(photos)
     assert [photo.relative for photo in result.photos] == ["a.PNG", "b.jpg", "c d.webp"]
     assert result.warnings == ["no photo has the name of e.mask.png: not used"]
-    assert result.notes == ["not pictures, left alone: 1 .db, 1 .mov"]
+    assert result.notes == ["not pictures, ignored: 1 .db, 1 .mov"]
     assert marked.digests(photos) == before
 
 
@@ -348,9 +348,9 @@ def test_links_that_lead_out_up_or_nowhere_are_named_and_not_followed(tmp_path: 
     ]  # fmt: skip
     assert sorted(result.warnings) == [
         "a.mask.png, a.txt, away, b.png: links out of the folder of photos; not followed, copy the files into it",
-        "c.png, d.png: links to what is not there; not read",
+        "c.png, d.png: links to a file that does not exist; not read",
         "here, up: links to a folder above them; not followed",
-        "pipe.jpg: cannot be opened: no file and no folder",
+        "pipe.jpg: cannot be opened: neither a file nor a folder",
     ]
     link = tmp_path / "link"
     link.symlink_to(root)

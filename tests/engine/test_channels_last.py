@@ -135,10 +135,16 @@ def test_a_unet_learns_the_same_and_convolutions_read_what_is_channels_last(tiny
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory.base_storage": "int8"}, "memory.channels_last = 'on' needs the weights whole"),
-        ({"memory.stream_base": True}, "memory.channels_last = 'on' needs the weights whole"),
-        ({"memory.engine": "plain"}, "memory.channels_last = 'on' needs memory.engine = 'fused' and no memory.compile"),
-        ({"memory.compile": True}, "memory.channels_last = 'on' needs memory.engine = 'fused' and no memory.compile"),
+        ({"memory.base_storage": "int8"}, "memory.channels_last = 'on' needs unquantized weights on the card"),
+        ({"memory.stream_base": True}, "memory.channels_last = 'on' needs unquantized weights on the card"),
+        (
+            {"memory.engine": "plain"},
+            "memory.channels_last = 'on' needs memory.engine = 'fused' and memory.compile = false",
+        ),
+        (
+            {"memory.compile": True},
+            "memory.channels_last = 'on' needs memory.engine = 'fused' and memory.compile = false",
+        ),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, object], message: str) -> None:

@@ -101,7 +101,7 @@ def test_a_device_without_such_products_is_refused(monkeypatch: pytest.MonkeyPat
                 raise RuntimeError("not on this card\nmore") from None
 
         monkeypatch.setattr(torch, "_int_mm", broken)
-        with pytest.raises(LorakitError, match=r"products in int8 do not work on cpu .*: take 'int8'"):
+        with pytest.raises(LorakitError, match=r"products in int8 do not work on cpu .*: set 'int8'"):
             quantized_weight.store_layers(block, "w8a8", "cpu")
 
 

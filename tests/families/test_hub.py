@@ -222,7 +222,7 @@ def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_pa
     ("base", "words"),
     [
         ("org/none", "base org/none is not on the hub, or is private: look at {}/org/none, and log in"),
-        ("org/gated", "base org/gated is gated: accept its terms at {}/org/gated and log in with: hf auth login"),
+        ("org/gated", "base org/gated is gated: accept its terms at {}/org/gated, and log in with: hf auth login"),
         ("org/tiny@v9", "base org/tiny@v9 has no revision 'v9': look at {}/org/tiny"),
         ("org/broken", "base org/broken is not in the cache and cannot be fetched from {}"),
     ],

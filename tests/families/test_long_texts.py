@@ -124,7 +124,7 @@ def test_check_says_what_is_long_what_it_costs_and_what_is_cut(tiny_sd1: Path, t
     note = "1 of 4 texts have more than 75 tokens: they are read in up to 3 chunks of 75, as web UIs read them"
     assert note in result.report.notes and result.report.chunks == 3
     (price,) = [line for line in result.plan.notes if line.startswith("texts:")]
-    assert "filled up to 231 tokens" in price and "than with 77" in price
+    assert "padded to 231 tokens" in price and "than with 77" in price
     result = preflight(settings(tiny_sd1, photos, data__max_tokens=150))
     assert any("its text has 160 tokens, 150 fit; cut off:" in line for line in result.warnings)
     result = preflight(settings(tiny_sd1, photos, data__max_tokens=75))

@@ -118,7 +118,7 @@ def test_a_family_is_one_folder_and_one_line(
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     adapter = run / "sks-toy.safetensors"
     trained = successful("inspect", adapter)
-    assert re.search(r"for +Aurora \(told by metadata\)", trained) and "ss_base_model_version = aurora_v1" in trained
+    assert re.search(r"for +Aurora \(evidence: metadata\)", trained) and "ss_base_model_version = aurora_v1" in trained
     for name in ("diffusers", "peft"):  # diffusers reads PEFT's names
         exported = successful("export", adapter, "--to", name, "--output", tmp_path / name).splitlines()[0]
         assert re.search(r"for +Aurora(.|\n)+format +(peft|PEFT)", successful("inspect", exported))

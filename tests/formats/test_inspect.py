@@ -369,7 +369,7 @@ def test_the_base_of_another_model_is_named(tmp_path, names, description, model)
     save_file({name: torch.ones(1) for name in names}, tmp_path / "x.safetensors")
     report = inspect(tmp_path / "x.safetensors")
     assert (report.description, report.model, report.family) == (description, model, None)
-    assert (f"for             {model} (told by names of its tensors)" in report.to_text()) == bool(model)
+    assert (f"for             {model} (evidence: names of its tensors)" in report.to_text()) == bool(model)
 
 
 def test_a_base_that_cannot_be_trained_says_why(tmp_path):

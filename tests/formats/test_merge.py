@@ -213,7 +213,7 @@ def test_inspect_says_what_a_complete_model_is_and_predicts(tmp_path: Path, caps
     file = small_models.write(tmp_path / "noob.safetensors", "sdxl", pipeline, extra=extra)
     assert cli.main(["inspect", str(file)]) == 0
     output = capsys.readouterr().out
-    assert "noob.safetensors: a whole model" in output and "Stable Diffusion XL (told by its keys)" in output
+    assert "noob.safetensors: a whole model" in output and "Stable Diffusion XL (evidence: its keys)" in output
     assert "; it predicts v_prediction with zero terminal SNR, as its key v_pred says" in output
 
 

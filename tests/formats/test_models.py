@@ -71,7 +71,7 @@ def test_what_a_file_is_for(tmp_path, stems, width, metadata, title, parts):
         pytest.skip("kohya's names have kohya's parts")
     path = save_tensors(tmp_path / "x.safetensors", stems, width, metadata, parts)
     report = inspect(path)
-    assert f"{title} (told by" in report.to_text() and report.kind == "adapter"
+    assert f"{title} (evidence:" in report.to_text() and report.kind == "adapter"
     if metadata.get("ss_base_model_version", "").startswith("sd"):
         assert "its metadata says" in report.family_evidence
     if title not in (SD3, XL):

@@ -126,7 +126,7 @@ def test_metadata_that_contradicts_the_tensors_is_reported(tmp_path):
     info = {"ss_network_dim": "4", "ss_network_alpha": "8"}
     path = tmp_path / "x.safetensors"
     save_file(tensors, path, metadata=info)
-    assert "its metadata says rank 4 and alpha 8, which is not so" in inspect(path).to_text()
+    assert "its metadata says rank 4 and alpha 8, which is wrong" in inspect(path).to_text()
     for dtype in (torch.float32, torch.float8_e4m3fn, torch.bfloat16):
         save_file(tensors | {f"{stem}.alpha": torch.tensor(8.0).to(dtype)}, path, metadata=info)
         report = inspect(path)

@@ -67,7 +67,7 @@ def test_a_length_of_ones_own_is_not_raised() -> None:
             0,
             'prior: 96 class images, drawn by the base as "a corgi", and for 11 other prompts, and kept for other runs',
         ),
-        ({"train.prior": "teacher"}, 0, "prior: the base itself, asked in each step, which takes about twice as long"),
+        ({"train.prior": "teacher"}, 0, "prior: the base as teacher, which makes a step about twice as long"),
         ({}, 3, "prior: 3 class images of your own, none is drawn"),
         ({"train.prior": "none"}, 0, ""),
     ],
@@ -143,7 +143,7 @@ def test_bf16_on_a_card_without_it(
 @pytest.mark.parametrize(("side", "is_far"), [(64, False), (96, False), (128, True), (512, True)])
 def test_a_size_far_from_the_bases_own_is_a_warning(photos: Path, side: int, is_far: bool) -> None:
     _, warnings = problems(photos, data__resolution=side)
-    line = f"data.resolution = {side}: base pocket draws pictures of 64 pixels a side; at so different a size what it "
+    line = f"data.resolution = {side}: base pocket draws pictures of 64 pixels a side, and at a "
     assert any(warning.startswith(line) for warning in warnings) == is_far
 
 

@@ -78,7 +78,7 @@ def test_sentences_say_what_to_do_and_are_translated(photos):
 @pytest.mark.parametrize(
     ("holdout", "parts"),
     [
-        ({"x.png": 0.12, "y.png": -0.15}, [("y.png, held out", "15.0% above", "something else")]),
+        ({"x.png": 0.12, "y.png": -0.15}, [("y.png, which was held out", "15.0% above", "something else")]),
         ({"x.png": -0.1, "y.png": -0.2}, [("the held-out photos", "15.0% above", "10.0% below", "fewer steps")]),
         ({"x.png": 0.12, "y.png": 0.01}, []),
         ({}, []),

@@ -155,7 +155,7 @@ def test_what_fails_is_one_warning_and_takes_no_longer_than_it_may(
         ("http://box.example:99999", "port out of range"),
         ("https://box.example/a b", "no address of"),
         ("https://box.example/ä", "letters beyond ASCII behind the server's name are written as %XX"),
-        ("https://.../x", "no server can have that name"),
+        ("https://.../x", "it is not a valid name of a server"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_run(target: str, problem: str, tmp_path: Path):

@@ -216,11 +216,11 @@ def test_the_base_and_its_license_are_compared(run: Path, home, hub_cache) -> No
             publish.gather(run, license=license, base_model="org/tiny", ask=True).notes
             for license in ("mit", "creativeml-openrail-m")
         ]
-        assert notes == [["org/tiny has the license creativeml-openrail-m: see that it permits mit"], []]
+        assert notes == [["org/tiny has the license creativeml-openrail-m: check that it permits mit"], []]
         requests.clear()
         assert publish.gather(run, license="mit", base_model="org/other").notes == [
-            "whether org/other is a base of that family was not checked",
-            "see that the license of org/other permits mit: it was not checked",
+            "lorakit did not check whether org/other is a base of that family",
+            "check that the license of org/other permits mit: lorakit did not",
         ]
         assert not requests, "a dry run asks nothing"
 

@@ -171,7 +171,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path):
         checkpoint.load(path)
     lines: list[str] = []
     assert checkpoint.newest_complete(tmp_path, lines.append) == tmp_path / "step-000001"
-    assert len(lines) == 1 and lines[0].endswith("it is passed over")
+    assert len(lines) == 1 and lines[0].endswith("it is skipped")
 
 
 def test_a_missing_or_unknown_tensor_is_named(tmp_path):
@@ -311,5 +311,5 @@ def test_a_checkpoint_is_named_by_its_step(tmp_path, name):
 
 
 def test_a_run_folder_that_was_deleted_is_reported_in_words(tmp_path):
-    with pytest.raises(LorakitError, match="run is gone: it was deleted or moved while it was trained in"):
+    with pytest.raises(LorakitError, match="run is gone: it was deleted or moved during training"):
         checkpoint.save(tmp_path / "run" / "checkpoints", 1, ADAPTER, EMPTY, {})

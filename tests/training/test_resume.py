@@ -45,8 +45,8 @@ def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, 
     after = load_file(resumed.adapter)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any("optimizer.safetensors has changed since it was saved" in line for line in lines)
-    assert any("set aside" in line and "unused-step-000003" in line for line in lines)
-    assert "it goes on from step-000002" in lines
+    assert any("renamed and unused" in line and "unused-step-000003" in line for line in lines)
+    assert "continuing from step-000002" in lines
     # A finished run is not written again; a change of what is written does so.
     content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(LorakitError, match=r"is finished: all 3 steps are done .* lorakit resume .* --steps 4"):
@@ -55,4 +55,4 @@ def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, 
     lines.clear()
     print_message = lambda event: lines.append(event.facts.get("message", ""))  # noqa: E731
     train.resume(folder, overrides={"output.formats": ("peft",)}, listeners=[print_message])
-    assert "all 3 steps are done, the files are written again; --steps trains longer" in lines
+    assert "all 3 steps are done, and the files are written again; --steps trains longer" in lines

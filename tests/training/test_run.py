@@ -141,7 +141,7 @@ def test_a_preview_of_the_users_stays_and_that_of_a_run_is_replaced(tmp_path):
     train.write_previews(images, exports, messages.append)
     with Image.open(tmp_path / "toy.png") as picture:
         assert picture.getpixel((0, 0)) == (0, 0, 255)
-    assert messages == ["toy.png is there already and stays as it is"] and not (tmp_path / "toy-diffusers.png").exists()
+    assert messages == ["toy.png exists already and is not replaced"] and not (tmp_path / "toy-diffusers.png").exists()
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def test_a_run_is_queued_taken_out_and_resumed_by_gradios_client(server: Server,
         ("samples", ["one", "last"], "step: must be a whole number"),
         ("samples", ["two"], "is not a run folder"),
         ("captions", ["/etc"], "/etc is outside of"),
-        ("captions", ["photos", {"0.png": 3}], "0.png: a caption is a text"),
+        ("captions", ["photos", {"0.png": 3}], "0.png: a caption must be text"),
     ],
 )
 def test_what_is_wrong_is_refused_in_a_line(server: Server, name: str, values: list[object], line: str):

@@ -157,7 +157,7 @@ def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
         assert "base org/tiny is not in the cache and HF_HUB_OFFLINE is set" in reply and "lk-problem" in reply
         monkeypatch.setattr(commands, "USERS", "0")
         plan, _, start, fetch, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
-        notice = "org/tiny is no path here, and as a hub id not on this machine yet."
+        notice = "org/tiny is not a path on this machine, and as a hub id it is not downloaded yet."
         assert notice in plan and fetch["visible"] is True and start["interactive"] is False
         assert dict(zip(train.keys, updates, strict=True))[quickstart.BASE]["info"].startswith(f"✕ {notice}")
         assert notice in train.plan(values, SAY)[0]
@@ -196,7 +196,7 @@ def test_a_vae_on_the_hub_is_lacking_until_it_is_in_the_cache(train: TrainPage, 
     state = train.form_values(values) | {quickstart.VAE: "org/vae"}
     assert train.lacking(state) == (quickstart.VAE, "org/vae")
     _, problems = train.read(state, SAY)
-    assert "org/vae is no path here" in problems[quickstart.VAE][0] and quickstart.BASE not in problems
+    assert "org/vae is not a path on this machine" in problems[quickstart.VAE][0] and quickstart.BASE not in problems
     cache = hub_cache / "hub" / "models--org--vae"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("0123")
@@ -286,20 +286,20 @@ def test_only_checkpoints_that_have_a_file_are_offered(workspace: Workspace, tin
     (place / "choice.json").write_text('{"step": 5}')
     table, _, steps, *_ = page.show("one", SAY)
     assert [step for _, step in steps["choices"]] == [10, 15] and steps["value"] == 15
-    assert table.count("no file any more") == 1 and "step 5" in table and "marked as best" in table
-    assert "no longer has its own file" in page.mark_best("one", 5, SAY)
+    assert table.count("no file: the run keeps") == 1 and "step 5" in table and "marked as best" in table
+    assert "no longer has a file of its own" in page.mark_best("one", 5, SAY)
     assert "Step 10 is marked" in page.mark_best("one", 10, SAY) and page.show("one", SAY)[2]["value"] == 10
     # The page of runs offers the same files, each beside its pictures; a checkpoint without pictures too.
     (run.checkpoints / "step-000012").mkdir()
     (run.checkpoints / "step-000012" / "complete").touch()
     samples = _samples(workspace, run, read(place), SAY)
-    assert re.findall(r"data-take=(\d+)", samples) == ["15", "12", "10"] and "no file any more" in samples
+    assert re.findall(r"data-take=(\d+)", samples) == ["15", "12", "10"] and "no file: the run keeps" in samples
     message, file = export_step(workspace, "one", 15, "", SAY)
     assert "Exported: toy.safetensors" in message and Path(file["value"][0]).read_bytes() == b"adapter"
     # The file of the last step, deleted by hand.
     (place / "toy.safetensors").unlink()
     assert [step for _, step in page.show("one", SAY)[2]["choices"]] == [10]
-    assert "no longer has its own file" in export_step(page.workspace, "one", 15, "kohya", SAY)[0]
+    assert "no longer has a file of its own" in export_step(page.workspace, "one", 15, "kohya", SAY)[0]
 
 
 def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: Workspace):
@@ -374,7 +374,7 @@ def test_an_unanswered_question_is_no_error_yet(train: TrainPage):
     fields = dict(zip(train.keys, values, strict=True))
     fields |= {quickstart.PHOTOS: None, quickstart.NAME: "", quickstart.BASE: "pocket"}
     plan, _, start, *_, updates = answer(train, marks, [fields[key] for key in train.keys])
-    assert "Needed." in plan and "lk-errors" not in plan and start["interactive"] is False
+    assert "Required." in plan and "lk-errors" not in plan and start["interactive"] is False
     assert not [update for update in updates.values() if update != gr.skip() and "lk-wrong" in str(update)]
 
 
@@ -422,7 +422,7 @@ def test_ones_own_presets_are_used_and_carried(train: TrainPage, tmp_path: Path)
     message, update = train.take_preset(str(wrong), SAY)
     assert "“Rank” = 0: must be between" in message and update == gr.skip()
     wrong.write_text("[adapter]\nrank = 5\n[train]\nsteps = 4\n")
-    assert "wrong is there" in train.take_preset(str(wrong), SAY)[0] and len(train.own_presets()) == 2
+    assert "wrong is saved" in train.take_preset(str(wrong), SAY)[0] and len(train.own_presets()) == 2
 
 
 def test_a_form_with_a_wrong_value_is_no_preset(train: TrainPage):

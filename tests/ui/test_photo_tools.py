@@ -47,7 +47,7 @@ def test_buttons_turn_and_crop_what_is_on_the_page(workspace: Workspace) -> None
     with gr.Blocks():
         page = PhotosPage(workspace, T)
     html = page.show(str(workspace.roots.paths[0]), 0, config_of(workspace, edits=lines), SAY)[1]
-    assert "30 × 90" in html and html.count(">As the file is<") == 2
+    assert "30 × 90" in html and html.count(">Reset<") == 2
     assert re.findall(r'data-edit="(\w+):b', html) == ["left", "right", "crop", "paint", "erase", "reset"]
     assert PhotosPage.edit(PhotosPage.edit(lines, "a.png", "reset"), "b.png", "right") == ""
     assert PhotosPage.edit("{broken", "a.png", "left") == '{"a.png" = "turn 270"}'
@@ -110,7 +110,7 @@ def test_folders_are_added_with_name_and_weight_and_taken_away(workspace: Worksp
     summary, cards, *_, table = page.show(str(workspace.roots.paths[0]), 0, config, SAY)
     assert "3 photos" in summary and 'data-exclude="3_zib cat/a.png"' in cards
     assert " ".join(re.sub("<[^>]*>", " ", table).split()) == (
-        "Name Weight Photos Folder on this machine sks toy × 1 2 toys zib cat × 3 1 cats Take away"
+        "Name Weight Photos Folder on this machine sks toy × 1 2 toys zib cat × 3 1 cats Remove"
     )
     assert part.remove(lines, "3_zib cat") == "" and part.remove(lines, "other") == lines
     edits = '{"a.png" = "turn 90", "3_zib cat/a.png" = "turn 180"}'

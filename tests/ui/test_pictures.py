@@ -78,7 +78,7 @@ def test_compare_has_a_table_of_pictures_and_takes_the_files(workspace: Workspac
     places = [f'data-row="{row}" data-column="{column}"' for row in range(3) for column in range(2)]
     assert all(place in table for place in places) and "data-pictures" in table
     assert "<button type=button data-take=4>" in table and "data-take=2" not in table and "data-take=0" not in table
-    assert "no file any more: the run keeps its newest checkpoints (1)" in table
+    assert "no file: the run keeps its newest checkpoints only (1)" in table
 
 
 @pytest.fixture

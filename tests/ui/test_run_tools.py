@@ -60,7 +60,7 @@ def test_a_runs_settings_fill_the_form(page: RunsPage, run: RunFolder, tmp_path:
 
 
 def test_a_name_and_a_note_stay_with_the_run(page: RunsPage, run: RunFolder):
-    assert "Kept." in page.tools.keep_note("one", " the <b>red</b>\n one ", "a\nb", SAY)
+    assert "Saved." in page.tools.keep_note("one", " the <b>red</b>\n one ", "a\nb", SAY)
     title, note, *_ = page.tools.show("one", SAY)
     assert (title, note) == ("the <b>red</b> one", "a\nb")
     assert "the &lt;b&gt;red&lt;/b&gt; one" in list_of(page) and 'data-run="one"' in list_of(page)
@@ -130,7 +130,7 @@ def test_a_checkpoint_and_pictures_come_when_asked_for(page: RunsPage, run: RunF
     for name in ("save", "sample"):
         monkeypatch.setattr(milestones, name, lambda step, left, name=name: calls.append((name, step)))
     for ask in (page.tools.ask_samples, page.tools.ask_save):
-        assert "within the next steps" in ask("one", SAY)
+        assert "within its next steps" in ask("one", SAY)
     milestones._reach(10, ["sample"])
     milestones._reach(20, [])
     assert calls == [("sample", 10), ("save", 10)], "once, and what is due anyway is not done twice"

@@ -56,11 +56,11 @@ def look(page: RunsPage, hashes: dict[str, object] | None = None, say: texts.Say
 
 
 def test_the_self_check_is_translated(page: RunsPage, run: RunFolder):
-    detail = Message("{some} of {count} modules there, finite and not zero", 147, 147)
+    detail = Message("{some} of {count} modules present, finite and not zero", 147, 147)
     finding = {"name": "kohya file", "passed": True, "detail": detail}
     run.write_report([finding])
     assert "kohya 檔案：147 個模組中有 147 個，皆為有限且非零" in look(page, say=texts.sayer("zh-Hant"))["status"]
-    assert "kohya file: 147 of 147 modules there" in look(page)["status"]
+    assert "kohya file: 147 of 147 modules present" in look(page)["status"]
 
 
 def test_an_interrupted_run_says_why_and_what_to_do(page: RunsPage, run: RunFolder):

@@ -211,7 +211,7 @@ def _check_folder(report: Report, config: DataConfig) -> None:
         report.notes.append(Message("{what}: trained at {sizes}; a batch holds one size", what, sizes))
     rotated = [item for item in readable if item.orientation]
     if rotated:
-        report.notes.append(Message("set upright by their EXIF tag: {names}", names(rotated)))
+        report.notes.append(Message("rotated by their EXIF tag: {names}", names(rotated)))
     transparent = [item for item in readable if item.transparent]
     if transparent:
         report.notes.append(Message("transparent parts are shown on white: {names}", names(transparent)))

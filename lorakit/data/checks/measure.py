@@ -16,7 +16,7 @@ from lorakit.data.checks.report import Item
 
 # What `image_grid.save` puts before the pixels of a picture that a model drew.
 RECIPE, MAX_HEAD = b"iTXtlorakit\0", 1 << 16
-OWN_PICTURE = "drawn by lorakit: it teaches what a model draws already"
+OWN_PICTURE = "drawn by lorakit: a model learns nothing new from what a model drew"
 
 
 @dataclass(frozen=True)

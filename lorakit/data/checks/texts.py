@@ -11,8 +11,8 @@ from lorakit.data.checks.report import Item, Report, names
 
 # Seen on real photos: bound to the sentence that ends after the noun, a subject is gone once the prompt goes on.
 NO_CAPTIONS = (
-    "; a prompt that goes on after it, with a place say, may then show little of what is learned: write a caption for "
-    "each photo that names its scene (`lorakit caption` lets a model do that)"
+    "; a longer prompt, which adds a place for example, may then show little of what is learned: "
+    "write a caption for each photo that names its scene (`lorakit caption` lets a model do that)"
 )
 
 
@@ -48,7 +48,11 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
         if any(character == "\0" or "\ud800" <= character <= "\udfff" for text in texts for character in text):
             texts = [printable(text) for text in texts]
             report.errors.append(
-                Message("{photo}: its text has what is no character: {text}", item.relative, shorten(texts[0], 60))
+                Message(
+                    "{photo}: its text has invalid characters: {text}; write them again",
+                    item.relative,
+                    shorten(texts[0], 60),
+                )
             )
         item.text = texts[0]
         if counter is not None:

@@ -28,7 +28,7 @@ EMBEDDED_GUIDANCE = 8.0
 GUIDANCE_INPUT = Message(
     "its UNet takes the guidance as an input: training gives it none, samples give it {guidance:g}", EMBEDDED_GUIDANCE
 )
-UNDONE = "the usual loss slowly undoes distillation: train on the model that it was made from, if you have it"
+UNDONE = "the usual loss slowly undoes distillation: train on the model that it was distilled from, if you have it"
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,8 @@ def velocity_warning(base: str, names: tuple[str, ...], metadata: Mapping[str, s
     """The warning for a base that is used with epsilon prediction although there is evidence for v-prediction."""
     evidence = velocity_hint(names, metadata)
     line = Message(
-        "base {name} is trained as one that predicts epsilon, but {evidence} speaks of v-prediction: find out with "
-        "`lorakit probe {base}`, and set model.prediction_type",
+        "base {name} is trained as one that predicts epsilon, but {evidence} mentions v-prediction: "
+        "measure it with `lorakit probe {base}`, and set model.prediction_type",
         *(names[0], evidence, base),
     )
     return [line] if evidence else []

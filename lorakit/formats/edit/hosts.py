@@ -128,8 +128,8 @@ def folders(host: Host, place: Path, has_words: bool = False, any_folder: bool =
         root = root.parents[min(len(Path(host.loras).parts), len(root.parents)) - 1]
     else:
         raise LorakitError(
-            "{place} has no {loras}: it is not the folder of {host}. A folder of LoRA files has lora in its "
-            "name or LoRA files in it. Name one of the two, or add --any-folder",
+            "{place} has no {loras}: it is not the folder of {host}. A folder of LoRA files has lora "
+            "in its name or LoRA files in it. Give one of these folders, or add --any-folder",
             place,
             host.loras,
             host.title,
@@ -173,7 +173,7 @@ def _require_reader(source: Path, report: Report, host: Host) -> None:
     if report.damage:
         way = "it cannot be used anywhere"
     elif better:
-        way = Message("it reads what this writes: lorakit export {source} --to {better}", quote(source), better[0])
+        way = Message("write a file that it reads: lorakit export {source} --to {better}", quote(source), better[0])
     else:
         way = Message(
             "a model with it merged in works there: lorakit merge {source} --base BASE --output NEW.safetensors",

@@ -119,7 +119,7 @@ def contradictions(metadata: Mapping[str, str], ranks: Iterable[int], scales: It
     except (KeyError, ValueError, ZeroDivisionError):
         return []
     words = Message(
-        "its metadata says rank {rank:g} and alpha {alpha:g}, which is not so: programs go by the tensors", rank, alpha
+        "its metadata says rank {rank:g} and alpha {alpha:g}, which is wrong: programs use the tensors", rank, alpha
     )
     return [words] if wrong else []
 

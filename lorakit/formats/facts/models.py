@@ -158,7 +158,7 @@ def find(stems: Iterable[str], widths: Iterable[int], metadata: Mapping[str, str
         return None if is_unet or not tagged else (tagged[0], "metadata")
     if agreed := [model for model in pool if model in tagged]:
         return agreed[0], "names of its layers and metadata"
-    contradiction = Message("; its metadata says {tagged}, which is not so", tagged[0].title) if tagged else ""
+    contradiction = Message("; its metadata says {tagged}, which is wrong", tagged[0].title) if tagged else ""
     sizes = set(widths)
     fitting = sorted(
         (m for m in pool if sizes.intersection(m.widths)), key=lambda m: -max(sizes.intersection(m.widths))

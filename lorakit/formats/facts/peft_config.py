@@ -132,7 +132,9 @@ def _matches_end(pattern: str, name: str) -> bool:
         return name == pattern or name.endswith(f".{pattern}")
     repeats = len(re.findall(r"[*+{]", pattern))
     if repeats > _MAX_REPEATS or re.search(r"\)[*+?{]|\(\?", pattern) or len(pattern) > 500:
-        raise LorakitError("the alpha_pattern {pattern!r} is not run, as it could take for ever", shorten(pattern, 80))
+        raise LorakitError(
+            "the alpha_pattern {pattern!r} is not evaluated, as that could take forever", shorten(pattern, 80)
+        )
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error as error:

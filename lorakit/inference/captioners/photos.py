@@ -82,7 +82,7 @@ def caption(
             continue
         text = wording.caption(captioner(image), concepts.of_photo(photo, config))
         if not text:
-            result.failed[photo.relative] = "the model says nothing of it"
+            result.failed[photo.relative] = "the model returned no text"
         else:
             if writer is not None:
                 writer.write(photo, text)

@@ -125,7 +125,7 @@ class RunTools:
         """
         file = RunFolder(self.workspace.run(name)).config_file
         if not file.is_file():
-            raise LorakitError("{name}: its settings are not there", name)
+            raise LorakitError("{name}: its settings are missing", name)
         changes = foreign_json.loads_table(settings)
         overrides = dict(configuration.parse_override(f"{key}={value}") for key, value in changes.items())
         return form.values(configuration.load(file, overrides))

@@ -34,8 +34,8 @@ SILENT = 20
 SAMPLE_SIDE, RESULT_SIDE = 640, 320
 # Of a run whose process is gone, and left no word.
 ENDED_SILENTLY = (
-    "its process ended without a word: it was killed, the machine was restarted, or its memory ran out; "
-    "Resume goes on from the last checkpoint"
+    "its process ended without a message: it was killed, the machine was restarted, or its memory ran "
+    "out; Resume continues from the last checkpoint"
 )
 # What the self-check looks at in an exported file.
 CHECKS = ("{format} file", "{format} in diffusers", "{format} unet", "{format} text encoder", "{format} weights")
