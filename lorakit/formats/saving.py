@@ -93,8 +93,15 @@ def save(
             except files.Unwritable as error:
                 say(Message("export: {problem}; {path} itself is complete", error, path.name))
     if weights.embeddings:
-        embeddings.write(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata)
+        _write_words(weights, embeddings.folder(Path(folder) / f"{name}.safetensors"), metadata, say)
     return paths
+
+
+def _write_words(weights: AdapterWeights, place: Path, metadata: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Write the words of an adapter with layers into the folder `place`, and say that they belong to it."""
+    for file in embeddings.write(weights, place, metadata):
+        template = "export: the vectors of {word!r} are in {folder}/{file}: load it together with the adapter"
+        say(Message(template, file.stem, place.name, file.name))
 
 
 def take_along(source: Path, path: Path, fmt: str) -> None:

@@ -58,6 +58,15 @@ def test_files_have_the_names_and_keys_that_programs_look_for(tmp_path, family):
     assert report["a1111"].complete and report["comfyui"].complete and report["diffusers"].refused
 
 
+def test_who_saves_a_word_hears_of_its_second_file(tmp_path):
+    lines = []
+    save(weights(), tmp_path, "toy", FORMATS, "fp32", {}, say=lines.append)
+    line = "export: the vectors of 'sks' are in toy-embedding/sks.safetensors: load it together with the adapter"
+    assert lines == [line]
+    save(replace(weights(), embeddings={}), tmp_path, "plain", FORMATS, "fp32", {}, say=lines.append)
+    assert lines == [line]
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("fmt", [*FORMATS, "bundled"])
 def test_every_format_brings_the_word_back(tmp_path, family, fmt):
