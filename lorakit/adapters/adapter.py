@@ -176,6 +176,11 @@ class Adapter:
         self._word = word
         self._reserve(word, max((len(token.vectors) for token in self._learned_tokens.values()), default=0))
 
+    @property
+    def init_tokens(self) -> int:
+        """Tokens of the text that the vectors of the word begin as; 0 where they were given."""
+        return max((token.init_tokens for token in self._learned_tokens.values()), default=0)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """`<canonical>.<factor>` -> float32 parameter, in the order of `layers`, then `<component>.token`, the vectors
         of a word.

@@ -41,8 +41,10 @@ class LearnedToken:
         self.encoder, self.off = encoder, False
         ids = tokenizer(word, add_special_tokens=False).input_ids
         self.word_ids, self.end = torch.tensor(ids, device=table.weight.device), int(tokenizer.eos_token_id)
+        self.init_tokens = 0
         if vectors is None:
             first = tokenizer(init_word, add_special_tokens=False).input_ids if init_word else ids
+            self.init_tokens = len(first)
             vectors = table.weight.detach()[[first[n % len(first)] for n in range(count)]]
         self.embedding = _Embedding(table, vectors)
         encoder.set_input_embeddings(self.embedding)

@@ -19,7 +19,7 @@ from lorakit.config import unquote
 from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
-from lorakit.core.names import MAX_NAME_BYTES, shorten
+from lorakit.core.names import DEVICE, MAX_NAME_BYTES, is_device, shorten
 from lorakit.core.registry import FORMATS
 from lorakit.formats.facts.hosts import HOSTS
 
@@ -266,6 +266,8 @@ def run_merge(args: argparse.Namespace) -> int:
     from lorakit.formats.edit.merge import merge
     from lorakit.formats.edit.precision import Precision
 
+    if is_device(Path(args.output).name):
+        raise LorakitError(DEVICE, "--output", Path(args.output).name)
     weights = formats.read(Path(args.adapter))
     base = args.base or adapter_base.find(Path(args.adapter), weights.metadata)
     overrides = {"model.base": base, "model.vae": args.vae or "", **read_overrides(args.set)}
@@ -364,6 +366,8 @@ def _write(
         raise LorakitError(
             "{name}: too long for the name of a file: give one of at most 200 letters", shorten(name, 40)
         )
+    if is_device(name):
+        raise LorakitError(DEVICE, "--name", name)
     fmt = args.to if weights.layers else "kohya"  # whose ending an embedding has
     folder = Path(args.output)
     target = destination(folder, name, fmt).resolve()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 
 from lorakit.config import embedding, full, photo_edits, sample_prompts
 from lorakit.config.option import label, to_text, unquote
 from lorakit.config.schema import LENGTHS, AdapterConfig, Config, DataConfig, OptimizerConfig, TrainConfig
+from lorakit.core import names
 from lorakit.core.messages import Message, join
-from lorakit.core.names import DETERMINERS
+from lorakit.core.names import DETERMINERS, slug
 from lorakit.core.registry import METHODS
 
 
@@ -30,7 +32,7 @@ def problems(config: Config) -> list[str]:
     is_named = bool(data.name) or not adapter.words_only
     if adapter.new_tokens and is_named and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
-    problems += _schedule_problems(optimizer) + _noise_problems(train)
+    problems += _name_problems(config) + _schedule_problems(optimizer) + _noise_problems(train)
     if data.keep_tags and not (data.shuffle_tags or data.tag_dropout):
         problems.append("data.keep_tags has no effect without data.shuffle_tags or data.tag_dropout")
     if train.init_from and METHODS[adapter.method].begins_from_base:
@@ -57,6 +59,19 @@ def problems(config: Config) -> list[str]:
     problems += sample_prompts.problems(config.sample)
     problems += full.problems(config) + embedding.problems(config)
     return problems + _resolution_problems(data) + photo_edits.problems(data) + _engine_problems(config)
+
+
+def _name_problems(config: Config) -> list[str]:
+    """Names of files that Windows does not have: a run is to be copied to any machine."""
+    data, folder = config.data, PurePath(config.output.folder).name
+    has_letters = re.search(r"[^\W_]", data.name) is not None
+    is_device = (has_letters and not slug(data.name)) or (config.adapter.new_tokens and names.is_device(data.trigger))
+    problems = list[str]()
+    if is_device:
+        problems.append(Message(names.DEVICE, "data.name", data.name))
+    if names.is_device(folder):
+        problems.append(Message(names.DEVICE, "output.folder", folder))
+    return problems
 
 
 def _engine_problems(config: Config) -> list[str]:

@@ -25,6 +25,10 @@ GRAMMAR = (
 # A stroke: what it does, the brush's width in percent of the picture's longer side, then the points.
 STROKE = re.compile(r"(paint|erase)((?: \d{1,3}(?:\.\d+)?){3,})")
 MAX_STROKES, MAX_POINTS = 500, 2000
+TOO_MANY = (
+    "data.edits.{name}: {count} strokes, and a photo has {limit} at most: paint fewer with a wider brush, or put "
+    "a mask file, NAME.mask.png, beside it"
+)
 # Percent; a smaller part of a photo is a slip of the mouse.
 MIN_SIDE = 2.0
 WHOLE = (0.0, 0.0, 100.0, 100.0)
@@ -140,6 +144,10 @@ def problems(data: DataConfig) -> list[str]:
         try:
             parse(text)
         except ValueError:
+            count = sum(part.strip().startswith(("paint", "erase")) for part in text.split(","))
+            if count > MAX_STROKES:
+                lines.append(Message(TOO_MANY, label(name), count, MAX_STROKES))
+                continue
             lines.append(Message("data.edits.{name} = {value}: write {grammar}", label(name), to_text(text), GRAMMAR))
     for name, path in data.more_folders.items():
         if not path.strip():

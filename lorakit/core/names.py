@@ -11,6 +11,11 @@ from pathlib import Path
 
 # File systems take 255, with the ending and what marks a temporary file.
 MAX_NAME_BYTES = 200
+# Windows keeps these for devices, whatever follows behind a dot.
+DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    f"{port}{number}" for port in ("com", "lpt") for number in "0123456789\u00b9\u00b2\u00b3"
+}
+DEVICE = "{what} = {name!r}: Windows keeps this name for a device, and has no file of it: choose another"
 # Words before a noun, which are in every text.
 DETERMINERS = ("a", "an", "the", "my", "your", "his", "her", "our", "their", "this", "that", "some")
 
@@ -21,8 +26,17 @@ def step_name(step: int) -> str:
 
 
 def slug(text: str, limit: int = 40) -> str:
-    """`text` as a name that is valid on every file system: letters and digits of any script, joined by hyphens."""
-    return re.sub(r"[^\w]+|_+", "-", text.lower()).strip("-")[:limit].rstrip("-")
+    """`text` as a name that is valid on every file system: letters and digits of any script, joined by hyphens.
+
+    Empty where it has none, and where it is a device of Windows.
+    """
+    name = re.sub(r"[^\w]+|_+", "-", text.lower()).strip("-")[:limit].rstrip("-")
+    return "" if is_device(name) else name
+
+
+def is_device(name: str) -> bool:
+    """Whether no file on Windows can have that name: `con`, `NUL.safetensors`."""
+    return name.partition(".")[0].strip().lower() in DEVICES
 
 
 def quote(path: str | Path) -> str:
@@ -50,7 +64,7 @@ def unique_path(path: Path) -> Path:
 def is_file_name(text: str) -> bool:
     """Whether a text of somebody else's can name a file: it leads to no other folder, and is visible and short."""
     is_one_part = text == printable(text).strip(". ") and not re.search(r"[/\\:]", text)
-    return is_one_part and 0 < len(text.encode("utf-8", "replace")) <= MAX_NAME_BYTES
+    return is_one_part and 0 < len(text.encode("utf-8", "replace")) <= MAX_NAME_BYTES and not is_device(text)
 
 
 def shorten(text: str, length: int) -> str:

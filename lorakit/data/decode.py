@@ -44,6 +44,8 @@ MAX_SIDE = 65_535
 MAX_BYTES = 2**30 + 2**26
 # Larger pictures are decoded one at a time, and every picture in strips of so many pixels: the largest needs 1.5 GB.
 LARGE_PIXELS, STRIP_PIXELS = 32_000_000, 8_000_000
+# Masks are painted at no more than this side, and then enlarged: a stroke has places of a thousandth of the picture.
+PAINT_SIDE = 2048
 _LARGE = threading.RLock()
 # Pages of a file are counted up to this number.
 MAX_PAGES = 100
@@ -173,15 +175,17 @@ def decode_mask(path: Path, size: tuple[int, int], edit: PhotoEdit = NO_EDIT) ->
 
 def painted_mask(edit: PhotoEdit, size: tuple[int, int]) -> Pixels:
     """The mask that an edit paints on a photo of `size` before it: uint8 as `decode_mask`, turned and cropped."""
-    image = Image.new("L", size, 0 if edit.strokes[0][0] == "paint" else 255)
+    share = min(1.0, PAINT_SIDE / max(size))
+    width, height = (max(1, round(side * share)) for side in size)
+    image = Image.new("L", (width, height), 0 if edit.strokes[0][0] == "paint" else 255)
     draw = ImageDraw.Draw(image)
-    for act, (width, *places) in edit.strokes:
-        radius, colour = width / 200 * max(size), 255 if act == "paint" else 0
-        points = [(x * size[0] / 100, y * size[1] / 100) for x, y in zip(places[::2], places[1::2], strict=True)]
+    for act, (brush, *places) in edit.strokes:
+        radius, colour = brush / 200 * max(width, height), 255 if act == "paint" else 0
+        points = [(x * width / 100, y * height / 100) for x, y in zip(places[::2], places[1::2], strict=True)]
         draw.line(points, colour, max(1, round(2 * radius)))
         for x, y in points:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-    return _edited(np.asarray(image), edit)
+    return _edited(np.asarray(image.resize(size, Image.Resampling.NEAREST)), edit)
 
 
 def read(path: Path, name: str) -> bytes:

@@ -56,6 +56,12 @@ def read(path: Path, *, embedding: bool = False) -> AdapterWeights:
 def _read_file(head: safetensors_header.Header) -> AdapterWeights:
     path = head.path
     what = identify.kind(head.shapes())
+    if what == "embedding":
+        raise LorakitError(
+            "{file}: this is a textual-inversion embedding, not an adapter, and has no layers to convert or merge: put "
+            "it as it is into your program's folder of embeddings, or draw with it by lorakit sample",
+            path,
+        )
     if what != "adapter":
         raise LorakitError("{file}: this is {kind}", path, identify.DESCRIPTIONS[what])
     if all(name.startswith(identify.PEFT_PREFIX) for name in head.tensors):

@@ -26,7 +26,7 @@ from lorakit.config import Config
 from lorakit.core import atomic, foreign_json
 from lorakit.core.errors import ConfigError, LorakitError
 from lorakit.core.messages import Message
-from lorakit.core.names import slug
+from lorakit.core.names import DEVICE, is_device, slug
 from lorakit.core.units import duration
 from lorakit.data import photo_folder
 from lorakit.runs import quickstart, run_folder
@@ -88,6 +88,8 @@ def read(source: Path, preset: str | None, overrides: Mapping[str, object], runs
         if not (grid := list(_grid(table))):
             problems.append(Message("{name}: a list of values has none in it, which makes no run", name))
         for suffix, own_options in grid:
+            if is_device(f"{name}{suffix}"):
+                problems.append(Message(DEVICE, "name", f"{name}{suffix}"))
             own = slug(f"{name}{suffix}") or "run"
             options = {key: _named(value, name) for key, value in {**overrides, **own_options}.items()}
             if own in rows:

@@ -29,7 +29,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lorakit.config import Config, to_toml
-from lorakit.core import atomic, foreign_json, names
+from lorakit.core import atomic, foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import KEYS, from_lines
 from lorakit.runs import nvidia, results, run_folder
@@ -92,8 +92,7 @@ class Queue:
     def new_folder(self, config: Config) -> Path:
         """A run folder that no run and no job has."""
         folders = {Path(job.folder) for job in self.jobs()}
-        name = names.slug(config.data.name) or names.slug(Path(config.data.folder).name) or "adapter"
-        first = self.runs / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+        first = self.runs / f"{datetime.now():%Y-%m-%d-%H%M%S}-{run_folder.name_of(config)}"
         folder, number = first, 1
         while folder in folders or folder.exists():
             number += 1
@@ -103,21 +102,22 @@ class Queue:
     def resume(self, folder: Path, steps: int = 0) -> Job:
         """Add the continuation of a run, with a total of `steps` unless 0.
 
-        A run that has just ended waits for its process, which may take some seconds.
+        A run that has just ended, or was asked to, waits for its process, which may take some seconds.
 
         Raises:
             LorakitError: it is running, or waits in the queue already.
         """
         states = {job.state for job in self.jobs() if Path(job.folder) == folder}
-        if "waiting" in states or ("running" in states and not self._has_ended(folder)):
+        if "waiting" in states or ("running" in states and not self._ends(folder)):
             raise LorakitError("{name} is in the queue already", folder.name)
         more = ("--steps", str(steps)) if steps else ()
         return self._add(lambda _: ("resume", str(folder), *more), folder)
 
     @staticmethod
-    def _has_ended(folder: Path) -> bool:
+    def _ends(folder: Path) -> bool:
         try:
-            return run_folder.read(folder).state not in run_folder.LIVE
+            ends = run_folder.RunFolder(folder).stop_requested
+            return ends or run_folder.read(folder).state not in run_folder.LIVE
         except LorakitError:  # it has not made its folder yet
             return False
 
@@ -216,6 +216,8 @@ class Queue:
         while True:
             free = [place for place in range(max(1, len(cards))) if place not in running]
             for job in self.waiting() if free else []:
+                if any(job.folder == other.folder for other, _ in running.values()):
+                    continue  # a run goes on when its process has ended
                 _, _, number = _option(job, "memory", "device").partition("cuda:")
                 place = int(number) % max(1, len(cards)) if number.isdecimal() else free[0] if free else -1
                 if place in free:

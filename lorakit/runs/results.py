@@ -99,8 +99,8 @@ def notify_problem(target: str) -> str | None:
     except UnicodeError:
         reason = "it is not a valid name of a server"
     except ValueError as error:  # quotes that do not close, a port that is none
-        reason = str(error).lower()
-    return Message("output.notify = {value}: {reason}; {way}", to_text(target), reason, way)
+        reason = "it is not a valid address" if "'" in str(error) else str(error).lower()
+    return Message("output.notify: {reason}; {way}", reason, way)  # without the address, which may have a token
 
 
 def notify(target: str, folder: Path, state: State) -> str | None:

@@ -5,8 +5,7 @@
     state.json              where the run stands; replaced whole at every change
     log.jsonl               everything that happened, one JSON object a line
     .lock                   held by the process that trains; the system lets go of it when the process ends
-    stop                    somebody wants the run to stop; made by the front end or `touch`
-    save-now, sample-now    somebody wants a checkpoint, or pictures, within the next steps
+    stop, save-now, sample-now  somebody wants an end, a checkpoint, pictures; made by the front end or `touch`
     checkpoints/step-000100/
     samples/step-000100.png, samples/step-000100/01.png ...
     <name>.safetensors
@@ -290,9 +289,9 @@ class RunFolder:
 
     @property
     def adapter_name(self) -> str:
-        """Stem of the exported file: the run's name, as a file name that is valid on every system."""
+        """Stem of the exported file. Of an embedding that is its word."""
         config = load(self.config_file)
-        return config.data.trigger if config.adapter.words_only else _slug(config)  # an embedding's word is its name
+        return config.data.trigger if config.adapter.words_only else name_of(config)
 
     @property
     def stop_requested(self) -> bool:
@@ -444,8 +443,8 @@ def list_runs(root: str | Path) -> list[tuple[Path, State]]:
 
 def place(config: Config) -> Path:
     """Where a new run goes: `output.folder`, or runs/<time>-<name>."""
-    name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{_slug(config)}"
-    return Path(config.output.folder) if config.output.folder else unique_path(Path("runs") / name)
+    new = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name_of(config)}"
+    return Path(config.output.folder or unique_path(new))
 
 
 def output_problem(path: Path, data_folder: str = "") -> str | None:
@@ -477,7 +476,8 @@ def _is_unused(path: Path) -> bool:
     )
 
 
-def _slug(config: Config) -> str:
+def name_of(config: Config) -> str:
+    """The name of a run and its adapter."""
     return slug(config.data.name) or slug(Path(config.data.folder).name) or "adapter"
 
 

@@ -23,6 +23,7 @@ from lorakit.training.parallel import SINGLE, Processes
 from lorakit.training.validation import Validation
 
 if TYPE_CHECKING:
+    from lorakit.adapters.adapter import Adapter
     from lorakit.config import Config
     from lorakit.core.protocols import Trainable
     from lorakit.families import Family
@@ -54,6 +55,9 @@ class Model:
 TRAINED = "training {component}: {modules} modules, {parameters:,} parameters"
 UNKNOWN_BLOCK = "the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {slower}"
 RECOMPUTED = "memory: {count} blocks of the UNet are computed again in the backward pass, for what is free"
+INIT_WORD = (
+    "the trigger's vectors begin as {vectors} of the {count} tokens of {word!r}: adapter.new_tokens = {count} takes all"
+)
 AVERAGE = "{name} keeps an average of the weights: it is exported, drawn and validated"
 
 
@@ -83,6 +87,8 @@ def trainable(
     )
     for component, (modules, parameters) in adapter.describe().items():
         say(Message(TRAINED, component, modules, parameters))
+    if line := _lost_tokens(config, adapter):
+        say(line)
     if config.train.init_from:
         adapter.load(processes.first(lambda: formats.read(Path(config.train.init_from))))
         say(Message("starting from the weights of {init_from}", Path(config.train.init_from).name))
@@ -113,6 +119,12 @@ def trainable(
     photo_validation = Validation(family, inputs.dataset.unaugmented(), *parts)
     validation = Validation(family, inputs.holdout, *parts, from_holdout=True) if inputs.holdout else photo_validation
     return Model(family, adapter, loss_step, optimizer_step, validation, photo_validation)
+
+
+def _lost_tokens(config: Config, adapter: Adapter) -> str:
+    """What to say where the word that the trigger starts from has more tokens than the trigger has vectors."""
+    word, count = _init_word(config), config.adapter.new_tokens
+    return Message(INIT_WORD, count, adapter.init_tokens, word) if word and adapter.init_tokens > count else ""
 
 
 def _init_word(config: Config) -> str:

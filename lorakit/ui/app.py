@@ -25,7 +25,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from lorakit.config import Config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
-from lorakit.ui import access, address, language, widgets
+from lorakit.ui import access, address, language, texts, widgets
 from lorakit.ui.api import Api
 from lorakit.ui.checked import Page
 from lorakit.ui.guard import Guard
@@ -52,6 +52,8 @@ STYLE = Path(__file__).with_name("style.css")
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the front end and serve until it is interrupted. Return the exit code."""
     args = parser().parse_args(argv)
+    for line in texts.PROBLEMS:
+        print(f"lorakit: {line}", file=sys.stderr)
     try:
         access.require_password(args.host, args.share, args.password, args.public)
         access.require_origin(args.embed)
@@ -245,8 +247,9 @@ def _wire_reuse(tools: RunTools, train: TrainPage, folder: gr.Dropdown, tabs: gr
             values = tools.answers_of(name or "", settings)
         except LorakitError as problem:
             text = widgets.problem(say.explain(str(problem)))
-            return [*[gr.skip()] * (4 + len(train.keys)), gr.skip(), text]
-        return [*train.restore({"values": values}), gr.Tabs(selected="train"), ""]
+            return [*[gr.skip()] * (4 + len(train.keys)), gr.skip(), text, gr.skip()]
+        remark = widgets.quiet(say("train.own_notify")) if tools.has_own_notify(name) else ""
+        return [*train.restore({"values": values}), gr.Tabs(selected="train"), "", remark]
 
     def reuse(name: str, request: gr.Request) -> list[object]:
         return fill(name, "{}", say_for(request))
@@ -255,7 +258,7 @@ def _wire_reuse(tools: RunTools, train: TrainPage, folder: gr.Dropdown, tabs: gr
         return fill(name, str(event.settings), say_for(request))
 
     every = [train.widgets[key] for key in train.keys]
-    outputs = [folder, train.quality, train.marks, train.preset, *every, tabs, tools.message]
+    outputs = [folder, train.quality, train.marks, train.preset, *every, tabs, tools.message, train.message]
     events = [tools.reuse.click(reuse, tools.run_name, outputs, **ACT)]
     events.append(tools.remedies.select(remedy, tools.run_name, outputs, **ACT))
     return [event.then for event in events]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lorakit.config import ConfigError, from_tables, load
+from lorakit.config import Config, ConfigError, from_tables, load
 from lorakit.config.photo_edits import NO_EDIT, PhotoEdit, parse
 from lorakit.core.errors import LorakitError
-from lorakit.data import checks, decode, latents, masks, photo_folder
+from lorakit.data import augment, buckets, checks, decode, latents, masks, photo_folder
+from lorakit.data.dataset import Dataset
 from lorakit.training import objective
 
 SIZE = (120, 80)
@@ -69,16 +70,20 @@ def photos(photos: Path) -> Path:
     return photos
 
 
-def build(photos: Path, base: Any, say: Any = print, **data: object) -> tuple[checks.Report, Any]:
+def config_of(photos: Path, **data: object) -> Config:
     options = {"folder": str(photos), "name": "sks toy", "resolution": 64, "cache": "disk", **data}
-    config = from_tables({"data": options, "train": {"steps": 1, "holdout": 0, "masked_loss": True}})
+    return from_tables({"data": options, "train": {"steps": 1, "holdout": 0, "masked_loss": True}})
+
+
+def build(photos: Path, base: Any, say: Any = print, **data: object) -> tuple[checks.Report, Dataset]:
+    config = config_of(photos, **data)
     report = checks.check(config.data, base)
     dataset, _ = latents.build(
         report, config.data, config.train,
         encode_images=partial(map, lambda pixels: (torch.nn.functional.avg_pool2d(pixels, 4), pixels[..., ::4, ::4])),
         size_conditions=lambda *sizes: {}, device="cpu", identity="base", say=say,
     )  # fmt: skip
-    return report, dataset.buckets[0]
+    return report, dataset
 
 
 def test_the_loss_counts_what_is_painted_and_nothing_else(
@@ -86,10 +91,11 @@ def test_the_loss_counts_what_is_painted_and_nothing_else(
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     lines = list[str]()
-    _, plain = build(photos, base)
+    plain = build(photos, base)[1].buckets[0]
     # All to the left of the middle, and all but the upper half: the second takes the place of a file that says so too.
     edits = {"a.png": "paint 50 25 0 25 100", "b.png": "turn 180, erase 50 0 75 100 75"}
-    report, bucket = build(photos, base, lines.append, edits=edits)
+    report, dataset = build(photos, base, lines.append, edits=edits)
+    (bucket,) = dataset.buckets
     assert "with a mask painted in data.edits: a.png, b.png" in report.notes
     assert "1 hits, 1 encoded" in lines[-1]  # the mask is no part of the latent, the turn is
     rows = {int(photo): row for row, photo in enumerate(bucket.photo)}
@@ -125,8 +131,94 @@ def test_a_painted_mask_counts_as_one_and_an_empty_one_is_refused(photos: Path, 
 
 @pytest.mark.parametrize(
     "text", ["paint", "paint 5", "paint 5 1", "paint 5 1 2 3", "paint 0 1 2", "erase 5 1 101", "paint 5 -1 2",
-             "blur 5 1 2", "paint 5 1 2, turn 45", "paint 5" + " 1 2" * 2001, ", ".join(["paint 5 1 2"] * 501)]
+             "blur 5 1 2", "paint 5 1 2, turn 45", "paint 5" + " 1 2" * 2001]
 )  # fmt: skip
 def test_what_is_no_stroke_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.edits\.a\.jpg = .* paint or erase SIZE X Y"):
         load(None, {"train.steps": 1, "data.edits": {"a.jpg": text}})
+
+
+def test_too_many_strokes_are_counted_and_the_way_out_is_named() -> None:
+    strokes = {"old/a.b.jpg": ", ".join(["turn 90", *["paint 5 1 2"] * 501])}
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"train.steps": 1, "data.edits": strokes})
+    assert str(caught.value) == (
+        "data.edits.old/a.b.jpg: 501 strokes, and a photo has 500 at most: paint fewer with a wider brush, or put "
+        "a mask file, NAME.mask.png, beside it"
+    )
+    load(None, {"train.steps": 1, "data.edits": {"a.jpg": ", ".join(["paint 5 1 2"] * 500)}})
+
+
+def test_a_mask_of_a_large_photo_is_where_its_strokes_are() -> None:
+    """Painted smaller and enlarged: within a thousandth of the side, which is what a stroke's places are."""
+    size, edit = (6000, 4000), parse("turn 90, crop 10 0 100 60, paint 20 25 50 75 50, erase 5 50 50")
+    expected = capsule(size, 1200, 1500, 2000, 4500, 2000) & ~capsule(size, 300, 3000, 2000, 3000, 2000)
+    left, top, right, bottom = edit.geometry.box(size)
+    mask = decode.painted_mask(edit, size)
+    assert set(np.unique(mask)) == {0, 255}
+    assert difference(mask, np.rot90(expected, -1)[top:bottom, left:right]) < 0.002
+
+
+def averages(mask: np.ndarray, box: tuple[float, float, float, float], side: tuple[int, int]) -> np.ndarray:
+    """Mean of the part of a mask that each pixel of a smaller picture covers."""
+
+    def shares(start: float, end: float, count: int, length: int) -> np.ndarray:
+        edges = np.linspace(start, end, count + 1)
+        pixels = np.arange(length)
+        overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+        return overlap.clip(0) * count / (end - start)
+
+    rows = shares(box[1], box[3], side[1], mask.shape[0])
+    return rows @ (mask / 255.0) @ shares(box[0], box[2], side[0], mask.shape[1]).T
+
+
+def test_masks_go_with_repeated_folders_class_images_sizes_and_flips(photos: Path, base: Any) -> None:
+    """Wide, high and square photos in folders with repeats, masked by strokes, by a file and by transparency; each
+    variant of each is compared with averages by numpy."""
+    for file in list(photos.iterdir()):
+        file.unlink()
+    noise = np.random.default_rng(0)
+    own: dict[str, np.ndarray] = {}
+    for name, width, height in (("3_sks toy/wide.png", 96, 60), ("1_sks toy/high.png", 50, 96), ("see.png", 64, 64)):
+        (photos / name).parent.mkdir(exist_ok=True)
+        pixels = noise.integers(0, 256, (height, width, 4), dtype=np.uint8)
+        pixels[..., 3] = 255
+        if name == "see.png":
+            pixels[:20, :, 3] = 0
+            own[name] = pixels[..., 3]
+        Image.fromarray(pixels if name == "see.png" else pixels[..., :3]).save(photos / name)
+    own["1_sks toy/high.png"] = np.add.outer(np.arange(96), 3 * np.arange(50)).astype(np.uint8)
+    Image.fromarray(own["1_sks toy/high.png"]).save(photos / "1_sks toy" / "high.mask.png")
+    edit = "turn 180, paint 30 20 30 20 90"
+    own["3_sks toy/wide.png"] = decode.painted_mask(parse(edit), (96, 60))
+    assert own["3_sks toy/wide.png"][:, -40:].any() and not own["3_sks toy/wide.png"][:, :40].any()
+    (photos / "reg").mkdir()
+    Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(photos / "reg" / "class.png")
+    options: dict[str, Any] = {"variants": 3, "flip": True, "crop_jitter": 0.2, "concepts": "one", "cache": "memory"}
+    options["edits"] = {"3_sks toy/wide.png": edit}
+    config = config_of(photos, **options)
+    report, dataset = build(photos, base, **options)
+    assert [photo.relative for photo in report.class_photos] == ["reg/class.png"]
+    cases = set[tuple[str, int, tuple[int, int]]]()
+    for index, bucket in enumerate(dataset.buckets):
+        for row, name in enumerate(dataset.names(index)):
+            number, photo = int(bucket.variant[row]), report.photos[int(bucket.photo[row])]
+            size = decode.measure(photo.path, edit=photo.edit)
+            (placement,) = buckets.placements(size, config.data, base.bucket_multiple, name)
+            variant = augment.of_photo(size, placement, config.data, config.train.seed, name)[number]
+            side = bucket.width // 4, bucket.height // 4
+            expected = averages(own[name], variant.box, side)
+            expected = expected[:, ::-1] if number == 1 else expected
+            assert bucket.mask is not None
+            mask = bucket.mask[row, 0].numpy()
+            assert mask.shape == expected.shape and np.abs(mask - expected).mean() < 0.02, (name, number)
+            assert min(np.abs(mask - np.rot90(expected, 2)).mean(), np.abs(mask.mean() - mask).mean()) > 0.05
+            cases.add((name, number, side))
+    assert len(cases) == 9 and len({side for _, _, side in cases}) == 3
+    batches = dataset.batches(0, 0, 2)
+    trained = [name for batch in batches for name in np.array(dataset.names(batch.bucket))[batch.entries.numpy()]]
+    assert {name: trained.count(name) for name in own} == {
+        "3_sks toy/wide.png": 3,
+        "1_sks toy/high.png": 1,
+        "see.png": 1,
+    }

@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from lorakit.cli.main import main
 from lorakit.config import ConfigError, from_tables
 from lorakit.core.errors import LorakitError
 from lorakit.core.names import is_file_name
 from lorakit.families import weight_files
 from lorakit.formats import inspect, read
 from lorakit.formats.saving import save_adapter
+from lorakit.runs import batch
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 TENSORS = {
@@ -20,7 +23,7 @@ TENSORS = {
     f"{LAYER}.alpha": torch.tensor(2.0),
 }
 STRANGE = ["../x", "..", ".", ".hidden", "a/../../x", "/tmp/x", "..\\x", "C:x", "x.", "x\x00y", "x\x1b[2J", "x\u202ey"]
-STRANGE += ["9" * 300, "\u00e9" * 150, ""]
+STRANGE += ["9" * 300, "\u00e9" * 150, "", "con", "NUL", "aux.v1", "com1", "lpt\u00b9"]
 
 
 @pytest.mark.parametrize("word", STRANGE)
@@ -67,3 +70,49 @@ def test_a_config_names_strange_keys_shortly(tables):
     with pytest.raises(ConfigError) as caught:
         from_tables(tables, {})
     assert all(len(problem) < 300 and problem.isprintable() for problem in caught.value.problems)
+
+
+DEVICE = r"{} = '{}': Windows keeps this name for a device, and has no file of it: choose another"
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "name"),
+    [
+        ({"data.name": "con"}, "data.name", "con"),
+        ({"data.name": "NUL."}, "data.name", "NUL."),
+        ({"data.name": "aux dog", "adapter.new_tokens": 1}, "data.name", "aux dog"),
+        ({"data.name": "com1 dog", "adapter.method": "embedding", "train.prior": "none"}, "data.name", "com1 dog"),
+        ({"data.name": "sks dog", "output.folder": "runs/lpt9"}, "output.folder", "lpt9"),
+        ({"data.name": "sks dog", "output.folder": "runs/Prn.old"}, "output.folder", "Prn.old"),
+    ],
+)
+def test_a_run_has_no_name_that_windows_keeps(options: dict[str, object], key: str, name: str):
+    tables: dict[str, dict[str, object]] = {"train": {"steps": 1}}
+    for dotted, value in options.items():
+        section, _, option = dotted.partition(".")
+        tables.setdefault(section, {})[option] = value
+    with pytest.raises(ConfigError) as caught:
+        from_tables(tables)
+    assert str(caught.value) == DEVICE.format(key, name)
+    from_tables({"train": {"steps": 1}, "data": {"name": "aux dog"}, "output": {"folder": "runs/console"}})
+
+
+def test_an_adapter_has_no_name_that_windows_keeps(tmp_path, capsys):
+    save_file(TENSORS, tmp_path / "x.safetensors", {"ss_base_model_version": "sd_v1"})
+    file, out = str(tmp_path / "x.safetensors"), str(tmp_path / "out")
+    for command in (["combine", file, file, "--name", "con"], ["combine", file, file, "--name", "com1.safetensors"]):
+        assert main([*command, "--output", out]) == 1
+        name = command[-1].removesuffix(".safetensors")
+        assert capsys.readouterr().err == f"lorakit: {DEVICE.format('--name', name)}\n"
+    assert main(["merge", file, "--base", "pocket", "--output", str(tmp_path / "NUL.safetensors")]) == 1
+    assert DEVICE.format("--output", "NUL.safetensors") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "NUL.safetensors").exists()
+
+
+def test_the_rows_of_a_batch_have_no_such_names(tmp_path):
+    for name in ("aux", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name / "a.png")
+    with pytest.raises(ConfigError) as caught:
+        batch.read(tmp_path / "photos", None, {}, tmp_path / "runs")
+    assert DEVICE.format("name", "aux") in str(caught.value)

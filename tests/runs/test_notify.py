@@ -156,12 +156,14 @@ def test_what_fails_is_one_warning_and_takes_no_longer_than_it_may(
         ("https://box.example/a b", "no address of"),
         ("https://box.example/ä", "letters beyond ASCII behind the server's name are written as %XX"),
         ("https://.../x", "it is not a valid name of a server"),
+        ("https://secret:token/x", "it is not a valid address"),
+        ("https://box.example/secret x", "no address of http:// or https://"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_run(target: str, problem: str, tmp_path: Path):
     settings = config.load("subject-pocket", {"data.folder": str(tmp_path), "data.name": "x", "output.notify": target})
     (line,) = [line for line in preflight(settings).problems if line.startswith("output.notify")]
-    assert problem in line and "give the address of a server" in line
+    assert problem in line and "give the address of a server" in line and "secret" not in line
     assert sayer("zh-Hant").translate(line) != line
     with pytest.raises(LorakitError, match=r"output\.notify"):
         Workspace(tmp_path / "runs", [], (), target)

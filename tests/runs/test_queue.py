@@ -90,6 +90,24 @@ def test_half_written_jobs_are_passed_over(tmp_path: Path):
     assert queue.command(["options"], tmp_path).number > 1
 
 
+def test_a_run_goes_on_when_its_process_has_ended_though_a_card_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program, log = tmp_path / "program", tmp_path / "log"
+    program.write_text(f"#!/bin/sh\necho begin $3 >> {log}; sleep 0.3; echo end $3 >> {log}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(nvidia, "cards", lambda: [nvidia.Card("A card", "580.1")] * 2)
+    queue = Queue(tmp_path / "runs")
+    for name, folder in (("first", "a"), ("resume", "a"), ("other", "b")):
+        queue.command([name], tmp_path / folder)
+    queue.work()
+    assert [job.state for job in queue.jobs()] == ["done"] * 3
+    lines = log.read_text().splitlines()
+    assert lines.index("begin resume") > lines.index("end first")
+    assert lines.index("begin other") < lines.index("end first")
+
+
 def test_each_card_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a machine with two cards, with a program for lorakit that says when it begins and ends, and on which."""
     program, log = tmp_path / "program", tmp_path / "log"

@@ -51,7 +51,18 @@ def test_default_folder_is_named_by_time_and_name_and_never_reused(tmp_path, mon
 
 @pytest.mark.parametrize(
     "text, name",
-    [("sks toy", "sks-toy"), ("../../etc", "etc"), ("a_b  C", "a-b-c"), ("***", ""), ("x" * 99, "x" * 40)],
+    [
+        ("sks toy", "sks-toy"),
+        ("../../etc", "etc"),
+        ("a_b  C", "a-b-c"),
+        ("***", ""),
+        ("x" * 99, "x" * 40),
+        ("CON", ""),
+        ("com1!", ""),
+        ("Lpt\u00b9", ""),
+        ("con dog", "con-dog"),
+        ("com", "com"),
+    ],
 )
 def test_slug(text, name):
     assert names.slug(text) == name

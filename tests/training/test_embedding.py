@@ -21,7 +21,7 @@ from lorakit.formats import inspect, saving, verify
 from lorakit.inference import sampling
 from lorakit.runs.preflight import preflight
 from lorakit.training import run as train, selfcheck
-from lorakit.training.trainable import _init_word
+from lorakit.training.trainable import _init_word, _lost_tokens
 
 STEPS = {"train.steps": 1, "data.name": "sks toy", "adapter.method": "embedding"}
 
@@ -101,7 +101,9 @@ def test_pictures_are_drawn_with_the_file_and_a_checkpoint_is_exported(
     assert inspect.inspect(tmp_path / "step-000002.safetensors").trigger == "sks"
     assert main(command) == 1 and "exists already" in capsys.readouterr().err
     assert main(["resize", str(result.adapter), "--rank", "1", "--output", str(tmp_path / "r")]) == 1
-    assert "this is a textual-inversion embedding, not an adapter" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "this is a textual-inversion embedding, not an adapter, and has no layers to convert or merge" in error
+    assert "put it as it is into your program's folder of embeddings" in error
 
 
 def test_the_file_goes_to_the_folder_of_embeddings(
@@ -195,6 +197,7 @@ def test_an_embedding_that_fits_no_family_is_refused(tmp_path: Path) -> None:
         ({}, "toy"),
         ({"data.name": "sks small toy"}, "toy"),
         ({"adapter.init_word": "dog"}, "dog"),
+        ({"adapter.init_word": "a photo of"}, "a photo of"),
         ({"data.name": "sks"}, ""),
     ],
 )
@@ -206,6 +209,9 @@ def test_the_vectors_begin_as_the_noun_or_as_the_word_asked_for(sd1: Any, option
     ids = family.pipeline().tokenizer(word or "sks", add_special_tokens=False).input_ids
     table = family.modules()["text_encoder"].get_input_embeddings().table.weight
     assert torch.equal(adapter.parameters()["text_encoder.token"], table[ids[:1]])
+    line = f"begin as 1 of the {len(ids)} tokens of {word!r}: adapter.new_tokens = {len(ids)} takes all"
+    assert _lost_tokens(settings, adapter).removeprefix("the trigger's vectors ") == (line if word and ids[1:] else "")
+    assert len(ids) > 1 or " " not in word
 
 
 REFUSALS: dict[str, dict[str, Any]] = {

@@ -5,9 +5,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from lorakit.core.errors import LorakitError
 from lorakit.ui import form, texts
 
 OTHERS = [name for name in texts.LANGUAGES if name != "en"]
@@ -97,6 +99,72 @@ def test_what_a_language_lacks_is_in_english(monkeypatch: pytest.MonkeyPatch):
     changed = {key for key, text in table.items() if text != english[key]}
     assert changed == {"tab.train", "option.model.vae", "app.tagline"} and set(table) == set(english)
     assert table["app.tagline"] == f"{english['app.tagline']} (made)" and table["option.model.vae"] == "Y"
+
+
+GOOD = {"about": {"name": "X", "locale": "xx", "serves": ["xx"], "by_machine": False, "note": ""}}
+
+
+def folder_with(place: Path, content: bytes) -> Path:
+    """English as it is, and a file of another language."""
+    (place / "en.json").write_bytes((texts.FOLDER / "en.json").read_bytes())
+    (place / "xx.json").write_bytes(content)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"about": ', r"no JSON in UTF-8 \(Expecting value"),
+        (b'{"about": "\xff"}', r"no JSON in UTF-8 \('utf-8' codec"),
+        (b"[" * 100_000, r"no JSON in UTF-8 \("),
+        (b"[]", "its parts are not those that docs/adding.md names"),
+        (b"{}", "its parts are not those that docs/adding.md names"),
+        (json.dumps(GOOD | {"text": {}}).encode(), "its parts are not those that docs/adding.md names"),
+        (json.dumps({"about": GOOD["about"] | {"serves": "xx"}}).encode(), "serves is of the wrong kind"),
+        (json.dumps({"about": GOOD["about"] | {"by_machine": "no"}}).encode(), "by_machine is of the wrong kind"),
+        (json.dumps({"about": GOOD["about"] | {"locale": 3}}).encode(), "locale is of the wrong kind"),
+        (json.dumps(GOOD | {"texts": {"tab.train": None}}).encode(), "texts is of the wrong kind"),
+        (json.dumps(GOOD | {"sections": []}).encode(), "sections is of the wrong kind"),
+        (json.dumps(GOOD | {"options": {"model.vae": "VAE"}}).encode(), "options is of the wrong kind"),
+        (json.dumps(GOOD | {"options": {"model.vae": ["1", "2", "3"]}}).encode(), "options is of the wrong kind"),
+    ],
+)
+def test_a_file_that_is_no_language_is_named_and_left_out(tmp_path: Path, content: bytes, reason: str):
+    languages, problems = texts.read_all(folder_with(tmp_path, content))
+    assert list(languages) == ["en"]
+    (line,) = problems
+    assert re.fullmatch(rf".*xx\.json: {reason}.*; the page leaves this language out", line)
+
+
+def test_a_text_with_other_places_is_in_english(tmp_path: Path):
+    own = {"tab.train": "X", "photos.count": "{cuont}", "photos.page": "{first", "unit.gib": "{value} G"}
+    languages, problems = texts.read_all(folder_with(tmp_path, json.dumps(GOOD | {"texts": own}).encode()))
+    assert languages["xx"].texts == {"tab.train": "X", "unit.gib": "{value} G"} and languages["xx"].sentences == {}
+    assert problems == [
+        f"{tmp_path / 'xx.json'}: the names in braces of photos.count, photos.page are not those of English; "
+        "these texts are in English"
+    ]
+
+
+def test_without_english_there_is_no_page(tmp_path: Path):
+    (folder_with(tmp_path, b"") / "en.json").write_text("{", encoding="utf-8")
+    with pytest.raises(LorakitError, match=r"en\.json: no JSON in UTF-8"):
+        texts.read_all(tmp_path)
+    (tmp_path / "en.json").unlink()
+    with pytest.raises(LorakitError, match=r"en\.json: cannot be read \(No such file"):
+        texts.read_all(tmp_path)
+
+
+def test_the_command_says_which_file_is_broken_and_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    app = pytest.importorskip("lorakit.ui.app", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+    served: list[object] = []
+    monkeypatch.setattr(app, "serve", lambda *arguments: served.append(arguments))
+    monkeypatch.setattr(texts, "PROBLEMS", texts.read_all(folder_with(tmp_path, b"{"))[1])
+    assert app.main(["--runs", str(tmp_path / "runs"), "--root", str(tmp_path)]) == 0 and len(served) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"lorakit: {tmp_path / 'xx.json'}: no JSON in UTF-8")
 
 
 @pytest.mark.parametrize("language", OTHERS)

@@ -92,6 +92,17 @@ def test_a_mask_is_painted_shown_and_undone(workspace: Workspace) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_photo_that_is_full_of_strokes_says_so_and_takes_no_more(workspace: Workspace) -> None:
+    with gr.Blocks():
+        page = PhotosPage(workspace, T)
+    for count, acts in ((499, ["left", "right", "crop", "paint", "erase", "unpaint", "reset"]),
+                        (500, ["left", "right", "crop", "unpaint", "reset"])):  # fmt: skip
+        edits = f'{{"a.png" = "{", ".join(["paint 9 5 5"] * count)}"}}'
+        html = page.show(str(workspace.roots.paths[0]), 0, config_of(workspace, edits=edits), SAY)[1]
+        assert re.findall(r'data-edit="(\w+):a', html) == acts
+        assert ("500 strokes are the most: undo one, or put name.mask.png beside the photo" in html) == (count == 500)
+
+
 def test_folders_are_added_with_name_and_weight_and_taken_away(workspace: Workspace) -> None:
     cats = str(workspace.roots.paths[1])
     with gr.Blocks():

@@ -8,12 +8,13 @@ import pytest
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
+from lorakit import config as configuration  # noqa: E402
 from lorakit.core.errors import LorakitError  # noqa: E402
 from lorakit.runs import memory_estimate, quickstart  # noqa: E402
 from lorakit.runs.run_folder import RunFolder  # noqa: E402
 from lorakit.training import checkpoint  # noqa: E402
 from lorakit.training.loop import Milestones  # noqa: E402
-from lorakit.ui import language, texts  # noqa: E402
+from lorakit.ui import app, language, texts  # noqa: E402
 from lorakit.ui.pages.runs import RunsPage  # noqa: E402
 from lorakit.ui.pages.train import TrainPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
@@ -57,6 +58,17 @@ def test_a_runs_settings_fill_the_form(page: RunsPage, run: RunFolder, tmp_path:
     for name in ("two", "../one", ""):
         with pytest.raises(LorakitError):
             page.tools.answers_of(name)
+
+
+def test_a_run_that_notified_otherwise_says_that_it_does_so_no_more(page: RunsPage, run: RunFolder):
+    own = configuration.load(run.config_file, {"output.notify": "https://box.example/secret"})
+    run.config_file.write_text(configuration.to_toml(own), encoding="utf-8")
+    built = app.build(page.workspace, T)
+    (reuse,) = [event.fn for event in built.fns.values() if event.name == "reuse"]
+    remark = reuse("one", SimpleNamespace(headers={}))[-1]
+    assert "That run notified by its own output.notify" in remark and "secret" not in remark
+    page.workspace.notify = "https://box.example/secret"
+    assert reuse("one", SimpleNamespace(headers={}))[-1] == ""
 
 
 def test_a_name_and_a_note_stay_with_the_run(page: RunsPage, run: RunFolder):

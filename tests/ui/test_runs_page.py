@@ -85,6 +85,10 @@ def test_a_run_that_was_stopped_goes_on_before_its_process_is_gone(page: RunsPag
     queue._write(replace(job, state="running", pid=run._state.pid, pid_start=run._state.pid_start))
     with pytest.raises(LorakitError, match="one is in the queue already"):
         queue.resume(run.path)
+    run.request_stop()  # it saves, and then ends
+    assert queue.resume(run.path).state == "waiting"
+    assert queue.cancel(queue.waiting()[0].number)
+    run.stop_file.unlink()
     run.update(state="stopped", message="stopped")
     assert queue.resume(run.path).state == "waiting"
     with pytest.raises(LorakitError, match="one is in the queue already"):

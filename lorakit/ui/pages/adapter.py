@@ -39,7 +39,7 @@ class AdapterPage:
                 self.inspect = gr.Button(t("adapter.inspect"), variant="primary", elem_id="adapter-inspect")
             with gr.Column(scale=2, min_width=280):
                 self.upload = gr.File(
-                    label=t("adapter.upload"), file_count="single", height=132, elem_id="adapter-upload"
+                    label=t("adapter.upload"), file_count="single", height=150, elem_id="adapter-upload"
                 )
         self.report = widgets.html(elem_id="adapter-report")
         # The file that was last inspected: an upload lies outside of the roots, and its path comes from here alone.

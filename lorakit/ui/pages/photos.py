@@ -236,15 +236,22 @@ def _card(
 
 def _edit_buttons(photo: Photo, say: Say) -> str:
     """Buttons that turn, crop and mask a photo, and those that undo that."""
-    signs = {"left": "↺", "right": "↻", **{act: say(f"edit.{act}") for act in ("crop", "paint", "erase")}}
+    has_room = len(photo.edit.strokes) < photo_edits.MAX_STROKES
+    signs = {"left": "↺", "right": "↻", "crop": say("edit.crop")}
+    signs |= {act: say(f"edit.{act}") for act in ("paint", "erase")} if has_room else {}
     signs |= {"unpaint": say("edit.unpaint")} if photo.edit.strokes else {}
     signs |= {"reset": say("edit.reset")} if str(photo.edit) else {}
     name, brush = escape(photo.relative), escape(say("edit.brush"))
     slider = f'<input type=range class=lk-brush min=3 max=60 aria-label="{brush}: {name}" title="{brush}">'
-    return slider + "".join(
-        f'<button type="button" class="lk-choice" data-edit="{act}:{name}" title="{escape(say(f"edit.{act}"))}" '
-        f'aria-label="{escape(say(f"edit.{act}"))}: {name}">{escape(sign)}</button>'
-        for act, sign in signs.items()
+    full = "" if has_room else f"<small>{escape(say('edit.full', count=photo_edits.MAX_STROKES))}</small>"
+    return (
+        slider
+        + full
+        + "".join(
+            f'<button type="button" class="lk-choice" data-edit="{act}:{name}" title="{escape(say(f"edit.{act}"))}" '
+            f'aria-label="{escape(say(f"edit.{act}"))}: {name}">{escape(sign)}</button>'
+            for act, sign in signs.items()
+        )
     )
 
 
@@ -303,7 +310,7 @@ class PhotosPage:
                     label=t("photos.upload"),
                     file_count="multiple",
                     file_types=list(SUFFIXES),
-                    height=132,
+                    height=150,
                     elem_id="photos-upload",
                 )
         self.message = widgets.html(elem_id="photos-message")

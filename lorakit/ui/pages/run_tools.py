@@ -130,6 +130,11 @@ class RunTools:
         overrides = dict(configuration.parse_override(f"{key}={value}") for key, value in changes.items())
         return form.values(configuration.load(file, overrides))
 
+    def has_own_notify(self, name: str) -> bool:
+        """Whether a run notified otherwise than the runs that are started here."""
+        file = RunFolder(self.workspace.run(name)).config_file
+        return configuration.load(file).output.notify not in ("", self.workspace.notify)
+
     def overlay_of(self, name: str, other: str, say: Say) -> str:
         """The smoothed loss of two runs in one chart."""
         lines = []

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import string
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lorakit.core.messages import Message
+from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message, some
 from lorakit.ui import form
 from lorakit.ui.texts.sentences import Sentences
 
 FOLDER = Path(__file__).parent
-LANGUAGES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 # An option's dotted key in a message; not in a command or a file's name.
 OPTION_KEY = re.compile(r"(?<![\w`./-])(?<!--set )[a-z]+\.[a-z_0-9]+(?![\w/]|\.\w)")
 
@@ -59,22 +61,94 @@ class About:
 
 @dataclass(frozen=True)
 class Source:
-    """The file of a language, see docs/adding.md."""
+    """The file of a language, see docs/adding.md. What it lacks is in English."""
 
     about: About
-    texts: dict[str, str]
-    sections: dict[str, str]
-    options: dict[str, list[str]]
-    choices: dict[str, str]
-    joints: dict[str, str]
-    sentences: dict[str, str]
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    sections: dict[str, str] = dataclasses.field(default_factory=dict)
+    options: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    choices: dict[str, str] = dataclasses.field(default_factory=dict)
+    joints: dict[str, str] = dataclasses.field(default_factory=dict)
+    sentences: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-@cache
+def read_all(folder: Path) -> tuple[dict[str, Source], list[str]]:
+    """The languages of a folder by name, and a line for each file of which something cannot be used.
+
+    Raises:
+        LorakitError: English is one of them.
+    """
+    languages, problems = {"en": _read(folder / "en.json")}, list[str]()
+    for file in sorted(set(folder.glob("*.json")) - {folder / "en.json"}):
+        try:
+            language = languages[file.stem] = _read(file)
+        except LorakitError as problem:
+            problems.append(Message("{problem}; the page leaves this language out", problem))
+            continue
+        english = languages["en"].texts
+        wrong = [key for key, text in language.texts.items() if not _places(text) <= _places(english.get(key, ""))]
+        for key in wrong:
+            del language.texts[key]
+        if wrong:
+            line = "{file}: the names in braces of {keys} are not those of English; these texts are in English"
+            problems.append(Message(line, file, some(wrong, 5)))
+    return dict(sorted(languages.items())), problems
+
+
+def _read(file: Path) -> Source:
+    """The file of a language.
+
+    Raises:
+        LorakitError: it is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        source = Source(About(**content.pop("about")), **content)
+    except OSError as error:
+        raise LorakitError("{file}: cannot be read ({reason})", file, error.strerror or error) from None
+    except (ValueError, RecursionError) as error:
+        raise LorakitError("{file}: no JSON in UTF-8 ({reason})", file, error) from None
+    except (KeyError, TypeError, AttributeError):
+        raise LorakitError("{file}: its parts are not those that docs/adding.md names", file) from None
+    for name, part in {**vars(source.about), **vars(source)}.items():
+        if not _is_right(name, part):
+            raise LorakitError("{file}: {part} is of the wrong kind, see docs/adding.md", file, name)
+    return source
+
+
+def _is_right(name: str, part: object) -> bool:
+    """Whether a part of a language's file, or of its `about`, has the type that `Source` or `About` says."""
+    if name in ("about", "by_machine"):
+        return isinstance(part, About if name == "about" else bool)
+    if name == "serves":
+        return isinstance(part, list) and all(isinstance(code, str) for code in part)
+    if name in About.__annotations__:
+        return isinstance(part, str)
+    if not isinstance(part, dict):
+        return False
+    values = part.values()
+    if name == "options":
+        return all(
+            isinstance(pair, list) and len(pair) < 3 and all(isinstance(e, str) for e in pair) for pair in values
+        )
+    return all(isinstance(text, str) for text in values)
+
+
+def _places(text: str) -> set[str]:
+    """The names in braces; a text that cannot be filled in has one that no other has."""
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError:
+        return {text}
+
+
+SOURCES, PROBLEMS = read_all(FOLDER)
+LANGUAGES = tuple(SOURCES)
+
+
 def source(language: str) -> Source:
     """The file of a language."""
-    content = json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8"))
-    return Source(About(**content.pop("about")), **content)
+    return SOURCES[language]
 
 
 @cache
@@ -94,12 +168,12 @@ def table(language: str) -> dict[str, str]:
     texts |= content.texts
     texts |= {f"section.{name}": title for name, title in content.sections.items()}
     texts |= {f"choice.{name}": words for name, words in content.choices.items()}
-    for key, field in form.fields().items():
+    for key, one in form.fields().items():
         # Where a file gives no name or no help, these are from config/schema.py.
-        default = [texts.get(f"option.{key}", field.option.name.replace("_", " ").capitalize()), field.option.help]
+        default = [texts.get(f"option.{key}", one.option.name.replace("_", " ").capitalize()), one.option.help]
         pair = content.options.get(key, [])
         name, help = pair + default[len(pair) :]
-        texts |= {f"option.{key}": name, f"help.{key}": f"{help} ({field.bounds()})" if field.bounds() else help}
+        texts |= {f"option.{key}": name, f"help.{key}": f"{help} ({one.bounds()})" if one.bounds() else help}
     if content.about.note:
         texts["app.tagline"] += f" {content.about.note}"
     return texts
