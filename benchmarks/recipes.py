@@ -39,6 +39,12 @@ from lorakit.families.pocket import subjects
 BEFORE = ("train.prior_target=image", "train.prior_prompts=[]", "train.prior_loss_weight=1", "train.class_images=64")
 KINDS = [f"a photo of a {kind}" for kind in teach.PRIOR_KINDS]
 PROMPTS, EMPTY_TOO = (f"train.prior_prompts={json.dumps(texts)}" for texts in (KINDS, [*KINDS, ""]))
+# A word with vectors of its own, and an adapter of the UNet alone.
+WORD = (
+    "adapter.train_text_encoder=false",
+    "adapter.new_tokens=4",
+    "optimizer.text_encoder_learning_rate=2e-2",
+)
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "preset": (),
@@ -50,6 +56,12 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "prompts-teacher": (PROMPTS, "train.prior=teacher"),
     "prompts-teacher-weight-5": (PROMPTS, "train.prior=teacher", "train.prior_loss_weight=5"),
     "tokens": (*BEFORE, "train.prior_target=base", "adapter.new_tokens=2"),
+    "word-beside": WORD,
+    "word-unet-5e-4": (*WORD, "optimizer.learning_rate=5e-4"),
+    "word-unet-2e-4": (*WORD, "optimizer.learning_rate=2e-4"),
+    "word-attention": (*WORD, "adapter.target_modules=attention"),
+    "word-empty-too": (*WORD, EMPTY_TOO),
+    "word-prior-weight-10": (*WORD, "train.prior_loss_weight=10"),
     "embedding": ("adapter.method=embedding", "adapter.new_tokens=4", "optimizer.learning_rate=2e-2"),
     "text-1e-3": ("optimizer.text_encoder_learning_rate=1e-3",),
     "text-2e-3": ("optimizer.text_encoder_learning_rate=2e-3",),
