@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib
 import os
+import pkgutil
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where a test takes two, the one that waits leaves its core to others
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+import lorakit
 from lorakit.cli.imports import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ LONGEST = (
     "test_notebook.py",
 )
 
+COUNTED = pytest.StashKey[bool]()
 FOREIGN = (
     "peft",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
@@ -101,11 +104,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         function = item.nodeid.partition("[")[0]
         cases[function] += 1
-        if item.get_closest_marker("slow") or cases[function] > 1:
-            item.add_marker("no_cover")
+        item.stash[COUNTED] = not item.get_closest_marker("slow") and cases[function] == 1
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Count lines or not, from the set-up of a test on: pytest-cov's own marker leaves out the call alone."""
+    plugin = item.config.pluginmanager.getplugin("_cov")
+    controller = plugin.cov_controller if plugin else None
+    if controller and controller.started != item.stash[COUNTED]:
+        (controller.resume if item.stash[COUNTED] else controller.pause)()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.pluginmanager.hasplugin("_cov"):
+        # The lines that define things, which a test that is not counted may be the first to import.
+        for module in pkgutil.walk_packages(lorakit.__path__, "lorakit."):
+            if not module.name.endswith("__main__"):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(module.name)
     set_imports_aside()
     gc.enable()
 
