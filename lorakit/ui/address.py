@@ -26,7 +26,7 @@ _TAB = """() => {
   if (number > 0) document.querySelectorAll('#pages button[role=tab]')[number]?.click();
 }"""
 # An element that is drawn again gets its focus back. If it is gone, its tab gets the focus, for people with a keyboard.
-KEEP_FOCUS = """
+_KEEP_FOCUS = """
 let last = '', holder = null;
 const PARTS = ['data-run', 'data-exclude', 'data-edit', 'data-file', 'data-picture'];
 const selector = (node) => {
@@ -47,7 +47,17 @@ setInterval(() => {
   (node?.offsetParent && !node.disabled ? node : tab)?.focus({preventScroll: true});
 }, 300);
 """
-FOLLOW_ADDRESS, OPEN_TAB = (script % {"tabs": list(TABS)} for script in (_FOLLOW, _TAB))
+# Gradio gives its upload boxes a name in English that is not what they say; without it what they say is their name.
+_NAME_UPLOADS = """
+const nameUploads = () => {
+  for (const box of document.querySelectorAll('button.upload-container[aria-label]')) box.removeAttribute('aria-label');
+};
+nameUploads();
+new MutationObserver(nameUploads).observe(
+  document.body, {childList: true, subtree: true, attributes: true, attributeFilter: ['aria-label']});
+"""
+_FOLLOW_ADDRESS, OPEN_TAB = (script % {"tabs": list(TABS)} for script in (_FOLLOW, _TAB))
+SCRIPTS = _FOLLOW_ADDRESS + _KEEP_FOCUS + _NAME_UPLOADS
 
 
 def run_in(request: gr.Request) -> str:

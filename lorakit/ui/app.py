@@ -200,7 +200,7 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
     """The whole page, wired."""
     with Page(title="lorakit", analytics_enabled=False) as page:
         head = f"<header class=lk-head><h1>lorakit</h1>{language.buttons()}</header>"
-        widgets.html(head, js_on_load=address.FOLLOW_ADDRESS + address.KEEP_FOCUS + language.SWITCH)
+        widgets.html(head, js_on_load=address.SCRIPTS + language.SWITCH)
         gr.Markdown(t("app.tagline"), elem_classes="lk-tagline")
         # Kept in the browser: a reload or a restarted program loses neither. Inside of a tab they would be read when it
         # is opened first, and what the page holds by then would be written over them.

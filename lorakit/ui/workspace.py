@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +36,8 @@ from lorakit.ui.uploads import Upload
 TRASH = ".trash"
 # Reports kept; each is small.
 MAX_REPORTS = 20
+# Seconds in which a file is linked.
+LINK_SECONDS = 0.3
 # Base models that are suggested.
 MAX_BASES = 500
 
@@ -68,7 +70,9 @@ class Workspace:
         self._measurements: checks.MeasurementCache = {}
         self._reports: OrderedDict[Any, tuple[Future[checks.Report], list[Progress]]] = OrderedDict()
         self.tasks = Tasks()
-        self._lock = threading.Lock()
+        self._lock, self._staging_lock = threading.Lock(), threading.Lock()
+        self._copies: dict[tuple[Path, int], Future[Path]] = {}
+        self._copy_pool = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._staging = Path(tempfile.mkdtemp(prefix="lorakit-"))
         weakref.finalize(self, shutil.rmtree, self._staging, ignore_errors=True)
         # One at a time: a check uses every core already.
@@ -194,14 +198,26 @@ class Workspace:
         """The same file where the browser may download it from: only what is staged can be."""
         status = path.stat()
         target = self._staging / f"{status.st_mtime_ns}-{status.st_size}" / path.name
-        with self._lock:
+        with self._staging_lock:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     os.link(path, target)
                 except OSError:  # another disk, or a system without links
-                    shutil.copyfile(path, target)
+                    part = target.with_name(f"{target.name}.part")
+                    shutil.copyfile(path, part)
+                    part.rename(target)
         return target
+
+    def staged_soon(self, path: Path) -> Path | None:
+        """As `staged`, but at once: None while a large file is copied to another disk."""
+        key = path, path.stat().st_mtime_ns
+        with self._lock:
+            if key not in self._copies:
+                self._copies[key] = self._copy_pool.submit(self.staged, path)
+            future = self._copies[key]
+        wait([future], LINK_SECONDS)
+        return future.result() if future.done() and not future.exception() else None
 
     def private(self, name: str) -> Path:
         """A folder that nobody else on this machine reads, and that goes when this process ends."""

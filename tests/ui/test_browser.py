@@ -348,6 +348,8 @@ def test_everything_is_reached_by_keyboard_and_fits_a_phone(chromium, served, ro
             missed = missed_by_keyboard(page, name)
         assert missed == set(), name
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+    boxes = page.locator("button.upload-container")  # what they say is their name
+    assert boxes.count() >= 2 and page.locator("button.upload-container[aria-label]").count() == 0
 
 
 def missed_by_keyboard(page, name: str) -> set[str]:

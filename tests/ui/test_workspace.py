@@ -2,16 +2,20 @@ import base64
 import hashlib
 import io
 import os
+import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from waiting import SECONDS, wait_for
 
 from lorakit.core.errors import LorakitError
 from lorakit.data import photo_folder
 from lorakit.data.photo_folder import Photo
 from lorakit.runs import quickstart
+from lorakit.ui import workspace as workspace_module
 from lorakit.ui.thumbnails import Thumbnails
 from lorakit.ui.workspace import Workspace
 
@@ -190,3 +194,25 @@ def test_a_download_is_staged_once(tmp_path: Path):
     staged = workspace.staged(file)
     assert staged.name == file.name and staged.read_bytes() == b"abc" and not staged.is_relative_to(tmp_path)
     assert workspace.staged(file) == staged
+
+
+def test_a_large_file_that_is_copied_for_the_download_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    workspace, gate, copied = Workspace(tmp_path / "runs", []), threading.Event(), threading.Event()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+
+    def copy(source: Path, target: Path) -> None:
+        assert gate.wait(SECONDS)
+        Path(target).write_bytes(Path(source).read_bytes())
+        copied.set()
+
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("another disk")))
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    monkeypatch.setattr(workspace_module, "LINK_SECONDS", 0.01)
+    assert workspace.staged_soon(file) is None and workspace.staged_soon(file) is None
+    gate.set()
+    assert copied.wait(SECONDS)
+    wait_for(lambda: workspace.staged_soon(file) is not None)
+    staged = workspace.staged_soon(file)
+    assert staged is not None and staged.name == "model.safetensors" and staged.read_bytes() == b"weights"
+    assert [path.name for path in staged.parent.iterdir()] == ["model.safetensors"]

@@ -90,9 +90,8 @@ class ComparePage:
         def grid_status(name: str | None, request: gr.Request) -> list[Any]:
             return self.grid_status(name, say_for(request))
 
-        def mark(name: str, step: int, request: gr.Request) -> tuple[str, str]:
-            say = say_for(request)
-            return self.mark_best(name, step, say), self.table_of(name, say)
+        def mark(data: Values, say: Say, progress: Progress) -> tuple[str, str]:
+            return self.mark_best(data[self.run], data[self.step], say), self.table_of(data[self.run], say)
 
         def export(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
             return export_step(self.workspace, data[self.run], data[self.step], data[self.format], say)
@@ -105,7 +104,7 @@ class ComparePage:
         shows = polled(tasks, [(visit.then, show), (self.run.input, show)], {self.run}, outputs)
         shows(grid_status, self.run, grid_outputs, **FOLLOW)
         timer.tick(grid_status, self.run, grid_outputs, **FOLLOW)
-        self.mark.click(mark, [self.run, self.step], [self.message, self.table], **ACT)
+        polled(tasks, [(self.mark.click, mark)], {self.run, self.step}, [self.message, self.table], **ACT)
         export_inputs = {self.run, self.step, self.format}
 
         def choose(event: gr.EventData) -> int:

@@ -17,6 +17,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.runs import charts
 from lorakit.runs.run_folder import LIVE, RunFolder, read
 from lorakit.ui import form, widgets
+from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW, say_for
 from lorakit.ui.workspace import TRASH, Workspace
@@ -66,8 +67,8 @@ class RunTools:
         def show(name: str, request: gr.Request) -> list[object]:
             return self.show(name or "", say_for(request))
 
-        def overlay(name: str, other: str | None, request: gr.Request) -> str:
-            return self.overlay_of(name or "", other or "", say_for(request))
+        def overlay(data: Values, say: Say, progress: Progress) -> list[str]:
+            return [self.overlay_of(data[self.run_name] or "", data[self.other] or "", say)]
 
         def keep(name: str, title: str, note: str, request: gr.Request) -> str:
             return self.keep_note(name or "", title or "", note or "", say_for(request))
@@ -81,7 +82,8 @@ class RunTools:
         outputs = [self.title, self.note, self.message, self.other, self.overlay, self.settings, self.remedies]
         gr.on([page.load, self.run_name.change], show, self.run_name, outputs, **FOLLOW)
         self.notify.click(None, js=NOTIFY)
-        self.other.input(overlay, [self.run_name, self.other], self.overlay, **FOLLOW)
+        both = {self.run_name, self.other}
+        polled(self.workspace.tasks, [(self.other.input, overlay)], both, [self.overlay])
         self.keep.click(keep, [self.run_name, self.title, self.note], self.message, **ACT)
         acts = [(self.save_now, self.ask_save), (self.sample_now, self.ask_samples), (self.first, self.put_first)]
         acts += [(self.earlier, self.put_earlier), (self.later, self.put_later)]

@@ -295,7 +295,8 @@ class RunsPage:
 
     def _download(self, run: RunFolder, state: State) -> str:
         adapter = run.path / Path(state.adapter).name
-        return str(self.workspace.staged(adapter)) if state.adapter and adapter.is_file() else ""
+        staged = self.workspace.staged_soon(adapter) if state.adapter and adapter.is_file() else None
+        return str(staged or "")
 
 
 def _list(runs: list[tuple[str, State]], titles: dict[str, str], run_name: str, idle: bool, say: Say) -> str:
