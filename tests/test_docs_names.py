@@ -74,3 +74,15 @@ def test_pages_presets_and_front_end_advise_the_same_numbers_of_photos() -> None
     for path in (ROOT / "presets").glob("*.toml"):
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert " from " not in first or re.search(ranges[path.name.partition("-")[0]], first), path.name
+
+
+def test_the_glossary_explains_each_term_in_both_languages() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| .*\|$", text, re.MULTILINE)
+    ]
+    terms = [row for row in rows if row[0] not in ("English", "---")]
+    assert len(terms) > 60 and all(len(row) == 4 and all(row) for row in terms)
+    assert all(re.search(r"[a-z]{3}", row[2]) and re.search(r"[\u4e00-\u9fff]{3}", row[3]) for row in terms)
+    names = [name for row in terms for name in row[0].split(", ")]
+    assert len(names) == len(set(names)), "a term is explained once"
