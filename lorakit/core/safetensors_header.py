@@ -15,7 +15,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
@@ -266,17 +266,22 @@ def kind(shapes: dict[str, tuple[int, ...]]) -> str:
     One of "adapter", "lycoris", "checkpoint", "unet", "vae", "text encoder", "embedding", "controlnet", "ip-adapter",
     "numbered" (an adapter of cloneofsimo's lora), "unknown".
     """
-    strange = "|".join(_KINDS[word] for word in ("lycoris", "adapter", "controlnet"))
-    others = sum(1 for name in shapes if re.search(strange, name))
+    strange = re.compile("|".join(_KINDS[word] for word in ("lycoris", "adapter", "controlnet")))
+    others = sum(1 for name in shapes if strange.search(name))
     # A ControlNet with its whole model has half as many layers of its own.
     if others and sum(1 for name in shapes if re.search(_KINDS["checkpoint"], name)) > 4 * others:
         return "checkpoint"  # with a few layers of something else left in it by a tool
     for word, pattern in _KINDS.items():
-        if any(re.search(pattern, name) for name in shapes):
+        if has_name(shapes, pattern):
             return word
     # An embedding may have only the name of its token. Its width is that of CLIP.
     vectors = 0 < len(shapes) <= 4 and all(len(shape) <= 2 for shape in shapes.values())
     return "embedding" if vectors and {s[-1] for s in shapes.values() if s} <= {768, 1024, 1280} else "unknown"
+
+
+def has_name(names: Collection[str], pattern: str) -> bool:
+    """Whether the pattern is found in one of the names. It is compiled once: a file has thousands of names."""
+    return any(map(re.compile(pattern).search, names))
 
 
 def scalars(header: Header, suffix: str) -> dict[str, float]:

@@ -107,7 +107,7 @@ def what_file(header: safetensors_header.Header) -> str:
     if kind in ("adapter", "lycoris"):
         return KINDS[kind]
     for what, (pattern, _) in _PARTS.items():
-        if any(re.search(pattern, name) for name in header.tensors):
+        if safetensors_header.has_name(header.tensors, pattern):
             return what
     title = model_title(header.tensors)
     return _other(title) if title else KINDS.get(kind, "")
@@ -118,14 +118,14 @@ def _what_gguf(tensors: list[str]) -> str:
     if title := model_title(tensors):
         return _other(title)
     if ours := gguf.title(tensors):
-        encoders = any(re.search(r"(^|\.)(cond_stage_model|conditioner|text_encoders)\.", name) for name in tensors)
+        encoders = safetensors_header.has_name(tensors, r"(^|\.)(cond_stage_model|conditioner|text_encoders)\.")
         part = "" if encoders else "'s denoiser alone"
         return Message(
             "is a GGUF file of {ours}{part}, whose weights lorakit does not read: give the model's "
             ".safetensors file; memory.base_storage = 'nf4' keeps it as small in memory",
             *(ours, part),
         )
-    if any(re.search(r"(^|\.)(enc\.blk|encoder\.block)\.\d", name) for name in tensors):
+    if safetensors_header.has_name(tensors, r"(^|\.)(enc\.blk|encoder\.block)\.\d"):
         return next(what for what in _PARTS if "(T5)" in what)
     return "is a GGUF file, whose weights lorakit does not read: give the model's .safetensors file"
 
@@ -133,7 +133,7 @@ def _what_gguf(tensors: list[str]) -> str:
 def model_title(tensors: Iterable[str]) -> str:
     """The title of a model that lorakit does not train, from its tensor names, or ""."""
     names = list(tensors)
-    return next((what for what, (pattern, _) in _MODELS.items() if any(re.search(pattern, n) for n in names)), "")
+    return next((title for title, (pattern, _) in _MODELS.items() if safetensors_header.has_name(names, pattern)), "")
 
 
 def pipeline_title(name: str) -> str:
