@@ -340,6 +340,11 @@ def test_everything_is_reached_by_keyboard_and_fits_a_phone(chromium, served, ro
     assert page.evaluate("document.body.classList.contains('dark')")
     person.choose("photos-folder", room / "photos")
     page.locator(".lk-card img").first.wait_for()
+    # A button that leads to another page and goes away gives the focus to the tab of that page.
+    page.locator("#photos-next").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.matches('#pages [role=tab][aria-selected=true]')")
+    assert page.locator("#pages button[role=tab]").nth(1).get_attribute("aria-selected") == "true"
     for name in TABS:
         # The check may redraw its cards while the keys go through them, which takes their marks: then once more.
         deadline = time.monotonic() + SECONDS

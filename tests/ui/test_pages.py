@@ -268,6 +268,15 @@ def test_grids_that_are_drawn_are_followed(workspace: Workspace):
     assert workspace.why(job.number) in message and "lk-problem" in message and timer.active is False
 
 
+@pytest.mark.parametrize("strengths", ["abc", "0, abc", "1e5", "nan", "0.5x"])
+def test_a_strength_that_is_no_number_is_named_and_nothing_is_drawn(workspace: Workspace, strengths: str):
+    with gr.Blocks():
+        page = ComparePage(workspace, T)
+    (workspace.runs / "run").mkdir()
+    message, _ = page.draw_grids("run", ["x.safetensors"], "a photo", strengths, SAY)
+    assert strengths.split()[-1] in message and "lk-problem" in message and workspace.queue.jobs() == []
+
+
 def test_only_checkpoints_that_have_a_file_are_offered(workspace: Workspace, tiny_sd1: Path):
     with gr.Blocks():
         page = ComparePage(workspace, T)

@@ -95,6 +95,14 @@ def test_a_run_that_was_stopped_goes_on_before_its_process_is_gone(page: RunsPag
         queue.resume(run.path)
 
 
+def test_a_run_that_was_stopped_offers_its_file(page: RunsPage, run: RunFolder):
+    assert look(page)["download"] == gr.update(visible=False, value=None)
+    (run.path / "sks-toy.safetensors").write_bytes(b"weights")
+    run.update(state="stopped", adapter="sks-toy.safetensors")
+    offered = look(page)["download"]
+    assert offered["visible"] and Path(offered["value"]).read_bytes() == b"weights"
+
+
 def test_a_run_that_prepares_says_with_what_and_how_far_it_is(page: RunsPage, run: RunFolder):
     run.update(state="preparing")
     run.record(Event("phase", None, {"phase": "loading the base"}))
