@@ -213,6 +213,11 @@ NOT_ADAPTERS = {
     },
     "not an adapter for Stable Diffusion": {"transformer.h.0.attn.weight": (8, 8)},
 }
+# What the refusal to read it adds.
+ADVICE = {
+    "a textual-inversion embedding, not an adapter": ", and has no layers to convert or merge: put it as it is into "
+    "your program's folder of embeddings, or draw with it by lorakit sample"
+}
 
 
 @pytest.mark.parametrize("description", NOT_ADAPTERS)
@@ -225,7 +230,7 @@ def test_what_is_not_an_adapter_is_named(tmp_path, description):
     assert description in report.to_text()
     with pytest.raises(LorakitError) as error:
         read(path)
-    assert str(error.value) == f"{path}: this is {description}"
+    assert str(error.value) == f"{path}: this is {description}{ADVICE.get(description, '')}"
     with pytest.raises(LorakitError, match="no program reads it as an adapter"):
         report.failures(["a1111"])
 
