@@ -89,7 +89,7 @@ def test_both_readmes_have_the_same_commands_links_and_tables() -> None:
     pages = [ROOT / name for name in ("README.md", "README.zh-TW.md")]
     texts = [page.read_text(encoding="utf-8") for page in pages]
     assert commands(pages[0]) == commands(pages[1])
-    for pattern in (r"^\| --- .*$", r"^(##) ", r"^python -m .*$"):
+    for pattern in (r"^\| --- .*$", r"^(##) ", r"^python3? -m .*$"):
         first, second = [re.findall(pattern, text, re.MULTILINE) for text in texts]
         assert first == second, pattern
     first, second = [set(re.findall(r"\]\(([^)]+)\)", text)) for text in texts]

@@ -74,8 +74,13 @@ def _run(argv: Sequence[str] | None) -> int:
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv[:1] == ["ui"]:
             return run_ui(argv[1:])
+        if not argv:
+            parser().print_help(sys.stderr)
+            return 2
         args.words = _with_full_names(argv)
-        parser().parse_args(args.words, args)
+        _, unread = parser().parse_known_args(args.words, args)
+        if unread:
+            args.refuse(unread)
         return int(args.run(args))
     except BrokenPipeError:
         # The reader (`| head`) has ended. Python would report an error again when it flushes stdout at exit.
@@ -108,17 +113,27 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors also name the nearest choice. The parsers of the commands have this class too."""
+    """A parser whose errors also say what was probably meant. The parsers of the commands have this class too."""
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """End with what this command does not take. argparse leaves that to the top parser, which has no flag of it."""
+        self.error(f"unrecognized arguments: {' '.join(words)}{self._advice(words[0])}")
+
+    def _advice(self, word: str) -> str:
+        if not word.startswith("-"):
+            return "; put quotes around a path or a text with spaces"
+        name = word.partition("=")[0]
+        own = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=NEAR)
+        keys = [option.key for option in configuration.every_option()]
+        last_parts = [key.partition(".")[2] for key in keys]
+        near = difflib.get_close_matches(name.strip("-").replace("-", "_"), last_parts, n=1, cutoff=NEAR)
+        choices = [f"--set {key}=..." for key, last in zip(keys, last_parts, strict=True) if last in near]
+        return (f" (did you mean {own[0]}?)" if own else "") + (f"; say {' or '.join(choices)}" if choices else "")
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser`."""
         if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
             message += suggest(match[1], re.split(r"[', ]+", match[2].strip("'")))
-        if match := re.search(r"unrecognized arguments: --([\w-]+)", message):
-            name = match[1].replace("-", "_")
-            keys = [option.key for option in configuration.every_option()]
-            near = difflib.get_close_matches(name, [key.partition(".")[2] for key in keys], n=1, cutoff=NEAR)
-            message += "".join(f"; say --set {key}=..." for key in keys if key.partition(".")[2] in near)
         super().error(message)
 
 
@@ -136,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(
             name, aliases=ALIASES.get(name, []), help=help, description=help[0].upper() + help[1:] + "."
         )
-        subparser.set_defaults(run=run)
+        subparser.set_defaults(run=run, refuse=subparser.refuse)
         if name != "ui":
             subparser.add_argument(
                 "--json", action="store_true", help=JSON_HELP.get(name, "write the report to stdout as JSON")

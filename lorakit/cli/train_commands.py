@@ -338,6 +338,8 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
 
         preset, reason = default_preset(model_of(overrides), overrides.get("data.kind", "subject"))
         terminal.say(f"preset: {preset} ({reason})")
+    elif preset in configuration.preset_names() and not preset.endswith("-pocket") and "model.base" not in overrides:
+        raise configuration.ConfigError("--preset {preset} needs the model it is for: name it with --base", preset)
     config = configuration.load(preset, overrides)
     if not config.data.folder:
         raise configuration.ConfigError(["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"])

@@ -72,6 +72,22 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
+def pad(text: str, width: int) -> str:
+    """`text` and the spaces that fill it up to `width` columns of a terminal."""
+    return text + " " * (width - columns(text))
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: two for a Chinese or Japanese character, none for an accent."""
+    return len(text) if text.isascii() else sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
 def printable(text: str) -> str:
     """`text` on one line, safe to show: control and direction characters, and bytes that are not text, as escapes.
 

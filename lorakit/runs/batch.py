@@ -26,7 +26,7 @@ from lorakit.config import Config
 from lorakit.core import atomic, foreign_json
 from lorakit.core.errors import ConfigError, LorakitError
 from lorakit.core.messages import Message
-from lorakit.core.names import DEVICE, is_device, slug
+from lorakit.core.names import DEVICE, columns, is_device, pad, slug
 from lorakit.core.units import duration
 from lorakit.data import photo_folder
 from lorakit.runs import quickstart, run_folder
@@ -254,8 +254,8 @@ def outcome(folder: Path) -> Outcome:
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """The outcomes as lines of a table."""
     rows = [COLUMNS, *(_cells(each) for each in outcomes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(pad(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _cells(each: Outcome) -> tuple[str, ...]:

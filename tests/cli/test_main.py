@@ -294,7 +294,7 @@ def test_the_preset_follows_the_family_of_the_base(way: str, tiny_sd1: Path, tin
 
 
 def test_a_named_preset_is_used_without_a_note() -> None:
-    settings, note = resolved("--preset", "subject-sdxl", "--subject", "sks toy")
+    settings, note = resolved("--preset", "subject-sdxl", "--subject", "sks toy", "--base", "sdxl.safetensors")
     assert note == ""
     assert settings.data.resolution == 1024
 

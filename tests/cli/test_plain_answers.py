@@ -28,8 +28,35 @@ def test_a_flag_that_is_an_option_is_named_as_one(
     with pytest.raises(SystemExit):
         cli.main(["train", flag])
     error = capsys.readouterr().err
-    assert [f"say --set {hint}=..." in error for hint in hints] == [True] * len(hints)
-    assert error.count("say --set") == len(hints)
+    assert [f"--set {hint}=..." in error for hint in hints] == [True] * len(hints)
+    assert error.count("=...") == len(hints)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ([], "lorakit COMMAND --help says more. First try: lorakit demo"),
+        (["train", "photos", "--subjet", "sks dog"], "--subjet sks dog (did you mean --subject?)"),
+        (["train", "photos", "--subjet=sks dog"], "(did you mean --subject?)"),
+        (["train", "my", "photos"], "lorakit train: error: unrecognized arguments: photos; put quotes around a path"),
+    ],
+)
+def test_wrong_words_are_answered_with_what_was_meant(
+    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = cli.main(words)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert answer in err
+
+
+def test_a_preset_of_stable_diffusion_needs_a_base(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the bundled base it would be a run of twelve hours at 1024 pixels."""
+    assert cli.main(["train", "photos", "--subject", "sks dog", "--preset", "subject-sdxl"]) == 2
+    assert capsys.readouterr().err == "lorakit: --preset subject-sdxl needs the model it is for: name it with --base\n"
 
 
 def test_a_base_that_one_file_does_not_tell_is_merged_into_a_folder_only(

@@ -63,6 +63,17 @@ def test_a_good_folder_has_nothing_wrong(photos: Path, base) -> None:
     )
 
 
+def test_columns_stay_below_each_other_with_names_that_are_two_columns_a_character(photos: Path, base) -> None:
+    texture(1, 96, 96).save(photos / "狗 在 沙發.png")
+    texture(2, 96, 96).save(photos / "cafe\u0301.png")
+    (photos / "狗 在 沙發.txt").write_text("a photo of a sks toy in the snow", encoding="utf-8")
+    assert report_of(photos, base).table().splitlines()[2:] == [
+        "  photo           size   trained at  cropped  scaled  tokens  text",
+        "  cafe\u0301.png        96x96  64x64       -        -       6       a photo of a sks toy",
+        "  狗 在 沙發.png  96x96  64x64       -        -       15      a photo of a sks toy in the snow",
+    ]
+
+
 def test_each_photo_has_its_row(photos: Path, base) -> None:
     marked.save(photos / "turned.jpg", marked.as_camera_stores(marked.picture(1, 96, 64), 6), 6)
     texture(1, 90, 40).save(photos / "wide.png")

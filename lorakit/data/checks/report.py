@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core.messages import Message, some
-from lorakit.core.names import shorten
+from lorakit.core.names import columns as terminal_columns, pad, shorten
 from lorakit.data.buckets import Bucket
 from lorakit.data.photo_folder import Photo
 
@@ -167,9 +167,9 @@ def _table(report: Report) -> list[str]:
         columns.append("text")
         for row, item in zip(rows, report.items, strict=True):
             row.append(shorten(item.text, 60))
-    widths = [max(len(row[at]) for row in [columns, *rows]) for at in range(len(columns))]
+    widths = [max(terminal_columns(row[at]) for row in [columns, *rows]) for at in range(len(columns))]
     lines = [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  " + "  ".join(pad(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [columns, *rows]
     ]
     return [title, "", *lines]
