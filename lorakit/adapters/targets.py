@@ -43,8 +43,10 @@ def adapted(family: str, layers: Iterable[str], adapter: AdapterConfig) -> list[
 def no_layer(adapter: AdapterConfig) -> str:
     """The message for an adapter that has no layer."""
     if adapter.ranks:
-        return "adapter.ranks leaves out every layer"
-    return Message("adapter.target_modules = {which!r} selects no layer of this base", adapter.target_modules)
+        return "adapter.ranks leaves out every layer: give one a rank above 0"
+    return Message(
+        "adapter.target_modules = {which!r} selects no layer of this base: choose another value", adapter.target_modules
+    )
 
 
 def last_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:

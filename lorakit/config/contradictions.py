@@ -188,12 +188,15 @@ def _text_encoder_problems(optimizer: OptimizerConfig, adapter: AdapterConfig) -
             "adapter.train_text_encoder and adapter.new_tokens"
         )
     elif optimizer.text_encoder_learning_rate is not None and not adapter.trains_text:
-        problems.append("optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or new_tokens")
+        problems.append(
+            "optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or adapter.new_tokens"
+        )
     if not adapter.trains_text:
         names = ("text_encoder_2_learning_rate", "text_encoder_stop")
         unused = [name for name in names if getattr(optimizer, name) != getattr(OptimizerConfig, name)]
         problems += [
-            Message("optimizer.{name} needs adapter.train_text_encoder = true or new_tokens", name) for name in unused
+            Message("optimizer.{name} needs adapter.train_text_encoder = true or adapter.new_tokens", name)
+            for name in unused
         ]
     return problems
 

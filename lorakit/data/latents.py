@@ -230,7 +230,9 @@ class _Encoder:
                 if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all())):
                     name = photos[index].relative
                     raise LorakitError(
-                        "{photo}: its latent is not finite; the base's VAE cannot encode this photo", name
+                        "{photo}: its latent is not finite, because the base's VAE cannot encode it: "
+                        "leave it out (data.exclude), or give another VAE (model.vae)",
+                        name,
                     )
                 self.encoded += 1
                 if self.folder is not None:

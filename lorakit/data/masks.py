@@ -25,7 +25,10 @@ FOLDERS = {*WORDS, "_mask", "_masks", "mask_images", "mask images"} | {f"{word}s
 # What stands in front of it instead, as in "mask_x.png".
 PREFIX = re.compile(r"mask[._ -](?=.)", re.IGNORECASE)
 NO_MASK = "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
-BLACK_MASK = "{photo}: its mask is black all over, so nothing of it would be learned"
+BLACK_MASK = (
+    "{photo}: its mask is black all over, so nothing of it would be learned: change the mask, or leave "
+    "the photo out (data.exclude)"
+)
 
 
 def problems(items: Sequence[Item]) -> list[str]:

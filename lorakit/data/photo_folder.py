@@ -259,7 +259,7 @@ def require(path: str) -> str:
         LorakitError: it names none.
     """
     if not path:
-        raise LorakitError("no folder of photos given (data.folder)")
+        raise LorakitError("no folder of photos: name one (data.folder)")
     return path
 
 

@@ -243,7 +243,7 @@ def test_what_decoding_did_is_noted(photos: Path, base) -> None:
 
 
 def test_no_folder(base) -> None:
-    with pytest.raises(LorakitError, match=r"^no folder of photos given \(data\.folder\)$"):
+    with pytest.raises(LorakitError, match=r"^no folder of photos: name one \(data\.folder\)$"):
         checks.check(DataConfig(), base)
 
 

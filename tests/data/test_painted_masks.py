@@ -120,7 +120,10 @@ def test_a_painted_mask_counts_as_one_and_an_empty_one_is_refused(photos: Path, 
     edits = {"a.png": "paint 20 50 50, erase 90 50 50"}
     (photos / "b.mask.png").unlink()
     report = checks.check(from_tables({"data": data | {"edits": edits}, "train": {"steps": 1}}).data, base)
-    assert masks.problems(report.items) == ["a.png: its mask is black all over, so nothing of it would be learned"]
+    assert masks.problems(report.items) == [
+        "a.png: its mask is black all over, so nothing of it would be learned: change the mask, or leave the photo out "
+        "(data.exclude)"
+    ]
     assert [row["mask"] for row in report.to_json()["photos"]] == [True, False]
     assert "1 of 2 photos have a mask; train.masked_loss = true uses it" in report.notes
     with pytest.raises(LorakitError, match=r"a\.png: its mask is black all over"):

@@ -95,7 +95,7 @@ def test_a_list_of_folders_is_a_run_for_each(tmp_path: Path, photos: Path) -> No
         ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\nadapter.rank = []", "a: a list of values has none in it"),
         ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\noutput.folder = 'b'", "a: output.folder is where the batch"),
         ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\nadapter.rank = [4, 'x']", "a-rank-x: adapter.rank = 'x'"),
-        ("[[run]]\ndata.name = 'sks toy'", "1: no folder of photos given"),
+        ("[[run]]\ndata.name = 'sks toy'", "1: no folder of photos: name one"),
         ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\n" * 2, "a: two rows have this name"),
     ],
 )

@@ -135,7 +135,7 @@ def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> Non
         ({"output__folder": "there/file"}, "there/file is a file; give --output a folder"),
         ({"output__folder": "there/file/run"}, "cannot write to there/file/run: Not a directory; give another"),
         ({"data__folder": "nowhere"}, "folder nowhere does not exist"),
-        ({"data__folder": ""}, "no folder of photos given (data.folder)"),
+        ({"data__folder": ""}, "no folder of photos: name one (data.folder)"),
         ({"model__base": "nowhere"}, "base nowhere does not exist"),
     ],
 )

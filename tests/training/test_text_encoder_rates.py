@@ -41,7 +41,7 @@ def test_each_text_encoder_has_its_rate_and_stops(name: str) -> None:
 @pytest.mark.parametrize(("name", "value"), [("stop", 0.5), ("2_learning_rate", 1e-5)])
 def test_options_of_text_encoders_need_one_that_is_trained(name: str, value: float) -> None:
     option = {f"optimizer.text_encoder_{name}": value}
-    with pytest.raises(ConfigError, match=r"needs adapter.train_text_encoder = true or new_tokens"):
+    with pytest.raises(ConfigError, match=r"needs adapter.train_text_encoder = true or adapter.new_tokens"):
         config.load(None, {"train.steps": 1, **option})
     run_config = config.load(
         None, {"train.steps": 1, "adapter.train_text_encoder": True, "optimizer.name": "prodigy", **option}
