@@ -1,4 +1,4 @@
-"""Flip and jitter of photos: pure functions of (seed, photo, variant), so that variants can be cached.
+"""Flip and jitter photos: pure functions of (seed, photo, variant), so that variants can be cached.
 
 Variant 0 is the photo without augmentation. With `data.flip` every odd variant is mirrored.
 """

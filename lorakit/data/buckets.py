@@ -1,4 +1,4 @@
-"""Choose the size that a photo is trained at: the aspect ratio that crops least of it. No photo is dropped."""
+"""Choose the training size of a photo: the aspect ratio that crops least of it. No photo is dropped."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from PIL import Image
 
 from lorakit.config import DataConfig
 
-# The area of a bucket differs from resolution^2 by at most this factor, and its sides from resolution by the second,
-# or the root of `data.max_aspect` where that is more.
+# Limits of a bucket: its area is within this factor of resolution^2, and its sides are within the second factor of the
+# resolution, or within the root of `data.max_aspect` if that is larger.
 MAX_AREA_FACTOR = 1.25
 MAX_SIDE_FACTOR = 2.0
-# Cost of one unit of log(area), in shares of the photo: a bucket with 1.25 times the area must save 5.6 % of the photo.
+# Cost of one unit of log(area), as a share of the photo: a bucket with 1.25 times the area must save 5.6 % of the
+# photo.
 AREA_WEIGHT = 0.25
 
 
 class Bucket(NamedTuple):
-    """Width and height in pixels that photos are trained at."""
+    """Width and height in pixels of photos in training."""
 
     width: int
     height: int
@@ -35,7 +36,7 @@ class Placement:
     """The bucket of a photo, and the crop `box` that is resized to the bucket's size.
 
     Attributes:
-        bucket: the size that the photo is trained at.
+        bucket: the photo's size in training.
         box: (left, top, right, bottom) in pixels of the upright photo; fractions are exact.
         scale: bucket pixels for one photo pixel; above 1 the photo is scaled up.
         cropped: share of the photo's area that the crop removes, 0 to 1.
@@ -54,10 +55,10 @@ class Placement:
 
 @cache
 def sizes(resolution: int, multiple: int, max_aspect: float = DataConfig.max_aspect) -> tuple[Bucket, ...]:
-    """Every bucket of a resolution: sides are multiples of `multiple`, area within `MAX_AREA_FACTOR` of resolution^2,
-    longer side at most `max_aspect` times the shorter.
+    """Every bucket of a resolution. Sides are multiples of `multiple`; the area is within `MAX_AREA_FACTOR` of
+    resolution^2; the longer side is at most `max_aspect` times the shorter.
 
-    If the resolution is no multiple of it, the nearest square is one of them.
+    If the resolution is not such a multiple, the nearest square is included.
     """
     area, factor = resolution**2, max(MAX_SIDE_FACTOR, math.sqrt(max_aspect))
     sides = range(multiple, int(factor * resolution) + 1, multiple)
@@ -74,7 +75,7 @@ def sizes(resolution: int, multiple: int, max_aspect: float = DataConfig.max_asp
 
 
 def placements(size: tuple[int, int], data: DataConfig, multiple: int, relative: str) -> tuple[Placement, ...]:
-    """`assign` for each of the resolutions of a photo, which has a path in the folder."""
+    """`assign` for each resolution of the photo with this path in the folder."""
     return tuple(assign(size, side, multiple, data.max_aspect) for side in data.resolutions_of(relative))
 
 
@@ -107,10 +108,10 @@ def _crop_share(aspect: float, bucket: Bucket) -> float:
 
 
 def sharpness(image: Image.Image, placement: Placement) -> float:
-    """Variance of the Laplacian (Pech-Pacheco et al. 2000) over the variance of the picture, at the trained size.
+    """Variance of the Laplacian (Pech-Pacheco et al. 2000) divided by the variance of the picture, at the trained size.
 
-    A photo that is smaller than its bucket is measured at its own size. `image` may be a decode at a half or a
-    quarter of the photo's size. A flat picture has no edges: the result is 1.
+    A photo that is smaller than its bucket is measured at its own size. `image` may be decoded at half or a quarter of
+    the photo's size. A flat picture has no edges; its result is 1.
     """
     size = (placement.bucket.width, placement.bucket.height)
     if placement.is_enlarged:
@@ -127,5 +128,5 @@ def sharpness(image: Image.Image, placement: Placement) -> float:
     laplacian += grey[1:-1, 2:]
     laplacian -= 4 * inner
     spread = float(grey.var())
-    # Rounding to 8 bits adds noise of variance 1/12 to each of the five places, of which the middle one counts 16-fold.
+    # Rounding to 8 bits adds noise of variance 1/12 to each of the five pixels; the middle one counts 16-fold.
     return max(0.0, float(laplacian.var()) - 20 / 12) / spread if spread > 4 else 1.0

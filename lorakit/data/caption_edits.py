@@ -1,7 +1,7 @@
-"""Write captions beside photos, by a machine or many at once, so that each such change can be undone.
+"""Write captions for photos, by a model or many at once, so that each such change can be undone.
 
-A change is a file `.lorakit/captions-0001.jsonl` in the folder of photos: a line for each caption file, with its text
-before and after. A line is on the disk before the caption is, so a kill loses nothing. Undoing renames the file.
+A change is a file `.lorakit/captions-0001.jsonl` in the folder of photos, with a line for each caption file: its text
+before and after. Each line is written to disk before its caption, so a kill loses nothing. Undoing renames the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CaptionWriter:
 
     Args:
         folder: the folder of photos.
-        photos: all photos of the folder: two with one stem have a caption file each.
+        photos: all photos of the folder. If two have the same stem, each gets its own caption file.
     """
 
     def __init__(self, folder: Path, photos: Iterable[Photo]):
@@ -51,8 +51,8 @@ class CaptionWriter:
             self._journal.close()
 
     def file_of(self, photo: Photo) -> Path:
-        """The file that gets the caption: the one that has it already, else `name.txt` (`name.jpg.txt` where another
-        photo has the same stem)."""
+        """The file for the caption: the existing one, else `name.txt` (`name.jpg.txt` if another photo has the same
+        stem)."""
         source = photo.path.parent / (photo.caption_source or "")
         if photo.caption_source and source.suffix.lower() in CAPTIONS and source.is_file():
             return source
@@ -60,7 +60,7 @@ class CaptionWriter:
         return photo.path.with_name(f"{photo.path.name if is_shared else photo.path.stem}{CAPTIONS[0]}")
 
     def write(self, photo: Photo, text: str) -> Path:
-        """Write the caption of a photo, or several as a line each. Return the file.
+        """Write the caption of a photo, or several captions as one line each. Return the file.
 
         Raises:
             LorakitError: it cannot be written.
@@ -110,10 +110,10 @@ def _names(folder: Path) -> list[re.Match[str]]:
 
 
 def undo(folder: Path) -> Undone:
-    """Bring the captions back that the last change replaced, and take away those that it added.
+    """Restore the captions that the last change replaced, and delete those that it added.
 
     Raises:
-        LorakitError: there is no change, its file is damaged, or a caption cannot be written.
+        LorakitError: there is no change to undo, its file is damaged, or a caption cannot be written.
     """
     if not folder.is_dir():
         raise LorakitError("folder {folder} does not exist", folder)
@@ -142,7 +142,8 @@ def undo(folder: Path) -> Undone:
 
 
 def _rows(folder: Path, journal: Path) -> list[tuple[Path, bytes | None, bytes]]:
-    """Caption file, its bytes before and after. The last line may be half a line: its caption was not written."""
+    """(caption file, its bytes before, its bytes after). The last line may be incomplete: its caption was not
+    written."""
     result, lines = [], journal.read_text(encoding="ascii", errors="replace").split("\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -164,8 +165,10 @@ def _rows(folder: Path, journal: Path) -> list[tuple[Path, bytes | None, bytes]]
 
 
 def with_name(text: str, config: DataConfig, is_tags: bool) -> str:
-    """A caption with trigger and class: "a dog here" becomes "a sks dog here", and tags begin with "sks dog".
-    A text without the class gets the name in front, as in training."""
+    """Add trigger and class to a caption: "a dog here" becomes "a sks dog here", and tags start with "sks dog".
+
+    A text without the class gets the name in front, as in training.
+    """
     if not config.name or captions.has_trigger(text, config):
         return text
     if is_tags:
@@ -185,7 +188,7 @@ def with_name(text: str, config: DataConfig, is_tags: bool) -> str:
 
 
 def without(text: str, phrases: Sequence[str], is_tags: bool) -> str:
-    """A caption without the unwanted words: whole tags are removed, and words of a sentence."""
+    """Remove the unwanted words from a caption: complete tags, or words of a sentence."""
     if is_tags:
         absent = {phrase.replace("_", " ").casefold().strip() for phrase in phrases}
         return ", ".join(tag for tag in _tags(text) if tag.casefold() not in absent)
@@ -196,7 +199,7 @@ def without(text: str, phrases: Sequence[str], is_tags: bool) -> str:
 
 
 def tidy(text: str) -> str:
-    """A text without the gaps, doubled marks and commas at its ends that a removal leaves."""
+    """Remove the gaps, doubled punctuation and outer commas that a removal leaves in a text."""
     text = re.sub(r"\s+([,.;:!?])", r"\1", " ".join(text.split()))
     return re.sub(r"([,;:])[,.;:]+|\.[,;:.]+", lambda run: "." if "." in run[0] else run[1], text).strip(" ,;")
 
@@ -206,21 +209,21 @@ def _tags(text: str) -> list[str]:
 
 
 def add(text: str, words: str, *, in_front: bool) -> str:
-    """The words as a tag in front of or behind the caption, unless it has them."""
+    """Add words as the first or last tag of the caption, unless it has them."""
     if not words or words.casefold() in [tag.casefold() for tag in _tags(text)]:
         return text
     return ", ".join(filter(None, [words, text] if in_front else [text, words]))
 
 
 def trigger_first(text: str, config: DataConfig) -> str:
-    """The caption with the part that has the trigger in front of all others, and the name where none has it."""
+    """Move the tag with the trigger to the front of the caption. If no tag has it, add the name."""
     tags = _tags(text)
     own = [tag for tag in tags if config.trigger and captions.has_trigger(tag, config)][:1]
     return ", ".join([*(own or [config.name]), *(tag for tag in tags if tag not in own)]) if config.name else text
 
 
 def replace(text: str, search: str, replacement: str) -> str:
-    """The caption with whole words replaced, whatever their case; removed where the replacement is empty."""
+    """Replace words in the caption, ignoring case. An empty replacement removes them."""
     if not search:
         return text
     pattern = re.compile(rf"(?<!\w){re.escape(search)}(?!\w)", re.IGNORECASE)
@@ -228,7 +231,7 @@ def replace(text: str, search: str, replacement: str) -> str:
 
 
 def plan(photos: Iterable[Photo], edit: Callable[[str, Photo], str]) -> list[tuple[Photo, str]]:
-    """The photos whose captions an edit changes, with the new ones, a line each where a photo has several."""
+    """The photos whose captions an edit changes, with the new captions, one line each if a photo has several."""
     result = []
     for photo in photos:
         lines = [" ".join(edit(line, photo).split()) for line in photo.caption_lines]

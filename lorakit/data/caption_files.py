@@ -14,7 +14,7 @@ from lorakit.core.messages import Message
 
 METADATA = "metadata.jsonl"
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
-# How a document begins that a word processor or a browser saved.
+# The start of a document that a word processor or a browser saved.
 MARKUP = re.compile(r"\s*(?:({)\\rtf|<!doctype html|<html)", re.IGNORECASE)
 FILE_KEYS = ("file_name", "image_name", "filename", "file", "image", "image_path", "image_file", "path")
 TEXT_KEYS = ("text", "caption", "prompt", "description", "tags", "tag_string")
@@ -29,7 +29,7 @@ def decode(raw: bytes, name: str, warn: Callable[[str], object]) -> str:
     """Text in UTF-8, UTF-16 or UTF-32; another encoding is guessed, and a warning shows the text.
 
     Raises:
-        LorakitError: it is no text in any of the encodings.
+        LorakitError: it is not text in any of the encodings.
     """
     text, guess = _decode(raw)
     if text is not None and "\0" in text:
@@ -87,9 +87,9 @@ def _decode(raw: bytes) -> tuple[str | None, str]:
 
 
 def _is_cyrillic(text: str) -> bool:
-    """Whether all letters beyond ASCII are Russian, most of them small, and no word mixes them with Latin letters.
+    """Whether all letters beyond ASCII are Russian, most of them lower-case, and no word mixes them with Latin letters.
 
-    Bytes of other encodings give capitals and signs between them.
+    Bytes of other encodings look like capitals and signs.
     """
     letters = re.findall(r"[^\W\d_a-zA-Z]", text)
     small = re.findall("[а-яё]", text)
@@ -99,7 +99,8 @@ def _is_cyrillic(text: str) -> bool:
 
 
 def _is_east_asian(text: str) -> bool:
-    """Whether nearly all characters beyond ASCII are CJK, some side by side, none inside a Latin word as in "größe"."""
+    """Whether nearly all characters beyond ASCII are CJK, some adjacent, and none is inside a Latin word as in
+    "größe"."""
     others = [character for character in text if ord(character) > 127]
     cjk = CJK.pattern
     if not re.search(f"{cjk}{cjk}", text) or re.search(f"[a-zA-Z]{cjk}[a-zA-Z]", text):
@@ -115,7 +116,7 @@ def _try(raw: bytes, encoding: str) -> str | None:
 
 
 def of_one_photo(content: str) -> str | None:
-    """The caption in the JSON of one photo, or None."""
+    """The caption in the JSON file of one photo, or None."""
     try:
         row = foreign_json.loads(content)
     except ValueError:
@@ -190,14 +191,14 @@ def _text(row: Mapping[str, object]) -> str | None:
 
 def _joined(value: object) -> str | None:
     if isinstance(value, Mapping) and value and all(isinstance(score, int | float) for score in value.values()):
-        value = list(value)  # a tagger's, with the score of each
+        value = list(value)  # a tagger's output, with a score for each tag
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return ", ".join(value)
     return " ".join(value.split()) if isinstance(value, str) else None
 
 
 def photo_key(file: str, level: Path) -> str:
-    """A photo's path relative to the folder of the table, also from a Windows path or an absolute path of another
+    """A photo's path relative to the table's folder, also from a Windows path or an absolute path of another
     machine."""
     parts = file.replace("\\", "/").removeprefix("./").split("/")
     is_absolute = len(parts) > 1 and (not parts[0] or parts[0].endswith(":"))

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from lorakit.core.protocols import Base
     from lorakit.data.photo_folder import Photo
 
-# Most orders of its tags that a photo is trained with: all are encoded before training, and no single order is learned.
+# Most tag orders for one photo: all of them are encoded before training, and no single order is learned.
 MAX_TAG_ORDERS = 8
-# Between tags that stay first, tags that are shuffled, and tags that stay last.
+# Separates tags that stay first, tags that are shuffled, and tags that stay last.
 SEPARATOR = "|||"
 WILDCARD = re.compile(r"\{([^{}|]*+\|[^{}]*)\}")
-# Tokens of a text in a chunk of CLIP, and how many are read where `data.max_tokens` is not set.
+# Tokens of a text in one chunk of CLIP, and the limit without `data.max_tokens`.
 CHUNK, MAX_TOKENS = 75, 225
-# How CLIP splits text before its byte-pair encoding (openai/CLIP, simple_tokenizer.py).
+# CLIP's split of text before byte-pair encoding (openai/CLIP, simple_tokenizer.py).
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # Words that begin with a vowel sound, or with a consonant sound, against their first letter.
 VOWEL_SOUNDS = ("hour", "honest", "honor", "honour", "heir")
@@ -68,7 +68,7 @@ def instance_prompt(config: DataConfig) -> str:
 
 
 def class_prompt(config: DataConfig) -> str:
-    """The text of the whole class, without the trigger. Prior preservation keeps its images unchanged."""
+    """The text of the class, without the trigger. Prior preservation keeps the images of the class unchanged."""
     if config.class_prompt:
         return config.class_prompt
     if config.kind == "style":
@@ -80,7 +80,8 @@ def class_prompt(config: DataConfig) -> str:
 def class_text(text: str, config: DataConfig) -> str:
     """The class text of a final text: the same text without the trigger, for prior preservation.
 
-    If `class_prompt` is set, it is the class text of every text. The instance prompt always has the class prompt.
+    If `class_prompt` is set, it is the class text of every text. The class text of the instance prompt is the class
+    prompt.
     """
     if config.class_prompt or text == instance_prompt(config):
         return class_prompt(config)
@@ -94,7 +95,7 @@ def class_text(text: str, config: DataConfig) -> str:
 
 
 def class_text_of_any(text: str, configs: Sequence[DataConfig]) -> str:
-    """As `class_text`, for a text of any of several concepts: none of their triggers is left in it."""
+    """As `class_text`, for a text of one of several concepts: the triggers of all are removed."""
     if len(configs) == 1:
         return class_text(text, configs[0])
     for config in configs:
@@ -160,8 +161,7 @@ def final_text(caption: str | None, config: DataConfig) -> str:
 
 
 def captions_of(photo: Photo, config: DataConfig) -> list[str]:
-    """The captions of a photo: the text of its caption file, each line of it, or the photo's name; empty without
-    any."""
+    """The captions of a photo: the text of its caption file, each of its lines, or the photo's name; else empty."""
     if config.caption_lines and photo.caption_lines:
         return list(photo.caption_lines)
     name = " ".join(re.sub(r"[\W\d_]+", " ", photo.path.stem).split()) if config.caption_from_name else ""
@@ -169,12 +169,12 @@ def captions_of(photo: Photo, config: DataConfig) -> list[str]:
 
 
 def photo_texts(photo: Photo, config: DataConfig) -> list[str]:
-    """The texts of a photo, as `variants` takes them."""
+    """The texts of a photo, as input of `variants`."""
     return [_full_text(caption, config) for caption in captions_of(photo, config)] or [instance_prompt(config)]
 
 
 def all_texts(photo: Photo, config: DataConfig) -> list[str]:
-    """The texts of a photo for the check, its own first: of each caption, with the longest of each {a|b} too."""
+    """The texts of a photo for the check, its own first: each caption, also with the longest choice of each {a|b}."""
     texts = photo_texts(photo, config)
     if config.wildcards:
         texts += [WILDCARD.sub(lambda match: max(match[1].split("|"), key=len), text) for text in texts]
@@ -182,13 +182,14 @@ def all_texts(photo: Photo, config: DataConfig) -> list[str]:
 
 
 def loose_braces(photo: Photo, config: DataConfig) -> str:
-    """A text of the photo that keeps a brace where `data.wildcards` draws: {a|b without its end, or {a}; else ""."""
+    """A text of the photo with an unmatched brace that `data.wildcards` does not replace, such as {a|b or {a}; else
+    ""."""
     texts = photo_texts(photo, config) if config.wildcards else []
     return next((text for text in texts if re.search("[{}]", WILDCARD.sub("", text))), "")
 
 
 def own_text(photo: Photo, config: DataConfig) -> str:
-    """The first text of a photo, which the validation uses."""
+    """The first text of a photo, which validation uses."""
     return _without_marks(photo_texts(photo, config)[0], config)
 
 
@@ -199,7 +200,7 @@ def _full_text(caption: str | None, config: DataConfig) -> str:
 
 
 def _without_marks(text: str, config: DataConfig) -> str:
-    """A text without separators, with the first of each {a|b}."""
+    """The text without separators, with the first choice of each {a|b}."""
     text = WILDCARD.sub(lambda match: match[1].split("|")[0], text) if config.wildcards else text
     return ", ".join(part.strip(" ,") for part in text.split(SEPARATOR)) if SEPARATOR in text else text
 
@@ -231,7 +232,7 @@ def variants(text: str, config: DataConfig, seed: str) -> list[str]:
 
 
 def _draw(text: str, config: DataConfig, draw: random.Random) -> str:
-    """One text of a caption: one of each {a|b}, some of the tags, in another order."""
+    """One text from a caption: one choice of each {a|b}, some of the tags, in another order."""
     if config.wildcards:
 
         def pick(match: re.Match[str]) -> str:
@@ -253,7 +254,8 @@ def _draw(text: str, config: DataConfig, draw: random.Random) -> str:
 def _sections(text: str, config: DataConfig) -> tuple[list[str], list[str], list[str]]:
     """The tags that stay first, those that are shuffled and dropped, and those that stay last.
 
-    "fixed ||| others ||| last" says which; without separators the tag with the trigger stays, and `data.keep_tags`.
+    "fixed ||| others ||| last" sets them. Without separators, the tag with the trigger and `data.keep_tags` tags stay
+    first.
     """
     parts = [_tags(part) for part in text.split(SEPARATOR, 2)]
     if len(parts) > 1:
@@ -275,11 +277,11 @@ def mentions_sides(text: str) -> bool:
 
 
 def max_chunks(config: DataConfig, chunked: bool = True) -> int:
-    """The largest number of chunks of a text that are read; 1 for a base that reads no more."""
+    """The largest number of chunks of a text that are encoded; 1 for a base that does not support more."""
     return (config.max_tokens or MAX_TOKENS) // CHUNK if chunked else 1
 
 
-# CLIP has 49,408 tokens. The bundled base's few hundred are in no such order.
+# CLIP has 49,408 tokens. The few hundred of the bundled base are not ordered by frequency.
 LARGE_VOCABULARY = 40_000
 
 
@@ -288,15 +290,15 @@ class TokenCounter:
 
     Args:
         folder: the base's `tokenizer` folder, with tokenizer.json or with vocab.json and merges.txt.
-        limit: positions of the text encoder (77 for CLIP), including the start and the end token.
-        chunks: how often so many are read at most.
+        limit: tokens of a text that are encoded.
+        chunks: the largest number of chunks.
 
     Attributes:
-        room: tokens of a text in a chunk.
+        room: tokens of a text in one chunk.
         limit: tokens of a text that are read.
 
     Raises:
-        LorakitError: there is no tokenizer in the folder.
+        LorakitError: the folder has no tokenizer.
     """
 
     def __init__(self, folder: Path, limit: int, chunks: int = 1):
@@ -317,7 +319,7 @@ class TokenCounter:
 
 
 def prompt_findings(sample: SampleConfig, base: Base) -> list[str]:
-    """What of the prompts is cut, left out, or read otherwise than by web UIs, a line each."""
+    """Messages about prompts that are truncated, partly ignored, or read differently than in web UIs."""
     tokenizer = base.tokenizers.get("tokenizer")
     findings: list[str] = []
     own = parse_all(list(sample.prompts), sample, (0, 0))

@@ -1,4 +1,4 @@
-"""The meaning of folders: subjects and repeats as in "20_ohwx man/", class images as in "reg/", and runs."""
+"""The meaning of folder names: subjects and repeats as in "20_ohwx man/", class images as in "reg/", and runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # "20_ohwx man": repeats and subject. A number of four digits is a year.
 NUMBERED = re.compile(r"(\d{1,3})_(.+)")
-# "sks dog": a folder's name that begins with a word that guides teach as a trigger, or with the run's own.
+# A folder name such as "sks dog" starts with a trigger from common guides, or with the run's own trigger.
 TRIGGERS = {"sks", "ohwx", "zwx", "hta", "ukj", "olis"}
 CLASS_IMAGES = re.compile(
     r"_?(\d+_)?(regs?|reg[_ -]\S.*|prior[_ -]?(images?|imgs?|pictures?|photos?)"
@@ -38,7 +38,7 @@ def is_class_folder(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder is a run, the samples of one, or what `lorakit sample` writes."""
+    """Whether the folder is a run, the samples of a run, or an output folder of `lorakit sample`."""
     places = (folder, folder.parent, folder.parent.parent)
     is_below = (True, folder.name == "samples", folder.parent.name == "samples")
     if any(
@@ -51,7 +51,7 @@ def is_run(folder: Path) -> bool:
 
 
 def of_photo(photo: Photo, config: DataConfig) -> DataConfig:
-    """The config that gives the photo its texts: with `data.concepts = "folders"`, its folder names the subject."""
+    """The config for the photo's texts: with `data.concepts = "folders"`, its folder names the subject."""
     if config.concepts != "folders" or not photo.subject:
         return config
     return replace(config, name=photo.subject, instance_prompt="", class_prompt="")
@@ -63,7 +63,7 @@ def of_photos(photos: Sequence[Photo], config: DataConfig) -> list[DataConfig]:
 
 
 def counts(photos: Sequence[Photo], config: DataConfig) -> dict[str, int]:
-    """What the photos show, "sks dog", and how many do, in the order of the photos."""
+    """The name of each concept ("sks dog") -> number of its photos, in the order of the photos."""
     return dict(Counter(of_photo(photo, config).name.strip() for photo in photos))
 
 
@@ -76,10 +76,10 @@ def with_name(config: DataConfig, photos: Sequence[Photo]) -> DataConfig:
 
 
 def problem(photos: Sequence[Photo], config: DataConfig) -> str | None:
-    """Why folders contradict `data.name`, or None: photos in "20_ohwx man/" would be trained as "a sks dog".
+    """The reason why folders contradict `data.name`, or None: photos in "20_ohwx man/" would be trained as "a sks dog".
 
-    A folder without a number names a subject beside a folder that names `data.name`, or if it is a trigger and a noun.
-    A photo whose caption has the trigger contradicts nothing.
+    A folder without a number names a subject if another folder names `data.name`, or if its name is a trigger and a
+    noun. A photo whose caption has the trigger contradicts nothing.
     """
     if config.concepts != "ask":
         return None
@@ -105,7 +105,7 @@ def problem(photos: Sequence[Photo], config: DataConfig) -> str | None:
 
 
 def _is_subject(name: str, config: DataConfig) -> bool:
-    """Whether a folder's name is that of a subject by itself: "20_man", "ohwx man"."""
+    """Whether a folder name looks like a subject: "20_man", "ohwx man"."""
     first, *rest = re.split(r"[\s_-]+", name.casefold().strip(" _-"))
     return NUMBERED.fullmatch(name) is not None or (
         len(rest) == 1 and rest[0].isalpha() and first in TRIGGERS | {config.trigger.casefold()}
@@ -113,8 +113,8 @@ def _is_subject(name: str, config: DataConfig) -> bool:
 
 
 def _names_subject(subject: str, config: DataConfig) -> bool:
-    """Whether it is another word for `data.name`: of its words, or with its trigger, which has another noun in "sks
-    dog" beside "sks ball"."""
+    """Whether `subject` is another name for `data.name`: a subset of its words, or with its trigger and no other noun
+    (unlike "sks ball" for "sks dog")."""
     words, own = _words(subject), _words(config.name)
     nouns = own - {config.trigger.casefold()}
     with_trigger = config.trigger.casefold() in words and (not nouns or len(words) != 2 or bool(nouns & words))

@@ -18,11 +18,11 @@ class LatentBucket:
         width, height: pixels.
         mean, std: float32 `[n, C, h, w]`, scaled for the denoiser: latents = mean + std * noise.
         mask: float32 `[n, 1, h, w]`, 0 to 1, or None if the loss uses no masks.
-        sizes: name -> `[n, ...]`, the family's `size_conditions`; empty where it has none.
+        sizes: name -> `[n, ...]`, the family's `size_conditions`; empty if it has none.
         photo: int64 `[n]` on the CPU, index into `Dataset.photos`.
         variant: int64 `[n]` on the CPU, number of the variant; 0 is the photo without augmentation.
         text: int64 `[n]` on the CPU, index into `Dataset.texts` of the photo's own text.
-        resolution: int64 `[n]` on the CPU, place in `data.resolutions` of what the row was sized for.
+        resolution: int64 `[n]` on the CPU, index in `data.resolutions` of the row's resolution.
     """
 
     width: int
@@ -49,7 +49,8 @@ class LatentBucket:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch; int64 `[b]`: `entries` are rows of `Dataset.buckets[bucket]`, `text_rows` index `Dataset.texts`."""
+    """One batch. `entries`, int64 `[b]`, are rows of `Dataset.buckets[bucket]`; `text_rows`, int64 `[b]`, index
+    `Dataset.texts`."""
 
     bucket: int
     entries: torch.Tensor
@@ -64,8 +65,8 @@ class Dataset:
         buckets: one for each size.
         photos: the photos, in order of name.
         texts: every different text. Training and validation photos share the list.
-        choices: for each photo, the indices of the texts it alternates between; its own text is first.
-        instance_prompts: for each photo, the index of the instance prompt, which replaces a text that is dropped.
+        choices: for each photo, the indices of its texts; its own text is first.
+        instance_prompts: for each photo, the index of the instance prompt, which replaces a dropped text.
         caption_dropout: probability that a text is dropped.
     """
 
@@ -81,7 +82,7 @@ class Dataset:
         return replace(self, buckets=[bucket.to(device) for bucket in self.buckets])
 
     def unaugmented(self) -> Dataset:
-        """The same photos for validation: variant 0 at the highest resolution only, each with its own text only."""
+        """The same photos for validation: only variant 0 at the highest resolution, and only each photo's own text."""
         latent_buckets = []
         for bucket in self.buckets:
             rows = torch.nonzero((bucket.variant == 0) & (bucket.resolution == 0)).flatten()
@@ -112,7 +113,7 @@ class Dataset:
         and one of its texts.
 
         The last batch of a size may be smaller. The result is a pure function of (seed, epoch, batch_size). A photo
-        goes through its variants epoch by epoch from a random start, so every variant is used equally often.
+        uses its variants in turn from a random start, so every variant is used equally often.
         """
         draw = rng.generator(seed, epoch, "order")
         starts = rng.generator(seed, 0, "variants")
@@ -155,7 +156,7 @@ class Dataset:
 
 
 def _rows_by_photo(bucket: LatentBucket) -> list[list[int]]:
-    """The rows of each photo at each resolution that has this bucket, in the order of the photos."""
+    """The rows of each (photo, resolution) in this bucket, in the order of the photos."""
     rows: dict[tuple[int, int], list[int]] = {}
     for row, key in enumerate(zip(bucket.photo.tolist(), bucket.resolution.tolist(), strict=True)):
         rows.setdefault(key, []).append(row)

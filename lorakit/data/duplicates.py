@@ -1,4 +1,4 @@
-"""Photos that look almost the same, among tens of thousands."""
+"""Find photos that look almost the same, among tens of thousands."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from PIL import Image
 
 from lorakit.core.messages import Message
 
-# Two photos look the same within this many bits of a 256-bit difference hash and this mean colour difference (of 255)
-# of 16 x 16 thumbnails. Copies saved at quality 50 or cropped by 1 % had up to 23 bits and 3.5. Four drawings of one
-# figure in other poses on white had 13 bits, and colours that differ by 5 or more. Flat pictures all have similar
-# hashes; only their colours differ.
+# Two photos look the same if they differ by at most this many bits of a 256-bit difference hash, and by this mean
+# colour difference (of 255) of 16 x 16 thumbnails. Copies saved at quality 50 or cropped by 1 % had up to 23 bits and
+# 3.5. Four drawings of one figure in other poses on white had 13 bits, and colours that differ by 5 or more. Flat
+# pictures all have similar hashes; only their colours differ.
 MAX_HASH_DISTANCE, MAX_COLOUR_DISTANCE = 24, 4.0
-# Thumbnails that are compared at once; the first that matches ends the search.
+# Number of thumbnails compared at once; the search ends at the first match.
 CHUNK = 512
-# A picture is first reduced by a whole number to at least this side: both of its thumbnails then cost next to nothing.
+# A picture is first reduced by an integer factor to at least this side, which makes both thumbnails cheap.
 SMALL_SIDE = 256
 
 Hashes = np.ndarray[Any, np.dtype[np.bool_]]
@@ -33,11 +33,11 @@ def fingerprint(image: Image.Image) -> tuple[Hashes, Colours]:
 
 
 def first_matches(hashes: Hashes, colours: Colours) -> dict[int, int]:
-    """Number of a photo -> the first photo before it that looks the same.
+    """Index of a photo -> the first earlier photo that looks the same.
 
-    Two thumbnails differ on average by at least the difference of their averages. So photos are sorted by brightness,
-    and only neighbours of about the same brightness are compared: first their hashes, then the averages of 4 x 4 parts.
-    Where these agree, all colours are compared.
+    The mean difference of two thumbnails is at least the difference of their means. So photos are sorted by brightness,
+    and only those of similar brightness are compared: first their hashes, then the means of 4 x 4 parts, then all
+    colours.
 
     Args:
         hashes: `[n, 256]`.
@@ -53,7 +53,7 @@ def first_matches(hashes: Hashes, colours: Colours) -> dict[int, int]:
     margin = MAX_COLOUR_DISTANCE + 0.001
     low = np.searchsorted(brightness[order], brightness - margin, "left").tolist()
     high = np.searchsorted(brightness[order], brightness + margin, "right").tolist()
-    # `[4, n]`: the words of a window lie side by side in memory.
+    # `[4, n]`: the words of a window are adjacent in memory.
     words = np.ascontiguousarray(np.packbits(hashes, axis=1).view(np.uint64)[order].T)
     places = np.argsort(order).tolist()
     matches = {}

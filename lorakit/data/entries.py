@@ -1,4 +1,4 @@
-"""The usable files of a folder of photos. Links that leave it are not followed; ignored files are reported."""
+"""The usable files of a folder of photos. Links that leave it are not followed; refused entries are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_FILE = "cannot be opened: neither a file nor a folder"
 
 
 def is_hidden(entry: Path) -> bool:
-    """Whether a file or folder is not meant to be seen."""
+    """Whether a file or folder is hidden."""
     return entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS
 
 
@@ -27,7 +27,7 @@ def usable(level: Path, root: Path, warnings: list[str]) -> list[Path]:
 
     Args:
         root: the folder of photos.
-        warnings: gets a line for each cause that keeps entries out.
+        warnings: gets a message for each reason to refuse entries.
     """
     entries, refused = [], dict[str, list[str]]()
     real_root = root.resolve()
@@ -43,7 +43,7 @@ def usable(level: Path, root: Path, warnings: list[str]) -> list[Path]:
 
 
 def _refusal(entry: Path, root: Path) -> str:
-    """Why an entry is not used, or ""."""
+    """The reason why an entry is not used, or ""."""
     if not entry.is_symlink():
         return "" if entry.is_file() or entry.is_dir() else NO_FILE
     try:
@@ -56,11 +56,11 @@ def _refusal(entry: Path, root: Path) -> str:
 
 
 class Names:
-    """Finds a file by the name of the photo that it belongs to: the exact name first, then one in another case.
+    """Finds a file by the name of its photo: the exact name first, then one with another case.
 
     Args:
         files: the files, by name or by stem.
-        photos: the photos. A file with exactly the name of one belongs to no other.
+        photos: the photos. A file with exactly the name of one photo belongs to no other.
     """
 
     def __init__(self, files: Mapping[str, Path], photos: Iterable[Path]):
@@ -75,7 +75,7 @@ class Names:
         return next(iter(self.every(photo, suffix)), None)
 
     def every(self, photo: Path, suffix: str) -> list[Path]:
-        """The file with the stem of a photo, then `suffix`, and the one with its whole name."""
+        """The file with the stem of a photo plus `suffix`, and the one with its full name plus `suffix`."""
         matches = [self._match(stem, suffix) for stem in (photo.stem, photo.name)]
         return [self._files[name] for name in matches if name is not None]
 
@@ -89,7 +89,7 @@ class Names:
 
 
 def _fold(name: str) -> str:
-    """A name without case; composed, because macOS takes accents apart."""
+    """A name in lower case and composed form, because macOS decomposes accents."""
     return unicodedata.normalize("NFC", name).lower()
 
 

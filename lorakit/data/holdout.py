@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lorakit.core.messages import Message
 from lorakit.data.photo_folder import Photo
 
-# With fewer photos, training misses a photo more than its measurement is worth.
+# With fewer photos, a photo is worth more in training than in validation.
 MIN_PHOTOS = 10
 
 
@@ -16,7 +16,7 @@ def split(photos: Sequence[Photo], share: float, seed: int) -> tuple[list[Photo]
     """Training photos and validation photos, each in the order of `photos`.
 
     With `MIN_PHOTOS` photos or more, `share` of them, at least one, are for validation; with fewer, none. The choice
-    depends on the seed and on each photo's own name, so adding or removing a photo changes little.
+    depends on the seed and each photo's name, so adding or removing a photo changes little.
     """
     if share == 0 or len(photos) < MIN_PHOTOS:
         return list(photos), []
@@ -26,7 +26,7 @@ def split(photos: Sequence[Photo], share: float, seed: int) -> tuple[list[Photo]
 
 
 def describe_split(count: int, validation_count: int, share: float) -> str:
-    """One line for the user: how many of `count` photos are for validation."""
+    """A message about how many of `count` photos are for validation."""
     if validation_count:
         return Message(
             "validation: {count} of {all} photos are held out and never trained on",

@@ -30,7 +30,7 @@ from lorakit.data.photo_folder import Photo
 # Part of every key on disk. Raise it when decoding, cropping or the saved tensors change.
 CACHE_VERSION = 2
 CHECKSUM = "blake2b"
-# Number of photos that are decoded before the encoder needs them. A decoded photo may have a hundred megabytes.
+# Number of photos that are decoded in advance. A decoded photo may have a hundred megabytes.
 MAX_PREFETCH = 4
 
 EncodeImages = Callable[[Iterable[torch.Tensor]], Iterable[tuple[torch.Tensor, torch.Tensor]]]
@@ -70,17 +70,17 @@ def build(
         encode_images: batches of pixels `[B, 3, H, W]` in [-1, 1] -> (mean, std) of the scaled latents of each.
         size_conditions: ((height, width), (top, left), (target height, target width)) -> name -> row (see
             `Family.size_conditions`).
-        identity: hash of the base; it is part of the key of latents on disk.
-        say: called with each line for the user.
-        batch_size: number of photos of a size that the encoder encodes in one call.
+        identity: hash of the base, part of the key of latents on disk.
+        say: called with each message for the user.
+        batch_size: size -> number of photos per call of the encoder.
         folder: folder of the latents on disk; by default in the user's cache.
 
     Returns:
         the training photos, and the validation photos or None. Both index the same texts.
 
     Raises:
-        LorakitError: a photo cannot be read any more; its latent is not finite; `train.masked_loss` is set and no photo
-            has a mask.
+        LorakitError: a photo cannot be read any more, a latent is not finite, or `train.masked_loss` is set and no
+            photo has a mask.
     """
     encoder = _Encoder(
         config, train, encode_images, size_conditions, identity, report.multiple, report.downscale, batch_size
@@ -90,7 +90,7 @@ def build(
     say(holdout.describe_split(len(report.photos), len(validation_photos), train.holdout))
     table = _TextTable(config, train.seed)
     dataset = _dataset(training_photos, encoder, table, device)
-    # Validation uses variant 0 at the highest resolution alone.
+    # Validation only uses variant 0 at the highest resolution.
     encoder.config = replace(config, variants=1, lower_resolutions=())
     validation = _dataset(validation_photos, encoder, table, device).unaugmented() if validation_photos else None
     if train.masked_loss and encoder.masks == 0:
@@ -100,7 +100,7 @@ def build(
 
 
 class _TextTable:
-    """The texts of a run, each once. The list grows as photos are added."""
+    """The distinct texts of a run. The list grows while photos are added."""
 
     def __init__(self, config: DataConfig, seed: int):
         self.config, self.seed = config, seed
@@ -159,7 +159,7 @@ class _Encoder:
     masks: int = 0
 
     def describe(self, photo_count: int, config: DataConfig) -> str:
-        """One line for the user: how many rows were read from disk and how many were encoded."""
+        """A message with the number of rows read from disk and of rows encoded."""
         rows = self.hits + self.encoded
         sizes = Message(" at {count} resolutions", len(config.resolutions)) if config.lower_resolutions else ""
         variants = " with their variants" if config.variants > 1 else ""
@@ -175,8 +175,8 @@ class _Encoder:
         )
 
     def prepare(self, photo: Photo) -> list[_VariantRow]:
-        """All variants of a photo at each resolution. The photo is decoded only if one of them is not on disk or the
-        loss uses masks."""
+        """All variants of a photo at each resolution. The photo is decoded only if one of them is not on disk, or if
+        the loss uses masks."""
         try:
             raw = photo.path.read_bytes()
         except OSError as error:
@@ -240,7 +240,7 @@ class _Encoder:
                 row.pixels, row.latent = None, (mean, std)
 
     def _load(self, key: str, variant: Variant) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The latent on disk for a key, or None. A damaged file is counted, and written again."""
+        """The latent on disk for a key, or None. A damaged file is counted and will be replaced."""
         if self.folder is None or not _cache_path(self.folder, key).is_file():
             return None
         try:
@@ -259,7 +259,7 @@ class _Encoder:
 
 
 def _checksum(mean: torch.Tensor, std: torch.Tensor) -> str:
-    """Of the bytes of a latent. It shows a bit that flipped on disk, which nothing else would."""
+    """Checksum of a latent's bytes. Without it, a flipped bit on disk would go unnoticed."""
     digest = hashlib.blake2b(mean.contiguous().numpy().data, digest_size=16)
     digest.update(std.contiguous().numpy().data)
     return digest.hexdigest()
@@ -270,7 +270,7 @@ def _cache_path(folder: Path, key: str) -> Path:
 
 
 def _photo_mask(photo: Photo, picture: Picture, raw: bytes) -> Pixels | None:
-    """As `masks.of_photo`; a mask that is black all over is refused."""
+    """As `masks.of_photo`, but a completely black mask is refused."""
     mask = masks.of_photo(photo, raw, picture.size, picture.alpha)
     if mask is not None and int(mask.max()) == 0:
         raise LorakitError(masks.BLACK_MASK, photo.relative)
@@ -291,7 +291,7 @@ def _dataset(photos: Sequence[Photo], encoder: _Encoder, table: _TextTable, devi
 def _batches(
     photos: Sequence[Photo], encoder: _Encoder, rows: dict[buckets.Bucket, list[_IndexedRow]]
 ) -> Iterator[list[_IndexedRow]]:
-    """Put the variants of all photos into `rows`; yield those to encode, as many of a size as the encoder takes."""
+    """Put the variants of all photos into `rows`. Yield batches to encode, each of one size and `batch_size` rows."""
     pending: dict[buckets.Bucket, list[_IndexedRow]] = {}
     for index, row in _prefetch(photos, encoder):
         size = row.variant.bucket

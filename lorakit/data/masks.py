@@ -1,4 +1,4 @@
-"""Masks by the names that other programs give them: `x-masklabel.png`, `x_mask.png`, `masks/x.png`."""
+"""Find masks by the names that other programs give them: `x-masklabel.png`, `x_mask.png`, `masks/x.png`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lorakit.data.decode import Pixels
     from lorakit.data.photo_folder import Photo
 
-# What stands between the name of a photo and the ending of its mask; `x.mask.png` itself is read with the photos.
+# Words between a photo's name and the suffix of its mask. `x.mask.png` itself is read with the photos.
 WORDS = ("mask", "masklabel", "matte", "segmentation", "seg", "alpha")
 MARKS = tuple(separator + word for word in WORDS for separator in "._- ")
 FOLDERS = {*WORDS, "_mask", "_masks", "mask_images", "mask images"} | {f"{word}s" for word in WORDS}
-# What stands in front of it instead, as in "mask_x.png".
+# Prefix instead of such a word, as in "mask_x.png".
 PREFIX = re.compile(r"mask[._ -](?=.)", re.IGNORECASE)
 NO_MASK = "train.masked_loss: no photo has a mask; put name.mask.png beside name.jpg, or set it to false"
 BLACK_MASK = (
@@ -32,7 +32,8 @@ BLACK_MASK = (
 
 
 def problems(items: Sequence[Item]) -> list[str]:
-    """Why `train.masked_loss` cannot be used with these photos, a line each. Transparent ones are masked by that."""
+    """The reasons why `train.masked_loss` cannot be used with these photos, one message each. Transparent photos are
+    masked by their alpha channel."""
     readable = [item for item in items if item.readable]
     if not any(item.photo.has_mask or item.transparent for item in readable):
         return [NO_MASK]
@@ -43,8 +44,8 @@ def of_photo(photo: Photo, raw: bytes, size: tuple[int, int], alpha: Pixels | No
     """The mask of a photo: painted, else its mask file, else its alpha channel, else None (every pixel is learned).
 
     Args:
-        raw: bytes of the photo.
-        size: of the photo after its edit.
+        raw: bytes of the photo's file.
+        size: size of the photo after its edit.
     """
     if photo.edit.strokes:
         return decode.painted_mask(photo.edit, decode.measure(raw, photo.relative))
@@ -53,14 +54,15 @@ def of_photo(photo: Photo, raw: bytes, size: tuple[int, int], alpha: Pixels | No
 
 @dataclass
 class Masks:
-    """The mask of each photo that has one, and the pictures that are masks and no photos."""
+    """The mask of each photo that has one, and the pictures that are masks instead of photos."""
 
     of: dict[Path, Path] = field(default_factory=dict)
     folders: set[Path] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 
     def match(self, photos: list[Path], files: dict[str, Path], marks: tuple[str, ...]) -> bool:
-        """Give each photo without a mask the first of `files` with its name and a mark; whether there was one."""
+        """Assign to each photo without a mask the first of `files` with its name and a mark. Return whether there was
+        one."""
         in_front = {PREFIX.sub("", stem) + MARKS[0]: file for stem, file in files.items() if PREFIX.match(stem)}
         names = Names({**in_front, **files}, photos)
         before = len(self.of)
@@ -72,10 +74,10 @@ class Masks:
 
 
 def find(photos: list[Photo], root: Path) -> Masks:
-    """The masks among the pictures of `root` and its subfolders, and in a folder of masks below a subfolder.
+    """Find masks among the pictures of `root` and its subfolders, and in mask folders inside a subfolder.
 
-    A picture is a mask in two cases. Its name is that of a photo with a mark of `MARKS`. Or it has the name of a photo
-    and is in a folder of `FOLDERS`, below or beside the folder of the photo.
+    A picture is a mask in two cases: its name is that of a photo plus a mark of `MARKS`, or it has the name of a photo
+    and is in a folder of `FOLDERS`, inside or next to the photo's folder.
     """
     masks = Masks()
     levels: dict[Path, list[Path]] = {}

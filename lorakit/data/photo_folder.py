@@ -1,4 +1,4 @@
-"""Find the photos of a folder, with their captions and masks. Nothing is written there."""
+"""Find the photos of a folder, with their captions and masks. Nothing is written to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMATS = (
 CAPTIONS = (".txt", ".caption")
 TEXT_KINDS = ("txt", "caption", "jsonl", "json", "csv", "tsv", "bak")
 MASK = ".mask.png"
-# At most so many folders are searched for photos on deeper levels: the user's folder may be a whole disk.
+# The most folders that are searched for deeper photos: the user's folder may be an entire disk.
 MAX_FOLDERS = 1000
 
 
@@ -35,14 +35,14 @@ class Photo:
 
     Attributes:
         path: the file.
-        relative: path relative to the folder, with `/`. Messages show it, and the photo's variants are seeded with it.
+        relative: path relative to the folder, with `/`. It is used in messages and as the seed of the photo's variants.
         caption: text of the caption, or None.
-        caption_source: name of the file that has the caption, or None.
-        mask: `name.mask.png` beside it, or None.
-        subject: what the name of its subfolder says without the number, "" for a photo outside subfolders.
-        repeats: how often an epoch shows it: the number in front of the name of its subfolder.
+        caption_source: name of the caption's file, or None.
+        mask: the file of its mask (`name.mask.png`), or None.
+        subject: the name of its subfolder without the number; "" for a photo outside subfolders.
+        repeats: how often an epoch uses it: the number in the name of its subfolder.
         caption_lines: the lines of the caption's file.
-        edit: what `data.edits` does to it.
+        edit: its edit in `data.edits`.
     """
 
     path: Path
@@ -63,10 +63,8 @@ class Photo:
 
 @dataclass
 class Folder:
-    """Result of `scan`. `warnings` are probable mistakes of the user; `notes` are decisions that `scan` made.
-
-    `class_photos` are class images for prior preservation. They are never trained as the subject.
-    """
+    """Result of `scan`. `warnings` are probable mistakes of the user; `notes` are decisions of `scan`. `class_photos`
+    are class images for prior preservation, which are never trained as the subject."""
 
     path: Path
     photos: list[Photo] = field(default_factory=list)
@@ -76,7 +74,7 @@ class Folder:
 
 
 def of_config(config: DataConfig) -> Folder:
-    """The photos that a config names; see `scan`."""
+    """The photos of a config; see `scan`."""
     return scan(require(config.folder), config.class_folder, config.exclude, config.more_folders, config.edits)
 
 
@@ -91,12 +89,12 @@ def scan(
 
     Args:
         exclude: names or patterns of photos to leave out.
-        class_folder: folder of class images, in place of reg/, class/ or regularization/ in `folder`.
-        more_folders: name -> path of folders that are read as if they were subfolders.
-        edits: photo -> how it is turned and cropped.
+        class_folder: folder of class images, instead of reg/, class/ or regularization/ in `folder`.
+        more_folders: name -> path of folders that are read like subfolders.
+        edits: photo -> its rotation, crop and mask.
 
     Raises:
-        LorakitError: the folder is missing, is a file, cannot be read, or holds no picture.
+        LorakitError: the folder is missing, is a file, cannot be read, or has no pictures.
     """
     path = expand(folder)
     _require_folder(path)
@@ -142,13 +140,13 @@ def scan(
 
 
 def excluded(photos: Iterable[Photo], exclude: Sequence[str]) -> set[str]:
-    """The photos that `data.exclude` leaves out. An entry is a path in the folder; one that is no path is a pattern."""
+    """The photos that `data.exclude` leaves out. An entry is a path in the folder, else a pattern."""
     names = {photo.relative for photo in photos}
     return {n for name in exclude for n in ([name] if name in names else fnmatch.filter(names, name))}
 
 
 def _leave_out(result: Folder, exclude: Sequence[str]) -> None:
-    """Take the photos of `data.exclude` away, and say which."""
+    """Remove the photos of `data.exclude`, with a note."""
     for name in exclude:
         if not excluded(result.photos, [name]):
             result.warnings.append(Message("data.exclude: no photo is called {name}", printable(name)))
@@ -179,7 +177,7 @@ def _read_more_folders(result: Folder, more_folders: Mapping[str, str]) -> None:
 
 
 def _edit(result: Folder, edits: Mapping[str, str]) -> None:
-    """Give each photo of `data.edits` its edit, and say which there are."""
+    """Assign the edits of `data.edits` to the photos, with notes."""
     parsed = {name: photo_edits.parse(text) for name, text in edits.items()}
     names = [photo.relative for photo in result.photos if photo.relative in parsed]
     masked = [name for name in names if parsed[name].strokes]
@@ -194,7 +192,7 @@ def _edit(result: Folder, edits: Mapping[str, str]) -> None:
 
 
 def versions(photos: Sequence[Photo]) -> dict[str, list[int]]:
-    """Size and modification time of each photo by its relative path. They show whether it changed since a run."""
+    """Relative path -> size and modification time of each photo, which show whether it changed since a run."""
     statuses = {photo.relative: photo.path.stat() for photo in photos}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()}
 
@@ -220,7 +218,7 @@ def digest(photos: Iterable[Photo]) -> str:
 
 
 def _pass_over(result: Folder, below: list[Path]) -> list[Path]:
-    """The subfolders without runs and without those of 0 repeats; notes name what is passed over."""
+    """The subfolders without runs and without those of 0 repeats; notes name the skipped ones."""
     runs = [entry for entry in below if concepts.is_run(entry)]
     zero = [entry for entry in below if concepts.split_name(entry.name)[0] == 0]
     for names, reason in ((runs, "a run of lorakit, not photos"), (zero, "0 repeats")):
@@ -231,7 +229,7 @@ def _pass_over(result: Folder, below: list[Path]) -> list[Path]:
 
 
 def _read_class_folders(result: Folder, below: list[Path], class_folder: str) -> list[Path]:
-    """Read the class images. Return the subfolders that have none."""
+    """Read the class images. Return the other subfolders."""
     folders = [entry for entry in below if concepts.is_class_folder(entry)]
     if class_folder:
         _require_folder(expand(class_folder))
@@ -253,10 +251,10 @@ def _read_class_folders(result: Folder, below: list[Path], class_folder: str) ->
 
 
 def require(path: str) -> str:
-    """The folder of photos that a config names.
+    """The folder of photos in a config.
 
     Raises:
-        LorakitError: it names none.
+        LorakitError: the config has none.
     """
     if not path:
         raise LorakitError("no folder of photos: name one (data.folder)")
@@ -298,7 +296,7 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
     matches = set()
     for path in paths:
         relative = inside + printable(path.name)
-        # `photo.jpg.txt` is what some taggers write.
+        # Some taggers write `photo.jpg.txt`.
         sources = [file for suffix in CAPTIONS for file in names.every(path, suffix)]
         candidates = [(printable(file.name), _read_caption(result, file)) for file in sources]
         candidates += [own[path.stem.lower()]] if path.stem.lower() in own else []
@@ -320,7 +318,7 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
 
 
 def _take_masks(result: Folder) -> set[Path]:
-    """Give photos their masks by the names of other programs; the folders that hold nothing but masks."""
+    """Assign masks with other programs' names. Return the folders that only contain masks."""
     matches = masks.find(result.photos, result.path)
     matched = set(matches.of.values())
     result.photos = [
@@ -337,7 +335,7 @@ def _is_mask(entry: Path) -> bool:
 
 
 def _choose_caption(result: Folder, relative: str, candidates: list[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """Source and text of the first caption that is not empty, in the order .txt, .caption, .json, table."""
+    """Source and text of the first non-empty caption, in the order .txt, .caption, .json, table."""
     nonempty = [(source, caption) for source, caption in candidates if caption]
     if not nonempty:
         if candidates:
@@ -356,7 +354,7 @@ def _choose_caption(result: Folder, relative: str, candidates: list[tuple[str, s
 
 
 def _read_caption(result: Folder, path: Path) -> str:
-    """Lines of a caption file that are not empty; see `_decode_text` for its encoding."""
+    """The non-empty lines of a caption file; see `_decode_text` for its encoding."""
     return "\n".join(" ".join(line.split()) for line in _decode_text(result, path).splitlines() if line.strip())
 
 
@@ -368,7 +366,7 @@ def _decode_text(result: Folder, path: Path) -> str:
 def _read_tables(
     result: Folder, entries: list[Path], inside: str, metadata: dict[str, tuple[str, str]], stems: set[str]
 ) -> dict[str, tuple[str, str]]:
-    """Add the rows of tables of captions to `metadata`: relative path -> (source, text). Note what is not read.
+    """Add the rows of caption tables to `metadata`: relative path -> (source, text). Note tables that are not read.
 
     Returns:
         the captions of JSON files that belong to one photo each, by the stem of the photo in lower case.

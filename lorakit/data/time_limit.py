@@ -1,4 +1,4 @@
-"""Work on many files in threads, none of which may take longer than a limit."""
+"""Process many files in threads, with a time limit for each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-# A picture takes a second or two, the largest some ten; a busy machine may need ten times as long.
+# A picture takes a second or two, the largest about ten; on a busy machine ten times as long.
 SECONDS = 120.0
-# How often the time of running work is looked at.
+# Interval at which running work is checked.
 POLL_SECONDS = 0.5
 
 Job = TypeVar("Job")
@@ -25,13 +25,13 @@ def for_each(
     *,
     progress: Callable[[int, int], object] = lambda count, total: None,
 ) -> list[Result]:
-    """The results of `function(job)` in order of the jobs, and `late(job)` where that takes longer than `SECONDS`.
+    """The results of `function(job)` in order, or `late(job)` for jobs that take longer than `SECONDS`.
 
-    A decoder cannot be stopped. The thread of one that is late is left to itself and does not keep the program from
-    ending; another thread takes its place.
+    A decoder cannot be stopped. A late thread is abandoned; as a daemon it does not keep the program alive. Another
+    thread replaces it.
 
     Args:
-        progress: called with the number of results and of jobs.
+        progress: called with the number of results and the number of jobs.
     """
     queue, running, changed = deque(enumerate(jobs)), dict[int, float](), threading.Condition()
     results: dict[int, Result] = {}

@@ -19,7 +19,7 @@ _LAZY = {"read": "lorakit.formats.reading:read", "save": "lorakit.formats.saving
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name on first use (PEP 562)."""
+    """Import a public function on first use (PEP 562)."""
     if name not in _LAZY:
         raise AttributeError(f"module 'lorakit.formats' has no attribute {name!r}")
     module, _, attribute = _LAZY[name].partition(":")

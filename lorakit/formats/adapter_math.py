@@ -1,7 +1,7 @@
-"""LoRA brought into the one shape that every reader understands: one rank and one alpha for each component.
+"""Bring LoRA into a form that every reader understands: one rank and one alpha for each component.
 
-diffusers reads a mix of ranks or alphas wrongly, stable-diffusion.cpp reads rank 1 wrongly, and several programs drop
-or refuse a text encoder that lacks some of q, k, v and out. The functions here repair that; delta W stays as it is.
+diffusers misreads a mix of ranks or alphas, stable-diffusion.cpp misreads rank 1, and several programs drop or refuse a
+text encoder that lacks some of q, k, v and out. The functions here avoid these cases without changing delta W.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_ROUNDING = {"fp16": 2.0**-10, "bf16": 2.0**-7}  # of a factor's norm; twice 
 
 
 def require_finite(weights: AdapterWeights) -> None:
-    """Raise LorakitError, naming the layer, where a number is NaN or infinite; or where there is no layer at all."""
+    """Raise LorakitError if a layer has NaN or infinity (the message names it), or if there are no layers."""
     if not weights.layers:
         raise LorakitError("the adapter has no layers: there is nothing to export")
     for name, layer in weights.layers.items():
@@ -34,7 +34,8 @@ def require_finite(weights: AdapterWeights) -> None:
 
 
 def require_writable(weights: AdapterWeights, check: Callable[[str, str], str | None]) -> None:
-    """Raise LorakitError where a format's `check` refuses a kind of layer, or one is not portable or not finite."""
+    """Raise LorakitError if a format's `check` refuses a kind of layer, or if a layer has no canonical name or is not
+    finite."""
     for kind in kinds(weights):
         if refusal := check(kind, weights.family):
             raise LorakitError(refusal)
@@ -43,9 +44,10 @@ def require_writable(weights: AdapterWeights, check: Callable[[str, str], str | 
 
 
 def kinds(weights: AdapterWeights) -> list[str]:
-    """What the tensors are, whatever the weights are labelled; what is plain LoRA is called as it was trained."""
+    """The kinds of layers, from their tensors and not from the label `method`. Plain LoRA has the kind of its training
+    method."""
     result = {_kind(layer) for layer in weights.layers.values() if not layer.is_lora}
-    # The bias of a norm, or beside a full difference, is part of it; who reads the one reads the other.
+    # The bias of a norm or of a full difference belongs to that layer; whoever reads the layer reads its bias.
     parts = {name for name, layer in weights.layers.items() if layer.method in ("norm", "full difference")}
     result |= {BIAS} if weights.biases.keys() - parts else set()
     return sorted(result) or [weights.method]
@@ -60,9 +62,10 @@ def _kind(layer: AnyLayer) -> str:
 
 
 def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
-    """The layers, those with LoRA with one rank (2 or more) and one alpha in each component; every delta W as it was.
+    """The layers; in each component the LoRA layers get one rank (2 or more) and one alpha. Every delta W stays the
+    same.
 
-    Ranks are evened out with zero rows; where scales differ they are folded into `up`, and alpha = rank then.
+    Smaller ranks are padded with zero rows. If scales differ, they are folded into `up`, and alpha = rank.
     """
     result: dict[str, AnyLayer] = {}
     for part in registry.components():
@@ -77,7 +80,7 @@ def uniform(weights: AdapterWeights) -> dict[str, AnyLayer]:
 
 
 def _padded(layer: LoraLayer, rank: int) -> LoraLayer:
-    """The same layer with zero rows in `down` and zero columns in `up` up to `rank`; alpha / rank stays."""
+    """The same layer with zero rows in `down` and zero columns in `up` up to `rank`; alpha / rank stays the same."""
     if layer.rank == rank:
         return layer
     down = layer.down.new_zeros(rank, *layer.down.shape[1:])
@@ -88,9 +91,9 @@ def _padded(layer: LoraLayer, rank: int) -> LoraLayer:
 
 
 def fill_ins(layers: Mapping[str, AnyLayer]) -> dict[str, LoraLayer]:
-    """Zero layers for the text-encoder projections that are missing beside an adapted q, k, v or out of theirs.
+    """Zero layers for the text-encoder projections that are missing although another of q, k, v and out is adapted.
 
-    diffusers raises, and A1111 and stable-diffusion.cpp drop layers in silence, where one of the four is not there.
+    If one of the four is missing, diffusers raises, and A1111 and stable-diffusion.cpp silently drop layers.
     """
     missing: dict[str, LoraLayer] = {}
     for name, layer in layers.items():
@@ -104,7 +107,7 @@ def fill_ins(layers: Mapping[str, AnyLayer]) -> dict[str, LoraLayer]:
 
 
 def complete(weights: AdapterWeights) -> dict[str, AnyLayer]:
-    """`uniform` with its `fill_ins`, in the order UNet, text encoder, second text encoder."""
+    """The layers of `uniform` with `fill_ins`, in the order UNet, text encoder, second text encoder."""
     return _filled(uniform(weights))
 
 
@@ -128,11 +131,11 @@ def cast(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor
 
 
 def lossy(weights: AdapterWeights, dtype: str) -> str | None:
-    """Why `dtype` would lose the adapter, or None: a number overflows, over 1 % of a factor's numbers become 0, or
-    they are so small that they are rounded coarsely.
+    """The reason why `dtype` would damage the adapter, or None: a value overflows, over 1 % of a factor's values become
+    0, or they are so small that rounding is coarse.
 
-    fp16 knows nothing below 6e-8 and is coarse below 6e-5, and a short or gentle run leaves whole layers there. The
-    factors are judged as they are written, with the scale folded in and without.
+    fp16 has no values below 6e-8 and is coarse below 6e-5, where a short or gentle run leaves entire layers. The
+    factors are checked as they will be written, with the scale folded in and without.
     """
     if dtype == "fp32":
         return None
@@ -156,16 +159,16 @@ def lossy(weights: AdapterWeights, dtype: str) -> str | None:
 
 
 # -- q, k and v in one layer ---------------------------------------------------------------------------------------
-# Files have them so where the denoiser is no UNet (`KohyaNames.fused`); lorakit trains three. Every change of a weight
-# is exactly what it was: shares of a product's rows are products of shares of its first factor's rows, and three
-# products side by side are one with the factors in blocks.
+# Files fuse them if the denoiser is not a UNet (`KohyaNames.fused`); lorakit trains three layers. Splitting and fusing
+# is exact: shares of a product's rows are products of shares of its first factor's rows, and three products form one
+# with block-diagonal factors.
 
 
 def split(name: str, layer: AnyLayer, family: str) -> dict[str, AnyLayer]:
-    """The layers that lorakit has for one of a file; that layer itself where it is one here too.
+    """The layers in lorakit for one layer of a file; the layer itself if it is not fused.
 
     Raises:
-        LorakitError: a method whose layers have no shares.
+        LorakitError: layers of this method cannot be split.
     """
     names = keys.fused_parts(name, family)
     if not names:
@@ -181,7 +184,7 @@ def split(name: str, layer: AnyLayer, family: str) -> dict[str, AnyLayer]:
         rows = layer.up.chunk(len(names))
         scales = (None,) * len(names) if layer.magnitude is None else layer.magnitude.chunk(len(names))
         shares = {n: _share(layer, up, scale) for n, up, scale in zip(names, rows, scales, strict=True)}
-        # What was not trained is zeros in such a file; if that is all, so be it.
+        # Untrained shares are zeros in such a file; if all are, they are kept.
         trained = {n: share for n, share in shares.items() if bool(share.up.any()) or share.magnitude is not None}
         return dict(trained or shares)
     if isinstance(layer, LohaLayer) and layer.magnitude is None:
@@ -199,17 +202,17 @@ def split(name: str, layer: AnyLayer, family: str) -> dict[str, AnyLayer]:
 
 
 def split_bias(name: str, bias: torch.Tensor, family: str) -> dict[str, torch.Tensor]:
-    """The same of the change of a bias."""
+    """The same for the change of a bias."""
     names = keys.fused_parts(name, family) or (name,)
     return dict(zip(names, bias.chunk(len(names)), strict=True))
 
 
 def swapped(name: str, layer: AnyLayer, family: str) -> AnyLayer:
-    """A modulation by shift and scale alone has them the other way round in files: the layer with halves exchanged, or
-    the layer itself where it is another.
+    """The layer with the halves of its rows exchanged, if it is a modulation with only shift and scale, whose order
+    differs in files; else the layer itself.
 
     Raises:
-        LorakitError: a method whose rows cannot be exchanged.
+        LorakitError: rows of this method cannot be exchanged.
     """
     if not keys.is_swapped(name, family) or layer.size[0] != 2 * layer.size[1]:
         return layer
@@ -231,7 +234,8 @@ def _exchanged(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _share(layer: LoraLayer, up: torch.Tensor, magnitude: torch.Tensor | None) -> LoraLayer:
-    """Of a factor's rows, without the ranks that do not reach them, as where files have three products in blocks."""
+    """One share of a factor's rows, without ranks that are zero there, as in files with three block-diagonal
+    products."""
     used = up.flatten(2).any(2).any(0) if up.ndim > 2 else up.any(0)
     if not bool(used.any()):
         used = torch.ones_like(used)
@@ -239,10 +243,10 @@ def _share(layer: LoraLayer, up: torch.Tensor, magnitude: torch.Tensor | None) -
 
 
 def fuse(layers: Mapping[str, AnyLayer], weights: AdapterWeights) -> tuple[dict[str, AnyLayer], AdapterWeights]:
-    """The layers, and the weights with their biases, as files have them: the inverse of `split` for LoRA.
+    """The layers as in files, and the weights with fused biases: the inverse of `split` for LoRA.
 
     Raises:
-        LorakitError: another method, or the change of a bias for some of the three alone.
+        LorakitError: layers of another method cannot be fused.
     """
     groups: dict[str, tuple[str, ...]] = {}
     for name in (*layers, *weights.biases):
@@ -278,7 +282,7 @@ def _joined(name: str, layers: list[AnyLayer | None], members: list[AnyLayer | N
         for layer in layers
     ]
     if all(torch.equal(layer.down, first_lora.down) and layer.scale == first_lora.scale for layer in loras):
-        # One first factor for all, as in the file that they are from.
+        # All share one first factor, as in the file that they come from.
         ups = [piece.up if piece.up.shape[1] else torch.zeros_like(first_lora.up) for piece in pieces]
         return replace(first_lora, up=torch.cat(ups))
     if len({layer.scale for layer in loras}) > 1:

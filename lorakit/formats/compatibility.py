@@ -1,7 +1,7 @@
 """Predict which modules of an adapter file each program reads, drops or misreads.
 
-The rules are data. Rules of names are in the families' `Reads`. They are patterns that do not come from lorakit's key
-tables, so that a mistake in those shows here. All other rules are in `facts.consumers`.
+The rules are data. Rules about names are in the families' `Reads`: patterns that are not derived from lorakit's key
+tables, so that they reveal mistakes in those. All other rules are in `facts.consumers`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from lorakit.formats.metadata import rank_stabilized
 
 _SGM_STARTS = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
 _BLOCK_STARTS = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
-# Modules that are 1x1 convolutions in every UNet, and those that are in some.
+# Modules that are 1x1 convolutions in every UNet, and in some UNets.
 _POINTWISE, _PROJECTIONS = ("_conv_shortcut", "_skip_connection"), ("_proj_in", "_proj_out")
-# One of q, k and v, which a program puts into one layer in this order: OpenCLIP's in_proj, Stable Diffusion 3's qkv.
+# One of q, k and v, which some programs fuse into one layer in this order: OpenCLIP's in_proj, Stable Diffusion 3's
+# qkv.
 _FUSED = re.compile(r"(.*[._](?:self_attn_|attn2?[._](?:to_|add_)))([qkv])((?:_proj)?)")
 _NAMED_FACTOR = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.weight$")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one program makes of one file.
+    """The result of one program that reads one file.
 
     Attributes:
-        counts: component -> (modules read as they should be, modules in the file).
-        unmatched: names it has no rule for.
-        wrong: module name -> what it does with it instead.
-        refused: why it refuses the whole file, or "".
+        counts: component -> (modules read correctly, modules in the file).
+        unmatched: names that no rule matches.
+        wrong: module name -> how the program misreads it.
+        refused: the reason why the program refuses the file, or "".
     """
 
     title: str
@@ -53,16 +54,16 @@ class Reading:
 
     @property
     def complete(self) -> bool:
-        """Whether every module is read, and read rightly."""
+        """Whether every module is read correctly."""
         return not (self.refused or self.unmatched or self.wrong)
 
     @property
     def is_used(self) -> bool:
-        """Whether at least a part of it is read rightly."""
+        """Whether at least one module is read correctly."""
         return not self.refused and any(read for read, _ in self.counts.values())
 
     def line(self) -> str:
-        """One line for a person: counts, and the first thing that is wrong."""
+        """A one-line message: counts, and the first problem."""
         counts = ", ".join(f"{part} {read}/{total}" for part, (read, total) in self.counts.items())
         if self.refused:
             return Message("refuses the file: {why}", self.refused)
@@ -82,7 +83,7 @@ def _more(things: Iterable[str]) -> str:
 
 
 def has_rule(consumer: str, fmt: str, path: Path, family: str) -> bool:
-    """Whether a program reads a format, and has a rule for names of this file of it."""
+    """Whether a program reads a format and has a rule for a module name of this file."""
     if consumer not in FORMATS[fmt].consumers:
         return False
     stems = modules(safetensors_header.read(path).tensors)
@@ -90,7 +91,7 @@ def has_rule(consumer: str, fmt: str, path: Path, family: str) -> bool:
 
 
 def names(targets: Iterable[str]) -> list[str]:
-    """The consumers that a user named, lower-cased; "all" is every one.
+    """The programs that a user named, in lower case; "all" means every one.
 
     Raises:
         LorakitError: a name that is not in CONSUMERS.
@@ -113,13 +114,13 @@ def read_report(
     metadata: Mapping[str, str] | None = None,
     folder: bool = False,
 ) -> dict[str, Reading]:
-    """What every program makes of an adapter.
+    """The `Reading` of an adapter by each program.
 
     Args:
-        shapes: tensor name -> shape, as in the file; of a PEFT folder, with the component in front of each name.
-        alphas: name of an alpha tensor -> its value, where known.
-        metadata: the file's.
-        folder: whether it is a PEFT folder, which PEFT alone reads.
+        shapes: tensor name -> shape, as in the file; for a PEFT folder, with the component as prefix.
+        alphas: name of an alpha tensor -> its value, if known.
+        metadata: metadata of the file.
+        folder: whether it is a PEFT folder, which only PEFT reads.
     """
     by_stem = modules(shapes)
     names_of_parts = {name for module in by_stem.values() for name in module.parts.values()}
@@ -184,7 +185,7 @@ def _reading(
 
 
 def _has_reader(consumer: Consumer, module: Module, own_kinds: Collection[str]) -> bool:
-    """Whether a program has a rule for what follows the name of a module that it knows."""
+    """Whether a program has a rule for the factors of a module whose name it reads."""
     factors = [module.parts[part] for part in ("down", "up", "mid") if part in module.parts]
     if module.has_kohya_name and any(
         not re.fullmatch(consumer.factors, name.removeprefix(f"{module.stem}.")) for name in factors
@@ -194,7 +195,7 @@ def _has_reader(consumer: Consumer, module: Module, own_kinds: Collection[str]) 
 
 
 def traits(module: Module, shapes: Shapes, family: str, alphas: Mapping[str, float]) -> list[str]:
-    """Properties of a module that programs treat differently: its method, and unusual shapes or values."""
+    """Properties of a module that programs handle differently: its method, and unusual shapes or values."""
     parts = module.parts
     there = {part: shapes[name] for part, name in parts.items()}
     alpha = alphas.get(parts.get("alpha", ""), 0.0)
@@ -234,9 +235,9 @@ def _component(stem: str) -> str:
 
 
 def module_defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool = False) -> dict[str, str]:
-    """Modules that no program can read rightly, and why."""
+    """Modules that no program can read correctly, and the reason."""
     result: dict[str, str] = {}
-    # In lorakit's own files every module has one; elsewhere alpha = rank is what a missing alpha means.
+    # In lorakit's own files every module has an alpha; elsewhere a missing alpha means alpha = rank.
     some_alpha = is_own and any("alpha" in module.parts for module in by_stem.values())
     for stem, module in by_stem.items():
         if math.prod(shapes.get(module.parts.get("alpha", ""), ())) != 1:
@@ -264,11 +265,11 @@ def module_defects(by_stem: Mapping[str, Module], shapes: Shapes, is_own: bool =
 
 
 _PAIRS = {"loha": ("hada_w1", "hada_w2"), "lokr": ("lokr_w1", "lokr_w2")}
-_SINGLE_MATRIX_SIDES = _PAIRS["lokr"]  # those that may be one matrix instead of two factors
+_SINGLE_MATRIX_SIDES = _PAIRS["lokr"]  # these may be one matrix instead of two factors
 
 
 def _lycoris_defect(module: Module, shapes: Shapes) -> str:
-    """What is wrong with a LoHa or LoKr module, or ""."""
+    """The defect of a LoHa or LoKr module, or ""."""
     there = {part: shapes[name] for part, name in module.parts.items()}
     for side in _PAIRS[module.method]:
         a, b = there.get(f"{side}_a"), there.get(f"{side}_b")
@@ -289,9 +290,9 @@ def _lycoris_defect(module: Module, shapes: Shapes) -> str:
 def _unscaled(
     by_stem: Mapping[str, Module], shapes: Shapes, alphas: Mapping[str, float], metadata: Mapping[str, str]
 ) -> dict[str, str]:
-    """Modules of a rank-stabilised adapter whose alpha / rank is not alpha / sqrt(rank) of the run that it tells of.
+    """Modules of a rank-stabilized adapter whose alpha / rank is not the alpha / sqrt(rank) of the run in the metadata.
 
-    No program knows rank stabilisation: the scale has to be in the alpha, or the adapter is sqrt(rank) times too weak.
+    No program supports rank stabilization: without that scale in its alpha, the adapter is sqrt(rank) times too weak.
     """
     method = metadata.get("lorakit.method", "")
     if not rank_stabilized(method):
@@ -322,7 +323,7 @@ def _special(
     alphas: Mapping[str, float],
     metadata: Mapping[str, str],
 ) -> dict[str, str]:
-    """Modules that one program alone reads wrongly because of others in the file, and why."""
+    """Modules that one program misreads because of other modules in the file, and the reason."""
     result: dict[str, str] = {}
     reads = _reads(key, family)
     for prefix in reads.complete_attention:
@@ -346,7 +347,7 @@ def _special(
 
 
 def config_scales(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Component -> the scale in `lora_adapter_metadata`, where diffusers keeps PEFT's config."""
+    """Component -> scale in `lora_adapter_metadata`, where diffusers stores PEFT's config."""
     result: dict[str, float] = {}
     try:
         config = foreign_json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -363,7 +364,7 @@ def config_scales(metadata: Mapping[str, str]) -> dict[str, float]:
 def _minority_alphas(by_stem: Mapping[str, Module], alphas: Mapping[str, float]) -> dict[str, str]:
     """Attention and text-encoder modules whose alpha is not their component's most common one.
 
-    diffusers looks such exceptions up under a name that it has rewritten, and applies the common alpha instead.
+    diffusers looks up these exceptions under a rewritten name and applies the common alpha instead.
     """
     values = {stem: alphas.get(module.parts.get("alpha", "")) for stem, module in by_stem.items()}
     result = dict[str, str]()
@@ -389,7 +390,7 @@ def _refused(
     family: str,
     metadata: Mapping[str, str],
 ) -> str:
-    """Why a program refuses the whole file, or ""."""
+    """The reason why a program refuses the file, or ""."""
     kohya, own_kinds = any(module.has_kohya_name for module in by_stem.values()), registry.own_kinds()
     for module in by_stem.values():
         if consumer.lone_alpha and set(module.parts) == {"alpha"}:
@@ -430,12 +431,12 @@ def _refused(
     return ""
 
 
-# By the widths of these InvokeAI tells on import which model an adapter is for.
+# InvokeAI identifies an adapter's model on import by the widths of these modules.
 _PROBED = re.compile(r"lora_unet_.*(?:_attn2_to_[kv]|time_emb_proj)$|lora_te_.*_self_attn_|.*transformer_blocks_[2-9]_")
 
 
 def import_note(reading: Reading, stems: Iterable[str]) -> str:
-    """That InvokeAI reads the layers and yet refuses to import the file, or ""."""
+    """A message that InvokeAI reads the layers but refuses to import the file, or ""."""
     stems = list(stems)
     both = all(
         any(stem.startswith(te) and "_self_attn_" in stem for stem in stems) for te in ("lora_te1_", "lora_te2_")
@@ -446,7 +447,7 @@ def import_note(reading: Reading, stems: Iterable[str]) -> str:
 
 
 def predict_compatibility(method: str, fmt: str) -> dict[str, str]:
-    """Before training: consumer -> "" where it will read a file of this method and format, else what it will do."""
+    """Before training: program -> its problem with a file of this method and format, or ""."""
     result = {}
     for key, consumer in CONSUMERS.items():
         problems = [consumer.refused.get(method), consumer.misread.get(method)]
@@ -457,9 +458,9 @@ def predict_compatibility(method: str, fmt: str) -> dict[str, str]:
 
 
 def warning(method: str, fmt: str) -> str | None:
-    """One line, before training or an export, where a program that reads the format will not honour the method."""
+    """A message, before training or an export, if a program that reads the format misreads the method, or None."""
     if len(FORMATS[fmt].consumers) == 1:
-        return None  # by its `check` such a format refuses what its one program does not read
+        return None  # the `check` of such a format refuses what its one program does not read
     titles: dict[str, list[str]] = {}
     for key, problem in predict_compatibility(method, fmt).items():
         if key in FORMATS[fmt].consumers:

@@ -1,7 +1,8 @@
-"""One file for diffusers' `load_lora_weights`: PEFT's names, `unet.<path>.lora_A.weight` and `.lora_B.weight`.
+"""One file for diffusers' `load_lora_weights` with PEFT's names: `unet.<path>.lora_A.weight` and `.lora_B.weight`.
 
-The format has no alpha. diffusers can be told it in the header, but older releases ignore that, so the scale is folded
-into `lora_B` and alpha = rank holds for every reader. Text-encoder names keep `text_model.`, which all releases read.
+The format has no alpha. The header could contain it, but older releases of diffusers ignore that, so the scale is
+folded into `lora_B`, and alpha = rank holds for every reader. Text-encoder names keep `text_model.`, which all releases
+read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# Kind of layers -> why the format cannot carry them.
+# Kind of layers -> why the format cannot hold them.
 _LYCORIS = (
     "the diffusers format cannot carry {kind}: diffusers reads plain LoRA only; export it as kohya or peft, "
     "or make plain LoRA of it with: lorakit resize FILE --energy 1 --to diffusers"
@@ -37,15 +38,15 @@ REFUSALS = {
 
 
 def check(method: str, family: str) -> str | None:
-    """Why this format cannot carry `method` for `family`, or None."""
+    """The reason why this format cannot hold `method` for `family`, or None."""
     return REFUSALS.get(method) or kohya_only(method, "diffusers")
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
-    """What the file holds: tensor name -> tensor.
+    """The tensors of the file, by name.
 
     Raises:
-        LorakitError: a method that the format cannot carry, a layer that is not portable or not finite.
+        LorakitError: the format cannot hold the method, or a layer has no canonical name or is not finite.
     """
     from lorakit.formats import adapter_math
 
@@ -67,10 +68,10 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
 
 
 def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
-    """Write one `.safetensors` file, atomically; returns `[path]`.
+    """Write one `.safetensors` file atomically. Return `[path]`.
 
     Raises:
-        LorakitError: see `tensors`; too little space.
+        LorakitError: see `tensors`; or the disk is full.
     """
     from lorakit.formats import files
 

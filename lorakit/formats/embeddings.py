@@ -1,9 +1,9 @@
-"""The vectors of a trained word, in their own files and bundled with the adapter.
+"""The vectors of a trained word, in their own file and bundled with the adapter.
 
-`<name>-embedding/<word>.safetensors` is what A1111, ComfyUI and diffusers call a textual-inversion embedding; its name
-is the word. `<name>-bundled.safetensors` is the kohya file with `bundle_emb.<word>.*` in it: A1111 takes the word from
-there while the adapter is on, ComfyUI where the file lies among its embeddings too. diffusers refuses such a file, so
-the plain one stays beside it.
+`<name>-embedding/<word>.safetensors` is a textual-inversion embedding for A1111, ComfyUI and diffusers; its file name
+is the word. `<name>-bundled.safetensors` is the kohya file plus `bundle_emb.<word>.*`: A1111 uses the word from there
+while the adapter is active, ComfyUI if the file is also in its folder of embeddings. diffusers refuses such a file, so
+the plain one is written, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WordVectors = dict[str, dict[str, "torch.Tensor"]]
 ONE_ENCODER = "text_encoder"
-# Text encoder -> names of its vectors, in a file for one encoder and in a file for two.
+# Text encoder -> name of its vectors, in a file for one encoder and in a file for two.
 ONE, TWO = {ONE_ENCODER: "emb_params"}, {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _BUNDLED = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
 _ENCODERS = {"string_to_param.*": "text_encoder", "emb_params": "text_encoder"}
@@ -35,29 +35,29 @@ _BUNDLED_ENDING = "-bundled.safetensors"
 
 
 def folder(path: Path) -> Path:
-    """Where the embedding of an adapter's file or PEFT folder lies, whichever of its formats `path` is."""
+    """The folder of the embeddings of an adapter's file or PEFT folder, for any of its formats."""
     endings = sorted((_BUNDLED_ENDING, *(spec.ending for spec in FORMATS.values())), key=len, reverse=True)
     ending = next((ending for ending in endings if path.name.endswith(ending)), "")
     return path.with_name(f"{path.name.removesuffix(ending)}-embedding")
 
 
 def bundle(path: Path) -> Path:
-    """The copy of an adapter's file that holds the vectors of its words too."""
+    """The copy of an adapter's file that also contains the vectors of its words."""
     return path.with_name(path.name.removesuffix(".safetensors") + _BUNDLED_ENDING)
 
 
 def tensors(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an embedding file holds: `emb_params` `[n, width]`, or for SDXL `clip_l` and `clip_g`."""
+    """The tensors of an embedding file: `emb_params` `[n, width]`, or for SDXL `clip_l` and `clip_g`."""
     return {tensor_name(vectors, part): rows.float().contiguous() for part, rows in vectors.items()}
 
 
 def tensor_name(vectors: Mapping[str, torch.Tensor], encoder: str) -> str:
-    """What the vectors of a text encoder are called in the file."""
+    """The name of a text encoder's vectors in the file."""
     return (TWO if "text_encoder_2" in vectors else ONE)[encoder]
 
 
 def bundled(vectors_of_words: WordVectors) -> dict[str, torch.Tensor]:
-    """The same as it stands among an adapter's tensors."""
+    """The same tensors under their names in a bundled file."""
     return {
         f"bundle_emb.{word}.{'string_to_param.*' if name == 'emb_params' else name}": rows
         for word, vectors in vectors_of_words.items()
@@ -66,7 +66,7 @@ def bundled(vectors_of_words: WordVectors) -> dict[str, torch.Tensor]:
 
 
 def write(weights: AdapterWeights, place: Path, adapter_metadata: Mapping[str, str]) -> list[Path]:
-    """Write every word's embedding file into the folder `place`, with what the adapter says of itself."""
+    """Write the embedding file of every word into the folder `place`, with the adapter's metadata."""
     return [write_word(weights, word, place / f"{word}.safetensors", adapter_metadata) for word in weights.embeddings]
 
 
@@ -74,7 +74,7 @@ def write_word(weights: AdapterWeights, word: str, path: Path, adapter_metadata:
     """Write one word's embedding file.
 
     Raises:
-        LorakitError: a number is not finite.
+        LorakitError: a value is not finite.
     """
     import torch
 
@@ -92,11 +92,12 @@ def write_word(weights: AdapterWeights, word: str, path: Path, adapter_metadata:
 
 
 def read_alone(head: safetensors_header.Header) -> AdapterWeights:
-    """An embedding that belongs to no adapter, as an adapter without layers. Its word is what its metadata says, its
-    only tensor's name as diffusers writes it, or the name of the file.
+    """Read an embedding without an adapter, as an adapter without layers.
+
+    Its word is in its metadata, or is the name of its only tensor as diffusers writes it, or the file name.
 
     Raises:
-        LorakitError: its tensors are no vectors of CLIP's text encoders.
+        LorakitError: its tensors are not vectors of CLIP text encoders.
     """
     parts = safetensors_header.load(head)
     own, one = parts.keys() <= _ENCODERS.keys(), len(parts) == 1
@@ -109,13 +110,13 @@ def read_alone(head: safetensors_header.Header) -> AdapterWeights:
 
 
 def word_of(head: safetensors_header.Header) -> str:
-    """What an embedding that belongs to no adapter is for."""
+    """The word of an embedding without an adapter."""
     name = next(iter(head.tensors))
     return head.metadata.get(metadata.WORDS, "") or (head.path.stem if name in _ENCODERS else name)
 
 
 def family(head: safetensors_header.Header) -> str:
-    """What an embedding is for: what it says, or what its widths tell.
+    """The family of an embedding, from its metadata or its width.
 
     Raises:
         LorakitError: no family has text encoders of this width.
@@ -133,10 +134,10 @@ def family(head: safetensors_header.Header) -> str:
 
 
 def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], WordVectors]:
-    """An adapter's tensors taken apart: the adapter's own, and the words bundled with it.
+    """Split a file's tensors into those of the adapter and those of bundled words.
 
     Raises:
-        LorakitError: a word cannot be the name of a file, which it becomes.
+        LorakitError: a word is not a valid file name, which it becomes.
     """
     own, vectors_of_words = {}, WordVectors()
     for name, tensor in tensors.items():
@@ -153,10 +154,10 @@ def unbundle(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 
 
 def word_files(path: Path, adapter_metadata: Mapping[str, str]) -> dict[str, Path]:
-    """Each word that belongs to the adapter at `path`, and the file beside it that has its embedding.
+    """Each word of the adapter at `path` -> the file of its embedding.
 
     Raises:
-        LorakitError: the adapter says that it has a word, and its file is not there or cannot be named so.
+        LorakitError: the metadata names a word whose file is missing or whose name is invalid.
     """
     result = {}
     for word in filter(None, adapter_metadata.get(metadata.WORDS, "").split()):
@@ -172,10 +173,10 @@ def word_files(path: Path, adapter_metadata: Mapping[str, str]) -> dict[str, Pat
 
 
 def read(path: Path, adapter_metadata: Mapping[str, str]) -> WordVectors:
-    """The words that belong to the adapter at `path`, from the files beside it.
+    """Read the words of the adapter at `path` from their files.
 
     Raises:
-        LorakitError: as `word_files`, or one of the files is something else.
+        LorakitError: as `word_files`, or a file has other content.
     """
     result = WordVectors()
     for word, file in word_files(path, adapter_metadata).items():
@@ -187,7 +188,7 @@ def read(path: Path, adapter_metadata: Mapping[str, str]) -> WordVectors:
 
 
 def problems(vectors_of_words: WordVectors, trained: WordVectors) -> list[tuple[str, str]]:
-    """(word, what is wrong) where the words of a file are not the trained ones."""
+    """(word, problem) for words in a file that differ from the trained ones."""
     import torch
 
     wrong = [(word, "embedding that was not trained") for word in vectors_of_words if word not in trained]

@@ -1,7 +1,7 @@
-"""Writing safetensors files so that a good one is never replaced by half of one.
+"""Write safetensors files so that a partly written file never replaces a complete one.
 
-Space is looked for first, then a file is written beside its target, flushed to the disk and renamed over it. Metadata
-is sorted, so that equal adapters are equal files.
+Free space is checked first. Then a temporary file is written in the same folder, flushed to the disk and renamed.
+Metadata is sorted, so that equal adapters are equal files.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _MARGIN = 1 << 20
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` (CPU, contiguous) with `metadata` and the two hashes that web UIs know files by, atomically.
+    """Write `tensors` (CPU, contiguous) with `metadata` and the two hashes that web UIs use, atomically.
 
     Raises:
-        LorakitError: too little space, or the folder cannot be written.
+        LorakitError: the disk is full, or the folder cannot be written.
     """
     write_bytes(path, to_bytes(tensors, metadata))
 
 
 def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The file's bytes: sorted metadata, with `sshs_model_hash` and `sshs_legacy_hash` added.
+    """The bytes of the file: sorted metadata, with `sshs_model_hash` and `sshs_legacy_hash` added.
 
-    sshs_model_hash is the SHA-256 of everything after the header; ModelSpec's files have it as modelspec.hash_sha256
-    too. sshs_legacy_hash is the first 8 hex digits of another SHA-256: of bytes 0x100000 to 0x110000 of the file with
-    only its `ss_*` metadata (sd-scripts library/train_util.py, precalculate_safetensors_hashes).
+    sshs_model_hash is the SHA-256 of everything after the header; ModelSpec also stores it as modelspec.hash_sha256.
+    sshs_legacy_hash is the first 8 hex digits of another SHA-256: of bytes 0x100000 to 0x110000 of the file with only
+    its `ss_*` metadata (sd-scripts library/train_util.py, precalculate_safetensors_hashes).
     """
     first = serialise(dict(tensors), {name: text for name, text in metadata.items() if name.startswith("ss_")} or None)
     length = struct.unpack("<Q", first[:8])[0]
@@ -57,14 +57,14 @@ def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
 
 
 class Unwritable(LorakitError):
-    """A file that the disk has no room for, or that the folder does not allow."""
+    """A file cannot be written: the disk is full, or the folder is read-only."""
 
 
 def write_bytes(path: Path, raw: bytes) -> None:
     """Write `raw` to `path` atomically. The folder is created if needed.
 
     Raises:
-        LorakitError: too little space, or the folder cannot be written.
+        LorakitError: the disk is full, or the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +82,11 @@ def stream(
     metadata: Mapping[str, str],
     tensors: Iterable[torch.Tensor],
 ) -> None:
-    """Write a file of any size, one tensor at a time, whole or not at all.
+    """Write a file of any size atomically, one tensor at a time.
 
     Args:
         entries: name, safetensors' dtype and shape of each tensor.
-        tensors: the tensors themselves, in that order; each is asked for when it is its turn.
+        tensors: the tensors in that order; each is requested when it is written.
 
     Raises:
         LorakitError: the folder cannot be written or is full.
@@ -117,7 +117,7 @@ def stream(
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Raise LorakitError where `size` bytes do not fit into `folder` with a little room left."""
+    """Raise LorakitError if `folder` has no space for `size` bytes and a small reserve."""
     free = shutil.disk_usage(folder).free
     if free < size + _MARGIN:
         raise Unwritable(

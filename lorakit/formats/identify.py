@@ -1,6 +1,6 @@
-"""Identify an adapter file by the names and shapes of its tensors and its metadata. No torch.
+"""Identify an adapter file by its tensor names and shapes and its metadata. No torch.
 
-`modules` takes an adapter's tensor names apart in every spelling that is about.
+`modules` parses an adapter's tensor names in every known spelling.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lorakit.formats.spec import Spelling
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# spelling -> (pattern of a tensor's name: module, part; part in the file -> part of a LoraLayer). COMPONENT stands for
-# the names of the components, which the families have.
-# The names of the factors that ComfyUI takes beside any module's name.
+# spelling -> (pattern of a tensor's name with groups for module and part; part in the file -> part of a LoraLayer).
+# COMPONENT stands for the names of all families' components. _FACTORS are the factor names that ComfyUI accepts after
+# any module name.
 _FACTORS = {
     **dict.fromkeys(("lora_down.weight", "lora_A.weight", "lora_A", "lora_A.default.weight"), "down"),
     **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora_B", "lora_B.default.weight"), "up"),
@@ -61,13 +61,13 @@ _SPELLINGS: dict[str, tuple[str, dict[str, str]]] = {
         _FACTORS,
     ),
 }
-# Endings of the names of adapter tensors, for any model.
+# Suffixes of adapter tensors, for any model.
 _ADAPTER_PART = re.compile(
     r"\.(?:lora_(?:down|up|mid|A|B)\b.*|lora_magnitude_vector\b.*|(?:hada|lokr|oft)_\w+|[wb]_norm|diff|diff_b|on_input"
     r"|ia3_l|boft_[Rs]|oft_R\.\w+"
     r"|dora_scale|[ab][12]\.weight|(?:lora|lora_linear_layer)\.(?:down|up)\.weight)$|_lora\d?\.(?:down|up)\.weight$"
 )
-# The parts by which ComfyUI, OneTrainer and LyCORIS call them, where the module's name has dots.
+# Part names of ComfyUI, OneTrainer and LyCORIS after dotted module names.
 _DOTTED_PARTS = (
     r"scalar|lora_(?:down|up|mid)\.weight|lora_[AB](?:\.default)?(?:\.weight)?|lora_B\.bias|lora(?:_linear_layer)?\.(?:down|up)"
     r"\.weight|alpha|dora_scale|diff|diff_b|[wb]_norm|oft_(?:blocks|diag)|oft_R\.\w+|rescale"
@@ -77,27 +77,27 @@ _SEVERAL = re.compile(
     r"transformer_blocks[._][1-9]|up_blocks[._]0[._]attentions|^lora_unet_(?:input|middle|output)_block"
 )
 _SHALLOW = re.compile(r"input_blocks[._][12][._]1|down_blocks[._]0[._]attentions")  # attention that SDXL lacks
-_BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # what a UNet's names begin with where its own is left out
-# LyCORIS', and that of sd-scripts' OFT, where kohya's LoRA has `lora_unet_`.
+_BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # start of a UNet's names without its prefix
+# Prefixes of LyCORIS and of sd-scripts' OFT, instead of kohya's `lora_unet_`.
 _UNET_STEM = re.compile(r"^(?:lycoris|oft_unet)_")
 # Text encoder of a ComfyUI checkpoint -> ours.
 _COMFY_TEXT = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 _OLD_UNET = re.compile(r"(unet\..+)\.processor\.to_(q|k|v|out)_lora")
 _OLD_TEXT = re.compile(r"(text_encoder.*)\.self_attn\.to_(q|k|v|out)_lora")
-# Part -> the method of a module that has it; the first counts. Then what parts a module of each method may have: any
-# other is not understood, and the file is refused rather than read in part.
+# Part -> method of a module that has it; the first match counts. PARTS below has the allowed parts of each method: a
+# file with other parts is refused, not read in part.
 _MARKS = {"hada_w1_a": "loha", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "lokr_w2": "lokr"}
 _MARKS |= {"lokr_w2_a": "lokr", "mid": "LoCon (tucker)", "diff": "full difference", "w_norm": "norm"}
 _MARKS |= {"on_input": "IA3", "oft_blocks": "OFT", "a1.weight": "GLoRA", "ia3_l": "IA3"}
 _MARKS |= {"lambda_layer": "T-LoRA"}  # LyCORIS'; its rank changes with the timestep, so it is no change of weights
 _MARKS |= {"oft_diag": "OFT", "oft_R": "OFTv2", "oft_r": "PEFT's older OFT", "boft_R": "PEFT's BOFT"}
-# Part -> axes that it has at least, where that is not 0.
+# Part -> minimum number of axes, if not 0.
 _AXES = dict.fromkeys(("down", "up", "mid", "oft_blocks", *(f"{part}.weight" for part in ("a1", "a2", "b1", "b2"))), 2)
 _AXES |= {"oft_R": 2, "oft_r": 3, "oft_diag": 3, "boft_R": 4}
 _AXES |= dict.fromkeys(("ia3_l", "boft_s", "diff", "diff_b", "w_norm", "b_norm", "magnitude", "row_magnitude"), 1)
 _COMMON = {"alpha", "magnitude", "row_magnitude", "diff_b", "b_norm", "up_bias"}
-UNKNOWN = "unknown"  # the method of parts that are of none known here
-# Method -> the parts that it has; none where lorakit does not read it.
+UNKNOWN = "unknown"  # method of unknown parts
+# Method -> its parts; empty if lorakit does not read it.
 PARTS: dict[str, set[str]] = {
     UNKNOWN: set(),
     "T-LoRA": set(),
@@ -117,12 +117,12 @@ PARTS: dict[str, set[str]] = {
 
 
 def _marks() -> dict[str, str]:
-    """`_MARKS`, and the parts of layers that methods of the registry bring."""
+    """`_MARKS`, and the parts of layers from methods of the registry."""
     return _MARKS | {part: kind for kind, spec in registry.own_kinds().items() for part in spec.factors}
 
 
 GLORA = ("a1", "a2", "b1", "b2")
-# A PEFT folder: what its files are called, and what stands before every module path in it.
+# The file names of a PEFT folder, and the prefix of every module path in it.
 PEFT_CONFIG, PEFT_MODEL, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
@@ -131,10 +131,10 @@ class Module:
     """One adapted module of a file.
 
     Attributes:
-        stem: what stands before the parts, as in the file.
+        stem: the module's name in the file.
         spelling: "kohya", "peft", "diffusers" or "diffusers-old".
-        canonical: the canonical name, or None where no such layer exists.
-        parts: "down", "up", "alpha", "magnitude", or the file's own word for another part -> tensor name.
+        canonical: the canonical name, or None if no such layer exists.
+        parts: "down", "up", "alpha", "magnitude", or the file's own name of another part -> tensor name.
     """
 
     stem: str
@@ -144,7 +144,7 @@ class Module:
 
     @property
     def has_kohya_name(self) -> bool:
-        """Whether the stem is a kohya name: underscores in place of dots."""
+        """Whether the stem is a kohya name: underscores instead of dots."""
         return self.spelling == "kohya"
 
     @property
@@ -154,7 +154,7 @@ class Module:
 
     @property
     def is_lycoris(self) -> bool:
-        """Whether it is another thing than a pair of factors, with or without a magnitude."""
+        """Whether it is something other than a pair of factors (with or without a magnitude)."""
         return not _marks().keys().isdisjoint(self.parts)
 
     @functools.cached_property
@@ -171,15 +171,15 @@ class Module:
 
     @functools.cached_property
     def strange_parts(self) -> list[str]:
-        """The names of the tensors that a module of this method does not have."""
+        """The names of tensors that modules of this method do not have."""
         own = registry.own_kinds().get(self.method)
         parts = (set(own.factors) if own else PARTS.get(self.method, PARTS["lora"])) | _COMMON
         return [name for part, name in self.parts.items() if part not in parts]
 
 
 def kind(shapes: Shapes) -> str:
-    """`safetensors_header.kind`, and "adapter" where a format's own spelling has such names, or where a third of the
-    names are those of an adapter's parts, whatever stands before them."""
+    """As `safetensors_header.kind`, but "adapter" if a format's own spelling matches, or if a third of the names end
+    like adapter parts."""
     if safetensors_header.kind(dict(shapes)) == "ip-adapter":
         return "ip-adapter"
     own = tuple(f".{part}" for spec in registry.own_kinds().values() for part in spec.factors)
@@ -192,12 +192,12 @@ def kind(shapes: Shapes) -> str:
 
 
 def _other_spellings() -> dict[str, Spelling]:
-    """Format -> its spelling, where it is none of `_SPELLINGS`."""
+    """Format -> spelling, for spellings that are not in `_SPELLINGS`."""
     return {name: spec.spelling for name, spec in FORMATS.items() if spec.spelling is not None}
 
 
 def modules(names: Iterable[str], layers_per_block: int = keys.DEFAULT_LAYERS_PER_BLOCK) -> dict[str, Module]:
-    """The adapted modules among a file's tensors, by stem, in the file's order; other tensors are left out."""
+    """The adapted modules in a file, by stem, in the file's order; other tensors are left out."""
     result: dict[str, Module] = {}
     others = _other_spellings()
     components = "|".join(sorted(registry.denoisers() | set(registry.components()) | set(_BLOCKS)))
@@ -242,8 +242,8 @@ def _canonical(stem: str, spelling: str, layers_per_block: int) -> str | None:
 
 
 def is_older_glora(*factors: tuple[int, ...]) -> bool:
-    """Whether the shapes of GLoRA's a1, a2, b1 and b2 are those of LyCORIS before 2, which has each pair the other way
-    round: `W a2 a1 + b2 b1`."""
+    """Whether GLoRA's a1, a2, b1 and b2 have the shapes of LyCORIS before version 2, in which each pair is exchanged:
+    `W a2 a1 + b2 b1`."""
     if any(len(shape) < 2 for shape in factors):
         return False
     a1, a2, b1, b2 = factors
@@ -251,14 +251,14 @@ def is_older_glora(*factors: tuple[int, ...]) -> bool:
 
 
 def peft_parts(path: Path) -> dict[str, Path]:
-    """Component -> its folder, of a PEFT folder; empty where it is none."""
+    """Component -> its folder, for a PEFT folder; else empty."""
     folders = {name: path / name for name in (*registry.components(), *sorted(registry.denoisers() - {"unet"}))}
     return {keys.canonical_part(name): folder for name, folder in folders.items() if (folder / PEFT_CONFIG).is_file()}
 
 
 def adapter_file(path: Path) -> Path:
-    """The only `.safetensors` file of a folder, such as a run folder; else the path itself. That is a file, a PEFT
-    folder, or a folder with no such file or several."""
+    """The only `.safetensors` file of a folder, such as a run folder. Else the path itself: a file, a PEFT folder, or a
+    folder with no or several such files."""
     if not path.is_dir() or peft_parts(path) or (path / PEFT_CONFIG).is_file():
         return path
     files = sorted(path.glob("*.safetensors"))
@@ -266,7 +266,7 @@ def adapter_file(path: Path) -> Path:
 
 
 def pickles(folder: Path) -> str:
-    """Words on the pickled weights in a folder, or ""."""
+    """A message about pickled weights in a folder, or ""."""
     names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in (".bin", ".pt", ".ckpt"))
     return (
         Message(
@@ -278,10 +278,10 @@ def pickles(folder: Path) -> str:
 
 
 def peft_weights(folder: Path) -> Path:
-    """The tensors of one component's folder.
+    """The file with the tensors of one component's folder.
 
     Raises:
-        LorakitError: they are not there, or as a pickle.
+        LorakitError: it is missing, or is a pickle.
     """
     path = folder / PEFT_MODEL
     pickle = path.with_suffix(".bin")
@@ -297,7 +297,7 @@ def peft_weights(folder: Path) -> Path:
 
 
 def require_whole(path: Path) -> None:
-    """Raise LorakitError: a lone file with PEFT's names has no config, which has its alpha."""
+    """Raise LorakitError: a lone file with PEFT's names lacks the config, and so the alpha."""
     where = "in the folder of each part" if path.name == PEFT_MODEL else Message("and call it {name}", PEFT_MODEL)
     raise LorakitError(
         "{path}: its names are PEFT's, and {peft_config}, which has its alpha, is not beside it: put the two "
@@ -309,7 +309,7 @@ def require_whole(path: Path) -> None:
 
 
 def peft_component(shapes: Shapes) -> str:
-    """Which component a lone PEFT adapter belongs to: CLIP has `encoder.layers`, SDXL's second has 1280 channels."""
+    """The component of a lone PEFT adapter: CLIP has `encoder.layers`, and SDXL's second encoder has 1280 channels."""
     text = [shape for name, shape in shapes.items() if "encoder.layers." in name and name.endswith("lora_A.weight")]
     if not text and not any("encoder.layers." in name for name in shapes):
         return "unet"
@@ -317,9 +317,9 @@ def peft_component(shapes: Shapes) -> str:
 
 
 def peft_names(part: str, names: Iterable[str]) -> dict[str, str]:
-    """Tensor name in one component's file of a PEFT folder -> the same as in a file, with the component in front.
+    """Tensor name in one component's file of a PEFT folder -> the name with the component as prefix.
 
-    Of a tensor that is there with `text_model.` and without, for old and new transformers, the first is taken.
+    A tensor may exist with and without `text_model.`, for old and new transformers. Then the one with it is used.
     """
     modules = {name: name.removeprefix(PEFT_PREFIX) for name in names}
     twice = {f"text_model.{path}" for path in modules.values()} & set(modules.values())
@@ -327,7 +327,7 @@ def peft_names(part: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def require_shapes(by_stem: Mapping[str, Module], shapes: Shapes) -> None:
-    """Raise LorakitError, naming the first part that has too few axes, or no numbers in a module that has a rank."""
+    """Raise LorakitError for the first part with too few axes, or without values although the rank is not 0."""
     for module in by_stem.values():
         axes = {part: 2 if part.startswith(("hada_", "lokr_")) else _AXES.get(part, 0) for part in module.parts}
         bad = [name for part, name in module.parts.items() if len(shapes[name]) < axes[part]]
@@ -338,7 +338,7 @@ def require_shapes(by_stem: Mapping[str, Module], shapes: Shapes) -> None:
 
 
 def rank(module: Module, shapes: Shapes) -> int | None:
-    """The rank of a module's factors, or None where it has none (a LoKr may be two whole matrices)."""
+    """The rank of a module's factors, or None if it has none (a LoKr can be two matrices without factors)."""
     for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if part in module.parts:
             return shapes[module.parts[part]][0]
@@ -346,7 +346,7 @@ def rank(module: Module, shapes: Shapes) -> int | None:
 
 
 def inputs(module: Module, shapes: Shapes) -> int | None:
-    """How many channels a module reads, a kernel counted in where the file does; None where a factor is missing."""
+    """The number of inputs of a module, including the kernel if the file does; None if a factor is missing."""
     there = {part: shapes[name] for part, name in module.parts.items()}
     if "down" in there or "hada_w1_b" in there:
         return there.get("down", there.get("hada_w1_b", ()))[1]
@@ -355,13 +355,13 @@ def inputs(module: Module, shapes: Shapes) -> int | None:
 
 
 def layers_per_block(metadata: Mapping[str, str]) -> int:
-    """How many resnets a down block has where sgm names are read: told by the file, else 2."""
+    """The number of resnets in a down block, for sgm names: from the metadata, else 2."""
     count = metadata.get("lorakit.layers_per_block", "")
     return int(count) if re.fullmatch(r"[1-9]\d?", count) else keys.DEFAULT_LAYERS_PER_BLOCK
 
 
 def other_model(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[models.Model, str] | None:
-    """The model that an adapter is for and what tells so, where it is none with Stable Diffusion's UNet."""
+    """The model of an adapter and the evidence, if it is not for a Stable Diffusion UNet; else None."""
     if metadata.get("lorakit.family") in registry.versions():
         return None
     stems = {_ADAPTER_PART.sub("", name).removesuffix(".alpha") for name in shapes}
@@ -378,10 +378,10 @@ def other_model(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[models.Mod
 
 
 def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
-    """An adapter's family and its source: its metadata, its names, or the width of the text it attends to.
+    """An adapter's family and the evidence: metadata, names, or the text width.
 
-    Metadata of another program that contradicts names and widths is ignored. Where nothing tells, the first
-    family's; the second value then says so.
+    Metadata of other programs that contradicts names and widths is ignored. Without evidence, the first family is
+    returned, and the second value says so.
     """
     tagged, evidence = meta.family(metadata), _evidence(by_stem, shapes)
     if tagged and (evidence is None or evidence[0] == tagged or metadata.get("lorakit.family") == tagged):
@@ -395,7 +395,8 @@ def adapter_family(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapp
 
 
 def misfit(shapes: Shapes, metadata: Mapping[str, str], family: str, layers: str) -> str | None:
-    """Why an adapter is no start for one of another family, or of layers of another kind ("lora", "loha", ...)."""
+    """The reason why an adapter cannot initialize one of this family and kind of layers ("lora", "loha", ...), or
+    None."""
     if (other := other_model(shapes, metadata)) and other[0].family != family:
         return Message("the adapter to start from is for {theirs}, this base is {family}", other[0].title, family)
     by_stem = modules(shapes, layers_per_block(metadata))
@@ -410,7 +411,7 @@ def misfit(shapes: Shapes, metadata: Mapping[str, str], family: str, layers: str
 
 
 def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] | None:
-    """The family that names and widths tell, and how; None where they do not."""
+    """The family from names and widths, and the evidence; None if there is none."""
     for module in by_stem.values():
         if family := keys.family_of_layer(module.canonical or ""):
             return family, "names"
@@ -423,8 +424,8 @@ def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] 
             width = inputs(module, shapes)
             if width in (dims := cross_dims()):
                 return dims[width], Message("attends to text of width {width}", width)
-    # Of the UNets only SDXL's has several transformers in a row, and attention in its first up block. sd-scripts uses
-    # sgm's names for SDXL alone.
+    # Among the UNets only SDXL's has several transformers in a row, and attention in its first up block. sd-scripts
+    # uses sgm's names only for SDXL.
     deep = next((name for name, (_, version) in registry.versions().items() if version.kohya.sgm), None)
     if deep and any(_SEVERAL.search(stem) for stem in by_stem) and not any(_SHALLOW.search(stem) for stem in by_stem):
         return deep, "names"
@@ -432,7 +433,7 @@ def _evidence(by_stem: Mapping[str, Module], shapes: Shapes) -> tuple[str, str] 
 
 
 def only_base(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[str, str], family: str) -> str:
-    """The only base that an adapter fits, in words, if its layers have other widths than its family's; else ""."""
+    """The only base that an adapter fits, as text, if its layers have other widths than its family's; else ""."""
     version, ends = registry.version_of(family), ("attn2.to_k", "attn2.to_v")
     read = (inputs(module, shapes) for module in by_stem.values() if (module.canonical or "").endswith(ends))
     widths = {width for width in read if width is not None}
@@ -447,12 +448,12 @@ def only_base(by_stem: Mapping[str, Module], shapes: Shapes, metadata: Mapping[s
 
 
 def cross_dims() -> dict[int, str]:
-    """Width of the text that a UNet attends to -> what its adapters are called."""
+    """Text width of a UNet -> version of its family."""
     return {version.cross_dim: name for name, (_, version) in registry.versions().items() if version.cross_dim}
 
 
 def base_family(shapes: Shapes) -> str | None:
-    """The family of a checkpoint or a UNet, by the width of the text it attends to; None if that is missing."""
+    """The family of a checkpoint or a UNet, from its text width; None if that is missing."""
     for name, shape in shapes.items():
         if name.endswith("attn2.to_k.weight"):
             return cross_dims().get(shape[1])

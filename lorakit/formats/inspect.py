@@ -1,5 +1,4 @@
-"""Inspect a file: whether it is an adapter or a base, for which model, how it was made, and what each program reads of
-it. No torch."""
+"""Inspect a file: adapter or base, its model, how it was made, and which modules each program reads. No torch."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ _MAX_VALUE_LENGTH = 100  # characters of a metadata value
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One adapted part of the model: how many modules, and the ranks and alphas that occur, most common first, with how
-    many modules have each."""
+    """One adapted component: the number of modules; ranks and alphas, the most common first, with the number of modules
+    for each."""
 
     modules: int
     ranks: list[int]
@@ -41,7 +40,8 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found; of anything but an adapter, `name`, `kind`, `description` and `bytes` at the least."""
+    """The result of `inspect`. For files that are not adapters, at least `name`, `kind`, `description` and `bytes` are
+    set."""
 
     name: str
     kind: str
@@ -66,7 +66,7 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def failures(self, targets: Iterable[str]) -> list[str]:
-        """One line for each named program that does not read all of it rightly.
+        """One line for each named program that does not read the complete file correctly.
 
         Raises:
             LorakitError: an unknown target, or the file is not an adapter.
@@ -89,14 +89,14 @@ class Report:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain tables."""
+        """All facts, as plain tables."""
         table = dataclasses.asdict(self)
         for key, reading in self.readers.items():
             table["readers"][key] |= {"complete": reading.complete, "summary": reading.line()}
         return table
 
     def to_text(self) -> str:
-        """Everything, for a person."""
+        """All facts, as text."""
         trigger, noun = health.trigger_and_class(self.trigger, self.metadata)
         title = self.model or (registry.version_of(self.family).title if self.family else "")
         rows = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
@@ -139,7 +139,7 @@ class Report:
         return Message("{title} ({evidence})", title, evidence) if title else ""
 
     def _typed(self) -> str:
-        """What to type into a program, of an adapter."""
+        """The text to type into a program to use an adapter."""
         if self.kind != "adapter":
             return ""
         words = self.trigger or ", ".join(self.words) or "nothing, as far as the file tells"
@@ -149,7 +149,7 @@ class Report:
         return words + (f"  (<lora:{Path(self.name).stem}:1> in {' and '.join(programs)})" if programs else "")
 
     def _health(self) -> str:
-        """Whether an adapter's numbers look well."""
+        """A message about an adapter's values."""
         if self.kind != "adapter":
             return ""
         if self.damage or self.defects:
@@ -162,7 +162,7 @@ def inspect(path: Path) -> Report:
     """Identify a `.safetensors` file, a PEFT folder or a base folder in diffusers layout.
 
     Raises:
-        LorakitError: nothing there, another kind of file (named for what it is), or a damaged one.
+        LorakitError: nothing exists there, it is another kind of file (the message names it), or it is damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -185,7 +185,7 @@ def inspect(path: Path) -> Report:
 
 
 def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report:
-    """A file that is no adapter: a base, a part of one, or a model of another kind."""
+    """The report on a file that is not an adapter: a base, a part of one, or another model."""
     common: dict[str, Any] = {"dtype": _dtype([head]), "metadata": head.metadata}
     if title := other_models.model_title(head.tensors):
         text = Message("{title} model, not an adapter", other_models.with_article(title))
@@ -204,7 +204,7 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
             prediction = noise_schedule.name(checkpoint.prediction.type, checkpoint.prediction.zero_snr)
             line = "{description}; it predicts {kind}, {why}"
             description = Message(line, description, prediction, checkpoint.prediction.evidence)
-        except LorakitError as error:  # of another architecture, or in part
+        except LorakitError as error:  # another architecture, or an incomplete model
             common["notes"] = [Message("it cannot be trained as it is: {problem}", error)]
             if all(name.startswith(ldm.UNET) for name in head.tensors):
                 description = identify.DESCRIPTIONS["unet"]
@@ -212,7 +212,7 @@ def _other_file(head: safetensors_header.Header, kind: str, size: int) -> Report
 
 
 def _embedding(head: safetensors_header.Header, size: int) -> Report:
-    """A textual-inversion embedding: a word and its vectors, and no layer."""
+    """The report on a textual-inversion embedding: a word and its vectors, without layers."""
     count = next((shape[0] for shape in head.shapes().values() if len(shape) == 2), 1)
     word, description = shorten(printable(embeddings.word_of(head)), 60), identify.DESCRIPTIONS["embedding"]
     report = Report(
@@ -236,14 +236,14 @@ UNKNOWN_NAMES = "{name}: an adapter for no model known here: its names are of no
 
 
 def _no_adapter(what: str) -> str:
-    """What `other_models` says of a part of a model, as a description."""
+    """The message of `other_models` about a part of a model, as a description."""
     if isinstance(what, Message) and "kind" in what.values:
         return Message("{title} model, not an adapter", what.values["kind"])
     return Message("{what}, not an adapter", re.sub(r"^is |(, not a base model|: .*)$", "", what))
 
 
 def _word_notes(path: Path, head: safetensors_header.Header) -> list[str]:
-    """The words that an adapter carries in itself, and those whose embeddings belong beside it."""
+    """Messages about words in the file, and about words whose embeddings are separate files."""
     carried = sorted({match[1] for name in head.tensors if (match := re.match(r"bundle_emb\.(.+?)\.", name))})
     notes: list[str] = [
         Message("carries the word {word!r}, which A1111 learns from it", shorten(printable(word), 60))
@@ -258,7 +258,7 @@ def _word_notes(path: Path, head: safetensors_header.Header) -> list[str]:
 
 
 def _folder(path: Path) -> Report:
-    """A PEFT folder, a base in diffusers layout, or a folder with one adapter file in it."""
+    """The report on a PEFT folder, a base in diffusers layout, or a folder with one adapter file."""
     parts = identify.peft_parts(path)
     if parts:
         return _peft_folder(path, parts)
@@ -381,7 +381,7 @@ def _adapter(
 
 
 def _part_notes(modules: Mapping[str, identify.Module], shapes: identify.Shapes) -> list[str]:
-    """The parts that other programs, or lorakit, do not read."""
+    """Messages about tensors that other programs, or lorakit, do not read."""
     notes = list[str]()
     if scalars := sum("scalar" in module.parts for module in modules.values()):
         notes.append(
@@ -410,7 +410,7 @@ def _components(
     alphas: Mapping[str, float],
     scalings: Mapping[str, peft_config.Scaling],
 ) -> tuple[dict[str, Component], dict[str, float]]:
-    """Component -> its ranks and alphas; and stem -> alpha / rank."""
+    """Component -> its ranks and alphas; and module name -> alpha / rank."""
     components, scales = dict[str, Component](), dict[str, float]()
     for part in registry.components():
         inside = [module for module in modules.values() if _part(module) == part]
@@ -450,7 +450,7 @@ def _ordered(counts: Counter[Any]) -> list[Any]:
 
 
 def _dtype(heads: list[safetensors_header.Header]) -> str:
-    """The dtype of most of the numbers."""
+    """The dtype of most of the data."""
     sizes: Counter[str] = Counter()
     for head in heads:
         for info in head.tensors.values():
@@ -459,7 +459,7 @@ def _dtype(heads: list[safetensors_header.Header]) -> str:
 
 
 def _counted(values: Iterable[float], counts: Sequence[int]) -> str:
-    """Values with how many modules have each, where there are several."""
+    """The values, with the number of modules for each if there are several."""
     pairs = zip(values, counts, strict=True)
     return ", ".join(f"{value:g} in {count}" if len(counts) > 1 else f"{value:g}" for value, count in pairs)
 

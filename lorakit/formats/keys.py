@@ -1,10 +1,9 @@
-"""What each layer is called: canonical names (see `lorakit.adapters.weights`) to and from the names in kohya files.
+"""Names of layers: canonical names (see `lorakit.adapters.weights`) to and from names in kohya files.
 
-The tables are explicit and the grammar is closed: a name that is not in them is refused, and nothing is ever taken
-from `named_modules()`, whose spelling changes with the installed transformers. kohya files name the UNet of SD1 and
-SD2 by diffusers' blocks and that of SDXL by sgm's, which is the one choice that every program reads.
-
-Sources: kohya-ss/sd-scripts networks/lora.py (prefixes, classes) and library/sdxl_model_util.py (block map).
+The tables are explicit and the grammar is closed: names that are not in them are refused. No name comes from
+`named_modules()`, which changes with the installed transformers. kohya files name the UNet of SD1 and SD2 after
+diffusers' blocks and that of SDXL after sgm's: every program reads this combination. Sources: kohya-ss/sd-scripts
+networks/lora.py (prefixes, classes) and library/sdxl_model_util.py (block map).
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ LEAVES: dict[str, dict[str, str]] = {
     "downsamplers": {"conv": "op"},
     "upsamplers": {"conv": "conv"},
 }
-# Norms, which LyCORIS and ComfyUI's nodes train; lorakit carries them.
+# Norms, which LyCORIS and ComfyUI's nodes train; lorakit reads and writes them.
 LEAVES["attentions"] |= {"norm": "norm"}
 LEAVES["attentions"] |= {f"transformer_blocks.*.norm{n}": f"transformer_blocks_*_norm{n}" for n in (1, 2, 3)}
 LEAVES["resnets"] |= {"norm1": "in_layers_0", "norm2": "out_layers_0"}
-# Outside the blocks: half of the programs drop them. lorakit carries them and does not train them.
+# Layers outside the blocks: half of the programs drop them. lorakit reads and writes them, but does not train them.
 TOP: dict[str, str] = {
     "conv_in": "input_blocks_0_0",
     "conv_out": "out_2",
@@ -71,7 +70,7 @@ _TEXT_PREFIXES = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora
 
 @dataclass(frozen=True)
 class Place:
-    """Where a UNet layer sits: `side` is down, mid or up; `block`, `kind`, `index` and `leaf` are diffusers'."""
+    """The position of a UNet layer: `side` is down, mid or up; `block`, `kind`, `index` and `leaf` are diffusers'."""
 
     side: str
     block: int
@@ -85,10 +84,10 @@ class Place:
         return f"{block}.{self.kind}.{self.index}.{self.leaf}"
 
     def sgm(self, layers_per_block: int, attention_ups: set[int]) -> str:
-        """sgm's name, where down blocks have `layers_per_block` resnets and up blocks one more.
+        """sgm's name, for down blocks with `layers_per_block` resnets and up blocks with one more.
 
-        `attention_ups` are the up blocks known to have attention (empty: not known, so all): there the upsampler comes
-        third in its block, elsewhere second.
+        `attention_ups` are the up blocks with attention (empty: unknown, so all). In these the upsampler is the third
+        module, in others the second.
         """
         row = layers_per_block + 1
         leaf = _translated(self.leaf, LEAVES[self.kind])
@@ -106,14 +105,14 @@ class Place:
 
 
 def _translated(leaf: str, table: Mapping[str, str]) -> str:
-    """The leaf in the table's other spelling, "" where the table does not know it."""
+    """The leaf in the table's other spelling, or "" if it is not in the table."""
     number = _TRANSFORMER_NUMBER.search(leaf)
     template = table.get(_TRANSFORMER_NUMBER.sub("*", leaf), "")
     return template.replace("*", number.group()) if number else template
 
 
 def _place(side: str | None, block: str | None, kind: str, index: str, leaf: str) -> Place | None:
-    """A Place from a match's groups, or None where the leaf or the block is not one that UNets have."""
+    """A Place from a match's groups, or None if UNets have no such leaf or block."""
     sampler_side = {"downsamplers": "down", "upsamplers": "up"}.get(kind)
     if not leaf or (sampler_side and (side != sampler_side or index != "0")):
         return None
@@ -167,12 +166,12 @@ def _from_sgm(text: str, layers_per_block: int) -> Place | None:
 
 
 def component(name: str) -> str:
-    """The part of the model that a canonical name belongs to: the text before its first dot."""
+    """The component of a canonical name: the text before its first dot."""
     return name.partition(".")[0]
 
 
 def is_canonical(name: str) -> bool:
-    """Whether `name` is a canonical name of these tables, portable or not."""
+    """Whether `name` is a canonical name in these tables, whether or not every program reads it."""
     part, _, path = name.partition(".")
     if part == "unet":
         return is_read_everywhere(name) or path in TOP or _from_dotted(path) is not None
@@ -196,7 +195,7 @@ def is_read_everywhere(name: str) -> bool:
 
 
 def family_of_layer(name: str) -> str | None:
-    """What adapters with this layer are called, where it is of a denoiser that is no UNet; else None."""
+    """The version whose adapters have this layer, if the denoiser is not a UNet; else None."""
     part, _, path = name.partition(".")
     for spec in registry.FAMILIES.values() if part == "unet" else ():
         if spec.block_layers is not None and spec.block_layers.fullmatch(path):
@@ -205,34 +204,36 @@ def family_of_layer(name: str) -> str | None:
 
 
 def _numbered(text: str, table: Mapping[str, str]) -> str | None:
-    """What a table that has `*` for a block's number says of a name with a number, or None."""
+    """Look up a name in a table with `*` for the block's number; None if it is not there."""
     number = _BLOCK_NUMBER.search(text)
     name = table.get(_BLOCK_NUMBER.sub("*", text, count=1))
     return name.replace("*", number[0]) if name and number else name
 
 
 def fused_parts(name: str, family: str) -> tuple[str, ...]:
-    """The canonical names of the layers that are shares of one that only files have; () for any other."""
+    """The canonical names of the layers that files fuse into the layer `name`; () if it is not such a layer."""
     path, number = name.removeprefix("unet."), _BLOCK_NUMBER.search(name)
     parts = registry.version_of(family).kohya.fused.get(_BLOCK_NUMBER.sub("*", path, count=1), ())
     return tuple(f"unet.{part.replace('*', number[0])}" for part in parts) if number else ()
 
 
 def fused_name(name: str, family: str) -> str | None:
-    """The canonical name of the layer of files that this one is a share of, or None."""
+    """The canonical name of the fused layer in files that contains this layer, or None."""
     fused = registry.version_of(family).kohya.fused
     whole = _numbered(name.removeprefix("unet."), {part: whole for whole, parts in fused.items() for part in parts})
     return f"unet.{whole}" if whole else None
 
 
 def is_swapped(name: str, family: str) -> bool:
-    """Whether files may have the halves of this layer's rows the other way round."""
+    """Whether files may have the halves of this layer's rows exchanged."""
     return name.endswith(registry.version_of(family).kohya.swapped or ("//",))
 
 
 def _from_denoiser(text: str) -> str | None:
-    """The canonical name, without "unet.", of a layer of a denoiser that is no UNet: by the file's name for it, or by
-    diffusers' with underscores, as OneTrainer and SimpleTuner have it."""
+    """The canonical name, without "unet.", of a layer of a denoiser that is not a UNet.
+
+    `text` is the file's name, or diffusers' name with underscores, as in OneTrainer and SimpleTuner.
+    """
     for _, version in registry.versions().values():
         names = {theirs: ours for ours, theirs in version.kohya.denoiser.items()}
         ours = (*version.kohya.denoiser, *(part for parts in version.kohya.fused.values() for part in parts))
@@ -254,7 +255,7 @@ def canonical_part(name: str) -> str:
 
 
 def group(name: str) -> str:
-    """What kind of layer a canonical name is: "attention", "conv", "text", "top", or "unknown"."""
+    """The kind of a layer: "attention", "conv", "text", "top", or "unknown"."""
     part, _, path = name.partition(".")
     if part != "unet":
         return "text" if is_read_everywhere(name) else "top" if is_canonical(name) else "unknown"
@@ -267,7 +268,7 @@ def group(name: str) -> str:
 
 
 def kernel(name: str, family: str) -> tuple[int, ...]:
-    """The kernel of a layer that is a convolution, as released models have it; () for a linear layer."""
+    """The kernel size of a convolution in released models; () for a linear layer."""
     place = _from_dotted(name.removeprefix("unet.")) if name.startswith("unet.") else None
     if place is None or place.leaf == "time_emb_proj" or is_norm(name):
         return ()
@@ -279,15 +280,15 @@ def kernel(name: str, family: str) -> tuple[int, ...]:
 
 
 def require_canonical(names: Iterable[str]) -> None:
-    """Raise LorakitError, naming the first, where a layer is in none of the tables."""
+    """Raise LorakitError for the first layer that is not in the tables."""
     if strange := [name for name in names if not is_canonical(name)]:
         raise LorakitError("layer {strange} cannot be exported: no program has a name for it", strange[0])
 
 
 def layers_per_block(names: Iterable[str]) -> int:
-    """How many resnets a down block has, told from canonical names; 2, as in every released model, where unclear.
+    """The number of resnets in a down block, from canonical names; 2, as in every released model, if unclear.
 
-    Up blocks have one more, so the highest number in the down blocks and in the up blocks must tell the same.
+    Up blocks have one more resnet, so the highest indices in down blocks and up blocks must agree.
     """
     highest = {"down": -1, "up": -1}
     for name in names:
@@ -299,14 +300,14 @@ def layers_per_block(names: Iterable[str]) -> int:
 
 
 def to_kohya_name(names: Iterable[str], family: str, layers: int | None = None) -> dict[str, str]:
-    """Canonical name -> name in kohya files (what stands before `.lora_down.weight`), in the order given.
+    """Canonical name -> name in kohya files (the prefix of `.lora_down.weight`), in the given order.
 
     Args:
-        family: what adapters for it are called, such as "sd1".
-        layers: layers per block, for sgm names; told from the names where None.
+        family: version of the family, such as "sd1".
+        layers: layers per block, for sgm names; None: derived from the names.
 
     Raises:
-        LorakitError: a name that is not in the tables, or a component that the family does not have.
+        LorakitError: a name is not in the tables, or the family lacks the component.
     """
     names = list(names)
     spelling = registry.version_of(family).kohya
@@ -333,9 +334,9 @@ def to_kohya_name(names: Iterable[str], family: str, layers: int | None = None) 
 
 
 def from_kohya(stem: str, layers: int = DEFAULT_LAYERS_PER_BLOCK) -> str | None:
-    """The canonical name of a kohya module name in either block spelling, or None.
+    """The canonical name of a kohya module name with diffusers' or sgm's block names, or None.
 
-    Text-encoder names without `text_model_`, which converters under transformers 5.6 and later write, are understood.
+    Text-encoder names without `text_model_`, which converters with transformers 5.6 or later write, are accepted.
     """
     if stem.startswith((UNET_PREFIX, ONETRAINER_PREFIX)):
         text = stem.removeprefix(UNET_PREFIX).removeprefix(ONETRAINER_PREFIX)

@@ -1,8 +1,8 @@
-"""The default format: kohya's names, which A1111, Forge, ComfyUI, InvokeAI, sd-scripts, sd.cpp and diffusers all read.
+"""The default format, with kohya's names. A1111, Forge, ComfyUI, InvokeAI, sd-scripts, sd.cpp and diffusers read it.
 
 Each layer is `<name>.lora_down.weight`, `<name>.lora_up.weight` and `<name>.alpha` (one float32), for DoRA also
-`<name>.dora_scale` `[1, in]`. The parts of LoHa and LoKr have LyCORIS' names (`hada_w1_a`, `lokr_w1`, ...). Names of
-layers come from `lorakit.formats.keys`, one rank and one alpha per component from `factors`.
+`<name>.dora_scale` `[1, in]`. The parts of LoHa and LoKr have LyCORIS' names (`hada_w1_a`, `lokr_w1`, ...). Layer names
+come from `lorakit.formats.keys`; `adapter_math` gives each component one rank and one alpha.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from lorakit.formats.spec import FormatSpec, merge_only
 if TYPE_CHECKING:
     import torch
 
-# What a LoRA layer's factors are called in these files; LoHa's and LoKr's have their names already.
+# Names of a LoRA layer's factors in these files; LoHa's and LoKr's already have theirs.
 PARTS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
 
 
 def check(method: str, family: str) -> str | None:
-    """Why this format cannot carry `method` for `family`, or None."""
+    """The reason why this format cannot hold `method` for `family`, or None."""
     return merge_only(method) or registry.family_of(family).format_refusals.get(("kohya", method))
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
-    """What the file holds: tensor name -> tensor.
+    """The tensors of the file, by name.
 
     Raises:
-        LorakitError: a layer that is not portable, or that is not finite.
+        LorakitError: a layer has no name in the format, or is not finite.
     """
     import torch
 
@@ -51,7 +51,7 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
             continue
         layer = layers[name]
         for part, tensor in layer.factors().items():
-            # alpha and magnitude stay float32: a rounded alpha rescales the layer, magnitudes carry the whole weight.
+            # alpha and magnitude stay float32: rounding alpha rescales the layer, and magnitudes scale the full weight.
             precision = "fp32" if part == "magnitude" else dtype
             result |= adapter_math.cast({f"{stem}.{PARTS.get(part, part)}": tensor}, precision)
         if not isinstance(layer, ForeignLayer) or layer.alpha:
@@ -60,10 +60,10 @@ def tensors(weights: AdapterWeights, dtype: str) -> dict[str, torch.Tensor]:
 
 
 def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]) -> list[Path]:
-    """Write one `.safetensors` file, atomically; returns `[path]`.
+    """Write one `.safetensors` file atomically. Return `[path]`.
 
     Raises:
-        LorakitError: see `tensors`; too little space.
+        LorakitError: see `tensors`; or the disk is full.
     """
     from lorakit.formats import files
 
@@ -74,7 +74,7 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
 def write_side_files(
     weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str], preview: bytes | None
 ) -> None:
-    """Write `<name>.json`, from which A1111 and InvokeAI read trigger words, and the preview as `<name>.png`."""
+    """Write `<name>.json`, the source of trigger words in A1111 and InvokeAI, and the preview as `<name>.png`."""
     from lorakit.formats import files
 
     text = json.dumps(sidecar(complete(weights, metadata)), indent=2, ensure_ascii=False)
@@ -83,7 +83,7 @@ def write_side_files(
         files.write_bytes(path.with_suffix(".png"), preview)
 
 
-# The ending is the plain one, as this is the file that people move about.
+# The suffix is the plain one, because this is the file that people share.
 SPEC = FormatSpec(
     ending=".safetensors",
     check=check,

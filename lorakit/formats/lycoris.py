@@ -1,8 +1,8 @@
-"""The parameterizations of adapter files: functions that make a layer from a module's tensors, under LyCORIS' names.
+"""The parameterizations of adapter files: functions that build a layer from a module's tensors with LyCORIS' names.
 
-Tucker keeps a small kernel `t` `[i, j, kh, kw]` between two matrices, `sum_ij t_ij.. a_ip b_jr` (LyCORIS
-functional/general.py, `rebuild_tucker`). Put into the second matrix it is the plain form, of the same rank.
-`CHANGES` has the methods whose layers lorakit keeps as they are in the file, each with its formula.
+Tucker's form has a small kernel `t` `[i, j, kh, kw]` between two matrices, `sum_ij t_ij.. a_ip b_jr` (LyCORIS
+functional/general.py, `rebuild_tucker`). Multiplied into the second matrix it becomes the plain form of the same rank.
+`CHANGES` has the methods whose layers stay as they are in the file, each with its formula.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lorakit.core.messages import join
 from lorakit.formats import identify
 from lorakit.formats.facts import peft_config
 
-# Method -> the small kernel of Tucker's form, and the side that it belongs to.
+# Method -> the small kernel of Tucker's form, and the matrix pair that it belongs to.
 KERNELS = {"loha": ("hada_t1 hada_w1", "hada_t2 hada_w2"), "lokr": ("lokr_t2 lokr_w2",)}
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) -> LohaLayer | LokrLayer:
-    """A layer of method "loha" or "lokr". The caller sets its alpha.
+    """Build a layer of method "loha" or "lokr". The caller sets its alpha.
 
     Raises:
-        LorakitError: a factor is missing, or they do not fit together.
+        LorakitError: a factor is missing, or the factors do not fit together.
     """
     own = dict(parts)
     scales = own.pop("magnitude", None)
@@ -59,12 +59,13 @@ def read(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor]) 
 
 
 def untucked_down(path: Path, stem: str, mid: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """LoCon's `lora_down` `[r, in, 1, 1]` with `lora_mid` `[r, r, kh, kw]` put into it: `[r, in, kh, kw]`."""
+    """LoCon's `lora_down` `[r, in, 1, 1]` multiplied by `lora_mid` `[r, r, kh, kw]`: `[r, in, kh, kw]`."""
     return _product(path, stem, mid, down.flatten(1))
 
 
 def magnitude(path: Path, stem: str, scales: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """DoRA's magnitude, checked: `[1, in, ...]` for each input column or `[out, 1, ...]` for each output row."""
+    """Check and return DoRA's magnitude: `[1, in, ...]` for each input column or `[out, 1, ...]` for each output
+    row."""
     outputs, columns = size
     length = scales.numel()
     is_rows = tuple(scales.shape[:2]) == (length, 1) and length == outputs
@@ -81,7 +82,7 @@ def _added(name: str) -> Callable[[torch.Tensor, ForeignLayer, float], torch.Ten
 
 
 def _scaled_channels(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
-    """(IA)^3: each output, or each input, is multiplied by one number more than 1 (LyCORIS modules/ia3.py)."""
+    """(IA)^3: each output, or each input, is multiplied by 1 + its scale (LyCORIS modules/ia3.py)."""
     on_input = bool(layer.parts["on_input"].any())
     scales = layer.parts["weight"].flatten()
     rest = (1,) * (weight.ndim - 2)
@@ -89,7 +90,7 @@ def _scaled_channels(weight: torch.Tensor, layer: ForeignLayer, strength: float)
 
 
 def _glora(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
-    """GLoRA: (W a1 a2 + b1 b2) * alpha / rank, a1 and a2 on the input axis (LyCORIS modules/glora.py)."""
+    """GLoRA: (W a1 a2 + b1 b2) * alpha / rank, with a1 and a2 on the input axis (LyCORIS modules/glora.py)."""
     a1, a2, b1, b2 = (layer.parts[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
     if "bm.weight" in layer.parts:
         b2 = torch.einsum("rj...,ji->ri...", layer.parts["bm.weight"], b2.flatten(1))
@@ -99,7 +100,7 @@ def _glora(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.
 
 
 def _rotation(layer: ForeignLayer, outputs: int) -> torch.Tensor:
-    """Cayley's transform of each block: (I + Q)(I - Q)^-1, Q = B - B^T, its norm at most alpha * outputs."""
+    """Cayley transform of each block: (I + Q)(I - Q)^-1, Q = B - B^T, with a norm of at most alpha * outputs."""
     blocks = layer.parts["oft_blocks"]
     skew, limit = blocks - blocks.transpose(-1, -2), layer.alpha * outputs
     norm = float(skew.norm()) + 1e-8
@@ -109,7 +110,7 @@ def _rotation(layer: ForeignLayer, outputs: int) -> torch.Tensor:
 
 
 def _rotated(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
-    """OFT turns blocks of outputs; BOFT (four axes) does it stage by stage, between outputs ever farther apart."""
+    """OFT rotates blocks of outputs. BOFT (four axes) does so in stages, each with outputs that are farther apart."""
     turns = _rotation(layer, len(weight))
     turns = strength * turns + (1 - strength) * torch.eye(turns.shape[-1])
     result, half = weight, turns.shape[-1] // 2
@@ -127,7 +128,7 @@ def _rotated(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torc
     return torch.sub(result, weight)
 
 
-# Method -> its necessary parts, and (weight, layer, strength) -> what is added to the weight.
+# Method -> its required parts, and (weight, layer, strength) -> the change of the weight.
 CHANGES: dict[str, tuple[tuple[str, ...], Callable[[torch.Tensor, ForeignLayer, float], torch.Tensor]]] = {
     "full difference": (("diff",), _added("diff")),
     "norm": (("w_norm",), _added("w_norm")),
@@ -138,9 +139,10 @@ CHANGES: dict[str, tuple[tuple[str, ...], Callable[[torch.Tensor, ForeignLayer, 
 
 
 def _turned_inputs(weight: torch.Tensor, layer: ForeignLayer, strength: float) -> torch.Tensor:
-    """PEFT's: blocks of inputs, a kernel counted in, are turned stage by stage, and outputs are multiplied by `scales`.
+    """PEFT's OFT: blocks of inputs (including the kernel) are rotated stage by stage, and outputs are multiplied by
+    `scales`.
 
-    A later stage of BOFT takes a block's inputs from two halves of 2^stage blocks (peft tuners/boft/layer.py).
+    In later stages of BOFT a block consists of inputs from two halves of 2^stage blocks (peft tuners/boft/layer.py).
     """
     result, half = weight.flatten(1), layer.parts["turns"].shape[-1] // 2
     for stage, turns in enumerate(layer.parts["turns"]):
@@ -154,16 +156,16 @@ def _turned_inputs(weight: torch.Tensor, layer: ForeignLayer, strength: float) -
 def of_peft(
     path: Path, stem: str, name: str, parts: Mapping[str, torch.Tensor], config: peft_config.Scaling
 ) -> AnyLayer:
-    """A layer of PEFT's (IA)^3, OFT or BOFT, from its tensors and `adapter_config.json`.
+    """Build a layer of PEFT's (IA)^3, OFT or BOFT from its tensors and `adapter_config.json`.
 
     Raises:
-        LorakitError: the config lacks a number, or the tensors do not fit it.
+        LorakitError: a number in the config is missing, or the tensors do not fit it.
     """
     if "ia3_l" in parts:
         scales = parts["ia3_l"]
         on_input = peft_config.is_feedforward(name, config) if scales.ndim > 2 else scales.shape[0] == 1
         changes = {"weight": scales.flatten() - 1, "on_input": torch.tensor(on_input)}
-        # What scales outputs scales the bias too, where the layer has one.
+        # Scaling the outputs also scales the bias, if the layer has one.
         biased = not on_input and not re.search(r"^unet\..*\.attn[12]\.to_[qkv]$", name)
         return ForeignLayer("IA3 with biases" if biased else "IA3", changes, 0.0, _scaled_channels, biased)
     blocks = parts.get("oft_R", parts.get("oft_r", parts.get("boft_R", torch.zeros(0))))
@@ -174,9 +176,9 @@ def of_peft(
         upper = torch.zeros(len(blocks), size, size)
         upper[:, *torch.triu_indices(size, size, 1)] = blocks
         blocks = upper
-    if "oft_r" in parts and "oft_s" not in parts:  # of before 0.14, on outputs, as LyCORIS has it
+    if "oft_r" in parts and "oft_s" not in parts:  # of PEFT before 0.14: on outputs, as in LyCORIS
         blocks = -0.5 * _limited(blocks, limit * blocks.shape[-1] ** 2)
-        if len(blocks) == 1:  # with `block_share` it is for all
+        if len(blocks) == 1:  # with `block_share` all blocks share it
             blocks = blocks.expand(peft_config.rank(name, config), -1, -1).clone()
         return ForeignLayer("OFT", {"oft_blocks": blocks}, 0.0, _rotated)
     skew = blocks - blocks.transpose(-1, -2) if "oft_R" in parts else 0.5 * (blocks - blocks.transpose(-1, -2))
@@ -193,21 +195,21 @@ def of_peft(
     return ForeignLayer(method, {"turns": turns.reshape(-1, *turns.shape[-3:]), "scales": scales}, 0.0, _turned_inputs)
 
 
-# Part -> method of PEFT whose layers are computed from the weight.
+# Part -> PEFT method whose change depends on the weight.
 PEFT_METHODS = {"oft_R": "OFTv2", "oft_r": "PEFT's older OFT", "boft_R": "PEFT's BOFT", "ia3_l": "IA3"}
 
 
 def _limited(blocks: torch.Tensor, limit: float) -> torch.Tensor:
-    """The blocks, none with a norm above `limit` (PEFT's `coft`)."""
+    """The blocks, scaled to a norm of at most `limit` (PEFT's `coft`)."""
     norms = blocks.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, *(1,) * (blocks.ndim - 1))
     return blocks * (limit / norms).clamp(max=1.0) if limit < math.inf else blocks
 
 
 def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor], alpha: float | None) -> ForeignLayer:
-    """A layer of one of `CHANGES`, its parts as in the file.
+    """Build a layer of one of `CHANGES`, with its parts as in the file.
 
     Raises:
-        LorakitError: a part is missing, or it has a magnitude, which nobody defines for it.
+        LorakitError: a part is missing, or it has a magnitude, which is not defined for it.
     """
     needed, change = CHANGES[method]
     if "oft_diag" in parts:  # of LyCORIS before 3: the rotations themselves, (I + Q)(I - Q)^-1
@@ -230,7 +232,7 @@ def foreign(path: Path, stem: str, method: str, parts: Mapping[str, torch.Tensor
             raise LorakitError(
                 "{path}: the factors of {stem} do not fit together: {shapes}", path, stem, _shapes(a1, a2, b1, b2)
             )
-    missing = len(parts["a2.weight"]) if method == "GLoRA" else 0  # the rank; no constraint
+    missing = len(parts["a2.weight"]) if method == "GLoRA" else 0  # GLoRA: the rank; OFT: no constraint
     return ForeignLayer(method, parts, float(missing) if alpha is None else alpha, change)
 
 

@@ -1,7 +1,7 @@
-"""What a file says of itself: an allow-list of strings that programs read, and nothing private.
+"""The metadata of an adapter file: an allow-list of values that programs read, without private data.
 
-No path, no file or folder name of the photos, no caption and no prompt ever gets in; the trigger does, as the adapter
-is of no use without it. `ss_*` keys are sd-scripts' (train_network.py), `modelspec.*` is SAI ModelSpec 1.0.1.
+It never contains paths, names of the photos' files and folders, captions or prompts. It contains the trigger, without
+which the adapter cannot be used. `ss_*` keys are sd-scripts' (train_network.py), `modelspec.*` is SAI ModelSpec 1.0.1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorakit.formats import keys
 if TYPE_CHECKING:
     from lorakit.adapters.weights import AdapterWeights
 
-# The words that an adapter has embeddings for, which lie beside it.
+# The words of an adapter; their embeddings are separate files.
 WORDS = "lorakit.words"
 ALLOWED = frozenset(
     {
@@ -40,7 +40,7 @@ ALLOWED = frozenset(
         *("lorakit.base", "lorakit.base_source", "lorakit.config"),
     }
 )
-# Made again by every writer from the weights themselves, so never carried from one file to another.
+# Derived from the weights by every writer, so never copied from one file to another.
 OF_WEIGHTS = frozenset(
     {
         *("ss_v2", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", WORDS),
@@ -53,21 +53,21 @@ OF_WEIGHTS = frozenset(
         ),
     }
 )
-# What other programs write that goes along too, but for what names folders of photos, or is of one file or run alone.
+# Other programs' metadata that is copied, except keys with names of photo folders or facts of one file or run.
 _FOREIGN = re.compile(
     r"(?:ss_|ssmd_|modelspec\.).+|license|author|tags|description|trigger_words|trained_words|website"
 )
 _LEFT = re.compile(r"ss_(?:datasets|(?:reg_)?dataset_dirs|session_id|network_.+)|modelspec\.hash_sha256|lorakit\..+")
 _PATH = re.compile(r"(?:^|[\s\"'=(\[])(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s\"']")
-_NAMES = ("ss_sd_model_name", "ss_vae_name")  # of files; sd-scripts writes the path of some
-# Of several adapters in one, those of all.
+_NAMES = ("ss_sd_model_name", "ss_vae_name")  # of files; sd-scripts writes some as paths
+# Combined from all adapters that are joined.
 _JOINED = ("modelspec.author", "modelspec.license", "author", "license")
-# Texts of the user's that the run needed and that readers of the adapter do not.
+# Texts of the user that only the run needs.
 _PRIVATE = {"data": ("instance_prompt", "class_prompt"), "sample": ("prompts", "negative_prompt")}
 
 
 class Base(Protocol):
-    """The needed facts of the base model; `families.BaseInfo` has them."""
+    """The facts that are needed of the base; `families.BaseInfo` has them."""
 
     @property
     def family(self) -> str: ...
@@ -92,16 +92,16 @@ def build(
     times: tuple[float, float],
     subjects: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
-    """The metadata of an adapter from a run.
+    """The metadata for an adapter from a run.
 
     Args:
-        config: the resolved config; it is stored without its paths and without its prompts and captions.
-        name: what the file is called; A1111 uses it as the alias in `<lora:NAME:1>`.
-        images: photos trained on.
-        steps: optimizer steps made.
+        config: the resolved config; it is stored without paths, prompts and captions.
+        name: name of the file; A1111 uses it as the alias in `<lora:NAME:1>`.
+        images: number of training photos.
+        steps: number of optimizer steps.
         epochs: passes over the photos, rounded down.
-        times: when it began and ended, seconds since 1970.
-        subjects: what the photos show -> how many do; unless given, all show `data.name`.
+        times: start and end of the run, in seconds since the epoch.
+        subjects: subject -> number of photos of it; by default all photos show `data.name`.
     """
     tags, (started, finished) = registry.version_of(base.family).tags, times
     version, architecture = tags.of(base.prediction_type)
@@ -135,7 +135,7 @@ def build(
         result["ss_clip_skip"] = result["modelspec.encoder_layer"] = str(config.model.clip_skip)
     if any(subjects):
         result["modelspec.trigger_phrase"] = ", ".join(subjects)
-        # A1111 shows this as the tag cloud; it must be a JSON object of objects.
+        # A1111 shows this as a tag cloud; it must be a JSON object of objects.
         result["ss_tag_frequency"] = json.dumps({"photos": subjects}, ensure_ascii=False)
     return result
 
@@ -147,19 +147,19 @@ def public_options(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def rank_stabilized(method: str) -> bool:
-    """Whether the scale of the method is alpha / sqrt(rank), which a file's alpha then has to carry."""
+    """Whether the method's scale is alpha / sqrt(rank), which a file's alpha must include."""
     return method in registry.METHODS and registry.METHODS[method].rank_stabilized
 
 
 def of_weights(weights: AdapterWeights) -> dict[str, str]:
-    """The metadata that follow from the weights."""
+    """The metadata that is derived from the weights."""
     from lorakit.formats import adapter_math  # needs torch; the rest of this page does not
 
     tags = registry.version_of(weights.family).tags
     if not weights.layers:
         return _of_words(weights)
     layers = adapter_math.uniform(weights)
-    # Of a file of several methods, the one that has a rank.
+    # In a file of several methods, use one with a rank.
     first = min(layers.values(), key=lambda layer: isinstance(layer, ForeignLayer))
     lycoris = not all(isinstance(layer, LoraLayer) for layer in layers.values())
     module = "lorakit" if first.method in registry.own_kinds() else "lycoris.kohya" if lycoris else "networks.lora"
@@ -189,7 +189,7 @@ def of_weights(weights: AdapterWeights) -> dict[str, str]:
 
 
 def _of_words(weights: AdapterWeights) -> dict[str, str]:
-    """`of_weights` of a word alone."""
+    """`of_weights` for words without an adapter."""
     tags = registry.version_of(weights.family).tags
     return {
         "ss_base_model_version": tags.version,
@@ -205,7 +205,7 @@ def _of_words(weights: AdapterWeights) -> dict[str, str]:
 
 
 def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The header of a file: metadata from the weights, and those of `metadata` that are `harmless` and fit the
+    """The header of a file: metadata from the weights, and the entries of `metadata` that are `harmless` and match the
     weights."""
     extra, version = harmless(metadata), registry.version_of(weights.family)
     for key, begins in zip(("ss_base_model_version", "modelspec.architecture"), version.tag_prefixes, strict=True):
@@ -215,9 +215,9 @@ def complete(weights: AdapterWeights, metadata: Mapping[str, str]) -> dict[str, 
 
 
 def harmless(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata that a derived file may keep: options of the training, words, author, license.
+    """The metadata that a derived file may keep: training options, words, author, license.
 
-    Hashes, folders of photos, paths, and what follows from the weights stay behind.
+    Hashes, folders of photos, paths and values derived from the weights are removed.
     """
     result = {}
     for key, value in metadata.items():
@@ -232,7 +232,7 @@ def harmless(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def shared(several: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Metadata of several adapters joined to one: the values they share, and the authors, licenses and tags of all."""
+    """Metadata for several adapters joined into one: their common values, and the authors, licenses and tags of all."""
     tables = [harmless(metadata) for metadata in several]
     result = {key: value for key, value in tables[0].items() if all(table.get(key) == value for table in tables)}
     for key in _JOINED:
@@ -247,7 +247,8 @@ def shared(several: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def of_merge(base: Mapping[str, str], adapter: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a base with an adapter merged in: the base's, its sources, authors, licenses and trigger."""
+    """Metadata for a base with an adapter merged in: the base's, with sources, authors, licenses and trigger of
+    both."""
     own, trigger = harmless(adapter), "modelspec.trigger_phrase"
     names = [base.get("modelspec.merged_from") or base.get("modelspec.title", "")]
     names.append(own.get("modelspec.title") or own.get("ss_output_name", ""))
@@ -258,7 +259,7 @@ def of_merge(base: Mapping[str, str], adapter: Mapping[str, str]) -> dict[str, s
 
 
 def family(metadata: Mapping[str, str]) -> str | None:
-    """The family that a file says it is for, or None where it says nothing."""
+    """The family in a file's metadata, or None."""
     if metadata.get("lorakit.family") in registry.versions():
         return metadata["lorakit.family"]
     version, architecture = (metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
@@ -270,12 +271,12 @@ def family(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-# Endings of the picture beside an adapter that web UIs show.
+# Suffixes of an adapter's preview picture in web UIs.
 PREVIEWS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The content of the `.json` beside an adapter; {} if none can be read."""
+    """The content of an adapter's `.json` file; {} if it cannot be read."""
     try:
         return foreign_json.loads_table(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -283,7 +284,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def sidecar(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The content of `<name>.json` beside the adapter. A1111 and InvokeAI read trigger words and weight from it."""
+    """The content of an adapter's `<name>.json`. A1111 and InvokeAI read trigger words and weight from it."""
     label = registry.version_of(family(metadata) or next(iter(registry.versions()))).tags.label
     return {
         "activation text": metadata.get("modelspec.trigger_phrase", ""),

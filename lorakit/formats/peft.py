@@ -1,9 +1,8 @@
-"""A folder that PEFT's `PeftModel.from_pretrained` opens: one subfolder per component, `unet/`, `text_encoder/`, ...
+"""A folder for PEFT's `PeftModel.from_pretrained`: one subfolder per component, `unet/`, `text_encoder/`, ...
 
-Each holds `adapter_config.json` and `adapter_model.safetensors`. PEFT matches tensors to module paths by name, and
-transformers 5.6 removed `text_model.` from the first text encoder's paths. So the tensors of that encoder, which are
-small, are written under both names. PEFT takes the name that it knows and ignores the other. `target_modules` match
-both.
+Each contains `adapter_config.json` and `adapter_model.safetensors`. PEFT matches tensors to module paths by name, and
+transformers 5.6 removed `text_model.` from the first text encoder's paths. So this encoder's tensors, which are small,
+are written under both names: PEFT uses the one that matches and ignores the other. `target_modules` match both.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ if TYPE_CHECKING:
     import torch
 
 _TEXT_MODEL = "text_model."
-# LoRA's factors are modules in PEFT, LoHa's and LoKr's are parameters by LyCORIS' names.
+# LoRA's factors are modules in PEFT; those of LoHa and LoKr are parameters with LyCORIS' names.
 _NAMES = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-# A CLIPTextModel. text_encoder_2 is a CLIPTextModelWithProjection, whose paths are what they were.
+# A CLIPTextModel. text_encoder_2 is a CLIPTextModelWithProjection, whose paths did not change.
 _BOTH_NAMES = ("text_encoder",)
 
 
-# Kind of layers -> why the format cannot carry them.
+# Kind of layers -> why the format cannot hold them.
 REFUSALS = {
     "dora": (
         "the PEFT format cannot carry this DoRA: PEFT's magnitude is one number per output row, "
@@ -44,15 +43,15 @@ REFUSALS = {
 
 
 def check(method: str, family: str) -> str | None:
-    """Why this format cannot carry `method` for `family`, or None."""
+    """The reason why this format cannot hold `method` for `family`, or None."""
     return REFUSALS.get(method) or kohya_only(method, "PEFT")
 
 
 def tensors(weights: AdapterWeights, dtype: str) -> dict[str, dict[str, torch.Tensor]]:
-    """What each component's file holds: component -> tensor name -> tensor.
+    """The tensors of each component's file: component -> tensor name -> tensor.
 
     Raises:
-        LorakitError: a method that the format cannot carry, a layer that is not portable or not finite.
+        LorakitError: the format cannot hold the method, or a layer has no canonical name or is not finite.
     """
     return {part: _tensors(layers, dtype) for part, layers in _components(weights).items()}
 
@@ -61,7 +60,7 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     """Write the folder `path` atomically and return its files. An older PEFT folder there is replaced.
 
     Raises:
-        LorakitError: see `tensors`; `path` is something else than a PEFT folder; too little space.
+        LorakitError: see `tensors`; or `path` exists and is not a PEFT folder, or the disk is full.
     """
     from lorakit.formats import files
 
@@ -85,7 +84,7 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
 
 
 def magnitude_vector(rows: torch.Tensor) -> torch.Tensor:
-    """DoRA's magnitude of each output row as PEFT has it: `[out]`, of a convolution `[1, out, 1, 1]`."""
+    """DoRA's magnitude per output row in PEFT's shape: `[out]`, for a convolution `[1, out, 1, 1]`."""
     return rows.flatten() if rows.ndim == 2 else rows.reshape(1, -1, 1, 1)
 
 
@@ -107,7 +106,7 @@ def _swap(new: Path, path: Path, old: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether everything at `path` is component folders with an adapter_config.json, or it is an empty folder."""
+    """Whether `path` contains only component folders with an adapter_config.json, or is an empty folder."""
     return path.is_dir() and all((entry / PEFT_CONFIG).is_file() for entry in path.iterdir())
 
 
@@ -121,7 +120,7 @@ def _components(weights: AdapterWeights) -> dict[str, dict[str, AnyLayer]]:
     for layers in parts.values():
         if len({layer.method for layer in layers.values()}) > 1:
             raise LorakitError("the PEFT format has one method in each part of a model; this adapter mixes several")
-    # LoRA's ranks and alphas are written as they are; the scale of the others goes into their factors.
+    # LoRA keeps its ranks and alphas; for other methods the scale is folded into the factors.
     return {part: {name: _scaled(layer) for name, layer in layers.items()} for part, layers in parts.items()}
 
 
@@ -145,7 +144,7 @@ def _tensors(layers: Mapping[str, AnyLayer], dtype: str) -> dict[str, torch.Tens
 
 
 def _config(part: str, layers: Mapping[str, AnyLayer], family: str) -> dict[str, Any]:
-    """PEFT's config for one component, with no path of the user's in it."""
+    """PEFT's config for one component, without the user's paths."""
     one = next(iter(layers.values()))
     paths = {name: name.partition(".")[2].removeprefix(_TEXT_MODEL) for name in layers}
     common: dict[str, Any] = {"target_modules": sorted(paths.values()), "base_model_name_or_path": None}
@@ -162,17 +161,17 @@ def _config(part: str, layers: Mapping[str, AnyLayer], family: str) -> dict[str,
 
 
 def _usual(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The most common value, and those of the layers that have another."""
+    """The most common value, and the values of the layers that differ."""
     numbers = {path: int(value) if float(value).is_integer() else value for path, value in values.items()}
     usual = Counter(numbers.values()).most_common(1)[0][0]
     return usual, {path: value for path, value in numbers.items() if value != usual}
 
 
 def _ranks(layers: Mapping[str, AnyLayer], family: str) -> dict[str, int]:
-    """Each layer's rank as PEFT takes it; from a LoKr's rank and width alone it decides what of it is factorised.
+    """Each layer's rank in PEFT. PEFT decides from a LoKr's rank and width which of its matrices are factorized.
 
     Raises:
-        LorakitError: it would cut one in another way; LyCORIS can, by its `factor` and `decompose_both`.
+        LorakitError: PEFT would factorize one differently; LyCORIS allows that with `factor` and `decompose_both`.
     """
     ranks = {name: layer.rank for name, layer in layers.items()}
     pairs = {name: layer for name, layer in layers.items() if isinstance(layer, LokrLayer)}
@@ -193,7 +192,7 @@ def _ranks(layers: Mapping[str, AnyLayer], family: str) -> dict[str, int]:
 
 
 def _longest_side(layer: LokrLayer) -> int:
-    """The longest side of a whole w2."""
+    """The longest side of a w2 that is not factorized."""
     return max(len(layer.w2[0]), layer.w2[-1].shape[1] // math.prod(layer.kernel))
 
 

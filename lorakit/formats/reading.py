@@ -1,8 +1,8 @@
-"""Read an adapter of any format into `AdapterWeights`; the error for another file says what the file is.
+"""Read an adapter of any format into `AdapterWeights`. For other files, the error says what the file is.
 
-Understood: kohya files in both block spellings; diffusers files in PEFT's (`lora_A`), the training scripts'
-(`lora.down`, `lora_linear_layer.down`) and the old (`processor.to_q_lora.down`) spelling; PEFT folders. LoRA, DoRA,
-LoHa and LoKr, Tucker's variants too.
+Supported: kohya files with diffusers' or sgm's block names; diffusers files in the spelling of PEFT (`lora_A`), of the
+training scripts (`lora.down`, `lora_linear_layer.down`) and the old one (`processor.to_q_lora.down`); PEFT folders.
+LoRA, DoRA, LoHa and LoKr, also in Tucker's form.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ _BIASES = {"diff_b", "b_norm", "up_bias"}
 
 
 def read(path: Path, *, embedding: bool = False) -> AdapterWeights:
-    """Read an adapter: a `.safetensors` file, a PEFT folder, or a folder that holds one adapter file.
+    """Read an adapter: a `.safetensors` file, a PEFT folder, or a folder with one adapter file.
 
     Args:
-        embedding: also read a textual-inversion embedding, as an adapter without layers.
+        embedding: also accept a textual-inversion embedding, as an adapter without layers.
 
     Returns:
-        Weights in float32 on the CPU. A layer without an alpha has alpha = rank, as for every other reader.
+        Weights in float32 on the CPU. A layer without an alpha has alpha = rank, as in other programs.
 
     Raises:
-        LorakitError: not an adapter (named for what it is), a layer with no place in the tables, or a malformed one.
+        LorakitError: it is not an adapter (the message says what it is), has a layer that is not in the tables, or is
+            malformed.
     """
     path = identify.adapter_file(Path(path))
     if not path.is_dir():
@@ -152,13 +153,13 @@ def _weights(
         and not any(scalings.values())
         and not any("alpha" in module.parts for module in modules.values())
     ):
-        method = "lora"  # its scale is in the factors, where it is nobody's business any more
+        method = "lora"  # its scale is folded into the factors
     words = word_vectors or embeddings.read(path, metadata)
     return AdapterWeights(family, method, layers, dict(metadata), words, biases)
 
 
 def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise LorakitError, naming the first tensor with a number that is NaN or infinite."""
+    """Raise LorakitError for the first tensor with NaN or infinity, or with integers."""
     for name, tensor in tensors.items():
         if tensor.ndim > 1 and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -175,7 +176,7 @@ def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _require_parts(path: Path, modules: Iterable[identify.Module]) -> None:
-    """Raise LorakitError, naming the first, where a tensor is none that a module of its method has."""
+    """Raise LorakitError for the first tensor that modules of its method do not have."""
     strange = {name: module.method for module in modules for name in module.strange_parts}
     if strange:
         name, method = next(iter(strange.items()))
@@ -185,7 +186,7 @@ def _require_parts(path: Path, modules: Iterable[identify.Module]) -> None:
 
 
 def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:
-    """Whether its factors have no rows: such a module changes nothing and is passed over."""
+    """Whether its factors have no rows: such a module changes nothing and is skipped."""
     return identify.rank(module, shapes) == 0
 
 
@@ -198,7 +199,7 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         parts[first] = parts[first] * parts.pop("scalar").flatten()
     rows = parts.pop("row_magnitude", None)
     flat = parts.get("magnitude")
-    if flat is not None and flat.ndim == 1:  # as diffusers' converter to kohya's names leaves PEFT's
+    if flat is not None and flat.ndim == 1:  # as diffusers' converter to kohya writes PEFT's
         rows = parts.pop("magnitude")
     if rows is not None:  # PEFT's, [out] or [1, out, 1, 1]
         parts["magnitude"] = rows.flatten().reshape(-1, *(1 for _ in parts.get("down", rows).shape[1:] or (1,)))
@@ -215,7 +216,7 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
         layer = lycoris.read(path, module.stem, module.method, parts)
         if layer.magnitude is not None:
             lycoris.magnitude(path, module.stem, layer.magnitude, layer.size)
-        # PEFT divides by the rank in its config, even if a LoKr has none. Other programs use the file.
+        # PEFT divides by the rank in its config, even if a LoKr has no factors. Other programs use the file's alpha.
         is_full = isinstance(layer, LokrLayer) and layer.is_full
         alpha = _alpha(
             path, module, tensors, peft_config.rank(str(module.canonical), scaling) if is_full else layer.rank, scaling
@@ -243,8 +244,8 @@ def _layer(path: Path, module: identify.Module, tensors: Mapping[str, torch.Tens
 
 
 def _without_padding(layer: LoraLayer) -> LoraLayer:
-    """The layer without the ranks whose row and column are both zero, with which exporters fill up: scale and delta W
-    are what they were. A layer that is nothing but zeros stays as it is."""
+    """The layer without the ranks whose row and column are both zero, which exporters add as padding. Scale and delta W
+    do not change. A layer of zeros stays as it is."""
     nonzero = layer.down.flatten(1).any(1) | layer.up.flatten(1).any(0)
     count = int(nonzero.sum())
     if count in (0, layer.rank):

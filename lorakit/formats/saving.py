@@ -1,6 +1,6 @@
-"""Exporting an adapter: every format that was asked for, or an error and the files as they were.
+"""Export an adapter in every requested format, or raise and leave existing files unchanged.
 
-All that can be refused is refused before the first byte is written, so a bad adapter never replaces a good file.
+All checks run before the first byte is written, so a bad adapter never replaces a good file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lorakit.formats import adapter_math, embeddings, files, keys, metadata as m
 
 
 def destination(folder: Path, name: str, fmt: str) -> Path:
-    """Where `save` puts the adapter `name` in one format."""
+    """The path at which `save` writes the adapter `name` in one format."""
     return folder / (name + FORMATS[fmt].ending)
 
 
 def occupied(folder: Path, name: str, fmt: str) -> list[Path]:
-    """The existing files among those that `save` may write for one format, side files too."""
+    """The existing files among those that `save` may write for one format, including side files."""
     path = destination(folder, name, fmt)
     mine = [path]
     if FORMATS[fmt].write_side_files is not None:
@@ -46,14 +46,15 @@ def save(
     preview: bytes | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Path]:
-    """Export `weights` as `<folder>/<name>` in each of `formats`; returns format -> the file or folder written.
+    """Export `weights` as `<folder>/<name>` in each of `formats`. Return format -> path.
 
-    Each format writes its side files, with `preview` (PNG bytes) where one is given. A trained word gets its own files,
-    see `embeddings`; where there is nothing else, its embedding is `<folder>/<name>.safetensors`, whatever `formats`.
-    Where `dtype` would turn numbers into 0 or infinity, float32 is written and said.
+    Each format writes its side files, with `preview` (PNG bytes) if given. A trained word gets its own files, see
+    `embeddings`; without layers its embedding is `<folder>/<name>.safetensors`, independent of `formats`. If `dtype`
+    would turn values into 0 or infinity, float32 is written, and `say` gets a message.
 
     Raises:
-        LorakitError: a method that a format cannot carry, a layer that is not portable or not finite, too little space.
+        LorakitError: a format cannot hold the method, a layer has no canonical name or is not finite, or the disk is
+            full.
     """
     formats = list(dict.fromkeys(formats))
     metadata = {**weights.metadata, **metadata}
@@ -106,7 +107,8 @@ def _write_words(weights: AdapterWeights, place: Path, metadata: Mapping[str, st
 
 def take_along(source: Path, path: Path, fmt: str) -> None:
     """Copy the side files of the adapter `source` to a derived file: the preview, and the user's values in the `.json`.
-    A picture that exists already stays.
+
+    An existing picture is kept.
     """
     if FORMATS[fmt].write_side_files is None or source.is_dir():
         return
@@ -126,13 +128,12 @@ def take_along(source: Path, path: Path, fmt: str) -> None:
 def save_adapter(
     weights: AdapterWeights, path: str | Path, *, formats: Iterable[str] = ("kohya",), dtype: str = "fp16"
 ) -> dict[str, Path]:
-    """Write an adapter, with its own metadata, at `path` in each format; format -> the file or folder written.
+    """Write an adapter, with its own metadata, at `path` in each format. Return format -> path.
 
     Args:
-        path: where; a suffix `.safetensors` may be left out, as each format has its own ending.
+        path: the path, with or without `.safetensors`; each format adds its own suffix.
         formats: see `lorakit export --help`.
-        dtype: "fp16", "bf16" or "fp32". Where it would turn numbers into 0 or infinity, float32 is written, and a
-            warning says so.
+        dtype: "fp16", "bf16" or "fp32". If it would turn values into 0 or infinity, float32 is written with a warning.
 
     Raises:
         LorakitError: as `save`.

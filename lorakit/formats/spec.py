@@ -1,5 +1,5 @@
-"""`FormatSpec`: what a format of adapter files can carry, and how it is written and recognised. Each format has one,
-in one file, which a line of `registry.FORMATS` names. No torch."""
+"""`FormatSpec`: which adapters a format can hold, and how it is written and recognized. Each format is one file, named
+by one entry of `registry.FORMATS`. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Write(Protocol):
-    """Writes the adapter to a file or folder; returns the files written."""
+    """Writes the adapter to a file or folder. Returns the files written."""
 
     def __call__(
         self, weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str]
@@ -27,7 +27,7 @@ class Write(Protocol):
 
 
 class WriteSideFiles(Protocol):
-    """Writes what programs look for beside the adapter at `path`; `preview` is a PNG or None."""
+    """Writes the files that programs expect next to the adapter at `path`; `preview` is a PNG or None."""
 
     def __call__(
         self, weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[str, str], preview: bytes | None
@@ -36,12 +36,12 @@ class WriteSideFiles(Protocol):
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a format names tensors.
+    """The tensor names of a format.
 
     Attributes:
-        pattern: matches a whole tensor name and has two groups: the module, and the part of it.
+        pattern: matches a full tensor name and has two groups: the module, and its part.
         parts: part in the file -> part of a layer ("down", "up", "alpha", "magnitude", "hada_w1_a", ...).
-        canonical: module -> the layer's canonical name, or None where there is no such layer.
+        canonical: module -> canonical name of the layer, or None if no such layer exists.
     """
 
     pattern: re.Pattern[str]
@@ -54,16 +54,16 @@ class FormatSpec:
     """One format.
 
     Attributes:
-        ending: what follows the adapter's name in the name of the file or folder.
-        check: (kind of the layers, family) -> why the format cannot carry the adapter, or None.
-        tensors: (weights, dtype) -> tensor name -> tensor; of a folder: component -> tensor name -> tensor.
-        write: writes it.
-        recognizes: tensor names -> whether a file with them is of this format; unused for a folder.
-        is_folder: it is a folder with a file for each component.
-        consumers: the keys of `compatibility.CONSUMERS` that read the format.
-        spelling: how its tensors are named; None where `identify` knows it.
-        bundles_embeddings: the vectors of a trained word are also written into a copy, `<name>-bundled<ending>`.
-        write_side_files: writes the files beside it, or None.
+        ending: suffix of the file or folder after the adapter's name.
+        check: (kind of layers, family) -> why the format cannot hold the adapter, or None.
+        tensors: (weights, dtype) -> {tensor name: tensor}; for a folder {component: {tensor name: tensor}}.
+        write: writes the adapter.
+        recognizes: tensor names -> whether a file with them has this format; unused for a folder.
+        is_folder: whether it is a folder with a file for each component.
+        consumers: keys of `compatibility.CONSUMERS` that read the format.
+        spelling: its tensor names; None if `identify` knows them.
+        bundles_embeddings: whether a copy, `<name>-bundled<ending>`, also gets the vectors of a trained word.
+        write_side_files: writes the side files, or None.
     """
 
     ending: str
@@ -78,19 +78,19 @@ class FormatSpec:
     write_side_files: WriteSideFiles | None = None
 
 
-# What lorakit reads out of other programs' files and only kohya's format has a place for.
+# Changes in other programs' files that only kohya's format can hold.
 _KOHYA_ONLY = {
     "bias": "changes of biases",
     "full difference": "full differences",
     "norm": "changes of norms",
     **{method: method for method in ("GLoRA", "IA3", "OFT", "DoRA over loha", "DoRA over lokr")},
 }
-# What no format but PEFT's own has a place for, and PEFT's writers here have none.
+# Methods that only PEFT's format can hold, and that lorakit does not write.
 MERGE_ONLY = ("IA3 with biases", "OFTv2", "PEFT's older OFT", "PEFT's BOFT")
 
 
 def merge_only(method: str) -> str | None:
-    """Why no format can carry layers that only PEFT reads, or None."""
+    """The reason why no format can hold layers that only PEFT reads, or None."""
     title = {"IA3 with biases": "PEFT's (IA)^3 on layers with a bias"}.get(method, method)
     return (
         Message("{title} has no place in another file: merge it into a base", title) if method in MERGE_ONLY else None
@@ -98,7 +98,7 @@ def merge_only(method: str) -> str | None:
 
 
 def kohya_only(method: str, fmt: str) -> str | None:
-    """Why the format `fmt`, which is not kohya's, cannot carry some layers of other programs, or None."""
+    """The reason why the format `fmt` (not kohya's) cannot hold some layers of other programs, or None."""
     if refusal := merge_only(method):
         return refusal
     what = method if method in registry.own_kinds() else _KOHYA_ONLY.get(method)

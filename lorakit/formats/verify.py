@@ -1,4 +1,4 @@
-"""Proof that an exported file is the adapter that was trained: it is opened again and compared, layer by layer."""
+"""Verify that an exported file is the trained adapter: read it again and compare it layer by layer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lorakit.formats.identify import PEFT_MODEL
 from lorakit.formats.reading import read
 from lorakit.formats.spec import FormatSpec, of_file
 
-# How far a delta W may be from the one in memory, relative to its norm: two roundings of the file's own dtype.
+# Largest difference of a delta W from the one in memory, relative to its norm: two roundings in the file's dtype.
 TOLERANCE = {"F32": 1e-5, "F16": 2e-3, "BF16": 1.6e-2}
-NO_EFFECT = 1e-7  # of the base's output
+NO_EFFECT = 1e-7  # relative to the base's output
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Finding:
 
 
 def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> list[Finding]:
-    """Open an exported file or PEFT folder again and compare it with the weights in memory.
+    """Read an exported file or PEFT folder and compare it with the weights in memory.
 
-    Checked: exactly the tensors that the format must have, of the right shapes; every announced layer finite, not
-    zero, and with its delta W (and magnitude) equal within the file's precision; nothing else but zero fill-ins.
+    Checked: the file has exactly the tensors of the format, with the right shapes; every announced layer is finite, not
+    zero, and its delta W (and magnitude) agree within the file's precision; other layers are zero.
 
     Args:
-        layers: canonical names that training announced.
+        layers: canonical names of the trained layers.
 
     Returns:
-        What is wrong; empty means that the file is right.
+        The faults; empty if the file is correct.
     """
     findings: list[Finding] = []
     if not weights.layers:
@@ -77,7 +77,7 @@ def verify_file(path: Path, weights: AdapterWeights, layers: Iterable[str]) -> l
 
 
 def _word_findings(path: Path, weights: AdapterWeights) -> list[Finding]:
-    """The file of a word alone."""
+    """The faults of the file of a word without an adapter."""
     try:
         copy = read(path, embedding=True)
     except LorakitError as error:
@@ -94,7 +94,7 @@ def _family_findings(path: Path, copy: AdapterWeights, weights: AdapterWeights) 
 
 
 def _bundle_findings(bundle: Path, tensors: Mapping[str, torch.Tensor], weights: AdapterWeights) -> list[Finding]:
-    """The kohya file with the words in it: the same tensors, and the words."""
+    """The faults of a bundled file: it must have the same tensors, and the words."""
     if not bundle.is_file():
         return [Finding(bundle.name, "missing")]
     own, words = embeddings.unbundle(load_file(bundle))
@@ -119,7 +119,7 @@ def _is_factor(name: str) -> bool:
 def _tensor_findings(
     spec: FormatSpec, weights: AdapterWeights, heads: Mapping[str, safetensors_header.Header]
 ) -> list[Finding]:
-    """Tensors that are missing, not expected, or of another shape than the format's own writer makes."""
+    """Tensors that are missing, unexpected, or of another shape than the format's writer creates."""
     tensors = spec.tensors(weights, "fp32")
     expected = tensors if spec.is_folder else {"": tensors}
     findings = [Finding(part, "component missing") for part in expected.keys() - heads.keys()]
@@ -137,7 +137,8 @@ def _tensor_findings(
 
 
 def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | None:
-    """The problem of a layer from a file, or None. `tolerance` is relative to the norm of the trained delta W."""
+    """The difference between a trained layer and the one in a file as a message, or None. `tolerance` is relative to
+    the norm of the trained delta W."""
     if isinstance(trained, ForeignLayer):
         return _parts_difference(trained.parts, copy.factors(), tolerance)
     shapes = [_shape(layer) for layer in (trained, copy)]
@@ -148,7 +149,7 @@ def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | Non
     if trained.magnitude is None and _norm([copy]) == 0:
         return "zero: it has no effect"
     error, size = _norm([copy, trained], [1, -1]), _norm([trained])
-    if not error <= tolerance * size:  # so written that NaN, of an alpha for example, is not let through
+    if not error <= tolerance * size:  # written as `not <=`, so that NaN fails
         return Message("delta W is off by {value:.3g} %", 100 * error / max(size, 1e-30))
     if (trained.magnitude is None) != (copy.magnitude is None):
         return "DoRA magnitude missing" if copy.magnitude is None else "DoRA magnitude that was not trained"
@@ -161,7 +162,7 @@ def difference(trained: AnyLayer, copy: AnyLayer, tolerance: float) -> str | Non
 def _parts_difference(
     trained: Mapping[str, torch.Tensor], copy: Mapping[str, torch.Tensor], tolerance: float
 ) -> str | None:
-    """As `difference`, tensor by tensor, where delta W follows from the base's weight."""
+    """As `difference`, tensor by tensor, for methods whose delta W depends on the base's weight."""
     if {name: tensor.shape for name, tensor in trained.items()} != {name: t.shape for name, t in copy.items()}:
         return Message(
             "its tensors are {names}, expected {others}", ", ".join(sorted(copy)) or "none", ", ".join(sorted(trained))
@@ -174,12 +175,13 @@ def _parts_difference(
 
 
 def _shape(layer: AnyLayer) -> tuple[int, ...]:
-    """The weight's shape as far as the layer knows it: LoHa and LoKr have a convolution's kernel in the columns."""
+    """The weight's shape, as far as the layer has it: LoHa and LoKr include a convolution's kernel in the columns."""
     return (layer.up.shape[0], *layer.down.shape[1:]) if isinstance(layer, LoraLayer) else layer.size
 
 
 def _norm(layers: Sequence[AnyLayer], signs: Sequence[int] = (1,)) -> float:
-    """Frobenius norm of the sum of delta W; LoRA's without making any: |A B| = |R_a R_b^T| of the QR decompositions."""
+    """Frobenius norm of the sum of delta W. For LoRA no delta W is computed: |A B| = |R_a R_b^T| of the QR
+    decompositions."""
     lora_layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
     if len(lora_layers) < len(layers):
         total = sum(sign * layer.delta().flatten(1) for sign, layer in zip(signs, layers, strict=True))
@@ -202,13 +204,13 @@ def verify_effect(
     floor: float = 1e-5,
     no_effect: float = NO_EFFECT,
 ) -> list[Finding]:
-    """Compare outputs of each adapted component: without the adapter, as trained, and from the file in a fresh model.
+    """Compare outputs of each adapted component: without the adapter, as trained, and from the file in a new model.
 
     Args:
-        original, memory, reloaded: component ("unet", "text_encoder", ...) -> one output for the same input.
-        tolerance: how far `reloaded` may be from `memory`, relative to the adapter's effect.
-        floor: the same relative to the output itself, for the rounding of the forward pass.
-        no_effect: how far `memory` is at least from `original`, relative to the output: above rounding alone.
+        original, memory, reloaded: component ("unet", "text_encoder", ...) -> output for the same input.
+        tolerance: largest difference of `reloaded` from `memory`, relative to the adapter's effect.
+        floor: largest difference from rounding in the forward pass, relative to the output.
+        no_effect: smallest difference of `memory` from `original` that is more than rounding, relative to the output.
     """
     findings = []
     for part, reference in original.items():

@@ -26,14 +26,14 @@ from lorakit.data.photo_folder import Photo
 
 __all__ = ["NOT_COUNTED", "Item", "MeasurementCache", "Progress", "Report", "check"]
 
-# Called with the number of photos that were measured and of all.
+# Called with the number of measured photos and of all photos.
 Progress = Callable[[int, int], object]
 # A larger crop gets a warning: it may cut off a head.
 MAX_CROP = 0.10
-# Sharpness is the variance of the Laplacian over that of the picture, at the trained size. At 512 pixels, 46 sharp
-# photos had 0.04 to 2.5. After a Gaussian blur of 2.6 pixels, 18 of them had 0.002 or less.
+# Sharpness is the variance of the Laplacian divided by that of the picture, at the trained size. At 512 pixels, 46
+# sharp photos had 0.04 to 2.5. After a Gaussian blur of 2.6 pixels, 18 of them had 0.002 or less.
 MIN_SHARPNESS = 0.004
-# With fewer photos, the check warns.
+# With fewer photos, the check adds a warning.
 MIN_PHOTOS = 4
 # The advised numbers of photos, least and most. README, docs, presets and the front end name the same: a test compares.
 ADVISED_PHOTOS = {"subject": (5, 20), "style": (15, 40)}
@@ -45,14 +45,14 @@ NOT_COUNTED = "tokens of the texts are not counted: the base's tokenizer is not 
 def check(
     config: DataConfig, base: Base, *, cache: MeasurementCache | None = None, progress: Progress | None = None
 ) -> Report:
-    """Check the photos of `config.folder`. Problems of single photos are in the report and raise nothing.
+    """Check the photos of `config.folder`. Problems of single photos go into the report and do not raise.
 
     Args:
-        cache: measurements of earlier checks; a photo that did not change is not decoded again.
-        progress: called with the number of photos that were measured and of all.
+        cache: measurements of earlier checks; an unchanged photo is not decoded again.
+        progress: called with the number of measured photos and of all photos.
 
     Raises:
-        LorakitError: there is no folder, or no picture in it.
+        LorakitError: the folder does not exist, or has no pictures.
     """
     files = photo_folder.of_config(config)
     items = [Item(photo) for photo in files.photos]
@@ -136,7 +136,7 @@ def _check_duplicates(report: Report, pairs: Sequence[tuple[Item, Measurement]])
 
 
 def _check_twins(report: Report, pairs: Sequence[tuple[Item, Measurement]]) -> None:
-    """Warn of a grey picture with the size and the name of a photo in colour and something more: it may be a mask."""
+    """Warn of a grey picture with the size of a colour photo and a name that contains the photo's: it may be a mask."""
     colour = {
         (Path(item.relative).stem, item.width, item.height) for item, measurement in pairs if not measurement.grey
     }

@@ -14,14 +14,14 @@ from lorakit.config import DataConfig
 from lorakit.data import buckets, decode, duplicates, masks
 from lorakit.data.checks.report import Item
 
-# What `image_grid.save` puts before the pixels of a picture that a model drew.
+# The marker that `image_grid.save` writes before the pixels of a generated picture.
 RECIPE, MAX_HEAD = b"iTXtlorakit\0", 1 << 16
 OWN_PICTURE = "drawn by lorakit: a model learns nothing new from what a model drew"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The result of decoding a photo: its problem and notes, and the values to compare it with other photos."""
+    """The result of decoding a photo: its problem and notes, and the values for comparison with other photos."""
 
     problem: str = ""
     notes: tuple[str, ...] = ()
@@ -36,7 +36,8 @@ MeasurementCache = dict[tuple[Any, ...], tuple[Item, Measurement]]
 
 
 def measure(item: Item, config: DataConfig, multiple: int, cache: MeasurementCache | None) -> tuple[Item, Measurement]:
-    """Decode one photo and fill the fields of its `Item`; from the cache if the photo and its mask did not change."""
+    """Decode one photo and fill the fields of its `Item`, or take them from the cache if photo and mask are
+    unchanged."""
     if cache is None:
         return item, _measure(item, config, multiple)
     try:
@@ -69,7 +70,7 @@ def _measure_picture(
     item: Item, raw: bytes, size: tuple[int, int], placements: Sequence[buckets.Placement]
 ) -> Measurement:
     placement, *lower = placements
-    # Twice the trained size is enough to see whether a photo is sharp there.
+    # Twice the trained size is enough to measure the sharpness.
     picture = decode.decode(raw, item.relative, at_least=2 * max(placement.bucket), edit=item.photo.edit)
     mask = masks.of_photo(item.photo, raw, size, picture.alpha)
     item.black_mask = mask is not None and not mask.any()

@@ -1,4 +1,4 @@
-"""The report of the check of a folder, on each photo and on all, as a table and as JSON."""
+"""The report of a folder check, on each photo and on the folder, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.core.names import columns as terminal_columns, pad, shorten
 from lorakit.data.buckets import Bucket
 from lorakit.data.photo_folder import Photo
 
-# Fields of a photo in `--json`, besides its file, bucket, mask and caption source.
+# Fields of a photo in `--json`, in addition to file, bucket, mask and caption source.
 ITEM_JSON = (
     "width", "height", "orientation", "transparent", "cropped", "scale", "text", "tokens", "cut", "sharpness",
     "findings",
@@ -29,12 +29,12 @@ class Item:
         width, height: size in pixels after the EXIF rotation; 0 if the photo cannot be read.
         orientation: the rotation of its EXIF tag, or "".
         transparent: whether it has transparent parts (shown on white).
-        black_mask: whether its mask, or where it has none its alpha channel, is 0 all over.
-        bucket: the size it is trained at; None if the photo cannot be read.
+        black_mask: whether its mask (or else its alpha channel) is 0 everywhere.
+        bucket: the size of the photo in training; None if the photo cannot be read.
         lower_buckets: the sizes at `data.lower_resolutions`.
         cropped: share of its area that the crop removes, the largest of all sizes.
         scale: bucket pixels for one of its pixels; above 1 it is scaled up.
-        text: the final text it is trained with.
+        text: the final training text.
         tokens: number of tokens of the text, without start and end.
         cut: the part of the text beyond the token limit.
         sharpness: see `checks.MIN_SHARPNESS`.
@@ -82,11 +82,11 @@ class Report:
     Attributes:
         folder: the folder of photos.
         multiple: every side of a bucket is a multiple of it, in pixels.
-        downscale: pixels for one latent, on a side.
+        downscale: pixels per latent, along one side.
         class_photos: the user's own class images, for prior preservation.
-        chunks: chunks of the text encoder that the longest text takes.
-        long_triggers: why vectors cannot be learned for a trigger, a line each.
-        trigger_findings: what else the base draws for a trigger; without meaning where new tokens are learned for it.
+        chunks: number of chunks of the longest text.
+        long_triggers: messages about triggers that are too long to learn vectors for.
+        trigger_findings: messages about other meanings of a trigger, which do not matter if new tokens are learned.
     """
 
     folder: Path
@@ -112,7 +112,7 @@ class Report:
         return dict(Counter(size for item in self.items for size in item.buckets).most_common())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `--json`; keys are only ever added."""
+        """Plain values, for `--json`. New versions may add keys, but never remove any."""
         rows = []
         for item in self.items:
             row = {"file": item.relative} | {name: _round(getattr(item, name)) for name in ITEM_JSON}
@@ -145,7 +145,7 @@ def names(items: Iterable[Item], detail: Callable[[Item], str] | None = None, li
 
 
 def _table(report: Report) -> list[str]:
-    """One row for each photo. A text that all photos share is in the title instead."""
+    """One row for each photo. If all photos have the same text, it is in the title instead."""
     texts = {item.text for item in report.items}
     count = "1 photo" if len(report.items) == 1 else f"{len(report.items)} photos"
     title = f"{report.folder}: {count}"

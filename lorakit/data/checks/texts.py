@@ -1,4 +1,4 @@
-"""Check the texts that the photos are trained with."""
+"""Check the training texts of the photos."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lorakit.core.names import printable, shorten
 from lorakit.data import captions, concepts
 from lorakit.data.checks.report import Item, Report, names
 
-# Seen on real photos: bound to the sentence that ends after the noun, a subject is gone once the prompt goes on.
+# Observed on real photos: if all texts end after the noun, the subject disappears when a prompt continues.
 NO_CAPTIONS = (
     "; a longer prompt, which adds a place for example, may then show little of what is learned: "
     "write a caption for each photo that names its scene (`lorakit caption` lets a model do that)"
 )
 
 
-# CLIP's tokens are in the order in which they were merged, the commonest first: anna is 2,160, luna 14,425, lulu
-# 26,935, sks 48,136, ohwx 47,993.
+# CLIP's tokens are ordered by their merges, the most common first: anna is 2,160, luna 14,425, lulu 26,935, sks 48,136,
+# ohwx 47,993.
 COMMON_RANK = 30_000
 
 LEFT_OR_RIGHT = (
@@ -41,7 +41,7 @@ BRACES = (
 
 
 def check_texts(report: Report, config: DataConfig, counter: captions.TokenCounter | None) -> None:
-    """Add the problems of each photo's text, and of the texts of each concept."""
+    """Add the problems of each photo's text, and those of each concept's texts."""
     cuts, syntax, loose = [], [], []
     for item in report.items:
         texts = captions.all_texts(item.photo, concepts.of_photo(item.photo, config))
@@ -95,7 +95,7 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
 
 
 def _trigger_findings(trigger: str, counter: captions.TokenCounter) -> list[str]:
-    """What else the base draws for the trigger, as far as it is known."""
+    """Messages about other known meanings of the trigger."""
     rank = counter.rank(trigger)
     if trigger.lower() == "sks" and rank is not None:
         return ["the trigger sks is the name of a rifle too, which Stable Diffusion may draw; ohwx has no such meaning"]
@@ -112,7 +112,7 @@ def _trigger_findings(trigger: str, counter: captions.TokenCounter) -> list[str]
 
 
 def _check_captions(report: Report, items: list[Item], config: DataConfig) -> None:
-    """Add what is wrong with the captions of the photos of one concept."""
+    """Add the problems of the captions of one concept."""
     no_caption = [item for item in items if not captions.captions_of(item.photo, config)]
     prompt = captions.instance_prompt(config)
     every = "every photo" if len(items) == len(report.items) else Message("{names}: each", names(items))

@@ -1,7 +1,7 @@
-"""Pickled weights (.ckpt, .pt, .bin) as .safetensors beside them; no code of the file is run.
+"""Convert pickled weights (.ckpt, .pt, .bin) to .safetensors next to them. No code from the file is run.
 
-A separate process reads the pickle by `torch.load(weights_only=True)`, which calls nothing but what makes tensors.
-What training programs leave in checkpoints is replaced by objects that do nothing; any other name refuses the file.
+A separate process reads the pickle with `torch.load(weights_only=True)`, which only calls functions that create
+tensors. Objects that training programs leave in checkpoints are replaced by empty ones; other names are refused.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lorakit.formats import files
 if TYPE_CHECKING:
     import torch
 
-# Of a part in several files: the number of one, and how many there are.
+# Suffix of a shard: its number, and the number of shards.
 _SHARD = r"-(\d+)-of-(?P<count>\d+)"
-# Packages whose objects training programs leave beside the weights (callbacks, numbers, configurations).
+# Packages whose objects training programs store next to the weights (callbacks, numbers, configurations).
 _LEFT_BEHIND = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|numpy|_codecs|omegaconf|ldm|sgm|diffusers|transformers|argparse"
     r"|pathlib|typing|collections)\..+"
@@ -33,13 +33,13 @@ _LEFT_BEHIND = re.compile(
 
 
 def convert(path: Path) -> dict[str, Path]:
-    """Write the weights of a file, or of each part of a folder in diffusers layout, as .safetensors beside it.
+    """Write the weights of a file, or of each part of a folder in diffusers layout, as .safetensors in the same folder.
 
     Returns:
         Pickle -> the file that was written.
 
     Raises:
-        LorakitError: it is no pickle of weights, holds something else than weights, or there is a .safetensors already.
+        LorakitError: it is not a pickle of weights, contains other objects, or the .safetensors file exists.
     """
     if path.is_dir():
         pairs = {file: target for part in registry.weight_stems() for file, target in _pickles(path / part)}
@@ -69,7 +69,7 @@ def convert(path: Path) -> dict[str, Path]:
 
 
 def _pickles(folder: Path) -> Iterable[tuple[Path, Path]]:
-    """The pickled weights of a part that has no others, and the names that they get.
+    """The pickled weights of a part without other weights, and their new names.
 
     Raises:
         LorakitError: a shard is missing.
@@ -90,7 +90,7 @@ def _pickles(folder: Path) -> Iterable[tuple[Path, Path]]:
 
 
 def _indexes(path: Path) -> Iterable[tuple[Path, list[Path]]]:
-    """The index that shards of a base in diffusers layout lack, and the shards, all of which are there."""
+    """The missing indexes of sharded weights in a base in diffusers layout, and the shards, all of which exist."""
     for part, stem in registry.weight_stems().items() if path.is_dir() else ():
         groups: dict[str, list[Path]] = {}
         for shard in sorted((path / part).glob("*.safetensors")):
@@ -104,7 +104,7 @@ def _indexes(path: Path) -> Iterable[tuple[Path, list[Path]]]:
 
 
 def _in_a_process(paths: list[str]) -> None:
-    """Convert in a separate process: a source, its target, the next source and so on."""
+    """Convert in a separate process. `paths`: a source, its target, the next source and so on."""
     # -P: modules in the current folder are not imported.
     command = [sys.executable, "-P", "-m", __name__, *paths]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
@@ -122,7 +122,7 @@ def _in_a_process(paths: list[str]) -> None:
 
 
 class _Nothing:
-    """Stands for an object of a training program."""
+    """Placeholder for an object of a training program."""
 
     def __new__(cls, *_: object) -> _Nothing:
         return object.__new__(cls)
@@ -132,10 +132,10 @@ class _Nothing:
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
-    """Name -> tensor.
+    """Read a pickle: name -> tensor.
 
     Raises:
-        LorakitError: it is no pickle of weights, or holds something else.
+        LorakitError: it is not a pickle of weights, or contains other objects.
     """
     import pickle
     import warnings
@@ -146,7 +146,7 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
     names: list[str] = []
-    warnings.simplefilter("ignore")  # of files that are refused
+    warnings.simplefilter("ignore")  # about files that are refused
     while True:
         try:
             with safe_globals([(_Nothing, name) for name in names]):

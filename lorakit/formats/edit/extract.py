@@ -1,4 +1,4 @@
-"""The adapter that makes one base of another: an SVD of each layer's difference, in float32."""
+"""Extract an adapter from the difference of two bases: an SVD of each layer's difference, in float32."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from lorakit.formats.edit.resize_combine import full_rank, resize
 def extract(
     base: Path, tuned: Path, family: str, *, rank: int | None = None, energy: float | None = None
 ) -> AdapterWeights:
-    """The adapter that makes `tuned` of `base`, as nearly as its rank allows: an SVD of each layer's difference.
+    """The adapter that best turns `base` into `tuned` at its rank: an SVD of each layer's difference.
 
-    Layers that no adapter can hold (norms, embeddings, the VAE) are left out, and so are those that did not change.
+    Layers that no adapter can hold (norms, embeddings, the VAE) and unchanged layers are left out.
 
     Raises:
-        LorakitError: no folder in diffusers layout, different models, nothing that changed, or a wrong rank or energy.
+        LorakitError: the models are not in diffusers layout or are of different kinds, no layer changed, or rank or
+            energy is invalid.
     """
     layers: dict[str, AnyLayer] = {}
     for part in registry.version_of(family).kohya.text.keys() | {"unet"}:
@@ -46,7 +47,7 @@ def extract(
 
 
 def _tensors(folder: Path, part: str, place: str) -> dict[str, torch.Tensor]:
-    """Canonical name -> weight of one component of a base, a folder or a single file."""
+    """Canonical name -> weight of one component of a base in a folder or a single file."""
     if folder.is_file():
         header = safetensors_header.read(folder)
         loaded = ldm.tensors(header, ldm.read(header).parts[part])

@@ -1,4 +1,4 @@
-"""Copies an adapter, and what belongs beside it, into the folders of a program that draws with it; no torch."""
+"""Install an adapter and its side files into the folders of a program. No torch."""
 
 from __future__ import annotations
 
@@ -22,29 +22,27 @@ from lorakit.formats.facts.hosts import Host
 from lorakit.formats.inspect import Report, inspect
 
 Say = Callable[[str], object]
-# Words in the names of folders of adapters.
+# Words in the names of adapter folders.
 _LORA_NAMES = {"lora", "loras", "lycoris", "locon"}
 
 
 def install(
     source: Path, host: Host, place: Path, *, name: str = "", any_folder: bool = False, say: Say = lambda _: None
 ) -> dict[str, Path]:
-    """Copy an adapter and its side files; return the copies: "adapter", "json", "preview", "embedding <word>".
+    """Copy an adapter and its side files. Return the copies: "adapter", "json", "preview", "embedding <word>".
 
-    An embedding that belongs to no adapter is "embedding".
-
-    No file is overwritten: the copy gets another name. If the same adapter is there already, only missing side files
-    are copied.
+    The copy of an embedding without an adapter is "embedding". No file is overwritten: the copy gets another name. If
+    the same adapter exists already, only missing side files are copied.
 
     Args:
         source: a file, or a folder with one adapter.
-        place: the program's own folder, or its folder of LoRA files.
-        name: of the file there, without ending (default: as `source`).
-        any_folder: `place` is the folder of LoRA files, whatever it looks like.
-        say: called with a line for the person, where the program cannot use the adapter on its own bases.
+        place: the program's folder, or its folder of LoRA files.
+        name: name of the copy, without suffix (default: as `source`).
+        any_folder: accept `place` as the folder of LoRA files without a check.
+        say: called with a message if the program cannot use the adapter with its own bases.
 
     Raises:
-        LorakitError: the program does not read all of it, the folder is not the program's, or cannot be written.
+        LorakitError: the program does not read all of it, or the folder is not the program's or cannot be written.
     """
     report = inspect(source)
     if report.kind != "embedding":
@@ -74,7 +72,7 @@ def install(
             files.append(json_file)
             atomic.write(json_file, text)
         if not target.exists():
-            _copy(source, target)  # last: a program that looks meanwhile finds everything beside it
+            _copy(source, target)  # last: a program that looks now finds all side files
     if report.only:
         say(
             Message(
@@ -91,7 +89,7 @@ def install(
 def _install_word(
     source: Path, report: Report, host: Host, place: Path, name: str, any_folder: bool
 ) -> dict[str, Path]:
-    """Copy an embedding that is all there is; its word there is the name of the file."""
+    """Copy an embedding without an adapter. The name of the file becomes its word."""
     _require_family(report, host)
     target = folders(host, place, True, any_folder)[1] / f"{name or source.stem}.safetensors"
     _require_same([(source, target)])
@@ -102,7 +100,7 @@ def _install_word(
 
 
 def _require_same(copies: Iterable[tuple[Path, Path]]) -> None:
-    """Refuse to install embeddings where others of their names are."""
+    """Refuse to install an embedding if another one has its name."""
     for path, there in copies:
         if there.exists() and not filecmp.cmp(path, there, shallow=False):
             raise LorakitError(
@@ -111,10 +109,10 @@ def _require_same(copies: Iterable[tuple[Path, Path]]) -> None:
 
 
 def folders(host: Host, place: Path, has_words: bool = False, any_folder: bool = False) -> tuple[Path, Path]:
-    """The program's folders of adapters and of embeddings, where `place` is its own folder or that of adapters.
+    """The program's folders of adapters and of embeddings; `place` is its own folder or that of adapters.
 
     Raises:
-        LorakitError: it is neither, or embeddings are to be placed and their folder is not beside it.
+        LorakitError: it is neither, or the folder of embeddings is needed and not found.
     """
     if not place.is_dir():
         raise LorakitError(
@@ -143,7 +141,7 @@ def folders(host: Host, place: Path, has_words: bool = False, any_folder: bool =
 
 
 def _holds_adapters(folder: Path) -> bool:
-    """Whether a folder looks as one of LoRA files does: by its name, or by what is in it."""
+    """Whether a folder looks like a folder of LoRA files, by its name or its content."""
     names = [path.name.lower() for path in (folder, folder.parent, folder.resolve())]
     if any(_LORA_NAMES & set(re.findall("[a-z]+", name)) for name in names):
         return True
@@ -155,7 +153,7 @@ def _holds_adapters(folder: Path) -> bool:
 
 
 def _require_reader(source: Path, report: Report, host: Host) -> None:
-    """Refuse what the program would read in part or not at all, with what to do."""
+    """Refuse an adapter that the program would not read completely, with advice."""
     failures = report.failures([host.reader])
     _require_family(report, host)
     odd = next((word for word in host.methods if word in report.method.lower()), "")
@@ -183,7 +181,7 @@ def _require_reader(source: Path, report: Report, host: Host) -> None:
 
 
 def _require_family(report: Report, host: Host) -> None:
-    """Refuse what is for bases that the program does not draw with."""
+    """Refuse an adapter for bases that the program does not support."""
     if host.families and report.family not in host.families:
         titles = join(" and ", (registry.version_of(family).title for family in host.families))
         family = registry.version_of(report.family).title if report.family else "an unknown model"
@@ -193,7 +191,7 @@ def _require_family(report: Report, host: Host) -> None:
 
 
 def _free(folder: Path, name: str, source: Path) -> Path:
-    """The first of `name`, `name-2` ... that nothing there has, or that is this very adapter."""
+    """The first of `name`, `name-2`, ... that does not exist or is this adapter."""
     for number in count(1):
         target = folder / f"{name}{f'-{number}' if number > 1 else ''}.safetensors"
         if target.is_file() and filecmp.cmp(source, target, shallow=False):
@@ -204,7 +202,7 @@ def _free(folder: Path, name: str, source: Path) -> Path:
 
 
 def _sidecar(source: Path, report: Report) -> str:
-    """What `<name>.json` will say: the file beside the adapter, or what the adapter says of itself."""
+    """The content of `<name>.json`: that of the source, else from the adapter's metadata."""
     table = meta.read_sidecar(source)
     if not table and report.trigger:
         table = {"activation text": report.trigger} | (
@@ -214,7 +212,7 @@ def _sidecar(source: Path, report: Report) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file so that it is there whole or not at all, and only where nothing is."""
+    """Copy a file atomically, and only if the target does not exist."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = atomic.temporary_path(target)
     try:
@@ -222,7 +220,7 @@ def _copy(source: Path, target: Path) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         try:
-            os.link(temporary, target)  # fails where something came in between
+            os.link(temporary, target)  # fails if the target was created meanwhile
         except FileExistsError:
             raise
         except OSError:  # a file system without links
@@ -234,7 +232,7 @@ def _copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _undo(target: Path) -> Iterator[list[Path]]:
-    """Where the copying fails, take away what was put there."""
+    """If an exception occurs inside, delete the new files."""
     files: list[Path] = []
     try:
         yield files

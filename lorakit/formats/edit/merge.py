@@ -1,7 +1,7 @@
-"""Merge an adapter into a base for good: `merge` is the way in; single files in LDM layout are read and written here.
+"""Merge an adapter into a base. `merge` is the entry point; single files in LDM layout are read and written here.
 
-Arithmetic is `merge_folder.merged`'s, in float32; every tensor keeps its dtype, but fp8 becomes fp16. Between folders
-`merge_folder` does it.
+The arithmetic is `merge_folder.merged`, in float32; tensors keep their dtype, except that fp8 becomes fp16. Merging
+from folder to folder is in `merge_folder`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lorakit.formats import files, keys, metadata as meta
 from lorakit.formats.edit.merge_folder import Merger, merge_folder, size_of_merged
 from lorakit.formats.edit.precision import Precision
 
-# Of a base's metadata, what is not true of the merged one.
+# Metadata of a base that is not true for the merged one.
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _T5 = re.compile(r"shared\.|encoder\.(block|final_layer_norm|embed_tokens)\.")
 _RESBLOCK = re.compile(r"\.resblocks\.(\d+)\.")
 
 
 class Base(Protocol):
-    """What must be known of the base; `families.BaseInfo` has it."""
+    """The facts that are needed of the base; `families.BaseInfo` has them."""
 
     @property
     def path(self) -> Path: ...
@@ -54,15 +54,15 @@ class Base(Protocol):
 def merge(
     weights: AdapterWeights, base: Base, output: Path, strength: float = 1.0, *, precision: Precision | None = None
 ) -> Path:
-    """Write `base` with the adapter merged in to `output`: a name ending in .safetensors is a single file, any other a
+    """Write `base` with the adapter merged in to `output`: a single file if the name ends in .safetensors, else a
     folder in diffusers layout.
 
     Args:
-        precision: what weights are written in; it measures what is lost by it.
+        precision: the dtype of the weights; it also measures the loss from rounding.
 
     Raises:
-        LorakitError: `output` exists, nothing of the adapter would be left, the base lacks a layer of the adapter or
-            has it in another shape, or a tensor of the base has no name in a single file.
+        LorakitError: `output` exists, rounding would remove the adapter completely, a layer of the adapter is missing
+            in the base or has another shape, or a tensor of the base has no name in a single file.
     """
     output = Path(output)
     if output.exists():
@@ -97,7 +97,7 @@ def merge(
 
 
 def _other_vae(base: Base) -> dict[str, torch.Tensor]:
-    """The tensors of an autoencoder that stands in for the base's own, in diffusers' names; {} where none does."""
+    """The tensors of the autoencoder that replaces the base's own, with diffusers' names; {} if there is none."""
     source = base.sources.get("vae")
     if source is None:
         return {}
@@ -110,7 +110,7 @@ def _other_vae(base: Base) -> dict[str, torch.Tensor]:
 
 
 def _write_vae(folder: Path, base: Base, vae: dict[str, torch.Tensor]) -> None:
-    """Put the autoencoder in the place of the one in a folder."""
+    """Replace the autoencoder in a folder."""
     if not vae:
         return
     shutil.rmtree(folder / "vae", ignore_errors=True)
@@ -123,7 +123,7 @@ def _write_vae(folder: Path, base: Base, vae: dict[str, torch.Tensor]) -> None:
 def _file_to_file(
     header: safetensors_header.Header, base: Base, output: Path, merger: Merger, vae: dict[str, torch.Tensor]
 ) -> Path:
-    """Tensor by tensor, in the file's order, so that a model of any size takes the memory of one tensor."""
+    """Copy tensor by tensor, in the file's order, so that only one tensor is in memory."""
     parts = base.slots or {}
     inside: dict[str, list[tuple[str, str, ldm.Slot]]] = {}
     for part, slots in parts.items():
@@ -134,7 +134,7 @@ def _file_to_file(
     factors = dict(safetensors_header.tensors(header, set(scales.values())))
     gone = re.compile(rf"^{re.escape(ldm.AVERAGE)}|{weight_files.MARKS.pattern}|{weight_files.SCALE.pattern}")
     own = {slot.key for slot in parts.get("vae", {}).values()} if vae else set()
-    # A part that `model.t5` leaves out.
+    # Parts that `model.t5` leaves out.
     layout = ldm.layout_of(base.family).parts
     left_out = tuple(prefix for part in layout.keys() - parts.keys() for prefix in layout[part].prefixes)
     own |= {key for key in header.tensors if key.startswith(left_out)} if left_out else set()
@@ -142,7 +142,7 @@ def _file_to_file(
     order = sorted(entries, key=lambda key: entries[key].start)
     base_metadata = {key: text for key, text in header.metadata.items() if key not in STALE}
     header_metadata = meta.of_merge(base_metadata, merger.metadata)
-    # Eight bits would round most of an adapter away.
+    # In eight bits, rounding would remove most of an adapter.
     dtypes = {key: _output_dtype(info.dtype, key in scales, merger.precision) for key, info in entries.items()}
 
     def tensors() -> Iterator[torch.Tensor]:
@@ -170,7 +170,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _output_dtype(dtype: str, scaled: bool, precision: Precision) -> str:
-    """What a tensor is written in: as `precision` has it, but half precision for what has a scale."""
+    """The dtype of a tensor in the output: that of `precision`, but float16 for weights with a scale."""
     if scaled and precision.keep_fp8:
         raise LorakitError("weights with a scale are written in float16: leave out --keep-fp8")
     return "F16" if scaled or (dtype.startswith("F8") and not precision.keep_fp8) else dtype
@@ -203,7 +203,7 @@ def _folder_to_file(base: Base, output: Path, merger: Merger, vae: dict[str, tor
         for name, slot in sorted(slots.items(), key=lambda item: (item[1].key, item[1].third or 0)):
             by_key.setdefault(slot.key, []).append(name)
         if layout.parts[part].used_layers:
-            # Readers drop the last layer. It is a copy of the layer before, as sd-scripts writes it.
+            # Readers drop the last layer. It is written as a copy of the layer before, as in sd-scripts.
             last = 1 + max(int(match[1]) for key in by_key if (match := _RESBLOCK.search(key)))
             by_key |= {
                 _RESBLOCK.sub(f".resblocks.{last}.", key): names
@@ -251,7 +251,7 @@ def _file_to_folder(
             files.stream(place / f"{stem}.safetensors", order, {"format": "pt"}, tensors.values())
             config = dict(base.configs[part])
             if part.startswith("text_encoder"):
-                # transformers takes the dtype from here where none is asked for.
+                # transformers uses this dtype by default.
                 config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
             _write_json(place / "config.json", config)
         for name, folder in tokenizers.items():
@@ -270,7 +270,7 @@ def _file_to_folder(
 def _merged(
     header: safetensors_header.Header, base: Base, part: str, merger: Merger
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a part of a single file, in diffusers' names, with the adapter inside."""
+    """The tensors of a part of a single file, with diffusers' names and the adapter merged in."""
     source = base.sources.get(part) or vae_source.Source(base.path, (base.slots or {}).get(part))
     if source.slots is None:
         yield from _loaded(part, _headers(source.path), merger)
@@ -282,7 +282,7 @@ def _merged(
         for name, slot in source.slots.items()
         if slot.key
     }
-    # An identity is in no file.
+    # An identity matrix is not in the file.
     usual = "F16" if set(dtypes.values()) == {"F16"} else "F32"
     for name, tensor in ldm.tensors(header, source.slots):
         dtype = getattr(torch, safetensors_header.DTYPES[dtypes.get(name, usual)])
@@ -297,7 +297,7 @@ def _names(part: str, source: vae_source.Source) -> list[str]:
 
 
 def _headers(folder: Path) -> Iterator[safetensors_header.Header]:
-    """The headers of a part's files, as `weight_files` chooses them."""
+    """The headers of a part's files, as selected by `weight_files`."""
     for path in weight_files.weight_files(folder, registry.weight_stems()[folder.name])[0]:
         yield safetensors_header.read(path)
 
@@ -312,7 +312,7 @@ def _loaded(
 
 
 def _portable(part: str, name: str) -> str:
-    """A tensor's name as today's diffusers has it: with CLIP's `text_model.`, and without the VAE's old words."""
+    """A tensor's name in today's diffusers: with CLIP's `text_model.`, and without old names of the VAE."""
     if part == "vae":
         return vae_source.current_name(name)
     if _T5.match(name):
@@ -321,7 +321,7 @@ def _portable(part: str, name: str) -> str:
 
 
 def _marks(base: Base) -> list[str]:
-    """Keys without a value by which programs know what the model predicts (see `ldm.prediction`)."""
+    """Empty tensors whose keys show the prediction type (see `ldm.prediction`)."""
     scheduler = base.configs["scheduler"]
     if scheduler.get("prediction_type") != VELOCITY:
         return []
@@ -342,7 +342,7 @@ def _metadata(base: Base, title: str) -> dict[str, str]:
 
 
 def _copy_tokenizer(source: Path, target: Path, encoder: Mapping[str, Any] | None) -> None:
-    """The tokenizer's own files, with the word that an encoder of a file fills texts up with."""
+    """Copy the tokenizer's files, with the padding token of the encoder in a single file."""
     target.mkdir(parents=True)
     for path in source.iterdir():
         if path.is_file() and path.suffix in (".json", ".txt", ".model") and not path.name.startswith("."):

@@ -1,6 +1,6 @@
-"""Merging an adapter into a base for good: the sum itself, and a base that is a folder and stays one.
+"""Merge an adapter into a base: the arithmetic, and merging from folder to folder. All arithmetic is in float32.
 
-All arithmetic is in float32. Where a single file comes in or goes out, `merge` does it.
+`merge` handles single files.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lorakit.formats.edit.precision import Precision
 
 
 def merged(weight: torch.Tensor, layer: AnyLayer, strength: float = 1.0) -> torch.Tensor:
-    """A layer's weight with its adapter inside, in float32: W + strength * (W' - W).
+    """A layer's weight with its adapter merged in, in float32: W + strength * (W' - W).
 
-    W' is W + delta W. For DoRA it is magnitude * V / ||V|| with V = W + delta W. The norm is that of each input column,
-    or of each output row where there is a magnitude for each row.
+    W' is W + delta W. For DoRA it is magnitude * V / ||V|| with V = W + delta W. The norm is over each input column, or
+    over each output row if the magnitude has one value per row.
 
     Raises:
-        RuntimeError: the layer is for a weight of another shape.
+        RuntimeError: the layer fits a weight of another shape.
     """
     original = weight.float()
     if isinstance(layer, ForeignLayer):
@@ -49,7 +49,7 @@ def merged(weight: torch.Tensor, layer: AnyLayer, strength: float = 1.0) -> torc
 
 
 class Merger:
-    """Puts an adapter's layers into weights that come by one at a time; `only`: those of one component."""
+    """Merges an adapter into weights, one at a time; `only`: layers of one component."""
 
     def __init__(self, weights: AdapterWeights, strength: float, only: str = "", *, precision: Precision | None = None):
         self.precision = precision or Precision()
@@ -62,7 +62,7 @@ class Merger:
         self.biases = {name: bias for name, bias in weights.biases.items() if is_selected(name)}
 
     def name(self, component: str, tensor: str) -> str | None:
-        """The canonical name of an adapted layer whose weight or bias is called so, or None."""
+        """The canonical name of the adapted layer that has this weight or bias, or None."""
         stem, _, kind = tensor.rpartition(".")
         name = canonical(component, stem)
         adapted = (kind == "weight" and name in self.layers) or (
@@ -71,7 +71,7 @@ class Merger:
         return name if adapted else None
 
     def require(self, parts: Mapping[str, Iterable[str]]) -> None:
-        """Raise LorakitError where a layer of the adapter is not among the tensors of the base."""
+        """Raise LorakitError if a layer of the adapter is missing in the base."""
         there = {canonical(part, tensor) for part, tensors in parts.items() for tensor in tensors}
         expected = {f"{name}.weight" for name in self.layers} | {f"{name}.bias" for name in self.biases}
         if missing := expected - there:
@@ -81,10 +81,10 @@ class Merger:
     def __call__(
         self, component: str, tensor: str, weight: torch.Tensor, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """The weight with its adapter inside, in the dtype that it is written in: by default `Precision.dtype`.
+        """The weight with its adapter merged in, in the dtype of the output: by default `Precision.dtype`.
 
         Raises:
-            LorakitError: another shape, or a number that is not finite, of the base or of the two together.
+            LorakitError: the shape differs, or the weight is not finite before or after merging.
         """
         name, dtype = self.name(component, tensor), dtype or self.precision.dtype(weight.dtype)
         if name is None:
@@ -120,15 +120,15 @@ def merge_folder(
     without: Collection[str] = (),
     precision: Precision | None = None,
 ) -> Path:
-    """Write `base` with the adapter merged in to the new folder `output`; every tensor keeps its name, and its dtype
-    where `precision` does not change it.
+    """Write `base` with the adapter merged in to the new folder `output`. Tensors keep their names, and their dtype
+    unless `precision` changes it.
 
     Args:
-        finish: called with the folder before it gets its name.
-        without: parts that are left out.
+        finish: called with the folder before it is renamed to `output`.
+        without: parts to leave out.
 
     Raises:
-        LorakitError: `output` exists, `base` is no diffusers folder, or it lacks a layer of the adapter.
+        LorakitError: `output` exists, `base` is not in diffusers layout, or it lacks a layer of the adapter.
     """
     base, output, precision = Path(base), Path(output), precision or Precision()
     if output.exists():
@@ -151,7 +151,7 @@ def merge_folder(
                 shutil.copy2(file, temporary / name)
         for file in base.glob("LICEN[CS]E*"):
             shutil.copy2(file, temporary)
-        # A part that is not there, such as the safety checker of a base from the hub, is not asked for either.
+        # The index must not name a missing part, such as the safety checker of a base from the hub.
         index |= {name: [None, None] for name, paths in parts.items() if not paths}
         files.write_bytes(temporary / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
         for part in {keys.component(name) for name in (*weights.layers, *weights.biases)}:
@@ -165,14 +165,14 @@ def merge_folder(
     return output
 
 
-# Weights in the forms of other libraries and exporters, all of them twins of those that diffusers reads.
+# Duplicates of the weights in formats of other libraries and exporters.
 _TWINS = re.compile(r"(openvino|flax|tf|rust)_model.*|.*\.(xml|onnx\w*|pb|msgpack|h5|ot|ckpt|pth?|gguf|tflite)|\..*")
 
 
 def part_files(folder: Path) -> list[Path]:
-    """The files of one part of a base that diffusers and transformers read; of its weights every precision.
+    """The files of one part of a base that diffusers and transformers read, with weights in every precision.
 
-    Pickles are among them only where a part that lorakit does not read, such as a safety checker, has nothing else.
+    Pickles are included only if a part that lorakit does not read, such as a safety checker, has no other weights.
     """
     if not folder.is_dir():
         return []
@@ -190,7 +190,7 @@ def part_files(folder: Path) -> list[Path]:
 
 
 def size_of_merged(paths: Iterable[Path], precision: Precision) -> int:
-    """Bytes that files of a base take once merged: weights in 8 bits that become float16 take twice as much."""
+    """Bytes of a base's files after merging: 8-bit weights that become float16 take twice as much."""
     size = 0
     for path in paths:
         size += path.stat().st_size
@@ -201,12 +201,12 @@ def size_of_merged(paths: Iterable[Path], precision: Precision) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that is there."""
+    """The nearest existing parent folder of `path`."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def _merge_component(folder: Path, part: str, merger: Merger) -> None:
-    """Merge one component's layers into every safetensors file of its folder that has them (variants, shards)."""
+    """Merge one component's layers into every safetensors file of its folder (variants, shards)."""
     paths = sorted(folder.glob("*.safetensors"))
     merger.require({part: [name for path in paths for name in safetensors_header.read(path).tensors]})
     for path in paths:

@@ -1,4 +1,4 @@
-"""What the precision of a merged model loses of an adapter, measured while it is merged."""
+"""Measure, during a merge, how much of an adapter the output's precision loses."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass
 class Precision:
-    """The precision that weights are written in, and what is lost by it.
+    """The dtype of merged weights, and the loss from rounding.
 
     Attributes:
-        keep_fp8: write weights in 8 bits as they came; they become float16 otherwise.
-        changed, survived: weights that the adapter changes, and those of them that still differ from the base's.
-        change, error: sums of the squares of the change, and of what rounding adds to it.
+        keep_fp8: keep weights in 8 bits; by default they become float16.
+        changed, survived: number of weights that the adapter changes, and of those that still differ from the base
+            after rounding.
+        change, error: sums of squares of the change, and of the rounding error.
     """
 
     keep_fp8: bool = False
@@ -30,11 +31,11 @@ class Precision:
     dtypes: set[torch.dtype] = field(default_factory=set)
 
     def dtype(self, of: torch.dtype) -> torch.dtype:
-        """What weights of a dtype are written in: eight bits would round most of an adapter away."""
+        """The output dtype for a weight: in eight bits, rounding would remove most of an adapter."""
         return torch.float16 if of in FP8 and not self.keep_fp8 else of
 
     def measure(self, original: torch.Tensor, adapted: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Count one weight: the base's and the adapted one in float32, and the latter as it is written."""
+        """Measure one tensor: the base's and the adapted one in float32, and the latter after rounding."""
         differs = adapted != original
         self.dtypes.add(rounded.dtype)
         self.changed += int(differs.sum())
@@ -43,7 +44,7 @@ class Precision:
         self.error += float((rounded.float() - adapted).double().square().sum())
 
     def require(self) -> None:
-        """Raise LorakitError where nothing of the adapter is left."""
+        """Raise LorakitError if no change survives."""
         if self.changed and not self.survived:
             hint = "leave out --keep-fp8" if self.keep_fp8 else "raise --strength"
             raise LorakitError(
@@ -54,7 +55,7 @@ class Precision:
             )
 
     def line(self) -> str:
-        """What was lost, for a person."""
+        """A message about the loss."""
         if not self.changed:
             return "the adapter changes no weight of the base"
         error = (self.error / self.change) ** 0.5

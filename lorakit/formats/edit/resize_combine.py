@@ -1,4 +1,4 @@
-"""Arithmetic on adapters: another rank, several in one. Pure functions from weights to weights, in float32."""
+"""Arithmetic on adapters: change the rank, combine several. Pure functions on weights, in float32."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import join
 from lorakit.formats import keys
 
-# The squared norm of a sum, as a share of those of its parts, below which it is rounding alone.
+# Below this ratio of the squared norm of a sum to those of its parts, the sum is only rounding.
 CANCELLED = 1e-12
 
 
 def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | None = None) -> AdapterWeights:
-    """The nearest adapter of a smaller rank (Eckart-Young: the largest singular values of each delta W are kept).
+    """The best approximation of smaller rank (Eckart-Young: the largest singular values of each delta W are kept).
 
-    LoHa and LoKr become plain LoRA, with energy 1 exactly the same one.
+    LoHa and LoKr become plain LoRA, which is exact with energy 1.
 
     Args:
-        rank: of every layer; a layer that has less keeps what it has.
-        energy: instead of a rank: in each layer the fewest singular values whose squares are this share of all of them.
+        rank: rank of every layer; layers with a smaller rank keep it.
+        energy: instead of a rank: keep the fewest singular values whose squares sum to this share of the total, per
+            layer.
 
     Returns:
-        Layers with alpha = rank, so that the scale is in the factors: plain LoRA, or DoRA whose magnitude stays.
+        Layers with alpha = rank (the scale is in the factors): plain LoRA, or DoRA with an unchanged magnitude.
 
     Raises:
-        LorakitError: not exactly one of rank and energy, or one out of range.
+        LorakitError: not exactly one of rank and energy is given, or it is out of range.
     """
     if (rank is None) == (energy is None):
         raise LorakitError("resize: give a rank or an energy, one of them")
@@ -47,11 +48,11 @@ def resize(weights: AdapterWeights, *, rank: int | None = None, energy: float | 
 
 
 def to_lora(weights: AdapterWeights) -> dict[str, LoraLayer | ForeignLayer]:
-    """Every layer as LoRA with the same delta W, of whatever rank that takes: rank * rank for LoHa, and for LoKr the
-    product of the ranks of w1 and w2. The change of a vector, as a norm has, stays as it is.
+    """Every layer as LoRA with the same delta W. The rank becomes rank * rank for LoHa, and the product of the ranks of
+    w1 and w2 for LoKr. Changes of vectors, such as norms, stay as they are.
 
     Raises:
-        LorakitError: a layer whose change depends on the base.
+        LorakitError: the change of a layer depends on the base.
     """
     return {
         name: layer if isinstance(layer, LoraLayer) else _as_lora(layer, keys.kernel(name, weights.family))
@@ -75,7 +76,7 @@ def _as_lora(layer: LohaLayer | LokrLayer | ForeignLayer, kernel: tuple[int, ...
 
 
 def full_rank(difference: torch.Tensor) -> LoraLayer:
-    """A layer of full rank whose delta W is `difference`: one factor is the identity."""
+    """A layer of full rank with delta W = `difference`: one factor is the identity."""
     outputs, inputs = difference.shape[0], difference[0].numel()
     kernel = difference.shape[2:]
     if outputs <= inputs:
@@ -86,7 +87,7 @@ def full_rank(difference: torch.Tensor) -> LoraLayer:
 
 
 def _pair(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix as a product of two; a whole one with the identity, on its smaller side."""
+    """A matrix as a product of two factors; if it is not factorized, the identity is the smaller factor."""
     if len(parts) == 2:
         return parts[0], parts[1]
     rows, columns = parts[0].shape
@@ -94,7 +95,7 @@ def _pair(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _resized(layer: LoraLayer, rank: int | None, energy: float | None) -> LoraLayer:
-    # The product of two thin factors has its singular values in the small core between their QR decompositions.
+    # The singular values of a product of thin factors are those of the small core between their QR decompositions.
     left, left_core = torch.linalg.qr(layer.up.flatten(1).double())
     right, right_core = torch.linalg.qr(layer.down.flatten(1).double().T)
     core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T * layer.scale)
@@ -115,11 +116,11 @@ def _resized(layer: LoraLayer, rank: int | None, energy: float | None) -> LoraLa
 
 
 def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
-    """One adapter whose delta W is the sum of `strength * delta W` of several; its ranks are the sums of theirs.
+    """One adapter whose delta W is the sum of `strength * delta W` of several. Its ranks are the sums of theirs.
 
     Raises:
-        LorakitError: none given, different families, layers of different shapes, DoRA, which does not add up, or
-            strengths at which the sum changes nothing.
+        LorakitError: no adapter is given, families or shapes differ, one is DoRA (not additive), or the sum changes
+            nothing at these strengths.
     """
     if not parts:
         raise LorakitError("combine: give at least one adapter")
@@ -135,7 +136,7 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
         for name, bias in weights.biases.items():
             biases[name] = biases.get(name, 0) + strength * bias
         for name, layer in to_lora(weights).items():
-            if isinstance(layer, ForeignLayer):  # of a vector
+            if isinstance(layer, ForeignLayer):  # the change of a vector
                 before = stacked.get(name)
                 total = strength * layer.delta() + (0 if before is None else before.delta())
                 stacked[name] = replace(layer, parts=dict.fromkeys(layer.parts, total))
@@ -155,7 +156,7 @@ def combine(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
 
 
 def _square(layer: LoraLayer) -> float:
-    """The squared Frobenius norm of delta W, from products of rank x rank: ||U D||^2 = tr(U^T U D D^T)."""
+    """The squared Frobenius norm of delta W, from rank x rank products: ||U D||^2 = tr(U^T U D D^T)."""
     up, down = layer.up.flatten(1).double(), layer.down.flatten(1).double()
     return float(((up.T @ up) * (down @ down.T)).sum()) * layer.scale**2
 

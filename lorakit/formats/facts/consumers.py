@@ -1,7 +1,7 @@
-"""What each program does with the methods and parts of adapter files, as data; no torch.
+"""How each program handles the methods and tensors of adapter files, as data. No torch.
 
-The rules were read in each program's loader or measured by running it. Versions: diffusers 0.42, AUTOMATIC1111 1.10.1,
-Forge 2025-06, ComfyUI 2025-10, InvokeAI 6.14, sd-scripts 2026-02, stable-diffusion.cpp (python 0.4.7), PEFT 0.21.
+The rules come from each program's loader or from running it. Versions: diffusers 0.42, AUTOMATIC1111 1.10.1, Forge
+2025-06, ComfyUI 2025-10, InvokeAI 6.14, sd-scripts 2026-02, stable-diffusion.cpp (python 0.4.7), PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-BIAS = "bias"  # what a module is that changes a bias and nothing else
-DORA_ROWS = "dora rows"  # DoRA with a magnitude for each output row, as PEFT has it
+BIAS = "bias"  # kind of a module that only changes a bias
+DORA_ROWS = "dora rows"  # DoRA with a magnitude per output row, as in PEFT
 _LYCORIS = ("loha", "lokr", "LoCon (tucker)", "full difference", "norm", "IA3")
 _COMPUTED = ("OFT", "older OFT", "GLoRA", "older GLoRA")
-# OFT on inputs, as PEFT and OneTrainer have it.
+# OFT on inputs, as in PEFT and OneTrainer.
 _INPUTS = ("OFTv2", "PEFT's older OFT", "PEFT's BOFT")
 _NO_BIAS = "ignores its change of the bias"
 # DoRA on the output axis, LyCORIS' default.
@@ -28,24 +28,24 @@ _FACTORS = rf"{_DEFAULT_FACTORS}|lora_[AB]\.weight|lora(?:_linear_layer)?\.(?:do
 
 @dataclass(frozen=True)
 class Consumer:
-    """One program; which names it reads is the family's (`ModelVersion.readers`). Its rules are for the traits of a
-    module, see `compatibility.traits`.
+    """One program. The module names that it reads depend on the family (`ModelVersion.readers`). Its rules refer to
+    traits of a module, see `compatibility.traits`.
 
     Attributes:
-        title: what people call it.
-        misread: trait -> what it does to such a module; one that is not named here is applied as it should be.
-        refused: trait -> why a file with such a module is refused as a whole.
-        unread: methods whose tensors it has no rule for.
-        factors: pattern of the factors' names that it reads beside kohya's names of modules.
-        parts: of the parts that lorakit does not know, those that it reads.
-        unknown_limit: tensors without a match that it tolerates before it refuses the file; None: any number.
-        lone_alpha: whether a module without factors makes it refuse the file.
-        flat_conv: whether it reads a 1x1 convolution whose factors are stored as matrices.
+        title: its usual name.
+        misread: trait -> what it does with such a module instead of applying it correctly.
+        refused: trait -> why it refuses a file with such a module.
+        unread: methods whose tensors it does not read.
+        factors: pattern of the factor names that it reads with kohya's module names.
+        parts: tensors unknown to lorakit that it reads.
+        unknown_limit: number of unmatched tensors above which it refuses the file; None: no limit.
+        lone_alpha: whether it refuses a file because of a module without factors.
+        flat_conv: whether it reads a 1x1 convolution with factors stored as matrices.
         reads_folders: whether it reads a PEFT folder.
-        converts_kohya: it rewrites kohya names to its own, and refuses a file where that fails.
-        reads_norms: it looks for changes of norms.
-        common_alpha: it may apply a component's most common alpha to a module that has another.
-        reads_config: it reads the alpha in `lora_adapter_metadata`.
+        converts_kohya: whether it converts kohya names to its own and refuses a file if that fails.
+        reads_norms: whether it reads changes of norms.
+        common_alpha: whether it may apply a component's most common alpha to a module with another one.
+        reads_config: whether it reads the alpha in `lora_adapter_metadata`.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""What an adapter file's numbers and metadata say: whether they are whole, how strong it is, its words and hashes."""
+"""Facts from an adapter file's values and metadata: damage, training history, trigger words and hashes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 from lorakit.core import foreign_json, safetensors_header
 from lorakit.core.messages import Message
 
-WORDS = 8  # as many trigger words as are reported
+WORDS = 8  # maximum number of reported trigger words
 
 
-# safetensors' dtype -> numpy's of the bits, and the bits of the exponent, all of which are set in NaN and infinity.
+# safetensors' dtype -> numpy dtype of its bits, and the mask of the exponent, which is all ones for NaN and infinity.
 _EXPONENTS = {"F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 _EXPONENTS |= {"F8_E5M2": ("u1", 0x7C), "F8_E4M3": ("u1", 0x7F)}  # the latter has one NaN and no infinity
 
 
 def damage(heads: Iterable[safetensors_header.Header]) -> str:
-    """The first tensor with a number that is NaN or infinite, or ""."""
+    """A message about the first tensor with NaN or infinity, or ""."""
     for head in heads:
         with head.path.open("rb") as file:
             for name, info in sorted(head.tensors.items(), key=lambda item: item[1].start):
@@ -36,7 +36,7 @@ def damage(heads: Iterable[safetensors_header.Header]) -> str:
 
 
 def numbers(head: safetensors_header.Header, name: str) -> np.ndarray:
-    """One tensor in float32, or wider where it is; zeros of its shape where numpy has no such dtype."""
+    """One tensor in float32 or wider; zeros of its shape if numpy has no such dtype."""
     info = head.tensors[name]
     with head.path.open("rb") as file:
         file.seek(info.start)
@@ -66,7 +66,7 @@ def numbers(head: safetensors_header.Header, name: str) -> np.ndarray:
 
 
 def hashes(head: safetensors_header.Header) -> dict[str, str]:
-    """The names by which A1111 and Civitai look a file up: AutoV2 of the whole file, AutoV3 of its tensors alone."""
+    """The hashes that A1111 and Civitai use for lookup: AutoV2 of the complete file, AutoV3 of its tensors."""
     content, tensors = hashlib.sha256(), hashlib.sha256()
     with head.path.open("rb") as file:
         content.update(file.read(head.data_start))
@@ -77,7 +77,7 @@ def hashes(head: safetensors_header.Header) -> dict[str, str]:
 
 
 def history(metadata: Mapping[str, str]) -> str:
-    """What metadata of sd-scripts and ModelSpec says of the training, in words."""
+    """The training history in the metadata of sd-scripts and ModelSpec, as text."""
     steps, side = (
         metadata.get("ss_steps", ""),
         metadata.get("ss_resolution") or metadata.get("modelspec.resolution", ""),
@@ -112,7 +112,7 @@ def trigger_and_class(phrase: str, metadata: Mapping[str, str]) -> tuple[str, st
 
 
 def contradictions(metadata: Mapping[str, str], ranks: Iterable[int], scales: Iterable[float]) -> list[str]:
-    """Where rank and alpha of the metadata are not those of the tensors, by which every program goes."""
+    """A message if rank and alpha in the metadata differ from those of the tensors, which every program uses."""
     try:
         rank, alpha = (float(metadata[f"ss_network_{name}"]) for name in ("dim", "alpha"))
         wrong = rank not in set(ranks) or not any(math.isclose(alpha / rank, scale, rel_tol=1e-2) for scale in scales)
@@ -125,9 +125,9 @@ def contradictions(metadata: Mapping[str, str], ranks: Iterable[int], scales: It
 
 
 def words(metadata: Mapping[str, str]) -> list[str]:
-    """The most frequent tags of `ss_tag_frequency`, sd-scripts' count of captions' parts in each folder.
+    """The most frequent tags of `ss_tag_frequency`, sd-scripts' tag counts per folder.
 
-    First those that a folder is named for, as in `10_sks dog`: they are what it was made to teach.
+    Tags that name a folder, as in `10_sks dog`, come first: they are the trained concept.
     """
     counts: Counter[str] = Counter()
     names: set[str] = set()

@@ -1,6 +1,6 @@
-"""Programs that use adapters, and the files that each lists, as data. No torch.
+"""Programs that use adapters, and their folders, as data. No torch.
 
-Read in the code of each: ComfyUI 0.3.64, AUTOMATIC1111 1.10.1, Forge 2025-06, InvokeAI 6.14, SwarmUI and Fooocus as of
+From the code of each: ComfyUI 0.3.64, AUTOMATIC1111 1.10.1, Forge 2025-06, InvokeAI 6.14, SwarmUI and Fooocus as of
 2026-10.
 """
 
@@ -14,14 +14,14 @@ class Host:
     """One program.
 
     Attributes:
-        title: what people call it.
-        loras, embeddings: where it looks for adapters and embeddings, in its own folder.
-        mark: what its own folder has in it, even before its folder of adapters is there.
-        reader: whose rules it reads adapters by, of `compatibility`.
-        then: what the person does there.
+        title: its usual name.
+        loras, embeddings: its folders of adapters and embeddings, relative to its own folder.
+        mark: a file or folder that its own folder always contains.
+        reader: the key in `compatibility.CONSUMERS` whose rules apply.
+        then: what the user does next in the program.
         has_json, has_preview: whether it shows trigger words from `<name>.json` and the picture `<name>.png`.
-        families: those that it draws with; empty: all.
-        methods: words of methods that it misreads although its reader's rules take them.
+        families: the families that it supports; empty: all.
+        methods: words of methods that it misreads although the reader's rules allow them.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""The names of licenses that the Hugging Face hub takes in a model card; `other` stands for every other one."""
+"""The license identifiers of model cards on the Hugging Face hub; `other` stands for all others."""
 
 # fmt: off
 LICENSES = (

@@ -1,7 +1,7 @@
-"""Recognise adapters of other models than Stable Diffusion, such as FLUX; no torch.
+"""Recognize adapters of models other than Stable Diffusion, such as FLUX. No torch.
 
-Names of layers decide, as they cannot lie. Where several models share them, metadata and widths choose among those.
-Sources of the names: each model's own code, diffusers, ComfyUI, sd-scripts, musubi-tuner, OneTrainer.
+Layer names decide, because they are always true. If several models share them, metadata and widths decide. Sources of
+the names: each model's own code, diffusers, ComfyUI, sd-scripts, musubi-tuner, OneTrainer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lorakit.core.messages import Message
 
-# What stands before a layer's path: kohya's, OneTrainer's, LyCORIS', ComfyUI's, diffusers' and PEFT's prefixes.
+# Prefix of a layer's path: those of kohya, OneTrainer, LyCORIS, ComfyUI, diffusers and PEFT.
 _PREFIX = re.compile(
     r"^(?:base_model\.model\.)?(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|transformer\."
     r"|unet\.|net\.)?"
@@ -22,16 +22,16 @@ _TAGS = ("ss_base_model_version", "modelspec.architecture", "ss_network_module",
 
 @dataclass(frozen=True)
 class Model:
-    """One model. All patterns are of layer paths with underscores for dots, without their prefix.
+    """One model. All patterns match layer paths without prefix and with underscores instead of dots.
 
     Attributes:
-        title: what people call it.
-        marks: layers that it alone has.
-        layers: layers that it shares with others.
-        tags: what metadata calls it.
-        widths: of its layers; they choose among models that share the names.
-        lacks: layers that exclude it.
-        family: lorakit's name, where it can be trained here.
+        title: its usual name.
+        marks: pattern of layers that only this model has.
+        layers: pattern of layers that it shares with others.
+        tags: pattern of its names in metadata.
+        widths: widths of its layers, to choose among models with the same names.
+        lacks: pattern of layers that exclude it.
+        family: its name in lorakit, if lorakit trains it.
     """
 
     title: str
@@ -141,11 +141,11 @@ MODELS = (
 
 
 def find(stems: Iterable[str], widths: Iterable[int], metadata: Mapping[str, str]) -> tuple[Model, str] | None:
-    """The model that an adapter is for, and the evidence; None if its layers are those of a UNet, or unknown.
+    """The model of an adapter, and the evidence; None if it has layers of a UNet, or unknown ones.
 
     Args:
-        stems: what stands before the adapter's parts in the tensors' names.
-        widths: of the layers' inputs and outputs.
+        stems: module names in the adapter's tensor names.
+        widths: widths of the layers' inputs and outputs.
     """
     paths = [_PREFIX.sub("", stem).replace(".", "_") for stem in stems]
     text = " ".join(metadata.get(key, "") for key in _TAGS).lower()
@@ -168,7 +168,7 @@ def find(stems: Iterable[str], widths: Iterable[int], metadata: Mapping[str, str
 
 
 def _having(paths: list[str], what: str) -> list[Model]:
-    """The models with such layers and none that excludes them."""
+    """The models that match such layers and are not excluded by others."""
     result = []
     for model in MODELS:
         pattern = re.compile(getattr(model, what))

@@ -1,7 +1,5 @@
-"""What PEFT's config says of an adapter: `adapter_config.json` of a folder, a line in the header of diffusers' files.
-
-No torch.
-"""
+"""PEFT's config of an adapter: `adapter_config.json` of a folder, or an entry in the header of diffusers' files. No
+torch."""
 
 from __future__ import annotations
 
@@ -17,17 +15,17 @@ from lorakit.core.names import printable, shorten
 from lorakit.formats import identify, keys
 
 Scaling = Mapping[str, Any]
-COMPUTED = ("ia3", "oft", "boft")  # methods whose change is computed from a base's weight
-# A pattern that may be run: no group is repeated and little else, so that its time is bounded (PEFT runs any).
+COMPUTED = ("ia3", "oft", "boft")  # methods whose change depends on the base's weight
+# Limits for patterns, so that their run time is bounded: no repeated groups, few repetitions (PEFT runs any pattern).
 _MAX_REPEATS = 3
-_MAX_TERMS = 100  # of OFT's series
+_MAX_TERMS = 100  # terms of OFT's series
 
 
 def of_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Scaling]:
     """Component -> its config, from `lora_adapter_metadata`.
 
     Raises:
-        LorakitError: that is no JSON object.
+        LorakitError: it is not a JSON object.
     """
     try:
         config = foreign_json.loads_table(metadata.get("lora_adapter_metadata", "{}"))
@@ -44,7 +42,7 @@ def of_folder(folder: Path) -> Scaling:
     """The config of one component's folder.
 
     Raises:
-        LorakitError: it is no JSON object, or of a method that lorakit does not read.
+        LorakitError: it is not a JSON object, or lorakit does not read the method.
     """
     path = folder / identify.PEFT_CONFIG
     try:
@@ -64,7 +62,7 @@ def of_folder(folder: Path) -> Scaling:
 
 
 def is_feedforward(name: str, scaling: Scaling) -> bool:
-    """Whether (IA)^3 scales the inputs of a layer, by its canonical name."""
+    """Whether (IA)^3 scales the inputs of the layer with this canonical name."""
     targets = scaling.get("feedforward_modules") or []
     if isinstance(targets, str):
         return _matches_end(targets, name)
@@ -72,7 +70,7 @@ def is_feedforward(name: str, scaling: Scaling) -> bool:
 
 
 def require_numbers(path: Path, scaling: Scaling) -> None:
-    """Raise LorakitError where a number of an adapter config is no finite one, or a rank is below 1."""
+    """Raise LorakitError if a number in an adapter config is not finite, or a rank is below 1."""
     patterns = scaling.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise LorakitError("{path}: the alpha_pattern in its config is no table", path)
@@ -91,9 +89,9 @@ def require_numbers(path: Path, scaling: Scaling) -> None:
 
 
 def alpha(name: str, rank: int, scaling: Scaling) -> float:
-    """The alpha of a canonical name in a config; its rank if there is none.
+    """The alpha of a layer in a config; its rank if there is none.
 
-    Follows PEFT: patterns match the end of the module's name, and rank-stabilised adapters divide by sqrt(rank).
+    As in PEFT, patterns match the end of the module's name, and rank-stabilized adapters divide by sqrt(rank).
     """
     value: Any = _of_layer(name, scaling, "alpha_pattern", scaling.get("lora_alpha", scaling.get("alpha", rank)))
     try:
@@ -103,10 +101,10 @@ def alpha(name: str, rank: int, scaling: Scaling) -> float:
 
 
 def rank(name: str, scaling: Scaling) -> int:
-    """The rank of a canonical name in a config; 1 if there is none.
+    """The rank of a layer in a config; 1 if there is none.
 
     Raises:
-        LorakitError: it is no number above 0.
+        LorakitError: it is not an integer above 0.
     """
     value = _of_layer(name, scaling, "rank_pattern", scaling.get("r", 1))
     if not isinstance(value, int) or value < 1:
@@ -115,7 +113,7 @@ def rank(name: str, scaling: Scaling) -> int:
 
 
 def _of_layer(name: str, scaling: Scaling, table: str, default: object) -> object:
-    """The value of the first pattern of a table that matches a layer."""
+    """The value of the first matching pattern of a table."""
     path, patterns = name.partition(".")[2], scaling.get(table) or {}
     if not isinstance(patterns, Mapping):
         raise LorakitError("{name}: the {table} in its config is no table", name, table)

@@ -1,6 +1,6 @@
 """The size of each module's change in an adapter, from its tensors only. No torch.
 
-The size of a change is the Frobenius norm of delta W. What depends on a base (OFT, (IA)^3, GLoRA) has none.
+The size is the Frobenius norm of delta W. Changes that depend on a base (OFT, (IA)^3, GLoRA) have none.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from lorakit.core.safetensors_header import Header
     from lorakit.formats.identify import Module
 
-# Tensor name -> the header that has it, and its name there.
+# Tensor name -> its header, and its name there.
 Places = Mapping[str, tuple["Header", str]]
-OUTLIER = 10.0  # times the median of its kind
-_KIND_SIZE = 4  # of fewer modules a median says nothing
-# Of the picture, in pixels.
+OUTLIER = 10.0  # factor above the median of the module's kind
+_KIND_SIZE = 4  # the fewest modules for a useful median
+# Sizes in the picture, in pixels; and colours.
 WIDTH, ROW, TOP, LEFT, BAR, CUT = 960, 64, 40, 130, (70, 110, 180), (200, 60, 50)
 
 
@@ -38,10 +38,10 @@ class Strength:
     """The sizes of an adapter's changes.
 
     Attributes:
-        modules: stem -> size, in the order of the network.
+        modules: module name -> size, in the order of the network.
         blocks: block -> the sizes of its modules.
-        dead: stems of modules that change nothing.
-        outliers: stem -> how many times the median of its kind it is.
+        dead: names of modules that change nothing.
+        outliers: module name -> ratio of its size to the median of its kind.
     """
 
     modules: dict[str, float] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Strength:
     outliers: dict[str, float] = field(default_factory=dict)
 
     def health(self) -> str:
-        """What stands out, in words, or ""."""
+        """A message about unusual sizes, or ""."""
         lines: list[str] = []
         if self.modules and not any(self.modules.values()):
             return "every module is zero: it changes nothing"
@@ -77,14 +77,14 @@ class Strength:
         return join("; ", lines)
 
     def lines(self) -> list[str]:
-        """A line with a bar for each block."""
+        """One line with a bar for each block."""
         totals = {name: math.hypot(*sizes) for name, sizes in self.blocks.items()}
         highest = max(totals.values(), default=0.0) or 1.0
         return [f"  {name:<15} {size:<9.3g} {'#' * round(30 * size / highest)}" for name, size in totals.items()]
 
 
 def measure(modules: Mapping[str, Module], places: Places, scales: Mapping[str, float]) -> Strength:
-    """The sizes of all modules; `scales`: stem -> alpha / rank, where it is not 1."""
+    """Measure all modules. `scales`: module name -> alpha / rank, if not 1."""
     names = {stem: module.canonical or stem for stem, module in modules.items()}
     sizes: dict[str, float] = {}
     blocks: dict[str, list[float]] = {}
@@ -104,20 +104,20 @@ def measure(modules: Mapping[str, Module], places: Places, scales: Mapping[str, 
 
 
 def _scalar(module: Module, places: Places) -> float:
-    """What LyCORIS' `use_scalar` multiplies a change by."""
+    """The factor of LyCORIS' `use_scalar`."""
     name = module.parts.get("scalar", "")
     values = numbers(*places[name]).ravel() if name in places else np.ones(1)
     return abs(float(values[0])) if len(values) == 1 else 1.0
 
 
 def _may_be_zero(stem: str) -> bool:
-    """Whether exporters write it with zeros on purpose: what is missing of a text encoder's q, k, v and out."""
+    """Whether exporters write zeros for it on purpose: projections of a text encoder that are not adapted."""
     return bool(re.search(r"self_attn[._](?:[qkv]|out)_proj$", stem))
 
 
 def _unreached(names: Collection[str], zeros: Collection[str]) -> set[str]:
-    """Layers that are zero as no gradient reaches them: what nobody reads of a last block, and the last layers of a
-    text encoder, all zero where it is read before them."""
+    """Layers that are zero because they get no gradient: dead ends of the last block, and the last layers of a text
+    encoder that is read before them."""
     ends = tuple(end for spec in registry.FAMILIES.values() for end in spec.dead_end_layers)
     result = {name for name in of_last(names, r"unet\.transformer_blocks") if name.endswith(ends)}
     for part in ("text_encoder", "text_encoder_2"):
@@ -130,7 +130,7 @@ def _unreached(names: Collection[str], zeros: Collection[str]) -> set[str]:
 
 
 def block(name: str) -> str:
-    """The block of a canonical name, for a person."""
+    """The block of a canonical name, for messages."""
     part, _, path = name.partition(".")
     if match := re.match(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.", path):
         return f"{match[1]} {match[2]}" if match[1] else "mid"
@@ -150,7 +150,7 @@ def _position(name: str) -> tuple[int, list[int]]:
 
 
 def _size(parts: Mapping[str, np.ndarray]) -> float | None:
-    """The norm of delta W without its scale; None where the change depends on the base."""
+    """The norm of delta W without its scale; None if the change depends on the base."""
     try:
         if "mid" in parts:
             delta = np.einsum("mnhw,im,nj->ijhw", parts["mid"], _flat(parts["up"]), _flat(parts["down"]))
@@ -163,7 +163,7 @@ def _size(parts: Mapping[str, np.ndarray]) -> float | None:
         if {"lokr_w1", "lokr_w1_a"} & parts.keys():
             return float(np.linalg.norm(_kron(parts, "1")) * np.linalg.norm(_kron(parts, "2")))
     except (KeyError, ValueError):
-        return None  # parts that are missing or do not fit together, which `compatibility` reports
+        return None  # `compatibility` reports missing or mismatched parts
     delta = parts.get("diff", parts.get("w_norm", parts.get("diff_b")))
     return None if delta is None else float(np.linalg.norm(delta))
 
@@ -183,7 +183,7 @@ def _kron(parts: Mapping[str, np.ndarray], side: str) -> np.ndarray:
 
 
 def _product(a: np.ndarray, b: np.ndarray, kernel: np.ndarray | None) -> np.ndarray:
-    """Two factors put together, with Tucker's small kernel between them where there is one."""
+    """The product of two factors, with Tucker's small kernel between them if there is one."""
     delta: np.ndarray = _flat(a) @ _flat(b) if kernel is None else np.einsum("ijkl,ip,jr->prkl", kernel, a, b)
     return delta
 
@@ -192,7 +192,7 @@ def plot(strength: Strength, path: Path, title: str) -> None:
     """Draw a bar for each module, block by block.
 
     Raises:
-        LorakitError: no module has a size; the file is there, is no PNG by its name, or cannot be written.
+        LorakitError: no module has a size, or the file exists, is not named .png or cannot be written.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -200,7 +200,7 @@ def plot(strength: Strength, path: Path, title: str) -> None:
         raise LorakitError("{path}: name a new file that ends in .png", path)
     if not strength.modules:
         raise LorakitError("{title}: its changes have no size without a base, so there is nothing to draw", title)
-    # An outlier is cut off, so that it does not flatten all others.
+    # Outliers are cut off, so that they do not flatten all other bars.
     usual = [size for stem, size in strength.modules.items() if stem not in strength.outliers]
     highest, font = max(usual, default=0.0) or 1.0, ImageFont.load_default(image_grid.FONT_SIZE)
     picture = Image.new("RGB", (WIDTH, TOP + ROW * len(strength.blocks)), image_grid.PAPER)
