@@ -1,4 +1,4 @@
-"""Options that contradict each other, or have no effect together."""
+"""Find options that contradict each other, or have no effect together."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _name_problems(config: Config) -> list[str]:
 
 
 def _engine_problems(config: Config) -> list[str]:
-    """Ways to compute a step, and to keep the base's weights, that exclude each other."""
+    """Problems of engine and storage options that exclude each other."""
     memory, problems = config.memory, list[str]()
     if memory.compile and (memory.base_storage != "full" or memory.stream_base):
         problems.append(
@@ -103,7 +103,7 @@ def _engine_problems(config: Config) -> list[str]:
 
 
 def _resolution_problems(data: DataConfig) -> list[str]:
-    """Sides that no base has, or that are no lower ones."""
+    """Problems of resolutions that no base supports, or of lower resolutions that are not lower."""
     names = ["data.resolution", *["data.lower_resolutions"] * len(data.lower_resolutions)]
     sides = list(zip(names, data.resolutions, strict=True))
     problems: list[str] = [
@@ -134,7 +134,7 @@ def _resolution_problems(data: DataConfig) -> list[str]:
 
 
 def _schedule_problems(optimizer: OptimizerConfig) -> list[str]:
-    """Options of the learning rate's schedule that have no effect, or contradict each other."""
+    """Problems of learning-rate schedule options that have no effect or contradict each other."""
     problems = []
     if "lr" in optimizer.args:
         problems.append("optimizer.args.lr has no effect: set optimizer.learning_rate")
@@ -152,7 +152,7 @@ def _schedule_problems(optimizer: OptimizerConfig) -> list[str]:
 
 
 def _factor_problems(config: Config) -> list[str]:
-    """Options of LoRA's two factors with a method that has others."""
+    """Problems of options for LoRA's factors with a method that has other factors."""
     problems, spec, method = list[str](), METHODS[config.adapter.method], config.adapter.method
     if config.optimizer.loraplus_lr_ratio != 1 and not spec.has_ab_factors:
         why = "both of them begin from the base" if spec.begins_from_base else Message("{method} has others", method)
@@ -180,7 +180,7 @@ def _factor_problems(config: Config) -> list[str]:
 
 
 def _text_encoder_problems(optimizer: OptimizerConfig, adapter: AdapterConfig) -> list[str]:
-    """Options of the text encoders' learning rates where none is trained."""
+    """Problems of text-encoder learning rates without a trained text encoder."""
     problems = []
     if optimizer.text_encoder_learning_rate == 0:
         problems.append(
@@ -202,7 +202,7 @@ def _text_encoder_problems(optimizer: OptimizerConfig, adapter: AdapterConfig) -
 
 
 def _prior_problems(train: TrainConfig, data: DataConfig) -> list[str]:
-    """Options of a prior that the run does not have."""
+    """Problems of options for a prior that the run does not use."""
     problems: list[str] = [
         Message("train.{name} has no effect with train.prior = 'none': choose 'images' or 'teacher'", name)
         for name in ("prior_loss_weight", "prior_prompts")
@@ -231,7 +231,7 @@ def _prior_problems(train: TrainConfig, data: DataConfig) -> list[str]:
 
 
 def _noise_problems(train: TrainConfig) -> list[str]:
-    """Options of noise levels and loss weights that contradict each other."""
+    """Problems of noise levels and loss weights that contradict each other."""
     problems = []
     if train.timestep_low >= train.timestep_high:
         problems.append("train.timestep_low must be below train.timestep_high")

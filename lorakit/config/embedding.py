@@ -1,4 +1,4 @@
-"""The options of learning a word alone, with everything of the base frozen."""
+"""The options of textual inversion, with the base frozen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EmbeddingConfig(AdapterConfig):
     new_tokens: int = option(1, "Vectors to learn for the trigger as a new token.", low=1, high=32)
     init_word: str = option("", "What the trigger's vectors begin as. Empty: the noun of data.name.")
 
-    # What an adapter with layers has; as class variables they are no options.
+    # Options of adapters with layers; as class variables they are not options here.
     rank: ClassVar[int] = 0  # type: ignore[misc]
     alpha: ClassVar[float | None] = None  # type: ignore[misc]
     ranks: ClassVar[dict[str, int]] = {}  # type: ignore[misc]
@@ -35,12 +35,12 @@ class EmbeddingConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """Nothing is scaled."""
+        """Always 1."""
         return 1.0
 
 
 def problems(config: Config) -> list[str]:
-    """Options that have no effect where a word alone is learned."""
+    """Problems of options that have no effect in textual inversion."""
     if not isinstance(config.adapter, EmbeddingConfig):
         return []
     optimizer, output = config.optimizer, config.output

@@ -1,4 +1,4 @@
-"""Recognise the configs of other trainers, read them and refuse them where one of lorakit's own is expected."""
+"""Recognize and read configs of other trainers, and refuse them where a lorakit config is expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from lorakit.core.errors import ConfigError, MissingFile
 from lorakit.core.names import quote
 
-# Keys that only one program's configs have.
+# Keys that only one program uses.
 MARKS = {
     "kohya's sd-scripts": {"pretrained_model_name_or_path", "network_dim", "network_module", "LoRA_type", "datasets"},
     "OneTrainer": {"training_method", "base_model_name", "concept_file_name"},
@@ -18,7 +18,7 @@ MARKS = {
 
 
 def program_of(tables: object) -> str:
-    """The program whose config it is: a key of `MARKS`, or ""."""
+    """The program that a config belongs to: a key of `MARKS`, or ""."""
     keys = {*tables, *flatten(tables)} if isinstance(tables, Mapping) else set()
     return next((program for program, marks in MARKS.items() if keys & marks), "")
 
@@ -40,7 +40,7 @@ def read(file: Path) -> dict[str, object]:
 
 
 def refuse(file: Path, tables: object) -> None:
-    """Raise a ConfigError for a config of another program, which says what to do."""
+    """Raise a ConfigError with advice for a config of another program."""
     if program := program_of(tables):
         raise ConfigError(
             "{file} is a config of {program}: lorakit import-config {path} writes one for lorakit",
@@ -51,7 +51,7 @@ def refuse(file: Path, tables: object) -> None:
 
 
 def flatten(tables: Mapping[str, object]) -> dict[str, object]:
-    """One table of all keys: sd-scripts reads sections as if they were not there, and a data set has subsets."""
+    """One table of all keys: sd-scripts ignores sections, and a data set has subsets."""
     flat: dict[str, object] = {}
     for key, value in tables.items():
         parts = value if isinstance(value, list) and len(value) == 1 else [value]

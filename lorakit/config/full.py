@@ -1,4 +1,4 @@
-"""The options of training a model's own weights, instead of an adapter's."""
+"""The options of training a model's own weights instead of an adapter's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorakit.config.schema import AdapterConfig, Config, MemoryConfig, OutputCon
 from lorakit.core.messages import Message
 from lorakit.core.registry import OPTIMIZERS
 
-# Said before a run and, where torch alone knows the card, when it begins.
+# Raised before a run or, if only torch can tell, when it starts.
 NO_BF16 = (
     "adapter.method = {method!r}: this card has no bf16, and float16 is too coarse for a model's own weights: set "
     "memory.mixed_precision = 'fp32'"
@@ -31,7 +31,7 @@ class FullConfig(AdapterConfig):
     )
     extract_rank: int = option(64, "Rank of the LoRA that is extracted, with outputs = 'adapter'.", low=1, high=1024)
 
-    # What an adapter has and a whole model has not; as class variables they are no options.
+    # Options of adapters; as class variables they are not options here.
     rank: ClassVar[int] = 0  # type: ignore[misc]
     alpha: ClassVar[float | None] = None  # type: ignore[misc]
     ranks: ClassVar[dict[str, int]] = {}  # type: ignore[misc]
@@ -41,12 +41,12 @@ class FullConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """Nothing is scaled."""
+        """Always 1."""
         return 1.0
 
 
 def problems(config: Config) -> list[str]:
-    """Options that make no sense, or cannot be had, where the base's own weights are trained."""
+    """Problems of options that cannot be used when the base's own weights are trained."""
     adapter, memory, train, name = config.adapter, config.memory, config.train, config.optimizer.name
     own = Message("adapter.method = {method!r} trains the base's own weights", adapter.method)
     frozen = [n for n in ("base_storage", "stream_base") if getattr(memory, n) != getattr(MemoryConfig, n)]

@@ -1,4 +1,4 @@
-"""When a training step can be replayed as CUDA graphs. No torch."""
+"""Whether a training step can be replayed as CUDA graphs. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lorakit.config.schema import Config
 
 
 def graphs_off(config: Config) -> str:
-    """Why a CUDA card cannot replay steps as graphs, or ""."""
+    """The reason why steps cannot be replayed as graphs on a CUDA device, or ""."""
     memory = config.memory
     recomputes = memory.gradient_checkpointing or memory.limit_gib is not None
     reasons = {

@@ -1,4 +1,4 @@
-"""Convert a config of another trainer: each of its settings that has a counterpart among the options."""
+"""Convert a config of another trainer: each setting that has an equivalent option."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _side(value: object) -> int | list[int]:
 
 
 def _integer(value: object) -> int:
-    """A count of steps; a share of the run, below 1, is none."""
+    """A number of steps. A fraction (a share of the run) raises ValueError."""
     if float(str(value)) % 1:
         raise ValueError
     return int(float(str(value)))
@@ -45,7 +45,8 @@ def _named(names: Mapping[str, str]) -> Convert:
 
 
 _SAME: Convert = lambda value: value  # noqa: E731
-# A key of another program -> option, and how its value is read. Of two keys for one option the later row counts.
+# Key of another program -> option, and the function that converts its value. If two keys have one option, the later row
+# counts.
 _TWINS: dict[str, tuple[str, Convert]] = {
     **dict.fromkeys(("pretrained_model_name_or_path", "base_model_name"), ("model.base", str)),
     "v_parameterization": ("model.prediction_type", lambda on: "v_prediction" if on else "auto"),
@@ -114,20 +115,20 @@ _TWINS: dict[str, tuple[str, Convert]] = {
     "output_dir": ("output.folder", str),
     "save_precision": ("output.dtype", _named(_PRECISION)),
 }
-# Read together with others, by `_settle`.
+# Keys that `_settle` handles together with others.
 _READ_ELSEWHERE = {"text_encoder", "unet", "network_train_unet_only", "conv_dim", "zero_terminal_snr"}
 _READ_ELSEWHERE |= {*LR_WEIGHTS, "block_lr_zero_threshold", "data.concepts", "folder_resolutions"}
-# Letters of a key that is short: of "epoc", one letter is much.
+# Length of a short key: in "epoc", one letter is a large part.
 MAX_SHORT_KEY = 6
-# What sd-scripts takes where a config does not say it.
+# Defaults of sd-scripts.
 DEFAULTS = {"network_dim": 4, "network_alpha": 1.0}
-# The values that mean "not used" in another program.
+# Values that mean "not used" in another program.
 _UNSET: tuple[object, ...] = (None, "", 0, False, [], {})
 
 
 class Imported(NamedTuple):
-    """Convert to a config of lorakit. Return its TOML; the keys and values without an equivalent; and notes on defaults
-    that were filled in and keys that were joined."""
+    """The converted config: its TOML; keys and values without an equivalent; notes on inserted defaults and joined
+    keys."""
 
     text: str
     rest: list[str]
@@ -135,10 +136,10 @@ class Imported(NamedTuple):
 
 
 def convert(tables: Mapping[str, object]) -> Imported:
-    """A lorakit config of that of another program.
+    """Convert a config of another program.
 
     Raises:
-        ConfigError: it is a config of no program that is known here.
+        ConfigError: the program is unknown.
     """
     if not (program := program_of(tables)):
         raise ConfigError("this is neither a config of {programs}", join(" nor of ", MARKS))
@@ -148,11 +149,11 @@ def convert(tables: Mapping[str, object]) -> Imported:
     if has_data_sets:
         try:
             shared, rest, notes = sd_scripts.data_sets(dict(tables))
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError):  # values of another kind than sd-scripts'
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError):  # not sd-scripts' types
             shared, rest = {}, [f"datasets = {to_text(tables['datasets'])}"]
         values |= shared
     values |= _network_args(values)
-    if program == "OneTrainer" and "," in str(values.get("resolution")):  # several, each photo at each
+    if program == "OneTrainer" and "," in str(values.get("resolution")):  # each photo is trained at each of them
         values["resolution"] = tuple(str(values["resolution"]).split(","))
     if program != "OneTrainer":
         absent = {key: value for key, value in DEFAULTS.items() if values.get(key) in _UNSET}
@@ -189,7 +190,7 @@ def convert(tables: Mapping[str, object]) -> Imported:
 
 
 def _set_block_rates(options: Options, values: Mapping[str, object], rest: list[str]) -> None:
-    """Rates of blocks as patterns; a block of rate 0 has no adapter."""
+    """Convert rates of blocks to patterns; a block with rate 0 has no adapter."""
     weights = {name: values[name] for name in LR_WEIGHTS if values.get(name) not in _UNSET}
     if not weights:
         return
@@ -210,7 +211,8 @@ def _set_block_rates(options: Options, values: Mapping[str, object], rest: list[
 
 
 def _network_args(values: Mapping[str, object]) -> dict[str, object]:
-    """The arguments "key=value" of sd-scripts' networks as keys of their own; what has no twin stays in the list."""
+    """Convert the arguments "key=value" of sd-scripts' networks to keys; those without an equivalent stay in the
+    list."""
     pairs = sd_scripts.arguments(values.get("network_args"))
     twins = {key: text for key, text in pairs.items() if key in {*_TWINS, *_READ_ELSEWHERE}}
     rest = [f"{key}={text}" for key, text in pairs.items() if key not in twins]
@@ -218,7 +220,7 @@ def _network_args(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _hint(key: str) -> str:
-    """The nearest key that has a twin, where one is so near that it was probably meant."""
+    """A hint with the nearest convertible key, if it was probably meant."""
     names = {*_TWINS, *_READ_ELSEWHERE}
     cutoff = 0.9 if len(key) > MAX_SHORT_KEY else 0.74
     matches = difflib.get_close_matches(key, names, n=1, cutoff=cutoff) if key not in names else []
@@ -230,7 +232,7 @@ def _place(key: str) -> int:
 
 
 def _check(options: Mapping[str, object]) -> None:
-    """Raise a ConfigError for a value out of range; what belongs together is settled later."""
+    """Raise a ConfigError for a value out of range; contradictions are resolved later."""
     for key in options:
         try:
             from_tables({}, {"train.steps": 1, **options})
@@ -240,7 +242,7 @@ def _check(options: Mapping[str, object]) -> None:
 
 
 def _settle(options: Options, values: Mapping[str, object], *, is_kohya: bool) -> list[str]:
-    """Make what belongs together agree, as the other program reads it; what is filled in, a line each."""
+    """Make related options consistent, as the other program reads them. Return messages about inserted values."""
     notes = []
     if "train.epochs" in options and "train.steps" in options:
         del options["train.steps" if values.get("max_train_epochs") else "train.epochs"]
@@ -269,7 +271,7 @@ def _settle(options: Options, values: Mapping[str, object], *, is_kohya: bool) -
     warmup = float(values.get("lr_warmup_steps") or 0)  # type: ignore[arg-type]
     if 0 < warmup < 1:
         options["optimizer.warmup_ratio"] = warmup
-    if str(values.get("ema", "OFF")).upper() == "OFF":  # OneTrainer keeps the decay of what is off
+    if str(values.get("ema", "OFF")).upper() == "OFF":  # OneTrainer keeps the decay of a disabled EMA
         options.pop("train.ema_decay", None)
     if options.get("data.flip"):
         options["data.variants"] = 2

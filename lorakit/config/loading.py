@@ -28,18 +28,18 @@ from lorakit.core.names import expand
 from lorakit.core.registry import METHODS, own_learning_rate
 
 DEFAULT_PRESET = "subject-pocket"
-BUNDLED = "pocket"  # the base that is no path
+BUNDLED = "pocket"  # a base that is not a path
 SINGLE_QUOTES = r"write a path of Windows in single quotes, as in folder = 'C:\Users\me\photos'"
 
 
 def preset_folder() -> Path:
-    """The folder of the presets: inside an installed package, or next to it in a checkout."""
+    """The folder of presets: in the installed package, or next to it in a checkout."""
     inside = Path(__file__).parent.parent / "presets"
     return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "presets"
 
 
 def preset_names() -> list[str]:
-    """Names of the presets of lorakit."""
+    """Names of lorakit's presets."""
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
@@ -48,11 +48,11 @@ def load(preset: str | Path | None = DEFAULT_PRESET, overrides: Mapping[str, Any
 
     Args:
         preset: a name, the path of a TOML file, or None for the defaults.
-        overrides: dotted keys, `{"train.steps": 100}`. A length (steps, epochs, steps_per_image), a method or a prior
-            replaces that of the preset, with the options that belong to it.
+        overrides: option -> value, `{"train.steps": 100}`. A length (steps, epochs, steps_per_image), a method or a
+            prior replaces that of the preset together with its options.
 
     Raises:
-        ConfigError: with every problem, one line each.
+        ConfigError: all problems, one line each.
     """
     if preset is None:
         return from_tables({}, overrides or {})
@@ -64,8 +64,8 @@ def load(preset: str | Path | None = DEFAULT_PRESET, overrides: Mapping[str, Any
 
 
 def _find_paths(tables: dict[str, dict[str, object]], place: Path) -> None:
-    """Complete relative paths that are not there from where one stands: look for them from the config's place, and from
-    the two folders above it, where the runs/ of a run are."""
+    """Resolve relative paths that do not exist in the current folder: relative to the config's folder, and to the two
+    folders above it, which contain the runs/ of a run."""
     for opt in options():
         table = tables.get(opt.section)
         if not isinstance(table, dict) or not opt.path:
@@ -84,7 +84,7 @@ def _find_paths(tables: dict[str, dict[str, object]], place: Path) -> None:
 
 
 def _find(value: object, place: Path) -> object:
-    """A path completed, see `_find_paths`; anything else as it is."""
+    """The resolved path, see `_find_paths`; other values are returned unchanged."""
     if not isinstance(value, str) or not value or "\0" in value or expand(value).exists():
         return value
     candidates = (folder / value for folder in (place, *place.parents[:2]))
@@ -92,7 +92,7 @@ def _find(value: object, place: Path) -> object:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same config, with paths that do not depend on where one stands; names of bases stay."""
+    """The same config with absolute paths; names of bases stay."""
     changes: dict[str, dict[str, object]] = {}
     for opt in options(config.adapter.method):
         value = getattr(getattr(config, opt.section), opt.name)
@@ -105,7 +105,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def clean_path(key: str, text: object) -> object:
-    """An option's path as it was meant: with a home folder for `~`, and without the quotes or spaces around it."""
+    """Normalize an option's path: expand `~`, and remove surrounding quotes and spaces."""
     if not isinstance(text, str) or not text or "\0" in text or os.path.exists(text):  # noqa: PTH110, it never raises
         return text
     if key == "model.base" and unquote(text).lower() == BUNDLED:
@@ -114,13 +114,13 @@ def clean_path(key: str, text: object) -> object:
 
 
 def _absolute(text: str) -> str:
-    """A path that is there, absolute; another as it is."""
+    """The absolute path if it exists, else the text unchanged."""
     path = expand(text)
     return str(path.absolute()) if path.exists() else text
 
 
 def _keys_to_drop(preset: Mapping[str, object], overrides: Mapping[str, Any]) -> set[str]:
-    """Options of a preset that belong to what is replaced."""
+    """Options of a preset that the overrides replace indirectly."""
     of_prior = {f"train.{name}" for name in ("class_images", "prior_loss_weight", "prior_target", "prior_prompts")}
     overridden_keys = of_prior if "train.prior" in overrides else set()
     if any(f"train.{name}" in overrides for name in LENGTHS):
@@ -135,7 +135,7 @@ def _keys_to_drop(preset: Mapping[str, object], overrides: Mapping[str, Any]) ->
 
 
 def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
-    """As `load`, from the tables of a TOML file."""
+    """As `load`, for the tables of a TOML file."""
     problems: list[str] = []
     flat: dict[str, Any] = {}
     for section, table in tables.items():
@@ -157,7 +157,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         flat["sample.prompts"] = [sample_prompts.from_table(row) if isinstance(row, Mapping) else row for row in rows]
     if isinstance(sides := flat.get("data.resolution"), list) and sides and all(type(side) is int for side in sides):
         flat["data.resolution"], *flat["data.lower_resolutions"] = sorted(sides, reverse=True)
-    if "output.tensorboard" in flat:  # as it was called before there were others
+    if "output.tensorboard" in flat:  # the old name, from before there were other trackers
         board = flat.pop("output.tensorboard") is True and "output.trackers" not in flat
         flat |= {"output.trackers": ["tensorboard"]} if board else {}
     method = flat.get("adapter.method", "lora")
@@ -197,7 +197,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
 
 
 def every_option() -> list[Option]:
-    """`options` of every method, each option once."""
+    """The options of all methods, each once."""
     by_key: dict[str, Option] = {}
     for method in METHODS:
         for opt in options(method):
@@ -206,14 +206,14 @@ def every_option() -> list[Option]:
 
 
 def _unknown_option(key: str, method: str, by_key: Mapping[str, Option]) -> str:
-    """What is said of an option that there is not, or that another method has."""
+    """The message for an option that does not exist, or that only other methods have."""
     if key.startswith("adapter.") and key in {opt.key for opt in every_option()}:
         return Message("unknown option {key} with adapter.method = {method!r}: leave it out", key, method)
     return Message("unknown option {key}{hint}", label(key), suggest(key, by_key))
 
 
 def _other_method(preset: Mapping[str, object], overrides: Mapping[str, object]) -> set[str]:
-    """The preset's options that do not belong to the method that replaces its own."""
+    """The preset's options that do not apply to the method that replaces its own."""
     method, before = overrides.get("adapter.method"), preset.get("adapter.method", "lora")
     if method == before or not (isinstance(method, str) and isinstance(before, str)):
         return set()
@@ -222,7 +222,7 @@ def _other_method(preset: Mapping[str, object], overrides: Mapping[str, object])
     keys = {opt.key for opt in options(before)} - {opt.key for opt in options(method)}
     if METHODS[method].learning_rate != METHODS[before].learning_rate:
         keys |= {f"optimizer.{name}" for name in ("learning_rate", "text_encoder_learning_rate")}
-    if METHODS[method].whole_model:  # what makes an adapter's frozen base small
+    if METHODS[method].whole_model:  # options that store an adapter's frozen base in less memory
         keys |= {"memory.base_storage", "memory.stream_base", "adapter.train_text_encoder"}
     if METHODS[method].words_only:
         keys |= {key for key in preset if key.startswith(("train.prior", "train.class_", "output."))}
@@ -231,7 +231,7 @@ def _other_method(preset: Mapping[str, object], overrides: Mapping[str, object])
 
 
 def _join_tables(flat: Mapping[str, object], by_key: Mapping[str, Option]) -> dict[str, object]:
-    """Put `optimizer.args.betas` and the like into the table `optimizer.args`; the rest of a key may have dots."""
+    """Put keys such as `optimizer.args.betas` into the table `optimizer.args`; the rest of a key may contain dots."""
     tables: dict[str, object] = {}
     for key, value in flat.items():
         section, _, rest = key.partition(".")
@@ -246,7 +246,7 @@ def _join_tables(flat: Mapping[str, object], by_key: Mapping[str, Option]) -> di
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Read `section.key=value` of the command line. The value is read as the option's type.
+    """Parse `section.key=value` from the command line. The value is read with the option's type.
 
     Raises:
         ConfigError: no `=`, or no key. `load` reports an unknown key.
@@ -264,19 +264,19 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, tuple(part.strip() for part in value.split(",")) if by_key[key].choices else value
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except (ValueError, RecursionError):  # ValueError: a number of more digits than Python reads, too
+    except (ValueError, RecursionError):  # ValueError: also a number with too many digits
         return key, value
 
 
 def without_paths(config: Config) -> dict[str, dict[str, Any]]:
-    """The resolved config as tables, without options that are paths or names of the user's machine."""
+    """The resolved config as tables, without paths and names of the user's machine."""
     path_keys = {opt.key for opt in options(config.adapter.method) if opt.path or opt.private}
     tables = as_tables(config)
     return {s: {n: v for n, v in t.items() if f"{s}.{n}" not in path_keys} for s, t in tables.items()}
 
 
 def as_tables(config: Config) -> dict[str, dict[str, Any]]:
-    """The config as plain tables; unset values and empty tables are left out, as TOML has no null."""
+    """The config as plain tables, without unset values and empty tables, because TOML has no null."""
     return {
         section: {
             name: value

@@ -1,4 +1,4 @@
-"""The schedule of the learning rate: pure functions of the optimizer step and the length of the run."""
+"""The learning-rate schedule: pure functions of the optimizer step and the length of the run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lorakit.core.units import count
 
 
 def warmup_of(config: OptimizerConfig, total_steps: int) -> int:
-    """Optimizer steps of the warm-up."""
+    """Number of optimizer steps of the warm-up."""
     return config.warmup_steps or round(config.warmup_ratio * total_steps)
 
 
 def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """What the peak rate is multiplied by at `step`, counted from 0 in optimizer steps.
+    """The factor of the peak learning rate at `step`, counted from 0.
 
-    Warm-up rises linearly from 0: (step + 1) / warmup_steps, so that the first step already moves. Then comes the shape
-    of the schedule, which `min_lr_ratio` lifts: it falls to that share of the peak and not to 0.
+    The warm-up rises linearly: (step + 1) / warmup_steps, so the first step is not 0. Then the schedule follows. With
+    `min_lr_ratio` it falls to that share of the peak instead of 0.
     """
     warmup = warmup_of(config, total_steps)
     if step < warmup:
@@ -29,7 +29,7 @@ def factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
 
 
 def text_rates(config: OptimizerConfig) -> str:
-    """A line on the text encoders' learning rates, or "" where they have that of the rest."""
+    """A message about the text encoders' learning rates, or "" if they are the same as the denoiser's."""
     rates = {
         "text encoder {rate:g}": config.text_encoder_learning_rate,
         "text encoder 2 {rate:g}": config.text_encoder_2_learning_rate,
@@ -39,7 +39,7 @@ def text_rates(config: OptimizerConfig) -> str:
 
 
 def problem(config: OptimizerConfig, steps: int) -> str | None:
-    """What a warm-up does that leaves too little of the run, or None."""
+    """A message about a warm-up that leaves too little of the run, or None."""
     warmup = warmup_of(config, steps)
     if 0 < steps <= warmup:
         return Message(
@@ -57,11 +57,11 @@ def problem(config: OptimizerConfig, steps: int) -> str | None:
 
 
 def _shape(config: OptimizerConfig, progress: float, run: float = 1.0) -> float:
-    """A schedule between its peak, 1, and 0 at its end.
+    """The schedule after warm-up, from 1 to 0.
 
     Args:
-        progress: the share of the steps after warm-up that lie before this one.
-        run: the length of the whole run, as a multiple of what is after warm-up.
+        progress: share of the steps after warm-up that are done.
+        run: length of the run relative to the steps after warm-up.
     """
     if config.lr_scheduler == "linear":
         return max(0.0, 1 - progress)

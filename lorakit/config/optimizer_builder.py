@@ -1,6 +1,6 @@
-"""What builds the optimizer that the config names: a function or a class, called with `optimizer.args`.
+"""Build the configured optimizer: a function or a class, called with `optimizer.args`.
 
-`check` tries it as training does. torch is imported only where there is something to try.
+`check` builds it in the same way as training. torch is imported only if there is something to build.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ Groups = list[dict[str, Any]]
 
 
 def problem(config: OptimizerConfig, *, has_cuda: bool, has_ema: bool = False) -> str | None:
-    """Why the optimizer cannot be built, or None: a class or arguments of the user's are tried on a small matrix.
+    """The reason why the optimizer cannot be built, or None. A class or arguments of the user are tried on a small
+    matrix.
 
     Args:
-        has_ema: `train.ema_decay` is set.
-        has_cuda: training may be on a CUDA device. A step is then not tried: it is on the CPU here, where not every
-            class works that works on CUDA.
+        has_ema: whether `train.ema_decay` is set.
+        has_cuda: whether training may run on CUDA. Then no step is tried, because it would run on the CPU, where some
+            CUDA optimizers fail.
     """
     if not config.args and not registry.optimizer(config.name).is_guess:
         return None
@@ -44,17 +45,17 @@ def problem(config: OptimizerConfig, *, has_cuda: bool, has_ema: bool = False) -
     try:
         if not has_cuda:
             optimizer.step()
-    except Exception as error:  # somebody else's class
+    except Exception as error:  # third-party class
         return Message("optimizer.name = {name!r}: a step failed: {why}", config.name, _reason(error))
     return None
 
 
 def build(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
-    """The chosen optimizer over groups of parameters.
+    """Build the configured optimizer over groups of parameters.
 
     Raises:
-        LorakitError: its package is not installed, the class does not exist or is no optimizer, or it does not take
-            the arguments.
+        LorakitError: its package is missing, the class does not exist or is not an optimizer, or it refuses the
+            arguments.
     """
     builder = _builder(config)
     if isinstance(builder, type):
@@ -73,15 +74,16 @@ def build(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
 
 
 def has_average(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer keeps an average of the weights, which its eval mode puts in place (schedule-free ones)."""
+    """Whether an optimizer keeps an average of the weights and puts it in place in its eval mode (schedule-free
+    ones)."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def construct(cls: type[torch.optim.Optimizer], groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer of any class, with `optimizer.args`, and the weight decay if the class has one.
+    """Build an optimizer of any class, with `optimizer.args`, and with weight decay if the class supports it.
 
     Raises:
-        LorakitError: the class refuses a value, or has no weight decay although one was asked for.
+        LorakitError: the class refuses a value, or has no weight decay although one is set.
     """
     kwargs = dict(config.args)
     if "weight_decay" in (accepted := _parameters(cls) or ()):
@@ -92,12 +94,12 @@ def construct(cls: type[torch.optim.Optimizer], groups: Groups, config: Optimize
         kwargs.setdefault("lr", config.learning_rate)
     try:
         return cls(groups, **kwargs)
-    except Exception as error:  # somebody else's class
+    except Exception as error:  # third-party class
         raise LorakitError("optimizer.args: {name} refuses them: {why}", cls.__name__, _reason(error)) from None
 
 
 def _builder(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
-    """The function or the class that builds the optimizer."""
+    """The function or class that builds the optimizer."""
     if missing := registry.missing_package(config.name):
         raise LorakitError(missing)
     spec = registry.optimizer(config.name)
@@ -105,7 +107,7 @@ def _builder(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
     module, _, attribute = spec.build.partition(":")
     try:
         loaded = import_module(module)
-    except Exception as error:  # somebody else's module
+    except Exception as error:  # third-party module
         raise LorakitError("{where}: {module} cannot be imported: {reason}", where, module, _reason(error)) from None
     if not hasattr(loaded, attribute):
         raise LorakitError("{where}: {module} has no {attribute}", where, module, attribute)
@@ -134,7 +136,7 @@ def _builder(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
 
 
 def _parameters(cls: type) -> list[str] | None:
-    """The names of a class's arguments after the parameters; None where it takes any name."""
+    """The names of a class's arguments after the parameters; None if it accepts any name."""
     _, *parameters = inspect.signature(cls).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -142,5 +144,5 @@ def _parameters(cls: type) -> list[str] | None:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, on one line."""
+    """The message of an exception, on one line."""
     return " ".join(str(error).split()) or type(error).__name__

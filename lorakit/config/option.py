@@ -1,4 +1,4 @@
-"""An option of the config: its type, default, bounds and help, and the check of a value.
+"""An option of the config: its type, default, bounds and help, and the check of its values.
 
 The options themselves are in `lorakit.config.schema`.
 """
@@ -17,22 +17,22 @@ from typing import Any, Literal
 from lorakit.core.messages import Message
 from lorakit.core.names import printable, shorten
 
-# What stands around a text of which it is no part.
+# Pairs of quotes.
 QUOTES = ("''", '""', "``", "‘’", "“”", "„“", "«»", "「」")
-# How like a name a word is, at least, that was meant for it (difflib's ratio).
+# Minimum similarity of a word to the suggested name (difflib's ratio).
 NEAR = 0.72
-# Characters of a value that a message shows.
+# Maximum length of a value in a message.
 MAX_VALUE_LENGTH = 80
-# Patterns in a table, and characters of each.
+# Maximum number of patterns in a table, and maximum length of each.
 MAX_PATTERNS, MAX_PATTERN_LENGTH = 200, 200
-# Names of photos and folders in a table: they are looked up and no patterns.
+# Maximum number of names of photos and folders in a table, which are looked up and not matched.
 MAX_NAMES = 100_000
 # "package.module:Class".
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def option(default: Any, help: str, **fields: object) -> Any:
-    """One option: its default, its help text, and other fields of `Option`, by name.
+    """Declare an option: its default, its help text, and other fields of `Option`, by name.
 
     `choices` may be any collection. It is read when `options` is called, so names that are added later count.
     """
@@ -48,13 +48,14 @@ class Option:
 
     Attributes:
         low, high, above: bounds of a number: `low <= value <= high`, `value > above`.
-        path: the value is a path on the user's machine. It is never written to an adapter's metadata.
-        private: the value has names of the user's. It is never written to an adapter's metadata either.
+        path: whether the value is a path on the user's machine, which is never written to an adapter's metadata.
+        private: whether the value contains names of the user, which are never written to an adapter's metadata either.
         choices: the valid values; () if any value is valid.
-        import_path: "module:Class" is also valid.
-        local_only: only a config file and the command line set it, never the front end, where others may be at work.
+        import_path: whether "module:Class" is also valid.
+        local_only: whether only config files and the command line can set it, but not the front end, which others may
+            use.
         numbered: the choice that may be followed by ":" and a number.
-        automatic: the word that stands for None, which is decided when the run begins; "" where there is none.
+        automatic: the word for None, if the value is determined when the run starts; else "".
     """
 
     section: str
@@ -75,7 +76,7 @@ class Option:
 
     @property
     def example(self) -> str:
-        """A table as it is written in a config."""
+        """An example of a table for this option."""
         if self.section == "data":
             values = {"edits": "{'a.jpg' = 'turn 90'}", "more_folders": "{'3_sks cat' = '/photos/cat'}"}
             return values.get(self.name, "{'10_faces' = 512}")
@@ -89,13 +90,13 @@ class Option:
 
 
 def suggest(word: object, candidates: Iterable[str]) -> str:
-    """A hint with the closest candidate, or "". Of dotted keys the part after the last dot must be close."""
+    """A hint with the closest candidate, or "". For dotted keys, the part after the last dot is compared, too."""
 
     def likeness(first: str, second: str) -> float:
         return difflib.SequenceMatcher(None, first, second).ratio()
 
     def last_part(name: str) -> str:
-        return re.split(r"\.(?=[a-z_])", name)[-1]  # the dot of apache-2.0 parts nothing
+        return re.split(r"\.(?=[a-z_])", name)[-1]  # apache-2.0 stays one part
 
     text = re.sub(r"[^\w.-]", "", str(word))
     near = [
@@ -107,7 +108,7 @@ def suggest(word: object, candidates: Iterable[str]) -> str:
 
 
 def label(name: str) -> str:
-    """A name of somebody else's for a message."""
+    """A third-party name for a message."""
     return shorten(printable(name), MAX_VALUE_LENGTH)
 
 
@@ -115,13 +116,13 @@ def to_text(value: object) -> str:
     """A value for a message."""
     try:
         text = repr(list(value) if isinstance(value, tuple) else value)
-    except (ValueError, RecursionError):  # a number of more digits than Python writes
+    except (ValueError, RecursionError):  # a number with too many digits for Python
         return Message("a value of type {name} that is too long to show", type(value).__name__)
     return shorten(text, MAX_VALUE_LENGTH)
 
 
 def unquote(text: str) -> str:
-    """The text without the pair of quotes around it: cmd.exe passes `'sks dog'` with its single quotes."""
+    """Remove one pair of surrounding quotes: cmd.exe passes `'sks dog'` with its single quotes."""
     text = text.strip()
     is_quoted = len(text) > 2 and text[0] + text[-1] in QUOTES and not {*text[1:-1]} & {*text[0], *text[-1]}
     return text[1:-1].strip() if is_quoted else text
@@ -143,7 +144,8 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
     if typing.get_args(value_type) == (int, ...):
         return _check_numbers(opt, value)
     if typing.get_origin(value_type) is tuple:
-        # One text is a list of one, "[sketch], a dog" too; what begins as a list of texts is a list with an error.
+        # A text is a list of one item, even "[sketch], a dog"; a text that starts like a list of texts is a malformed
+        # list.
         if isinstance(value, str) and not choices and not re.match(r"""\[\s*["']""", value):
             return None, (value,)
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
@@ -187,7 +189,7 @@ def check_value(opt: Option, value: Any) -> tuple[str | None, Any]:
 
 
 def _check_numbers(opt: Option, value: object) -> tuple[str | None, tuple[int, ...] | None]:
-    """As `check_value`, of a list of whole numbers; "512, 384" is one too."""
+    """As `check_value`, for a list of integers; "512, 384" is one, too."""
     items = re.split(r"[,\s]+", value.strip("[] \n")) if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         return Message(
@@ -200,7 +202,7 @@ def _check_numbers(opt: Option, value: object) -> tuple[str | None, tuple[int, .
 
 
 def _check_table(opt: Option, item_type: type, value: object) -> tuple[str | None, Any]:
-    """As `check_value`, of a table."""
+    """As `check_value`, for a table."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return Message(
             "{key} = {value}: must be a table, such as {example}", opt.key, to_text(value), opt.example
@@ -218,7 +220,7 @@ def _check_table(opt: Option, item_type: type, value: object) -> tuple[str | Non
 
 
 def _check_patterns(opt: Option, value_type: type, table: Mapping[str, object]) -> tuple[str | None, Any]:
-    """A table of patterns: each value as an option of this type and these bounds."""
+    """Check a table of patterns: each value like an option with this type and these bounds."""
     limit = MAX_NAMES if opt.private or opt.path else MAX_PATTERNS
     if len(table) > limit or any(len(pattern) > MAX_PATTERN_LENGTH for pattern in table):
         return Message(

@@ -1,7 +1,7 @@
 """Edits of photos before training, as text: "turn 90, crop 10 0 90 100, paint 20 30 40 60 70".
 
-The file does not change. Strokes of a brush are in percent of the file's picture, so they keep their place when the
-photo is turned or cropped further.
+The file does not change. Brush strokes are in percent of the picture in the file, so they stay in place if the photo is
+turned or cropped again.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ GRAMMAR = (
     "turn 90, 180 or 270, crop LEFT TOP RIGHT BOTTOM in percent of the turned photo: 'turn 90, crop 10 0 90 100'; "
     "for a mask paint or erase SIZE X Y X Y ... in percent of the file's picture"
 )
-# A stroke: what it does, the brush's width in percent of the picture's longer side, then the points.
+# A stroke: paint or erase, the brush's width in percent of the picture's longer side, then the points.
 STROKE = re.compile(r"(paint|erase)((?: \d{1,3}(?:\.\d+)?){3,})")
 MAX_STROKES, MAX_POINTS = 500, 2000
 TOO_MANY = (
     "data.edits.{name}: {count} strokes, and a photo has {limit} at most: paint fewer with a wider brush, or put "
     "a mask file, NAME.mask.png, beside it"
 )
-# Percent; a smaller part of a photo is a slip of the mouse.
+# Percent; a smaller crop is probably a mistake.
 MIN_SIDE = 2.0
 WHOLE = (0.0, 0.0, 100.0, 100.0)
 
 
 @dataclass(frozen=True)
 class PhotoEdit:
-    """Turned clockwise by `turn` degrees, then cut to `crop`: left, top, right, bottom, in percent of its sides.
+    """Turn clockwise by `turn` degrees, then cut to `crop`: left, top, right, bottom, in percent of the sides.
 
-    `strokes` paint the mask, see `STROKE`: what is painted is learned. Where the first one erases, all else is learned.
+    `strokes` paint the mask, see `STROKE`: painted parts are learned. If the first stroke erases, all other parts are
+    learned.
     """
 
     turn: int = 0
@@ -46,7 +47,7 @@ class PhotoEdit:
     strokes: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def __str__(self) -> str:
-        """As it is written in a config; "" where nothing is done."""
+        """The text for a config; "" for no edit."""
         turn = [f"turn {self.turn}"] if self.turn else []
         crop = ["crop " + " ".join(f"{side:g}" for side in self.crop)] if self.crop != WHOLE else []
         strokes = [" ".join([act, *(f"{number:g}" for number in numbers)]) for act, numbers in self.strokes]
@@ -61,7 +62,7 @@ class PhotoEdit:
 
     @property
     def geometry(self) -> PhotoEdit:
-        """The same without the mask: what the picture depends on."""
+        """The same edit without the mask: the part that changes the pixels."""
         return replace(self, strokes=())
 
     def turned(self, degrees: int) -> PhotoEdit:
@@ -72,7 +73,7 @@ class PhotoEdit:
         return replace(self, turn=(self.turn + degrees) % 360, crop=(left, top, right, bottom))
 
     def cropped(self, box: tuple[float, float, float, float]) -> PhotoEdit:
-        """A part of the part, in percent of that."""
+        """A part of the current part, in percent of it."""
         left, top, right, bottom = self.crop
         width, height = (right - left) / 100, (bottom - top) / 100
         x1, y1, x2, y2 = box
@@ -81,9 +82,10 @@ class PhotoEdit:
         return replace(self, crop=(crop[0], crop[1], crop[2], crop[3]))
 
     def painted(self, act: str, width: float, points: Sequence[float], ratio: float) -> PhotoEdit:
-        """One more stroke, in percent of what is left of the photo, whose width is `ratio` times its height."""
+        """Add a stroke, in percent of the cropped photo. `ratio` is the width of the cropped photo divided by its
+        height."""
         left, top, right, bottom = self.crop
-        sides = ratio / (right - left), 1 / (bottom - top)  # of the whole photo, in hundredths of the part's height
+        sides = ratio / (right - left), 1 / (bottom - top)  # of the full photo, in hundredths of the part's height
         numbers = [width * max(ratio, 1) / max(sides) / 100]
         for x, y in zip(points[::2], points[1::2], strict=True):
             x, y = left + x * (right - left) / 100, top + y * (bottom - top) / 100
@@ -94,7 +96,7 @@ class PhotoEdit:
         return replace(self, strokes=(*self.strokes, stroke))
 
     def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The part in pixels of the turned photo; at least one pixel. `size` is that of the photo before."""
+        """The part in pixels of the turned photo; at least one pixel. `size` is the size of the original photo."""
         width, height = size if self.turn % 180 == 0 else size[::-1]
         sides = zip((width, height) * 2, self.crop, strict=True)
         left, top, right, bottom = (round(side * share / 100) for side, share in sides)
@@ -112,10 +114,10 @@ NO_EDIT = PhotoEdit()
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> PhotoEdit:
-    """An edit from its text.
+    """Parse an edit.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not an edit.
     """
     parts = [part.strip() for part in text.split(",")]
     strokes = tuple(_stroke(part) for part in parts if part.startswith(("paint", "erase")))

@@ -1,4 +1,4 @@
-"""Which options may change when a run goes on, and why the others may not."""
+"""Which options may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lorakit.core.messages import Message
 from lorakit.core.names import quote, unique_path
 from lorakit.core.registry import FORMATS
 
-# They do not reach the weights of a step: how long, what is drawn, examined, saved and written. Paths may change with
-# the place of a thing, whose content is compared. Where it computes changes the last bits alone.
+# These options do not affect the weights of a step: length, samples, validation, checkpoints and files. Paths may
+# change; the content is compared. The device only changes the last bits.
 FREE = {f"train.{name}" for name in LENGTHS}
 FREE |= {
     "train.min_steps",
@@ -43,15 +43,15 @@ FREE |= {"memory.cuda_graphs", "memory.attention", "memory.stream_base", "memory
 
 
 def may_change(key: str) -> bool:
-    """Whether a run may go on with another value of an option."""
+    """Whether a run can be resumed with another value of an option."""
     return key in FREE or key.startswith("sample.")
 
 
 def load_changed(file: Path, overrides: Mapping[str, object]) -> Config:
-    """The config of a run with changes over it.
+    """The config of a run with changes applied.
 
     Raises:
-        ConfigError: with each option that may not change, or that is wrong.
+        ConfigError: an option is invalid or may not change; all of them are listed.
     """
     old = _flat(load(file))
     _refuse(file, {key: (old[key], value) for key, value in overrides.items() if key in old and value != old[key]})
@@ -62,7 +62,7 @@ def load_changed(file: Path, overrides: Mapping[str, object]) -> Config:
 
 
 def new_run(checkpoint: Path, changes: Mapping[str, object] = MappingProxyType({})) -> str:
-    """The commands that start a new run from the weights of a checkpoint, with other values of some options."""
+    """The commands that start a new run from the weights of a checkpoint, with changed options."""
     run = checkpoint.parent.parent
     if (run / "config.toml").is_file() and load(run / "config.toml").adapter.whole_model:
         model = next(run.glob("*-model*"), run / "MODEL")
@@ -79,7 +79,7 @@ def new_run(checkpoint: Path, changes: Mapping[str, object] = MappingProxyType({
 
 
 def _refuse(file: Path, changes: Mapping[str, tuple[object, object]]) -> None:
-    """Raise a ConfigError with those of the changes (key -> the value before and after) that may not be."""
+    """Raise a ConfigError that lists the changes (key -> value before and after) that are not allowed."""
     fixed = {key: values for key, values in changes.items() if not may_change(key)}
     if not fixed:
         return

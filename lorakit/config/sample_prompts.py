@@ -1,4 +1,4 @@
-"""One sample prompt with its own settings: "a dog --w 768 --h 512 --d 7", as kohya's files have it."""
+"""A sample prompt with its own settings, "a dog --w 768 --h 512 --d 7", as in kohya's files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.core.errors import ConfigError, MissingFile
 from lorakit.core.messages import Message
 from lorakit.core.names import quote
 
-# Letter in a prompt, name in a table of TOML, name of the option, and the type of its value.
+# Letter in a prompt -> name of the option and of the TOML key, and type of the value.
 SETTINGS = {
     "w": ("width", int),
     "h": ("height", int),
@@ -24,7 +24,7 @@ SETTINGS = {
     "l": ("guidance", float),
     "n": ("negative_prompt", str),
 }
-# Pixels; the options `width` and `height` may be 0 too, which is unset.
+# In pixels; the options `width` and `height` may also be 0, which means unset.
 SMALLEST_SIDE = 64
 _LIMITS = {
     opt.name: (opt.low, opt.high)
@@ -32,18 +32,18 @@ _LIMITS = {
     if opt.section == "sample" and opt.low is not None and opt.high is not None
 }
 _LIMITS |= {name: (SMALLEST_SIDE, _LIMITS[name][1]) for name in ("width", "height")}
-# sd-scripts has more letters, which mean nothing here: a sampler, a control image and the like.
+# sd-scripts has more letters that are not supported here: a sampler, a control image and the like.
 _FLAG = re.compile(r"\s--([a-z]{1,2})(?=\s|$)")
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """What one picture is drawn by.
+    """The settings of one picture.
 
     Attributes:
         text: the prompt without its settings.
         size: (width, height) in pixels.
-        sample: the section of the config with the prompt's own settings in it.
+        sample: the section `sample` of the config with the prompt's own settings.
     """
 
     text: str
@@ -52,8 +52,8 @@ class SamplePrompt:
 
 
 def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 0) -> SamplePrompt:
-    """The prompt with its settings in place of the config's. Without a seed in the prompt, `number` is added to the
-    config's seed.
+    """Parse the settings of a prompt, which override the config's. Without a seed in the prompt, its seed is the
+    config's plus `number`.
 
     Raises:
         ConfigError: a setting is unknown, or its value is out of range.
@@ -90,17 +90,17 @@ def parse(text: str, sample: SampleConfig, size: tuple[int, int], number: int = 
 
 
 def parse_all(prompts: list[str], sample: SampleConfig, size: tuple[int, int]) -> list[SamplePrompt]:
-    """As `parse`, of each prompt; seeds count up."""
+    """`parse` each prompt; seeds count up."""
     return [parse(prompt, sample, size, number) for number, prompt in enumerate(prompts)]
 
 
 def default_size(sample: SampleConfig, resolution: int) -> tuple[int, int]:
-    """(width, height) of the samples: as the config says, else the training square."""
+    """(width, height) of the samples: those of the config, else the training square."""
     return sample.width or resolution, sample.height or resolution
 
 
 def problems(sample: SampleConfig) -> list[str]:
-    """What is wrong with the sizes and the prompts of a config, a line each."""
+    """Problems of the sizes and prompts of a config, one message each."""
     problems = []
     if any(side % 8 or 0 < side < SMALLEST_SIDE for side in (sample.width, sample.height)):
         problems.append("sample.width and sample.height must be multiples of 8 and 64 or more, or 0")
@@ -119,13 +119,13 @@ def problems(sample: SampleConfig) -> list[str]:
 
 
 def read_file(path: str | Path) -> list[str]:
-    """The prompts of a file in kohya's forms.
+    """Read the prompts of a file in one of kohya's formats.
 
-    A text file has one prompt a line; a line that begins with # is a comment. JSON has a list of texts or tables. TOML
+    A text file has one prompt per line; lines that start with # are comments. JSON has a list of texts or tables. TOML
     has `[prompt]` with `[[prompt.subset]]`.
 
     Raises:
-        ConfigError: it cannot be read, or has no prompt.
+        ConfigError: it cannot be read, or has no prompts.
     """
     file, rows = Path(path), list[object]()
     kind = file.suffix.lower()
@@ -153,7 +153,7 @@ def read_file(path: str | Path) -> list[str]:
 
 
 def _rows(content: object) -> list[object]:
-    """The rows of kohya's JSON, or of its TOML: a table has what its subsets share.
+    """The rows of kohya's JSON or TOML; the table of a TOML file has the values that its subsets share.
 
     Raises:
         ValueError: a row is neither a text nor a table.
@@ -173,22 +173,22 @@ def _rows(content: object) -> list[object]:
 
 
 def _with_own_names(row: Mapping[str, object]) -> dict[str, object]:
-    """A row of sd-scripts under the names of the options; what is null is left out."""
+    """A row of sd-scripts with the options' names and without null values."""
     names = {"sample_steps": "steps", "scale": "guidance"}
     return {names.get(key, key): value for key, value in row.items() if value is not None}
 
 
 def from_recipe(recipe: Mapping[str, object]) -> str:
-    """The prompt with the settings that a picture was drawn with, as its file says them, in one line."""
+    """The prompt and its settings from a picture's metadata, on one line."""
     table = {name: recipe[name] for name, _ in SETTINGS.values() if recipe.get(name) not in (None, "")}
     return " ".join(from_table({"prompt": str(recipe["prompt"]), **table}).split())
 
 
 def from_table(table: Mapping[str, object]) -> str:
-    """A table such as {prompt = "a dog", width = 768} of `sample.prompts` as one text.
+    """Convert a table such as {prompt = "a dog", width = 768} of `sample.prompts` to text.
 
     Raises:
-        ConfigError: a key is unknown, or there is no prompt.
+        ConfigError: a key is unknown, or the prompt is missing.
     """
     letters = {name: letter for letter, (name, _) in SETTINGS.items()}
     problems = [

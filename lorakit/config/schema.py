@@ -123,23 +123,23 @@ class DataConfig:
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """Every side that the photos are trained at, the highest first."""
+        """Every training resolution of the photos, the highest first."""
         return self.resolution, *self.lower_resolutions
 
     def resolutions_of(self, relative: str) -> tuple[int, ...]:
-        """The same of one photo, by its path in the folder."""
+        """The same for one photo, by its path in the folder."""
         folder, inside, _ = relative.partition("/")
         own = self.folder_resolutions.get(folder) if inside else None
         return self.resolutions if own is None else (own,)
 
     @property
     def trigger(self) -> str:
-        """The rare word itself: the first word of `name`."""
+        """The trigger: the first word of `name`."""
         return self.name.split()[0] if self.name.split() else ""
 
     @property
     def noun(self) -> str:
-        """What the trigger is a kind of: the rest of `name`, e.g. "dog"."""
+        """The noun: the rest of `name`, e.g. "dog"."""
         return " ".join(self.name.split()[1:])
 
 
@@ -168,27 +168,27 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """The factor of the product of the two factors."""
         return self.effective_alpha / (math.sqrt(self.rank) if METHODS[self.method].rank_stabilized else self.rank)
 
     @property
     def effective_alpha(self) -> float:
-        """`alpha`, or the rank where it is unset."""
+        """`alpha`, or the rank if it is unset."""
         return float(self.rank if self.alpha is None else self.alpha)
 
     @property
     def largest_dropout(self) -> float:
-        """Above 0 where anything is dropped at random in training."""
+        """The largest dropout probability; 0 without dropout."""
         return max(getattr(self, name, 0.0) for name in ("dropout", "rank_dropout", "module_dropout"))
 
     @property
     def whole_model(self) -> bool:
-        """Whether the base's own weights are trained, and no layers of an adapter."""
+        """Whether the base's own weights are trained instead of adapter layers."""
         return bool(METHODS[self.method].whole_model)
 
     @property
     def trains_text(self) -> bool:
-        """Whether texts mean something else after each step."""
+        """Whether training changes the text embeddings."""
         return self.train_text_encoder or self.new_tokens > 0
 
 
@@ -211,7 +211,7 @@ class LoraConfig(DropoutConfig):
 
 
 class _AdapterSections(Mapping[str, type[AdapterConfig]]):
-    """Method -> its section of the config, as `registry.METHODS` names it."""
+    """Method -> section class, from `registry.METHODS`."""
 
     def __getitem__(self, method: str) -> type[AdapterConfig]:
         section: type[AdapterConfig] = resolve(METHODS[method].section)
@@ -445,17 +445,17 @@ class Config:
 
     @property
     def engine_is_off(self) -> bool:
-        """Whether the engine leaves the base's modules as they are: it computes with copies of frozen weights."""
+        """Whether the base's modules stay unchanged: the engine requires frozen weights."""
         return self.memory.engine == "plain" or self.adapter.whole_model
 
     @property
     def adapter_formats(self) -> tuple[str, ...]:
-        """The formats of adapter files that are written: those of the output section, none for a model alone."""
+        """The adapter formats to write: those of `output`, none if only a model is written."""
         return self.output.formats if "adapter" in getattr(self.adapter, "outputs", ("adapter",)) else ()
 
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Config))
-# Refusals that are said before a run, and again where a library is used without it.
+# Error messages that are used before a run, and again where parts of lorakit are used without a run.
 DEVICE_MISSING = (
     "memory.device = {device!r}: torch {version} finds no such device here; "
     "`lorakit doctor` says why, memory.device = 'auto' takes what there is"
@@ -484,7 +484,7 @@ def _types(section: type) -> dict[str, Any]:
 
 
 def options(method: str = "lora") -> list[Option]:
-    """Every option, in the order of this page; the adapter's are those of `method`."""
+    """Every option, in the order of this module; the adapter's options are those of `method`."""
     result = []
     for section in SECTIONS:
         cls = section_type(section, method)

@@ -1,4 +1,4 @@
-"""What sd-scripts writes as text or in tables of its own: values of blocks, arguments of networks, data sets."""
+"""Parse sd-scripts' own text formats and tables: values of blocks, arguments of networks, data sets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from lorakit.core.messages import Message
 
-# The number of values that sd-scripts wants for all blocks, for down and up, and for the middle: of SDXL and of others.
+# Number of values in sd-scripts for all blocks, for down or up blocks, and for the middle: for SDXL and for others.
 SDXL_BLOCKS, BLOCKS = (23, 9, 3), (25, 12, 1)
 LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 Row = dict[str, Any]
-# Its shapes of a weight over `count` blocks.
+# Its named shapes of weights over `count` blocks.
 _SHAPES: dict[str, Callable[[int, int], float]] = {
     "sine": lambda at, count: math.sin(math.pi / 2 * at / (count - 1)),
     "cosine": lambda at, count: math.sin(math.pi / 2 * (count - 1 - at) / (count - 1)),
@@ -23,7 +23,7 @@ _SHAPES: dict[str, Callable[[int, int], float]] = {
     "reverse_linear": lambda at, count: (count - 1 - at) / (count - 1),
     "zeros": lambda at, count: 0.0,
 }
-# Keys of a data set that have no meaning but in it.
+# Keys that only apply to their own data set.
 _OF_SUBSET = ("image_dir", "resolution", "num_repeats", "class_tokens", "is_reg", "batch_size", "subsets")
 
 
@@ -35,15 +35,15 @@ def arguments(items: object) -> dict[str, str]:
 
 
 def optimizer_arguments(items: object) -> dict[str, object]:
-    """As `arguments`, with the values that Python reads."""
+    """As `arguments`, with values parsed as Python literals."""
     return {key: ast.literal_eval(f"[{text}]" if "," in text else text) for key, text in arguments(items).items()}
 
 
 def block_patterns(text: object) -> dict[str, float]:
-    """The value of each block, 25 of Stable Diffusion 1 and 2 or 23 of SDXL, as patterns of layers.
+    """Convert the values of 25 blocks (Stable Diffusion 1 and 2) or 23 blocks (SDXL) to patterns of layers.
 
     Raises:
-        ValueError: it has another number of values.
+        ValueError: the number of values is different.
     """
     numbers = [float(item) for item in (text if isinstance(text, list) else str(text).split(","))]
     if len(numbers) not in (SDXL_BLOCKS[0], BLOCKS[0]):
@@ -64,10 +64,10 @@ def block_patterns(text: object) -> dict[str, float]:
 
 
 def block_rates(values: Mapping[str, object]) -> dict[str, float]:
-    """The multiples of the learning rate in `LR_WEIGHTS` as patterns of layers; 0 is a block without an adapter.
+    """Convert the learning-rate factors in `LR_WEIGHTS` to patterns of layers; 0 means a block without an adapter.
 
     Raises:
-        ValueError: it cannot be told whether they are for SDXL.
+        ValueError: the values do not show whether they are for SDXL.
     """
     weights = [values.get(name) for name in LR_WEIGHTS]
     parts = [str(weight).split(",") if weight not in (None, "") else [] for weight in weights]
@@ -92,7 +92,7 @@ def _is_shape(part: list[str]) -> bool:
 
 
 def _fill(part: list[str], count: int) -> list[float]:
-    """So many numbers: 1 where there are too few."""
+    """`count` numbers; missing ones are 1."""
     if part and _is_shape(part):
         name, _, base = part[0].partition("+")
         return [_SHAPES[name.strip()](at, count) + float(base or 0) for at in range(count)]
@@ -103,7 +103,7 @@ def _fill(part: list[str], count: int) -> list[float]:
 
 
 def data_sets(tables: Row) -> tuple[Row, list[str], list[str]]:
-    """The data sets of a config joined to one: its keys, the keys left out, and notes."""
+    """Join the data sets of a config into one: its keys, the keys left out, and notes."""
     rows = list(_rows(tables)) or [{}]
     photos = [row for row in rows if not row.get("is_reg")] or rows
     shared, rest, notes = Row(), list[str](), list[str]()
@@ -142,7 +142,7 @@ def _rows(tables: Row) -> Iterable[Row]:
 
 
 def _folders(by_folder: dict[str, list[Row]], rest: list[str], notes: list[str]) -> Row:
-    """The keys that say which photos are trained, at which resolution, under which name."""
+    """The keys for the photos, their resolutions and their names."""
     result: Row = {}
     paths = {name: (PureWindowsPath if "\\" in name else PurePosixPath)(name) for name in by_folder if name}
     parents = {str(path.parent) for path in paths.values()}
@@ -196,6 +196,6 @@ def _area(value: object) -> float:
 
 
 def square_side(value: object) -> int:
-    """The side of the square of the area of "768,512", "768x512", 512 or [512, 512]; a multiple of 8."""
+    """The side of a square with the area of "768,512", "768x512", 512 or [512, 512]; a multiple of 8."""
     parts = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
     return round(math.sqrt(int(parts[0]) * int(parts[-1])) / 8) * 8

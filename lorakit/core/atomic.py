@@ -1,7 +1,7 @@
 """Atomic writes of files: temporary file, fsync, rename.
 
-A reader never sees half a file, and a kill or a power cut leaves the version before. What a kill leaves is a temporary
-file; the next write to its folder removes stale ones.
+A reader never sees a partly written file, and a kill or a power cut leaves the previous version. After a kill a
+temporary file remains; the next write to its folder removes old ones.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import shutil
 import time
 from pathlib import Path
 
-# Seconds after which nobody writes to a temporary file any more. Another container may share the folder, so no process
-# number says whether its writer is alive.
+# Age in seconds at which a temporary file is considered abandoned. Another container may share the folder, so process
+# ids do not show whether its writer is alive.
 STALE = 3600
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _swept: set[Path] = set()
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` that no other process has, in another container either. Stale ones are removed, once."""
+    """A unique name in the folder of `path`, also unique across containers. Old temporary files are removed once per
+    folder."""
     if path.parent not in _swept:
         _swept.add(path.parent)
         sweep(path.parent)
@@ -31,7 +32,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def sweep(folder: Path, seconds: float = STALE) -> None:
-    """Remove the temporary files that kills left in a folder, if nobody wrote to them for so many seconds."""
+    """Remove temporary files in a folder that were not written to for `seconds` seconds."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if TEMPORARY.fullmatch(path.name):
@@ -56,13 +57,13 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename over `target`, and make the rename itself last."""
+    """Rename `source` to `target`, replacing it, and flush the rename to the disk."""
     for attempt in range(50):
         try:
             source.replace(target)
             break
         except PermissionError:
-            # Windows does not let a file be replaced in the moment in which somebody reads it.
+            # On Windows a file cannot be replaced while it is being read.
             if os.name != "nt" or attempt == 49:
                 raise
             time.sleep(0.02)
@@ -70,7 +71,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to the disk. Windows needs no call for that."""
+    """Flush a folder's entries to the disk. Windows does not need this."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -81,9 +82,9 @@ def sync_folder(path: Path) -> None:
 
 
 def refusal(folder: Path) -> str:
-    """Why no file can be written in a folder, or "". The folder need not exist; nothing is created."""
+    """The reason why no file can be written in a folder, or "". The folder need not exist; nothing is created."""
     try:
-        if folder.is_symlink() and not folder.exists():  # nothing can be made in its place
+        if folder.is_symlink() and not folder.exists():  # a dangling link cannot be created as a folder
             return os.strerror(errno.ENOENT)
         parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
@@ -93,7 +94,7 @@ def refusal(folder: Path) -> str:
 
 
 def end_last_line(log: Path) -> None:
-    """End the last line of a log: a kill may have cut it, and the next one must not be glued to it."""
+    """End the last line of a log. A kill may have truncated it, and the next line must not be appended to it."""
     if log.is_file() and log.stat().st_size:
         with log.open("rb+") as file:
             file.seek(-1, 2)

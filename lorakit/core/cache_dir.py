@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorakit.core import atomic
 
-# A file that was changed less than so many seconds ago may change again within one tick of the file system's clock.
+# A file that was changed less than this many seconds ago may change again within one tick of the file system's clock.
 CLOCK_TICK = 2.0
 
 
@@ -22,11 +22,11 @@ def cache_dir() -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a whole file. The cache keeps it by path, size and times, so a large file is read only once."""
+    """SHA-256 of a file. It is cached by path, size and times, so a large file is read only once."""
     path = path.resolve()
     with path.open("rb") as file:
         stat = os.fstat(file.fileno())
-        # ctime too: a copy over the file may put its old mtime back.
+        # ctime, too: a copy over the file may restore its old mtime.
         facts = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
         entry = cache_dir() / "file-hashes" / hashlib.sha256(repr(facts).encode("utf-8", "replace")).hexdigest()
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Errors for the person who can fix them."""
+"""Errors for the user."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,13 +8,13 @@ from lorakit.core.names import quote
 
 
 class LorakitError(Exception):
-    """A mistake or a condition that the user can do something about.
+    """An error that the user can fix.
 
     Its text says in one line what is wrong, where, and what to do. The command line prints it without a traceback and
-    exits with a code that is not 0.
+    exits with a non-zero code.
 
     Args:
-        text: the message, or its template where values are given: `LorakitError("{file} is empty", path.name)`.
+        text: the message, or its template if values follow: `LorakitError("{file} is empty", path.name)`.
     """
 
     def __init__(self, text: str = "", /, *values: object):
@@ -22,10 +22,10 @@ class LorakitError(Exception):
 
 
 class ConfigError(LorakitError):
-    """Something is wrong with what the user asked for. `problems` holds one line for each thing that is wrong.
+    """The user's options are wrong. `problems` has one line for each problem.
 
     Args:
-        problems: the lines, or the template of the only one, whose values follow.
+        problems: the lines, or the template of a single line, whose values follow.
     """
 
     def __init__(self, problems: str | Iterable[str], /, *values: object):
@@ -38,7 +38,7 @@ class MissingFile(ConfigError):
 
 
 class StopRequested(Exception):
-    """A stop was requested and the work was interrupted. The run raises `Stopped` for it."""
+    """A stop was requested and the work was interrupted. The run turns it into `Stopped`."""
 
 
 class Stopped(Exception):
@@ -47,7 +47,7 @@ class Stopped(Exception):
     Attributes:
         folder: the run folder.
         step: optimizer steps done.
-        adapter: the adapter of that step, or None where none was exported.
+        adapter: the adapter of that step, or None if none was exported.
     """
 
     def __init__(self, folder: Path, step: int, adapter: Path | None = None):

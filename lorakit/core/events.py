@@ -41,7 +41,7 @@ class Event:
     """One thing that happened.
 
     Attributes:
-        kind: see the module's table.
+        kind: one of the kinds above.
         step: optimizer steps done, or None outside training.
         facts: plain values.
     """
@@ -58,7 +58,7 @@ class Event:
 
 
 def json_value(value: object) -> Any:
-    """JSON values: paths become names (a log never tells where on the machine), non-finite numbers null."""
+    """JSON values: paths become names (a log never contains locations on the machine), non-finite numbers null."""
     if isinstance(value, dict):
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,10 +74,10 @@ Listener = Callable[[Event], object]
 
 
 class Events:
-    """Passes each event to all listeners, in their order.
+    """Passes each event to all listeners, in order.
 
-    An exception of a listener ends the run. An OSError does not: the listener's log cannot be written, which the other
-    listeners are told once, as a warning. As a context manager, it closes each listener that has a `close`.
+    An exception of a listener ends the run. An OSError does not: the listener's log cannot be written, and the other
+    listeners get one warning about it. As a context manager, it closes each listener that has a `close`.
     """
 
     def __init__(self, *listeners: Listener):
@@ -95,7 +95,7 @@ class Events:
                 self._guard(listener, close)
 
     def emit(self, kind: str, step: int | None = None, **facts: object) -> None:
-        """Tell all listeners."""
+        """Pass an event to all listeners."""
         event = Event(kind, step, facts)
         for listener in self.listeners:
             self._guard(listener, listener, event)
@@ -115,7 +115,7 @@ class Events:
                         self._guard(other, other, Event("warning", None, {"message": line}))
 
     def begin(self, doing: str, total: int) -> None:
-        """Begin work of `total` parts, such as pictures; `advance` counts them."""
+        """Start work of `total` parts, such as pictures; `advance` counts them."""
         self._work, self._position, self._total, self._emitted = doing, 0, total, time.monotonic()
 
     def advance(self, parts: int = 1) -> None:
@@ -126,21 +126,21 @@ class Events:
             self.emit("work", doing=self._work, position=self._position, total=self._total)
 
     def say(self, line: str, /, *values: object, warning: bool = False) -> None:
-        """One line for the person: a message, or its template and values."""
+        """Emit a message for the user, given as text or as a template and values."""
         self.emit("warning" if warning else "message", message=Message(line, *values) if values else line)
 
 
-# Whether somebody wants the run to stop; asked again and again.
+# Returns whether the run should stop; called again and again.
 Stop = Callable[[], bool]
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop; the only place that asks.
+    """Whether a stop of the run was requested; the only place that checks.
 
     Args:
-        events: told once, when the request is first seen.
-        sources: each returns whether it wants a stop: the stop file, a signal, the caller's function.
-        agree: whether any process of the run says yes, where each says its own.
+        events: gets a message at the first request.
+        sources: each returns whether it requests a stop: the stop file, a signal, the caller's function.
+        agree: combines the answers of all processes of the run: True if any of them is True.
     """
 
     def __init__(self, events: Events, *sources: Stop, agree: Callable[[bool], bool] = bool):
@@ -148,11 +148,11 @@ class StopRequest:
         self.requested = False
 
     def __call__(self, consequence: str) -> bool:
-        """Ask the sources; at the first yes, say "stopping: <consequence>"."""
+        """Check the sources. At the first request, say "stopping: <consequence>"."""
         return self.requested or self._note(any(source() for source in self._sources), consequence)
 
     def together(self, consequence: str) -> bool:
-        """As a call, by all processes of the run at the same place: all of them have the same answer."""
+        """As a call, but by all processes of the run at the same point: all of them get the same answer."""
         return self._note(self._agree(self.requested or any(source() for source in self._sources)), consequence)
 
     def _note(self, requested: bool, consequence: str) -> bool:
@@ -162,10 +162,10 @@ class StopRequest:
         return self.requested
 
     def poll(self, consequence: str) -> None:
-        """As a call, for work that is to be broken off.
+        """As a call, for work that can be interrupted.
 
         Raises:
-            StopRequested: somebody asked for a stop.
+            StopRequested: a stop was requested.
         """
         if self(consequence):
             raise StopRequested

@@ -1,4 +1,4 @@
-"""Read JSON that anybody may have written."""
+"""Read JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def loads(text: str) -> Any:
-    """As `json.loads`, with one error for whatever is wrong.
+    """As `json.loads`, with one exception type for all errors.
 
     Raises:
-        json.JSONDecodeError: it does not parse, is nested too deep, or has a number that Python does not read.
+        json.JSONDecodeError: it does not parse, is nested too deep, or has a number with too many digits.
     """
     try:
         return json.loads(text)
@@ -23,10 +23,10 @@ def loads(text: str) -> Any:
 
 
 def loads_table(text: str) -> dict[str, Any]:
-    """As `loads`, where the whole is an object.
+    """As `loads`, for a JSON object.
 
     Raises:
-        json.JSONDecodeError: as `loads`, or it is none.
+        json.JSONDecodeError: as `loads`, or it is not an object.
     """
     table = loads(text)
     if not isinstance(table, dict):

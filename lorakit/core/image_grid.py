@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from lorakit.core import atomic
 from lorakit.core.messages import Message
 
-# Smaller cells are enlarged to at least this many pixels by a whole factor, so that a label fits below.
+# Smaller cells are enlarged to at least this many pixels by an integer factor, so that a label fits below.
 SMALLEST_CELL = 160
 GAP = 8
 FONT_SIZE = 13
@@ -69,7 +69,7 @@ def grid(
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically, with every text of `image.info`."""
+    """Write a PNG atomically, with all texts of `image.info`."""
     text = PngImagePlugin.PngInfo()
     for key, value in image.info.items():
         if isinstance(key, str) and isinstance(value, str):
@@ -80,14 +80,14 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 def read(path: Path) -> Image.Image:
-    """A PNG as `save` writes it, with its texts in `image.info`; no other format is tried."""
+    """Read a PNG from `save`, with its texts in `image.info`. Other formats are refused."""
     with Image.open(path, formats=["PNG"]) as image:
         image.load()
         return image
 
 
 def read_software(path: Path) -> str:
-    """The program that a PNG names as its author; "" if it names none or is no PNG."""
+    """The program in a PNG's metadata; "" if there is none, or if it is not a PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return str(image.info.get("Software", ""))

@@ -1,6 +1,6 @@
-"""The command that adds packages to this Python, as messages name it.
+"""The command that installs packages into this Python, for messages.
 
-No message asks an index for lorakit itself: an extra is named by its packages, which every installer finds.
+No message installs lorakit from an index: an extra is given by its packages, which every installer finds.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def command(*requirements: str, options: str = "") -> str:
-    """A line for a terminal of any system that installs `requirements` into the Python that runs this.
+    """A command for any system's terminal that installs `requirements` into the running Python.
 
     Args:
-        options: of `pip install`, put before the requirements.
+        options: options of `pip install`, put before the requirements.
     """
     packages = " ".join(map(_quoted, requirements))
     arguments = f"{options} {packages}" if options else packages
@@ -36,7 +36,7 @@ def command(*requirements: str, options: str = "") -> str:
 
 
 def hint(extra: str) -> str:
-    """What to do for an extra of lorakit whose packages are missing: "install it with: ..."."""
+    """Advice for an extra of lorakit whose packages are missing: "install it with: ..."."""
     packages = requirements(extra)
     return (
         Message("install it with: {command}", command(*packages))
@@ -46,27 +46,27 @@ def hint(extra: str) -> str:
 
 
 def requirements(extra: str) -> list[str]:
-    """The requirements of an extra that are for this system, such as "gradio>=6.31,<7"."""
+    """The requirements of an extra on this system, such as "gradio>=6.31,<7"."""
     lines = list(map(Requirement, _metadata()))
     members = [
         line
         for line in lines
         if line.marker and line.marker.evaluate({"extra": extra}) and not line.marker.evaluate({"extra": ""})
     ]
-    if not members and PYPROJECT.is_file():  # a folder that was not installed, or not since the extra came
+    if not members and PYPROJECT.is_file():  # not installed, or installed before the extra existed
         table = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
         members = [line for line in map(Requirement, table[extra]) if not line.marker or line.marker.evaluate()]
     return [f"{line.name}{line.specifier}" for line in members]
 
 
 def with_bounds(package: str) -> str:
-    """A package with the versions that lorakit is tested with, as in "tensorboard>=2.20", if it names any."""
+    """A package with the version bounds of lorakit's requirements, if any, as in "tensorboard>=2.20"."""
     lines = (line for line in map(Requirement, _metadata()) if line.name == package and line.specifier)
     return next((f"{line.name}{line.specifier}" for line in lines), package)
 
 
 def _metadata() -> list[str]:
-    """lorakit's requirements as it was installed; none where it was not."""
+    """The requirements of the installed lorakit; [] if it is not installed."""
     try:
         return importlib.metadata.requires("lorakit") or []
     except importlib.metadata.PackageNotFoundError:
@@ -74,7 +74,8 @@ def _metadata() -> list[str]:
 
 
 def _has_pip() -> bool:
-    """Whether pip is here. Not by `find_spec`: setuptools gives up its own distutils when somebody looks for pip so."""
+    """Whether pip is installed. `find_spec` is not used: setuptools removes its own distutils when pip is looked up
+    that way."""
     try:
         importlib.metadata.distribution("pip")
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +84,7 @@ def _has_pip() -> bool:
 
 
 def _is_of_uv(environment: Path) -> bool:
-    """Whether uv made the environment: it writes its version into pyvenv.cfg."""
+    """Whether uv created the environment: it writes its version into pyvenv.cfg."""
     try:
         lines = (environment / "pyvenv.cfg").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):

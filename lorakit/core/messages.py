@@ -1,7 +1,7 @@
-"""Messages for the person: an English template with named values, which other languages translate by the template.
+"""Messages for the user: an English template with named values, whose translation is looked up by the template.
 
-A message is a `str`, its English text, and prints as one. It also carries its template and its values, so that the
-front end says it in another language, and a log can be read by a program.
+A message is a `str`, its English text, and prints as one. It also has its template and its values, so that the front
+end can translate it and programs can parse a log.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex, TypeVar
 
 Value = str | int | float
-# Where this variable is set, commands write the keys of what they complain of, in lines that begin so.
+# If this variable is set, commands also write the keys of their messages, in lines that start with KEY_LINE.
 KEYS, KEY_LINE = "LORAKIT_KEYS", "lorakit-key: "
 Own = TypeVar("Own", bound="Message")
 
 
 class Message(str):
-    """`Message("step {step}: {problem}", 3, error)`: the values in the order in which the template has their names.
+    """`Message("step {step}: {problem}", 3, error)`: the values are in the order of their names in the template.
 
-    Without values the text is taken as it stands.
+    Without values the text is used as it is.
 
     Attributes:
         template: its key in the tables of languages, `"step {step}: {problem}"`, without format specifications.
-        values: what stands in its places; a value can be a message too.
+        values: name -> value; a value can be a message, too.
     """
 
     template: str
     values: Mapping[str, Value]
 
     def __new__(cls, template: str, /, *values: object) -> Message:
-        """Fill the template in; a name that it has twice has one value."""
+        """Fill in the template; a name that occurs twice has one value."""
         if not values:
             return template if isinstance(template, Message) else _new(cls, template, template, {})
         places = list(string.Formatter().parse(template))
@@ -46,21 +46,21 @@ class Message(str):
                 if conversion:
                     value = string.Formatter().convert_field(value, conversion)
                 if spec or not isinstance(value, Value):
-                    value = format(value, spec or "")  # of an error: its message
+                    value = format(value, spec or "")  # an error becomes its message
                 key.append(f"{{{name}}}")
                 text.append(str(value))
                 own[name] = value
         return _new(cls, "".join(text), "".join(key), own)
 
     def __str__(self) -> str:
-        """Itself, so that `str(error)` of an error is its message."""
+        """The message itself, so that `str(error)` of an error is its message."""
         return self
 
     def __getnewargs__(self) -> tuple[Value, ...]:  # type: ignore[override]
         return self.template, *self.values.values()
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Message:
-        """As of a str, in its values too, so that it can still be translated."""
+        """As `str.replace`, also in its values, so that the result can still be translated."""
         values = {name: v.replace(old, new, count) if isinstance(v, str) else v for name, v in self.values.items()}
         return _new(type(self), super().replace(old, new, count), self.template, values)
 
@@ -71,12 +71,12 @@ class Message(str):
         return super().splitlines(keepends)
 
     def to_json(self) -> dict[str, Any]:
-        """Its key and values, for a log; `from_json` is the way back."""
+        """Its key and values, for a log; `from_json` is the inverse."""
         return {"key": self.template, "values": {name: _value_to_json(value) for name, value in self.values.items()}}
 
 
 class Joined(Message):
-    """Several messages in a row. `template` is what stands between them."""
+    """Several joined messages. `template` is the separator."""
 
     parts: tuple[str, ...]
 
@@ -84,7 +84,7 @@ class Joined(Message):
         return self.template, *self.parts
 
     def __new__(cls, separator: str, /, *parts: str) -> Joined:
-        """The parts with the separator between them."""
+        """Join the parts with the separator."""
         self = _new(cls, separator.join(parts), separator, {})
         self.parts = parts
         return self
@@ -93,7 +93,7 @@ class Joined(Message):
         return Joined(self.template, *(part.replace(old, new, count) for part in self.parts))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        """The lines of its parts, where each part is a line or several."""
+        """The lines of its parts, if each part has one or more lines."""
         if self.template != "\n" or keepends:
             return super().splitlines(keepends)
         return [line for part in self.parts for line in (part.splitlines() or [""])]
@@ -117,8 +117,8 @@ def some(parts: Iterable[str], limit: int, separator: str = ", ") -> str:
 
 
 def abridge(lines: Iterable[str], limit: int = 5) -> list[str]:
-    """The first `limit` messages of each template, and the number of the remaining ones, so that those of two hundred
-    files bury nothing else."""
+    """The first `limit` messages of each template, and the number of the others, so that messages about two hundred
+    files do not hide the rest."""
     groups: dict[str, list[str]] = {}
     for line in lines:
         has_key = isinstance(line, Message) and line.values and not line.template.startswith(("{names}", "{folder}"))
@@ -133,26 +133,26 @@ def abridge(lines: Iterable[str], limit: int = 5) -> list[str]:
 
 
 def key_of(message: object) -> dict[str, Any]:
-    """`to_json` of a message, for the table that has its text; nothing of what is only a text."""
+    """`to_json` of a message, to merge into the table with its text; {} for a plain text."""
     return message.to_json() if isinstance(message, Message) else {}
 
 
 def to_lines(message: str) -> str:
-    """A message for the log of a command: its lines, and under `KEYS` a line for the program that started it."""
+    """A message for the log of a command: its lines and, with `KEYS` set, a line for the program that started it."""
     lines = "".join(f"lorakit: {line}\n" for line in message.splitlines() or [""])
     key = key_of(message) if os.environ.get(KEYS) else {}
     return lines + (f"{KEY_LINE}{json.dumps({'text': message, **key})}\n" if key else "")
 
 
 def from_lines(log: str) -> list[str]:
-    """The problems in a command's log that `to_lines` wrote, each a message. A log without keys gives its lines."""
+    """The problems in a command's log from `to_lines`, as messages. From a log without keys, its lines."""
     keyed = [json.loads(line.removeprefix(KEY_LINE)) for line in log.splitlines() if line.startswith(KEY_LINE)]
     unkeyed = [line.removeprefix("lorakit: ") for line in log.splitlines() if line.startswith("lorakit: ")]
     return [from_json(table["text"], table) for table in keyed] or unkeyed
 
 
 def from_json(text: str, table: Mapping[str, Any]) -> str:
-    """The message of a log's table with `text` and its key; `text` if there is no key."""
+    """The message from a log's table with `text` and key; `text` if there is no key."""
     if isinstance(parts := table.get("parts"), list) and isinstance(separator := table.get("join"), str):
         return Joined(separator, *(str(_value_from_json(part)) for part in parts))
     key, values = table.get("key"), table.get("values")

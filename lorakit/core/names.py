@@ -1,4 +1,4 @@
-"""Names of files and folders, and texts as they are shown."""
+"""Names of files and folders, and texts for display."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import subprocess
 import unicodedata
 from pathlib import Path
 
-# File systems take 255, with the ending and what marks a temporary file.
+# File systems allow 255 bytes, including the suffix and the marker of a temporary file.
 MAX_NAME_BYTES = 200
-# Windows keeps these for devices, whatever follows behind a dot.
+# Windows reserves these names for devices, also with a suffix.
 DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{port}{number}" for port in ("com", "lpt") for number in "0123456789\u00b9\u00b2\u00b3"
 }
 DEVICE = "{what} = {name!r}: Windows keeps this name for a device, and has no file of it: choose another"
-# Words before a noun, which are in every text.
+# Words before a noun, which occur in every text.
 DETERMINERS = ("a", "an", "the", "my", "your", "his", "her", "our", "their", "this", "that", "some")
 
 
@@ -26,21 +26,21 @@ def step_name(step: int) -> str:
 
 
 def slug(text: str, limit: int = 40) -> str:
-    """`text` as a name that is valid on every file system: letters and digits of any script, joined by hyphens.
+    """`text` as a file name for every file system: letters and digits of any script, joined by hyphens.
 
-    Empty where it has none, and where it is a device of Windows.
+    Empty if the text has no letter or digit, or if the result is the name of a Windows device.
     """
     name = re.sub(r"[^\w]+|_+", "-", text.lower()).strip("-")[:limit].rstrip("-")
     return "" if is_device(name) else name
 
 
 def is_device(name: str) -> bool:
-    """Whether no file on Windows can have that name: `con`, `NUL.safetensors`."""
+    """Whether Windows reserves the name for a device, for example `con` or `NUL.safetensors`."""
     return name.partition(".")[0].strip().lower() in DEVICES
 
 
 def quote(path: str | Path) -> str:
-    """`path` as one word of a command that a person pastes into a shell."""
+    """`path` as one word of a shell command."""
     return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
@@ -62,13 +62,13 @@ def unique_path(path: Path) -> Path:
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a text of somebody else's can name a file: it leads to no other folder, and is visible and short."""
+    """Whether an untrusted text can name a file: it leads to no other folder, and is visible and short."""
     is_one_part = text == printable(text).strip(". ") and not re.search(r"[/\\:]", text)
     return is_one_part and 0 < len(text.encode("utf-8", "replace")) <= MAX_NAME_BYTES and not is_device(text)
 
 
 def shorten(text: str, length: int) -> str:
-    """`text`, or its beginning and an ellipsis where it is longer."""
+    """`text`, or its start and an ellipsis if it is longer than `length`."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
@@ -89,17 +89,18 @@ def _columns(character: str) -> int:
 
 
 def printable(text: str) -> str:
-    """`text` on one line, safe to show: control and direction characters, and bytes that are not text, as escapes.
+    """`text` on one line, safe to display: control and direction characters, and bytes that are not text, become
+    escapes.
 
-    A file name may hold any of them: a newline breaks a table, an escape code commands the terminal, and a byte that
-    is not UTF-8 cannot be written to any file of text.
+    A file name may contain any of them: a newline breaks a table, an escape code controls the terminal, and a byte that
+    is not UTF-8 cannot be written to a text file.
     """
     return text if text.isascii() and text.isprintable() else "".join(map(_visible, text))
 
 
 def _visible(character: str) -> str:
     kind, code = unicodedata.category(character), ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8, as `os.fsdecode` gives it
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, from `os.fsdecode`
         return f"\\x{code - 0xDC00:02x}"
     # The joiners (U+200C, U+200D) make emoji and words of some scripts.
     hidden = kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and character not in "\u200c\u200d")

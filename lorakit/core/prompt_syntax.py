@@ -1,9 +1,9 @@
-"""The prompt syntax of web UIs: weights, new chunks, and marks that only they read. No torch.
+"""The prompt syntax of web UIs: weights, new chunks, and other marks. No torch.
 
-`(a)` weighs 1.1, `(a:1.3)` 1.3, `[a]` 1 / 1.1. Nested weights are multiplied. A backslash makes a bracket a letter.
-`BREAK` begins a new chunk. Source: AUTOMATIC1111's stable-diffusion-webui, wiki "Features", "Attention/emphasis".
-ComfyUI reads the same, except square brackets and BREAK. `<lora:NAME:1>` names an adapter there; here the adapter is
-named beside the prompt.
+`(a)` has weight 1.1, `(a:1.3)` 1.3, `[a]` 1 / 1.1. Nested weights are multiplied. A backslash makes a bracket a letter.
+`BREAK` starts a new chunk. Source: AUTOMATIC1111's stable-diffusion-webui, wiki "Features", "Attention/emphasis".
+ComfyUI has the same syntax, except square brackets and BREAK. There `<lora:NAME:1>` selects an adapter; here the
+adapter is a separate argument.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import NamedTuple
 
 from lorakit.core.messages import Message
 
-# Weight of what is in one pair of brackets.
+# Weight of text in one pair of brackets.
 EMPHASIS = 1.1
-# Brackets within brackets; more are letters.
+# Maximum nesting of brackets; deeper ones are letters.
 MAX_DEPTH = 20
 NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
-# Captions are somebody else's: no pattern goes back over what it has read (`*+`), so that none takes for ever.
+# Captions are untrusted: possessive quantifiers (`*+`) avoid backtracking, so that no pattern takes forever.
 _NEW_CHUNK = re.compile(r"(?:(?<!\s)\s*+)?\bBREAK\b\s*+")
 _WEIGHT = re.compile(r":\s*+([+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)")
 _TOKENS = re.compile(rf"\\[\\()\[\]]|[()\[\]]|{_WEIGHT.pattern}|(?:(?!{_WEIGHT.pattern})[^\\()\[\]])+|\\")
-# Prompts that change while a picture is drawn, or are drawn with others: `[a:b:0.5]`, `[a|b]`, `a AND b`.
+# Prompts that change during sampling, or are combined: `[a:b:0.5]`, `[a|b]`, `a AND b`.
 _SCHEDULE = re.compile(r"(?<!\\)\[[^\[\]|:]*+(?:\||:[^\[\]|\d]*+[|\d])[^\[\]]*+\]|\bAND\b")
-# What is more than letters to a web UI; brackets without a weight are what people write in any text.
+# Syntax of web UIs. Brackets without a weight are not included, because they occur in any text.
 _SYNTAX = (NETWORK, _NEW_CHUNK, re.compile(r"\([^()]*" + _WEIGHT.pattern), re.compile(r"\\[()\[\]]"), _SCHEDULE)
-# One of several words, drawn by an extension of web UIs, or by data.wildcards.
+# One of several words, chosen by an extension of web UIs, or by data.wildcards.
 _CHOICE = re.compile(r"\{[^{}|]*+\|[^{}]*+\}")
 _BRACKETS = re.compile(r"\(\([^()]*\)+|\[[^\[\]]*\]")
 
@@ -44,23 +44,23 @@ Prompt = tuple[tuple[Part, ...], ...]
 
 
 def literal(text: str) -> Prompt:
-    """A text that is read letter by letter."""
+    """A text without any syntax."""
     return ((Part(text),),)
 
 
 def parse(prompt: str) -> Prompt:
-    """A prompt as web UIs read it."""
+    """Parse a prompt in the syntax of web UIs."""
     return tuple(tuple(_weighted(part)) for part in _NEW_CHUNK.split(NETWORK.sub("", prompt)))
 
 
 def syntax(text: str) -> str:
-    """The first part of a text that web UIs read as syntax, such as "(tag:1.3)"; "" if there is none."""
+    """The first part of a text that is syntax in web UIs, such as "(tag:1.3)"; "" if there is none."""
     matches = [match for pattern in (*_SYNTAX, _BRACKETS, _CHOICE) if (match := pattern.search(text))]
     return min(matches, key=lambda match: match.start())[0].strip() if matches else ""
 
 
 def ignored(prompt: str) -> list[str]:
-    """What of a prompt is left out or read otherwise than by a web UI, a line each."""
+    """Messages about parts of a prompt that are left out or read differently than in a web UI."""
     lines: list[str] = [
         Message("{part} is left out: the adapter is named beside the prompt", match)
         for match in NETWORK.findall(prompt)
@@ -73,9 +73,9 @@ def ignored(prompt: str) -> list[str]:
 
 
 def _weighted(text: str) -> list[Part]:
-    """The parts of a prompt in order, neighbours of the same weight joined.
+    """The parts of a prompt in order; adjacent parts of the same weight are joined.
 
-    An unclosed bracket reaches to the end. A closing bracket without an opening one is a letter.
+    An unclosed bracket extends to the end. A closing bracket without an opening one is a letter.
     """
     pieces: list[tuple[str, float]] = []
     opened: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""Shapes of objects that several rooms handle and none of them owns."""
+"""Protocols of objects that several rooms use and none of them owns."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Value = TypeVar("Value")
 
 
 class Map(Protocol):
-    """Python's `map`, or one that shares the items out over the processes of a run."""
+    """Python's `map`, or a version that distributes the items over the processes of a run."""
 
     def __call__(self, function: Callable[[Item], Value], items: Iterable[Item], /) -> Iterable[Value]:
-        """What the function makes of each item, in their order."""
+        """Apply the function to each item. The results are in the order of the items."""
 
 
 class Trainable(Protocol):
-    """What the training loop trains: an adapter in a base.
+    """The object of the training loop: an adapter in a base, or the weights of the base.
 
     Attributes:
-        dropout: share of inputs that it drops while it trains.
+        dropout: the largest dropout probability.
     """
 
     dropout: float
 
     def describe(self) -> dict[str, tuple[int, int]]:
-        """Component -> numbers of modules and parameters that train."""
+        """Component -> (number of modules, number of trained parameters)."""
 
     def groups(self) -> list[tuple[str, list[torch.nn.Parameter]]]:
         """(name, parameters) of each group of parameters that share a learning rate."""
@@ -44,22 +44,22 @@ class Trainable(Protocol):
         """Switch dropout on or off."""
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Inside, the base computes as without it."""
+        """Inside, the base computes as without the training."""
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the weights are replaced by their average over the steps, if there is one."""
+        """Inside, the weights are replaced by their moving average, if there is one."""
 
     def weights(self) -> AdapterWeights:
-        """A copy of the trained weights, or of their average, on the CPU, ready to be exported."""
+        """A copy of the trained weights, or of their average, on the CPU, for export."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """The tensors of a checkpoint."""
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put the tensors of a checkpoint back."""
+        """Load the tensors of a checkpoint."""
 
     def detach(self) -> None:
-        """Take it out of the base."""
+        """Restore the original base."""
 
 
 class Base(Protocol):

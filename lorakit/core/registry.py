@@ -1,8 +1,8 @@
-"""Names that a user may write, and where the code of each is.
+"""The names that users can select, and the location of their code.
 
 This module imports nothing heavy, so `--help` and the config check read the names without loading torch. A new export
 format, method or kind of captioners is one file and one line here. A family is one folder and one line, an optimizer
-one function and one line. The layers of a method may be those of another method, or a new kind whose tensors
+one function and one line. A method uses the layers of another method, or a new kind of layers whose tensors
 `MethodSpec.factors` names. Other packages add the same by entry points in the groups `lorakit.families`,
 `lorakit.adapters`, `lorakit.optimizers`, `lorakit.formats` and `lorakit.captioners`.
 """
@@ -34,8 +34,8 @@ class Registry(Mapping[str, Spec], Generic[Spec]):
     """Names, each with its spec: lorakit's own names first, then those of entry points.
 
     Args:
-        group: the group of the entry points; each is the "module:attribute" of a spec.
-        own: name -> the spec, or its "module:attribute", which is imported when somebody asks for the name.
+        group: the group of the entry points; the value of each is the "module:attribute" of a spec.
+        own: name -> the spec, or its "module:attribute", which is imported on first access.
     """
 
     def __init__(self, group: str, own: dict[str, Spec | str]):
@@ -77,27 +77,28 @@ def resolve(path: str) -> Any:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One adapter method. Whatever needs torch is named, and imported when it is used.
+    """One adapter method. Code that needs torch is given by name and imported on use.
 
     Attributes:
-        functions: "module:attribute" of an `adapters.method.Method`: PEFT's config, the first weights, the factors.
-        trained_weights: "module:function" of (section, shape of a layer's weight) -> how many numbers it trains there.
-        section: "module:Class" of its section of the config, a `config.AdapterConfig`; a method with other options
-            than LoRA's names its own class, which the config check imports.
-        layers: kind of the layers that it gives: "lora", "dora", "loha", "lokr", or the method's name for a new kind.
-            A format carries kinds of layers.
-        begins_from_base: its first weights are taken from the base, so it cannot start from an adapter.
-        rank_stabilized: its scale is alpha / sqrt(rank), not alpha / rank.
-        has_product_factors: the change is a product of its factors, so that it is scaled by scaling all of them.
-        has_ab_factors: it trains a factor A that begins at random and a factor B that begins at 0.
-        factors: names of all tensors of a layer of a new kind. Its scale is 1: what multiplies is among them.
-            The kohya format has them by these names; no other program reads them, and the engine is plain there.
-        change: "module:function" of (weight in float32, `adapters.weights.ForeignLayer`, strength) -> what such a layer
-            adds to a weight, for merging it and for its size.
-        whole_model: "module:attribute" of a `training.whole_model.WholeModel`: it trains the base's own weights instead
-            of layers of an adapter, and writes a model. `functions` is unused then.
-        words_only: it trains the trigger's vectors and no layers, so that its file is an embedding.
-        learning_rate: what is usual, where it is another order of magnitude than an adapter's; None where it is not.
+        functions: "module:attribute" of an `adapters.method.Method`: PEFT's config, the initial weights, the factors.
+        trained_weights: "module:function" of (section, shape of a layer's weight) -> number of trained weights in the
+            layer.
+        section: "module:Class" of its section of the config, a `config.AdapterConfig`. A method with other options than
+            LoRA's names its own class, which the config check imports.
+        layers: kind of its layers: "lora", "dora", "loha", "lokr", or the method's name for a new kind. A format
+            supports kinds of layers.
+        begins_from_base: whether its initial weights come from the base, so that it cannot start from an adapter.
+        rank_stabilized: whether its scale is alpha / sqrt(rank) instead of alpha / rank.
+        has_product_factors: whether delta W is the product of its factors, so that scaling all of them scales it.
+        has_ab_factors: whether it has a factor A with random initial values and a factor B that starts at 0.
+        factors: names of all tensors of a layer of a new kind. Its scale is 1: a scale must be among the tensors. The
+            kohya format writes them under these names; other programs do not read them, and the plain engine is used.
+        change: "module:function" of (weight in float32, `adapters.weights.ForeignLayer`, strength) -> delta W, for
+            merging such a layer and for its size.
+        whole_model: "module:attribute" of a `training.whole_model.WholeModel`: the method trains the base's own weights
+            instead of adapter layers, and writes a model. `functions` is unused then.
+        words_only: whether it trains the trigger's vectors and no layers, so that its file is an embedding.
+        learning_rate: its usual learning rate if that differs by an order of magnitude from an adapter's, else None.
     """
 
     functions: str
@@ -122,16 +123,17 @@ class OptimizerSpec:
     Attributes:
         build: "module:function" of (parameter groups, section of the config) -> torch optimizer, or "module:Class".
         state_bytes: bytes of state for each trained weight, for the memory estimate.
-        elementwise: it changes each number by itself, so a group may be one long tensor.
-        block_size: its state has one scale for this many numbers; parameters begin at multiples of it.
-        capturable: it reads the learning rate and its count of steps on the device, so a CUDA graph can hold its step.
-        package: the module that it needs beside lorakit's dependencies.
+        elementwise: whether each value is updated independently, so that a group can be one long tensor.
+        block_size: number of values with one scale in its state; parameters start at multiples of it.
+        capturable: whether learning rate and step count are read on the device, so that a CUDA graph can capture its
+            step.
+        package: the module that it needs in addition to lorakit's dependencies.
         extra: the extra of lorakit that installs this package.
-        needs_cuda: it runs on CUDA devices only.
-        single_rate: it has one learning rate for all groups of parameters.
-        is_guess: `state_bytes` is not known but assumed.
-        learning_rate: its own default, where `optimizer.learning_rate` is a factor of the rate that it finds.
-        per_weight: it can step one weight after the other: it has no state that all of a group share.
+        needs_cuda: whether it only runs on CUDA devices.
+        single_rate: whether all groups of parameters must have the same learning rate.
+        is_guess: whether `state_bytes` is an assumption.
+        learning_rate: its default, if `optimizer.learning_rate` is a factor of the rate that it estimates.
+        per_weight: whether it can step one weight at a time, without state that a group shares.
     """
 
     build: str
@@ -148,9 +150,10 @@ class OptimizerSpec:
     per_weight: bool = False
 
 
-# Two float32 numbers for each weight, as Adam has; few optimizers have more.
+# Two float32 values for each weight, as in Adam; few optimizers have more.
 ASSUMED_STATE_BYTES = 8
-# Classes of other packages whose learning rate is a factor, as that of prodigy; and those with one rate for all.
+# Classes of other packages whose learning rate is a factor, like that of prodigy; and those with one rate for all
+# groups.
 FINDS_THE_RATE = re.compile(r"prodigy|dadapt|adadelta", re.IGNORECASE)
 HAS_ONE_RATE = re.compile(r"prodigy|dadapt", re.IGNORECASE)
 
@@ -168,12 +171,12 @@ def optimizer(name: str) -> OptimizerSpec:
 
 
 def own_learning_rate(name: object) -> float | None:
-    """See `OptimizerSpec.learning_rate`; also None if the name is no optimizer."""
+    """See `OptimizerSpec.learning_rate`; also None if the name is not an optimizer."""
     return optimizer(name).learning_rate if isinstance(name, str) and (":" in name or name in OPTIMIZERS) else None
 
 
 def missing_package(name: str) -> str | None:
-    """Why `optimizer.name` cannot be used on this machine, or None; imports nothing."""
+    """The reason why `optimizer.name` cannot be used on this machine, or None; imports nothing."""
     spec = optimizer(name)
     if not spec.package or importlib.util.find_spec(spec.package) is not None:
         return None
@@ -185,11 +188,11 @@ def missing_package(name: str) -> str | None:
 
 
 def unmet_needs(name: str, *, has_cuda: bool, one_rate: bool) -> list[str]:
-    """What `optimizer.name` needs of a run and this run does not have, a line each.
+    """Requirements of `optimizer.name` that the run does not meet, one message each.
 
     Args:
-        has_cuda: the parameters are, or may come, on a CUDA device.
-        one_rate: all groups of parameters have the same learning rate.
+        has_cuda: whether the parameters are, or may be, on a CUDA device.
+        one_rate: whether all groups of parameters have the same learning rate.
     """
     spec, lines = optimizer(name), list[str]()
     if spec.needs_cuda and not has_cuda:
@@ -205,12 +208,12 @@ def unmet_needs(name: str, *, has_cuda: bool, one_rate: bool) -> list[str]:
     return lines
 
 
-# The trackers of accelerate, each the module of a package of this name.
+# The trackers of accelerate; each is also the name of its module.
 TRACKERS = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab")
 
 
 def missing_trackers(names: Sequence[str]) -> list[str]:
-    """Why `output.trackers` cannot be used on this machine, a line each; imports nothing."""
+    """The reasons why `output.trackers` cannot be used on this machine, one message each; imports nothing."""
     packages = {name: name.partition(":")[0].partition(".")[0] for name in names}
     return [
         Message("output.trackers = {name!r}: the package {package} is not installed", name, package)
@@ -226,7 +229,7 @@ def missing_trackers(names: Sequence[str]) -> list[str]:
     ]
 
 
-# A family is recognised from the base's own configuration.
+# A family is recognized from the base's configuration.
 FAMILIES = Registry["FamilySpec"](
     "lorakit.families",
     {
@@ -294,12 +297,12 @@ def adapter_methods() -> list[str]:
 
 
 def own_kinds() -> dict[str, MethodSpec]:
-    """The kinds of layers that a method brings with it -> the method."""
+    """New kinds of layers -> the method that defines them."""
     return {spec.layers: spec for spec in METHODS.values() if spec.factors}
 
 
-# Adafactor knows rows and columns, so it is not elementwise. Only torch's AdamW is capturable; the others compute the
-# rate on the host.
+# Adafactor's state depends on rows and columns, so it is not elementwise. Only torch's AdamW is capturable; the others
+# compute the rate on the host.
 OPTIMIZERS = Registry[OptimizerSpec](
     "lorakit.optimizers",
     {
@@ -347,7 +350,7 @@ FORMATS: Registry[FormatSpec] = Registry(
     },
 )
 
-# The first kind that a model's files fit is its kind.
+# The first kind that matches a model's files is used.
 CAPTIONERS: Registry[CaptionerSpec] = Registry(
     "lorakit.captioners",
     {
@@ -358,23 +361,23 @@ CAPTIONERS: Registry[CaptionerSpec] = Registry(
 
 
 def versions() -> dict[str, tuple[FamilySpec, ModelVersion]]:
-    """What adapters for it are called ("sd1") -> the family and its version."""
+    """Name of a version ("sd1") -> its family and the version."""
     return {version.name: (spec, version) for spec in FAMILIES.values() for version in spec.versions}
 
 
 def version_titles() -> str:
-    """The bases that can be trained, for a person: "Stable Diffusion 1, Stable Diffusion 2, ..."."""
+    """The titles of the supported bases: "Stable Diffusion 1, Stable Diffusion 2, ..."."""
     return ", ".join(version.title for _, version in versions().values())
 
 
 def components() -> tuple[str, ...]:
-    """What adapters may enter in a base of any family: the denoiser, and the text encoders that are trained."""
+    """The components that can be adapted in a base of any family: the denoiser, and the trainable text encoders."""
     encoders = (name for spec in FAMILIES.values() for name in spec.trainable_encoders())
     return "unet", *dict.fromkeys(encoders)
 
 
 def denoisers() -> set[str]:
-    """What diffusers and PEFT call the denoisers, each of which is the "unet" here and in kohya files."""
+    """The names of the denoisers in diffusers and PEFT; here and in kohya files each is the "unet"."""
     return {spec.denoiser for spec in FAMILIES.values()}
 
 
@@ -384,7 +387,7 @@ def weight_stems() -> dict[str, str]:
 
 
 def family_of(version: str) -> FamilySpec:
-    """The family of a version, which is what adapters name.
+    """The family of a version, which adapters name.
 
     Raises:
         ValueError: no family has such a version.

@@ -1,7 +1,7 @@
 """Randomness as a pure function of (seed, step, purpose).
 
-Nothing random is carried from step to step, so a resumed run draws what the straight run would have drawn, and
-sampling or validation cannot disturb training.
+No random state is kept between steps. So a resumed run draws the same numbers as an uninterrupted one, and sampling or
+validation cannot disturb training.
 """
 
 import hashlib
@@ -10,12 +10,12 @@ import torch
 
 
 def seed_for(seed: int, index: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose at one step. It is part of a SHA-256, so seeds of neighbouring steps are
+    """A 63-bit seed for one purpose at one step. It is a part of a SHA-256, so seeds of adjacent steps are
     unrelated."""
     digest = hashlib.sha256(f"{seed}/{index}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(seed: int, index: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on `device`, seeded with `seed_for`."""
+    """A new generator on `device`, seeded with `seed_for`."""
     return torch.Generator(device).manual_seed(seed_for(seed, index, purpose))

@@ -1,9 +1,8 @@
-"""Read the safetensors header of a model file, and recognise the kind of model.
+"""Read the safetensors header of a model file, and recognize the kind of model.
 
-Imports no torch at module level and executes nothing from the file. Errors name damaged files and other formats.
-
-Layout: 8 bytes little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`,
-then the tensors' bytes (https://github.com/huggingface/safetensors#format).
+Nothing from the file is executed, and importing this module does not import torch. Errors name damaged files and other
+formats. Layout: 8 bytes little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets}, "__metadata__":
+{...}}`, then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_HEADER = 100_000_000  # the library's own limit
 _EXCERPT_LENGTH = 80
-_NAME_LENGTH = 1000  # of any program's tensor, and more; names are matched with patterns
+_NAME_LENGTH = 1000  # longer than any program's tensor names, which are matched with patterns
 _MAX_DIMENSIONS = 64  # of PyTorch and NumPy
 _PICKLE = "a pickle (.ckpt/.pt): it can run code when opened; convert it once: lorakit convert FILE"
 _ARCHIVE = "a zip archive: unpack it and give the file in it"
@@ -44,7 +43,7 @@ _MAGIC = {
 }
 
 
-# safetensors' dtypes -> bits of a number.
+# safetensors' dtype -> bits per value.
 BITS = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8},
     **{
@@ -90,7 +89,7 @@ def read(path: Path) -> Header:
     """Read and check the header of a safetensors file, as strictly as the safetensors library does.
 
     Raises:
-        LorakitError: no such file, a file of another format (named), or a damaged or incomplete file.
+        LorakitError: the file does not exist, has another format (the message names it), or is damaged or incomplete.
     """
     try:
         with path.open("rb") as file:
@@ -105,7 +104,7 @@ def read(path: Path) -> Header:
         raise LorakitError("{file}: cannot be read: {why}", path, error.strerror) from None
     if size == 0:
         raise LorakitError("{file}: the file is empty", path)
-    # The length may begin with the bytes of any other format, so the brace after it has the first word.
+    # The length may look like the magic of any other format, so the brace after it is checked first.
     if start[8:9] != b"{" or length > _MAX_HEADER:
         for magic, kind in _MAGIC.items():
             if start.lstrip().lower().startswith(magic.lower()):
@@ -124,7 +123,7 @@ def _parse(raw: bytes) -> tuple[dict[str, object], dict[str, str]]:
     """The tensors' entries and the metadata of a header.
 
     Raises:
-        ValueError: it is no JSON of that form.
+        ValueError: it is not JSON of that form.
     """
     try:
         table = json.loads(raw.decode(), object_pairs_hook=_without_twins, parse_int=_size, parse_constant=_refuse)
@@ -150,10 +149,10 @@ def _parse(raw: bytes) -> tuple[dict[str, object], dict[str, str]]:
 
 
 def _placed(table: dict[str, object], size: int, data_start: int) -> dict[str, TensorInfo]:
-    """The tensors in the order of the header. Their bytes fill the rest of the file, without overlap or gap.
+    """The tensors in the order of the header. Their bytes must fill the rest of the file, without overlaps or gaps.
 
     Raises:
-        ValueError: they do not, or an entry contradicts itself.
+        ValueError: they do not, or an entry is inconsistent.
     """
     result = {name: _tensor(name, entry, data_start) for name, entry in table.items()}
     end, before = data_start, ""
@@ -189,7 +188,7 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(Message("damaged: the offsets of {name} are {offsets}", _excerpt(name), _excerpt(offsets)))
     size = offsets[1] - offsets[0]
-    # Bounded, as a shape of a million sides would be a number of a million digits.
+    # Bounded, because the product of a million sides would have a million digits.
     count = functools.reduce(lambda product, side: min(product * side, 1 << 64), shape, 1)
     if count * BITS[dtype] != 8 * size:
         raise ValueError(
@@ -209,14 +208,14 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
 
 
 def _size(digits: str) -> int:
-    """A number of the header: none is negative, none has more than 64 bits."""
+    """A number in the header: not negative, at most 64 bits."""
     if digits.startswith("-") or len(digits) > 20 or int(digits) >= 1 << 64:
         raise ValueError(Message("damaged: its header has the number {digits}", _excerpt(digits)))
     return int(digits)
 
 
 def _is_pickle(path: Path, magic: bytes) -> bool:
-    """Whether what begins like an archive of torch.save is one."""
+    """Whether a file that starts like an archive of torch.save is one."""
     if magic != b"PK\x03\x04":
         return True
     try:
@@ -240,11 +239,11 @@ def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _excerpt(value: object) -> str:
-    """A name or value of a file on one line, cut where it is long."""
+    """A name or value from a file on one line, shortened if it is long."""
     return shorten(printable(value if isinstance(value, str) else repr(value)), _EXCERPT_LENGTH)
 
 
-# A file is of the first kind whose pattern matches the name of one of its tensors.
+# The first kind with a pattern that matches the name of a tensor is the file's kind.
 _KINDS = {
     "ip-adapter": r"^(ip_adapter|image_proj)\.",
     "lycoris": r"\.(oft_|w_norm$|on_input$|diff$)",
@@ -270,11 +269,11 @@ def kind(shapes: dict[str, tuple[int, ...]]) -> str:
     others = sum(1 for name in shapes if strange.search(name))
     # A ControlNet with its whole model has half as many layers of its own.
     if others and sum(1 for name in shapes if re.search(_KINDS["checkpoint"], name)) > 4 * others:
-        return "checkpoint"  # with a few layers of something else left in it by a tool
+        return "checkpoint"  # a tool left a few layers of another kind in it
     for word, pattern in _KINDS.items():
         if has_name(shapes, pattern):
             return word
-    # An embedding may have only the name of its token. Its width is that of CLIP.
+    # An embedding may only have the name of its token. Its width is that of CLIP.
     vectors = 0 < len(shapes) <= 4 and all(len(shape) <= 2 for shape in shapes.values())
     return "embedding" if vectors and {s[-1] for s in shapes.values() if s} <= {768, 1024, 1280} else "unknown"
 
@@ -291,7 +290,7 @@ def scalars(header: Header, suffix: str) -> dict[str, float]:
 
 
 def values(header: Header, name: str) -> list[float]:
-    """The numbers of one tensor in memory order; [] if its dtype is none of F64, F32, F16, BF16, F8, I64 and I32."""
+    """The values of one tensor in memory order; [] if its dtype is not one of F64, F32, F16, BF16, F8, I64 and I32."""
     formats = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i"}
     info = header.tensors[name]
     with header.path.open("rb") as file:
@@ -329,15 +328,15 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 
 def load(header: Header) -> dict[str, torch.Tensor]:
-    """Every tensor of a file, as `tensors` gives them."""
+    """Every tensor of a file, see `tensors`."""
     return dict(tensors(header, header.tensors))
 
 
 def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and tensor on the CPU, in the order of the file.
 
-    The tensors are read, not mapped. So memory holds only the tensors that the caller keeps, and replacing the file
-    meanwhile does not crash the process.
+    The tensors are read, not memory-mapped. So memory only holds tensors that the caller keeps, and replacing the file
+    during the read does not crash the process.
 
     Raises:
         LorakitError: torch does not have the dtype of a tensor, or the file became shorter.
@@ -351,7 +350,7 @@ def tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, torch.T
                 raise LorakitError(
                     "{header}: {name} is in {dtype}, which cannot be read here", header.path, name, info.dtype
                 )
-            # Memory of torch has the alignment that its kernels need.
+            # torch's memory has the alignment that its kernels need.
             raw = torch.empty(info.end - info.start, dtype=torch.uint8)
             file.seek(info.start)
             if file.readinto(raw.numpy().data) < len(raw):

@@ -1,4 +1,4 @@
-"""Quantities as a person reads them."""
+"""Quantities as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lorakit.core.messages import Message
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `45 s`, `3 min`, `2 h 5 min`."""
+    """Seconds as text: `45 s`, `3 min`, `2 h 5 min`."""
     if seconds < 90:
         return Message("{seconds} s", max(1, round(seconds)))
     minutes = round(seconds / 60)

@@ -76,8 +76,8 @@ class Masks:
 def find(photos: list[Photo], root: Path) -> Masks:
     """Find masks among the pictures of `root` and its subfolders, and in mask folders inside a subfolder.
 
-    A picture is a mask in two cases: its name is that of a photo plus a mark of `MARKS`, or it has the name of a photo
-    and is in a folder of `FOLDERS`, inside or next to the photo's folder.
+    A picture is a mask in two cases. Either its name is that of a photo plus a mark of `MARKS`. Or it has the name of a
+    photo and is in a folder of `FOLDERS`, inside or next to the photo's folder.
     """
     masks = Masks()
     levels: dict[Path, list[Path]] = {}

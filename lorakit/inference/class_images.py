@@ -1,4 +1,4 @@
-"""Pictures of the class by the base, for prior preservation, kept in a cache."""
+"""Class images drawn by the base, for prior preservation, and their cache."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from lorakit.core.protocols import Map
     from lorakit.families import Family
 
-CHECKSUM = "blake2b"  # the name of the digest of a picture's pixels among its texts
-# Class images are drawn as many at a time as have this many pixels together.
+CHECKSUM = "blake2b"  # name of the checksum in a picture's metadata
+# Number of pixels in one batch of class images.
 BATCH_PIXELS = 2 * 512 * 512
 
 
-# A CPU draws small pictures fastest in small batches, which stay in its caches.
+# A CPU is fastest with small batches, which fit in its caches.
 LARGEST_BATCH = 8
 
 
-# Denoising steps of class images, at most: the sampler's pictures hardly change beyond, and there are many to draw.
+# Maximum denoising steps of class images: more hardly change the sampler's pictures, and there are many to draw.
 DENOISING_STEPS = 20
 
 
 @dataclass(frozen=True)
 class CachedImages:
-    """The class images of one prompt: their files in the user's cache, and which of these are to be drawn.
+    """The class images of one prompt: their files in the user's cache, and which of them must be drawn.
 
     Attributes:
-        text: what `embed` makes of the prompt.
-        recipe: all that the pictures depend on; its hash names the folder.
-        missing: numbers of the files that are not there, or damaged.
-        damaged: how many are there and damaged.
+        text: the result of `embed` for the prompt.
+        recipe: all values that the pictures depend on; its hash names the folder.
+        missing: numbers of the files that are missing or damaged.
+        damaged: number of damaged files.
     """
 
     text: Mapping[str, Any]
@@ -62,7 +62,7 @@ class CachedImages:
 def find(
     family: Family, prompt: str, text: Mapping[str, Any], count: int, sample: SampleConfig, side: int, seed: int
 ) -> CachedImages:
-    """Look up `count` class images of a prompt in the cache; the n-th depends on (seed, n) and on the recipe."""
+    """Look up `count` class images of a prompt in the cache. The n-th depends on (seed, n) and on the recipe."""
     sampling = complete(sample, family.info)
     sampling = replace(sampling, steps=min(sampling.steps, DENOISING_STEPS))
     _, sampler = sampling_pipeline(family, sampling.steps)
@@ -75,7 +75,7 @@ def find(
 
 
 def summary(groups: Sequence[CachedImages]) -> str:
-    """How many class images are in the cache and how many are to be drawn, of all prompts together."""
+    """A message with the numbers of cached and missing class images of all prompts."""
     total, missing, damaged = (
         sum(numbers)
         for numbers in zip(*((len(group.files), len(group.missing), group.damaged) for group in groups), strict=True)
@@ -86,11 +86,11 @@ def summary(groups: Sequence[CachedImages]) -> str:
 
 
 def draw(family: Family, group: CachedImages, *, events: Events, map_batches: Map = map) -> list[Image.Image]:
-    """All class images of a prompt, drawn by the base where they are missing; the caller switches adapters off.
+    """All class images of a prompt; missing ones are drawn by the base. The caller disables adapters.
 
     Args:
-        events: counts each picture that is there.
-        map_batches: calls `sampling.draw_part` of each batch.
+        events: counts the pictures.
+        map_batches: applies `sampling.draw_part` to each batch.
 
     Raises:
         LorakitError: the cache cannot be written.
@@ -117,7 +117,7 @@ def draw(family: Family, group: CachedImages, *, events: Events, map_batches: Ma
 
 
 def _recipe(family: Family, text: Mapping[str, torch.Tensor], sampling: SampleConfig) -> dict[str, object]:
-    """What the pictures depend on, as far as the base and the options of samples say it."""
+    """The values that the pictures depend on, from the base and the sample options."""
     recipe: dict[str, object] = {
         "base": family.info.hash,
         "negative_prompt": sampling.negative_prompt,
@@ -128,7 +128,7 @@ def _recipe(family: Family, text: Mapping[str, torch.Tensor], sampling: SampleCo
 
 
 def _reading(family: Family, text: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """How the text is read, where that is not as the base has it."""
+    """How the text is encoded, if it differs from the base's default."""
     token_count, layer = text["prompt_embeds"].shape[1], family.info.clip_skip
     reading = {"tokens": token_count} if token_count > family.info.text_tokens else {}
     return reading | ({"clip_skip": layer} if layer != (family.info.spec.clip_skip or 0) else {})

@@ -1,7 +1,7 @@
-"""Measure what a base predicts, noise or v: its error on photos under both readings, of which one is far smaller.
+"""Measure whether a base predicts noise or v: one of the two errors on photos is far smaller.
 
-A photo's latents get known noise at several timesteps, and the denoiser is asked without a prompt. What it answers is
-compared with what each prediction type would have it answer.
+Known noise is added to a photo's latents at several timesteps, and the denoiser predicts without a prompt. The
+prediction is compared with the target of each prediction type.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from lorakit.inference.mode import inference
 if TYPE_CHECKING:
     from lorakit.families import Family
 
-# Where the two answers differ: with little noise both are the noise itself; with much, v is a picture to be guessed.
+# Timesteps at which the targets differ: with little noise both are the noise itself; with much noise, v is an unknown
+# picture.
 TIMESTEPS = (400, 500, 600, 700)
-# A larger picture says the same and takes longer.
+# A larger picture gives the same result and takes longer.
 MAX_SIDE = 512
-# The right reading's error is at most this share of the other's, and of what it should answer.
+# The right type's error is at most this share of the other's, and of its target.
 CLEAR, ERROR_OF_A_MODEL = 0.6, 0.8
 _ZERO_SNR = ", or 'v_prediction_zero_snr' where the model's page speaks of zero terminal SNR"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors of both readings, as a share of the true answer's square, and the one that is right.
+    """The errors of both prediction types, relative to the squared target, and the right type.
 
     Attributes:
-        prediction_type: "epsilon" or "v_prediction"; "" where neither is clearly right.
-        current: how the base is read now.
+        prediction_type: "epsilon" or "v_prediction"; "" if neither is clearly right.
+        current: the type that lorakit uses now.
     """
 
     epsilon: float
@@ -48,7 +49,7 @@ class Verdict:
     current: str
 
     def lines(self) -> list[str]:
-        """What a person reads."""
+        """The result as messages."""
         errors: list[str] = [
             Message("read as {kind}: error {error:.3f}", kind, getattr(self, kind)) for kind in (EPSILON, VELOCITY)
         ]
@@ -71,10 +72,10 @@ class Verdict:
 
 
 def measure(family: Family, pictures: Sequence[Image.Image]) -> Verdict:
-    """Measure the errors of both readings on photos of any size; each is cut to a square of the base's own size.
+    """Measure both errors on photos of any size; each is cropped to a square of the base's size.
 
     Raises:
-        LorakitError: the base predicts the flow, or its answer is not finite.
+        LorakitError: the base predicts the flow, or its prediction is not finite.
     """
     info = family.info
     if info.spec.predicts_flow:

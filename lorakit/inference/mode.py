@@ -1,4 +1,4 @@
-"""Inference mode, which restores train flags and random state afterwards, and a way to interrupt long work."""
+"""Inference mode that restores train flags, and interruption of long work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def inference(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """No gradients and eval mode inside; afterwards every submodule has the train flag that it had."""
+    """Inside, gradients are off and modules are in eval mode. On exit every submodule has its previous train flag."""
     flags = [(part, part.training) for module in modules for part in module.modules()]
     for part, _ in flags:
         part.training = False
@@ -24,7 +24,7 @@ def inference(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def polled(modules: Iterable[torch.nn.Module], poll: Callable[[], object]) -> Iterator[None]:
-    """Call `poll` before each forward pass of the modules. An exception of it interrupts the work."""
+    """Call `poll` before each forward pass of the modules. Its exceptions interrupt the work."""
 
     def before(module: torch.nn.Module, inputs: object) -> None:
         poll()

@@ -1,4 +1,4 @@
-"""The recipe of a picture: the settings it was drawn with, as web UIs and lorakit write them into the file."""
+"""The recipe of a picture: its settings, in the metadata formats of web UIs and of lorakit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def picture_info(
     adapter: str,
     strength: float,
 ) -> dict[str, str]:
-    """The recipe as a line to paste into a web UI, and as JSON."""
+    """The recipe as text for web UIs ("parameters"), and as JSON ("lorakit")."""
     width, height = size
     tag = f" <lora:{adapter}:{strength:g}>" if adapter else ""
     negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""

@@ -1,8 +1,8 @@
-"""Pictures: while a run goes on, from a finished file, and of the class for prior preservation.
+"""Draw pictures: samples during a run, pictures from a finished file, and class images for prior preservation.
 
-Nothing here can disturb training: each picture has its own generator, the scheduler is made afresh, and train flags are
-put back. A picture depends on its prompt and its seed only, not on the pictures beside it. Seeds count up from
-`sample.seed`, as in web UIs. The noise is drawn on the CPU; a web UI set to CPU noise starts from the same noise.
+Nothing here disturbs training: each picture has its own generator, the scheduler is new, and train flags are restored.
+A picture depends only on its prompt and its seed, not on the other pictures. Seeds count up from `sample.seed`, as in
+web UIs. Noise is drawn on the CPU; a web UI set to CPU noise starts from the same noise.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
-# Called with how many pictures are drawn, and of how many.
+# Called with the number of finished pictures and the total.
 Progress = Callable[[int, int], object]
-# diffusers' samplers of distilled models -> the names that web UIs give them.
+# diffusers' sampler of a distilled model -> its name in web UIs.
 SAMPLERS = {"EulerDiscreteScheduler": "Euler", "LCMScheduler": "LCM"}
-# Steps of the solver that an LCM was distilled from; it draws on a part of them.
+# Steps of the solver that an LCM was distilled from; sampling uses a part of them.
 LCM_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Part:
-    """Pictures that are drawn together: the arguments of `draw_batch`, and further values for their recipe.
+    """Pictures that are drawn in one batch: the arguments of `draw_batch`, and values for their recipe.
 
     Attributes:
-        prompt: None where they are to have no recipe.
+        prompt: None for pictures without a recipe.
     """
 
     text: Mapping[str, Any]
@@ -77,21 +77,21 @@ def draw(
     adapter: str = "",
     strength: float = 1.0,
 ) -> list[Image.Image]:
-    """One picture for each prompt, by the weights as they are.
+    """Draw one picture for each prompt with the current weights.
 
-    Drawn one by one: rounding then does not depend on the company either, and memory is that of a single picture.
+    They are drawn one by one: rounding then does not depend on other pictures, and memory is that of a single picture.
 
     Args:
         family: the loaded base, with an adapter or without.
         prompts: the n-th is drawn with seed `sample.seed + n`; each may have its own settings (`sample_prompts`).
         size: side, or (width, height), in pixels.
-        embeddings: what `embed` makes of the prompts; by default it is asked.
+        embeddings: the result of `embed` for the prompts; computed by default.
         adapter: stem of the adapter's file, for the recipe.
-        strength: what the adapter is set to, for the recipe.
+        strength: strength of the adapter, for the recipe.
 
     Returns:
-        RGB pictures; `info` holds the recipe, which `pictures.save` writes into the file: "parameters" as web UIs read
-        it, "lorakit" as JSON.
+        RGB pictures. Their `info` has the recipe, which `image_grid.save` writes into the file: "parameters" in the
+        format of web UIs, "lorakit" as JSON.
     """
     own = parts(family, prompts, sample, size, embeddings=embeddings, adapter=adapter, strength=strength)
     return [picture for part in own for picture in draw_part(family, part)]
@@ -107,7 +107,7 @@ def parts(
     adapter: str = "",
     strength: float = 1.0,
 ) -> list[Part]:
-    """What `draw` draws, for `draw_part`: a picture each."""
+    """The pictures of `draw` as arguments of `draw_part`, one each."""
     embeddings = embed(family, prompts, sample) if embeddings is None else embeddings
     side = (size, size) if isinstance(size, int) else size
     parsed = parse_all(list(prompts), sample, side)
@@ -126,7 +126,7 @@ def parts(
 
 
 def draw_part(family: Family, part: Part) -> list[Image.Image]:
-    """As `draw_batch`, with a new pipeline. A picture with a prompt carries its recipe."""
+    """As `draw_batch`, with a new pipeline. A picture with a prompt gets its recipe."""
     pipeline, sampler = sampling_pipeline(family, part.sample.steps)
     pictures = draw_batch(family, pipeline, part.text, part.seeds, part.sample, part.size)
     if part.prompt is not None:
@@ -137,8 +137,10 @@ def draw_part(family: Family, part: Part) -> list[Image.Image]:
 
 
 def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[dict[str, torch.Tensor]]:
-    """Embeddings of each prompt and its negative prompt, by the names of the pipeline's arguments. Only the text
-    encoders and trained parts are on the device meanwhile."""
+    """Embeddings of each prompt and its negative prompt, by the names of the pipeline's arguments.
+
+    UNet and VAE leave the device unless they have trained weights.
+    """
     embeddings = []
     for own in parse_all(list(prompts), sample, (0, 0)):
         embeddings += embed_each(family, [partial(family.encode_prompt, own.text)], own.sample)
@@ -148,7 +150,7 @@ def embed(family: Family, prompts: Sequence[str], sample: SampleConfig) -> list[
 def embed_each(
     family: Family, encoders: Sequence[Callable[[], Conditioning]], sample: SampleConfig
 ) -> list[dict[str, torch.Tensor]]:
-    """As `embed`, for texts that are not read as web UIs read prompts: each is encoded by its own function."""
+    """As `embed`, with one encoding function for each text, for texts that are not in the prompt syntax of web UIs."""
     family.release("unet", "vae")
     embeddings, guides = [], complete(sample, family.info).guidance > 1
     with inference(family.text_encoders.values()):
@@ -167,8 +169,8 @@ def embed_each(
 
 
 def _as_long_as(rows: torch.Tensor, other: Conditioning) -> torch.Tensor:
-    """States `[1, T, D]` over and over until another's, over and over, are as many: attention to states that are all
-    there equally often is attention to them once (ComfyUI does the same)."""
+    """Repeat states `[1, T, D]` until their number is the least common multiple of both lengths. Attention to states
+    that all occur equally often is the same as to each of them once (as in ComfyUI)."""
     length = math.lcm(rows.shape[1], other["encoder_hidden_states"].shape[1])
     return rows.repeat(1, length // rows.shape[1], 1)
 
@@ -184,20 +186,20 @@ def sample(
     overrides: Mapping[str, Any] | None = None,
     progress: Progress = lambda count, total: None,
 ) -> list[Path]:
-    """As `lorakit sample`: pictures by an exported adapter, with the settings of the run that made it.
+    """As `lorakit sample`: draw pictures with an exported adapter, with the settings of its run.
 
     Args:
         adapter: the adapter's file, or its PEFT folder.
-        prompts: what to draw; none: what the run drew.
-        base: base model: a folder, a file or a hub id; empty: the one that the file names, see `base_of`.
-        strengths: one row of the grid for each; 0 is the base alone.
-        folder: where the pictures go; `runs/<time>-<name>` unless given.
+        prompts: the prompts; by default those of the run.
+        base: base model: a folder, a file or a hub id; by default the one named in the file, see `base_of`.
+        strengths: strengths of the adapter, one row of the grid each; 0 is the base alone.
+        folder: output folder; by default `runs/<time>-<name>`.
         size: side in pixels; None: as trained.
-        overrides: dotted option names over the recorded ones, e.g. {"sample.steps": 20}.
-        progress: called after each picture with how many are drawn, and of how many.
+        overrides: option -> value, which replaces the recorded one, e.g. {"sample.steps": 20}.
+        progress: called after each picture with the number of finished pictures and the total.
 
     Returns:
-        the grid, then each picture.
+        the files of the grid and of each picture.
 
     Raises:
         ConfigError: an override is wrong.
@@ -218,16 +220,16 @@ def sample(
 
 
 def base_of(adapter: str | Path) -> str:
-    """The base that an adapter was trained on, found on this machine.
+    """Find the base that an adapter was trained on, on this machine.
 
     Raises:
-        LorakitError: not an adapter, or the base is not found; the message says what to give.
+        LorakitError: the file is not an adapter, or the base is not found; the message says what to give.
     """
     return adapter_base.find(Path(adapter), formats.read(Path(adapter), embedding=True).metadata)
 
 
 def findings(adapter: str | Path, prompts: Sequence[str], *, base: str, overrides: Mapping[str, object]) -> list[str]:
-    """What of the prompts `sample` leaves out or reads otherwise than web UIs do, a line each."""
+    """Messages about parts of the prompts that `sample` leaves out or reads differently than web UIs."""
     config = recorded(Path(adapter), overrides)
     settings = replace(config.sample, prompts=tuple(prompts) or config.sample.prompts)
     skip = (
@@ -250,20 +252,21 @@ def from_file(
     memory: MemoryConfig | None = None,
     progress: Progress = lambda count, total: None,
 ) -> list[Path]:
-    """Pictures by an exported adapter in a base loaded afresh, written to a folder; the grid's path comes first.
+    """Draw pictures with an exported adapter in a newly loaded base and write them to a folder. The grid's path is
+    first.
 
-    Strength 0 is the base. With the prompts and settings of the run (`recorded` has the latter), the pictures equal
-    those of its end, to the bit on the CPU.
+    Strength 0 is the base. With the prompts and settings of the run (`recorded` has the latter), the pictures equal the
+    last samples of the run, to the bit on the CPU.
 
     Args:
         adapter: a file or a PEFT folder.
-        prompts: what to draw; none: what a run draws for the trigger that the file names.
-        folder: where to write, new or empty; by default runs/<time>-<name>-samples.
-        size: side in pixels; by default `sample.width` and `sample.height`, else the side it was trained at.
+        prompts: the prompts; by default the sample prompts for the trigger in the file.
+        folder: output folder, new or empty; by default runs/<time>-<name>-samples.
+        size: side in pixels; by default `sample.width` and `sample.height`, else the training resolution.
 
     Raises:
-        LorakitError: not an adapter, or one for another family than the base's; no prompt and no trigger; a folder
-            with something in it.
+        LorakitError: the file is not an adapter or is for another family, there is no prompt and no trigger, or the
+            folder is not empty.
     """
     weights = formats.read(adapter, embedding=True)
     config = _recorded(weights.metadata, {})
@@ -303,7 +306,7 @@ def draw_weights(
     memory: MemoryConfig | None = None,
     progress: Progress = lambda count, total: None,
 ) -> list[list[Image.Image]]:
-    """As `from_file`, of weights already read and without writing: a list for each strength, a picture a prompt."""
+    """As `from_file`, for loaded weights and without writing: a list for each strength, with one picture per prompt."""
     where = memory or MemoryConfig()
     info = families.describe(base)
     if weights.family != info.family:
@@ -316,14 +319,14 @@ def draw_weights(
         )
     device = placement.device(where)
     placement.prepare(where, device)
-    # A file may come from a run on a card that streamed; elsewhere there is nowhere to, and the pictures are the same.
+    # The run may have offloaded weights on CUDA; other devices cannot, and the pictures are the same.
     stream = where.stream_base and device.type == "cuda"
     family = families.load(
         info, device, placement.dtype(where, device), where.base_storage, stream, where.engine == "plain"
     )
     applied = adapters.apply(family, weights)
     embeddings = []
-    for strength in strengths:  # all of them before the UNet comes to the device
+    for strength in strengths:  # encode all texts before the UNet is moved to the device
         applied.set_strength(strength)
         embeddings.append(embed(family, prompts, sample))
     rows: list[list[Image.Image]] = []
@@ -341,11 +344,11 @@ def draw_weights(
 def recorded(adapter: Path, overrides: Mapping[str, Any]) -> Config:
     """The config in an adapter's file, with `overrides`. Missing options have their defaults.
 
-    What `lorakit sample` starts from, so that its pictures are those of the run.
+    `lorakit sample` uses it, so that its pictures are those of the run.
 
     Raises:
-        ConfigError: an override is wrong.
-        LorakitError: not an adapter.
+        ConfigError: an override is invalid.
+        LorakitError: the file is not an adapter.
     """
     return _recorded(formats.read(adapter, embedding=True).metadata, overrides)
 
@@ -355,7 +358,7 @@ def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Conf
     try:
         return from_tables(foreign_json.loads(metadata["lorakit.config"]), overrides)
     except (KeyError, ValueError, AttributeError, ConfigError):
-        # Made by another program, or by a later lorakit that has other options.
+        # From another program, or from a later version of lorakit with other options.
         skip, own = metadata.get("ss_clip_skip", ""), _own_clip_skip(metadata)
         if not skip.isdecimal() or own is None or int(skip) <= own or defaults.model.clip_skip is not None:
             return defaults
@@ -363,14 +366,14 @@ def _recorded(metadata: Mapping[str, str], overrides: Mapping[str, Any]) -> Conf
 
 
 def _own_clip_skip(metadata: Mapping[str, str]) -> int | None:
-    """The layer that the family of a file is read at, where `model.clip_skip` may say another."""
+    """The default layer of a file's family, if `model.clip_skip` can change it."""
     family = metadata_family(metadata)
     return registry.family_of(family).clip_skip if family else None
 
 
 def sampling_pipeline(family: Family, num_inference_steps: int = 1) -> tuple[DiffusionPipeline, str]:
-    """The family's pipeline for texts that are embedded already, with a fresh sampler, and the name that web UIs give
-    the sampler, which can take so many steps. The text encoders leave the device."""
+    """The family's pipeline for embedded texts, with a new sampler for this number of steps, and the sampler's name in
+    web UIs. The text encoders leave the device."""
     family.release("text_encoders")
     pipeline = family.pipeline()
     for name in family.text_encoders:
@@ -396,7 +399,7 @@ def draw_batch(
     sample: Sampling,
     size: tuple[int, int],
 ) -> list[Image.Image]:
-    """One batch, a picture a seed, through the pipeline, decoded by the family's VAE (float32 in every precision)."""
+    """Draw one batch, one picture per seed, with the pipeline, and decode it with the family's VAE (always float32)."""
     width, height = size
     family.acquire("unet", "vae")
     shape = (family.info.latent_channels, height // family.info.downscale, width // family.info.downscale)
@@ -410,7 +413,7 @@ def draw_batch(
             num_inference_steps=sample.steps,
             guidance_scale=sample.guidance,
             latents=noise.to(family.device, family.dtype),
-            generator=generators,  # of samplers that add noise
+            generator=generators,  # for samplers that add noise
             output_type="latent",
         ).images
         pixels = family.decode(latents.float())
@@ -419,5 +422,5 @@ def draw_batch(
 
 
 def _times(value: Any, count: int) -> Any:
-    """The one row of an embedding that often; without guidance there is none of the negative prompt."""
+    """Repeat the one row of an embedding; None (no negative prompt without guidance) stays None."""
     return None if value is None else value.repeat_interleave(count, dim=0)

@@ -1,1 +1,1 @@
-"""Models that describe a photo in words: one file for each kind."""
+"""Models that describe a photo in words: one module for each kind."""

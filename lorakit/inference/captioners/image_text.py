@@ -1,4 +1,4 @@
-"""Captioners of transformers: BLIP, GIT, Florence-2, and models that one talks to (SmolVLM, Qwen-VL, LLaVA)."""
+"""Captioning models of transformers: BLIP, GIT, Florence-2, and chat models (SmolVLM, Qwen-VL, LLaVA)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 
 WEIGHTS = re.compile(r"model(\.safetensors\.index\.json|(-\d+-of-\d+)?\.safetensors)")
 SMALL = (".json", ".txt", ".model", ".jinja")
-# What a model is asked where the person says nothing: those with a chat template QUESTION, these their own, others
-# nothing.
+# Default prompts: QUESTION for models with a chat template, their own for these, none for others.
 QUESTION = "Describe this picture in one sentence, in plain words, for training an image generator. Only the sentence."
 OWN_PROMPTS = {"florence2": "<DETAILED_CAPTION>", "paligemma": "caption en", "kosmos-2": "An image of"}
-# Has its tokenizer and its image processor side by side, and no processor for both.
+# This type has a tokenizer and an image processor, but no common processor.
 SEPARATE = "vision-encoder-decoder"
 
 
 def files(names: Collection[str]) -> list[str]:
-    """Of a model's files the weights as safetensors, configs and vocabularies."""
+    """The weights (safetensors), configs and vocabularies among a model's files."""
     weights = [name for name in names if WEIGHTS.fullmatch(name)]
     if "config.json" not in names or not weights:
         return []
@@ -37,11 +36,11 @@ def files(names: Collection[str]) -> list[str]:
 
 
 class ImageTextModel:
-    """A loaded model. Called with a picture, it returns its text.
+    """A loaded model. Call it with a picture; it returns a text.
 
     Args:
-        processor: of the model, or its image processor where it has no processor for both.
-        tokenizer: what decodes its text.
+        processor: the model's processor, or its image processor if it has no common one.
+        tokenizer: decodes the text.
     """
 
     def __init__(
@@ -56,13 +55,13 @@ class ImageTextModel:
         self._prompt = options.prompt or OWN_PROMPTS.get(model.config.model_type, QUESTION if self._is_chat else "")
 
     def __call__(self, image: Image.Image) -> str:
-        """The text of a picture."""
+        """Describe a picture."""
         import torch
 
         inputs = self._inputs(image).to(self.model.device, self.model.dtype)
         with torch.inference_mode():
             ids = self.model.generate(**inputs, max_new_tokens=self.options.max_tokens, do_sample=False)
-        # Models that continue a text return it too.
+        # Models that continue a text also return the prompt.
         start = inputs.get("input_ids")
         if start is not None and ids.shape[1] >= start.shape[1] and torch.equal(ids[:, : start.shape[1]], start):
             ids = ids[:, start.shape[1] :]
@@ -86,7 +85,7 @@ def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> ImageTe
     """Load a model from its folder.
 
     Raises:
-        LorakitError: it is no captioner, needs code or packages that are not here, or is damaged.
+        LorakitError: it is not a captioning model, needs code or packages that are missing, or is damaged.
     """
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KINDS

@@ -1,4 +1,4 @@
-"""Taggers in ONNX as those of WD 1.4 and later: a .onnx file and selected_tags.csv."""
+"""Taggers in ONNX like those of WD 1.4 and later: a .onnx file and selected_tags.csv."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 Values = np.ndarray[Any, np.dtype[np.float32]]
 TAGS = "selected_tags.csv"
-# Categories of the table.
+# Categories in the table.
 GENERAL, CHARACTER = "0", "4"
-# Where ONNX Runtime computes, by the device of `memory.device`.
+# Device of `memory.device` -> ONNX Runtime's execution provider.
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "mps": "CoreMLExecutionProvider", "cpu": "CPUExecutionProvider"}
 
 
 def files(names: Collection[str]) -> list[str]:
-    """Of a model's files the network and the table of tags."""
+    """The network and the table of tags among a model's files."""
     networks = sorted(name for name in names if name.endswith(".onnx") and "/" not in name)
     network = "model.onnx" if "model.onnx" in networks else next(iter(networks), None)
     return [network, TAGS, *(n for n in names if n == f"{network}.data")] if network and TAGS in names else []
@@ -45,10 +45,11 @@ class Tag:
 
 
 class Tagger:
-    """A loaded tagger. Called with a picture, it returns the tags above the threshold: characters, then the likeliest.
+    """A loaded tagger. Call it with a picture; it returns the tags above the threshold: characters first, then by
+    probability.
 
     Args:
-        side: of the square that the network takes.
+        side: side of the network's square input.
     """
 
     def __init__(self, session: InferenceSession, tags: list[Tag], side: int, options: CaptionOptions):
@@ -68,7 +69,7 @@ class Tagger:
         return ", ".join(self.tags[n].name for n in hits)
 
     def pixels(self, image: Image.Image) -> Values:
-        """The picture on a white square, `[1, side, side, 3]`, blue first, from 0 to 255."""
+        """The picture on a white square, `[1, side, side, 3]`, in BGR order, 0 to 255."""
         from PIL import Image as images
 
         square = images.new("RGB", (max(image.size), max(image.size)), "white")
@@ -81,7 +82,8 @@ def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> Tagger:
     """Load a tagger from its folder.
 
     Raises:
-        LorakitError: ONNX Runtime is missing or has no such device, or the network or the table is damaged or another.
+        LorakitError: ONNX Runtime is missing or does not support the device, or network or table are damaged or of
+            another kind.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise LorakitError("captioner {model} needs onnxruntime; {hint}", folder, install.hint("onnx"))
@@ -94,7 +96,7 @@ def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> Tagger:
     onnxruntime.set_default_logger_severity(4)
     try:
         session = onnxruntime.InferenceSession(str(network), providers=providers)
-    except Exception as error:  # its own exceptions have no common class but this
+    except Exception as error:  # its exceptions have no other common class
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         text = "captioner {model}: {file} cannot be loaded ({reason}); get the model again"
         raise LorakitError(text, folder, network.name, first) from None
@@ -140,7 +142,7 @@ def _tags(path: Path) -> list[Tag]:
 
 
 def _words(tag: str) -> str:
-    """A tag as words; one without words, such as >_<, as it is."""
+    """A tag as words; tags without words, such as >_<, stay unchanged."""
     return tag.strip().replace("_", " ") if re.search(r"[^\W\d_]{2}", tag) else tag.strip()
 
 

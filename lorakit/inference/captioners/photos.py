@@ -1,4 +1,4 @@
-"""Caption the photos of a folder, one after the other; each is written at once."""
+"""Caption the photos of a folder, one after the other. Each caption is written immediately."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lorakit.inference.captioners.spec import Captioner
 
 @dataclass(frozen=True, kw_only=True)
 class Wording:
-    """What becomes of a model's text.
+    """How a model's text becomes a caption.
 
     Attributes:
-        without: words or tags that are taken out.
-        prefix: what stands in front of all.
-        is_tags: the text is tags.
+        without: words or tags to remove.
+        prefix: text in front of every caption.
+        is_tags: whether the text consists of tags.
     """
 
     without: Sequence[str] = ()
@@ -27,7 +27,7 @@ class Wording:
     is_tags: bool = False
 
     def caption(self, text: str, config: DataConfig) -> str:
-        """The caption that is written."""
+        """The caption for a model's text."""
         text = caption_edits.without(text, self.without, self.is_tags)
         text = caption_edits.with_name(text, config, self.is_tags) if text else ""
         return " ".join(filter(None, [self.prefix, text])) if text else ""
@@ -35,7 +35,7 @@ class Wording:
 
 @dataclass
 class Captions:
-    """What came of it: photo -> its caption, photo -> why it has none, and whether it was stopped."""
+    """The result: photo -> caption, photo -> reason for a missing caption, and whether it was stopped."""
 
     texts: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Captions:
 
 
 def waiting(config: DataConfig, overwrite: bool) -> tuple[list[Photo], list[Photo]]:
-    """All photos of the folder, and those that are to get a caption.
+    """All photos of the folder, and those that need a caption.
 
     Raises:
         LorakitError: as `photo_folder.scan`.
@@ -62,12 +62,12 @@ def caption(
     report: Callable[[int, Photo, str], object],
     stop: Callable[[], bool] = lambda: False,
 ) -> Captions:
-    """Caption the photos. One that cannot be read is left out, and the others go on.
+    """Caption the photos. Unreadable photos are skipped.
 
     Args:
         writer: writes the captions; None only returns them.
-        report: gets the number of photos that are through, the photo, and its caption or "".
-        stop: asked before each photo.
+        report: gets the number of processed photos, the photo, and its caption or "".
+        stop: called before each photo.
     """
     result = Captions()
     for number, photo in enumerate(photos, 1):

@@ -1,4 +1,4 @@
-"""Where a captioner's files are: a folder, or a hub id in the cache. Nothing is fetched unless the person allows it."""
+"""Find a captioner's files: a folder, or a hub id in the cache. Nothing is downloaded unless the user allows it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def find(model: str, fetch: bool) -> tuple[Path, CaptionerSpec]:
 
     Args:
         model: a folder, or a hub id.
-        fetch: whether it may be fetched where it is not on this machine.
+        fetch: whether it may be downloaded.
 
     Raises:
-        LorakitError: it is no captioner, is not complete, or is not here and must not or cannot be fetched.
+        LorakitError: it is not a captioner, is incomplete, or is not on this machine and may not or cannot be
+            downloaded.
     """
     path = expand(model)
     if path.is_file():
@@ -35,7 +36,7 @@ def find(model: str, fetch: bool) -> tuple[Path, CaptionerSpec]:
 
 
 def _complete(title: str, folder: Path) -> CaptionerSpec:
-    """The kind of a folder's model, all of whose weights are there."""
+    """The kind of a model in a folder, after a check that no weights are missing."""
     spec, files = kind_of(title, _names(folder))
     if absent := _absent(folder, files):
         raise LorakitError("captioner {model}: {file} is not there; get the model again", title, absent[0])
@@ -47,7 +48,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _absent(folder: Path, files: list[str]) -> list[str]:
-    """Files of split weights that an index names and the folder lacks."""
+    """Shards that an index names and the folder lacks."""
     needs = [
         str(file)
         for name in files
@@ -58,7 +59,7 @@ def _absent(folder: Path, files: list[str]) -> list[str]:
 
 
 def _cached(hub_id: hub.HubId) -> Path | None:
-    """The snapshot in the cache, or None where there is none or a part of one."""
+    """The complete snapshot in the cache, or None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

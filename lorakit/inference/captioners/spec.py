@@ -1,4 +1,4 @@
-"""What a kind of captioners is: recognised by its files, and loaded to a function from a picture to a text."""
+"""A kind of captioners: recognized by its files, and loaded as a function from a picture to a text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Captioner = Callable[[Image.Image], str]
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions:
-    """What a captioner is asked for.
+    """The options of a captioner.
 
     Attributes:
-        prompt: question or beginning, for models that take one; "" is the kind's own.
-        max_tokens: tokens of a text at most.
-        threshold, character_threshold: probability from which a tag, and the name of a character, is taken.
+        prompt: question or start of the text, for models that support it; "" selects the model's own.
+        max_tokens: maximum number of tokens of a text.
+        threshold, character_threshold: minimum probability of a tag, and of a character's name.
     """
 
     prompt: str = ""
@@ -36,9 +36,9 @@ class CaptionerSpec:
     """One kind of captioners.
 
     Attributes:
-        files: of the names of a model's files those that it needs; none where the model is of another kind.
-        load: (folder, options, memory) -> a captioner; it imports what models need.
-        is_tags: its text is tags with commas between them.
+        files: names of a model's files -> those that it needs; empty if the model is of another kind.
+        load: (folder, options, memory) -> captioner; it imports the packages that models need.
+        is_tags: whether its texts are tags separated by commas.
     """
 
     files: Callable[[Collection[str]], list[str]]
@@ -47,10 +47,10 @@ class CaptionerSpec:
 
 
 def kind_of(title: str, names: Collection[str]) -> tuple[CaptionerSpec, list[str]]:
-    """The kind of a model by the names of its files, and the files that it needs.
+    """The kind of a model, from the names of its files, and the files that it needs.
 
     Raises:
-        LorakitError: it is of no kind that lorakit knows.
+        LorakitError: the kind is unknown.
     """
     for spec in registry.CAPTIONERS.values():
         if files := spec.files(names):
