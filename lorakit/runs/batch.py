@@ -1,14 +1,15 @@
-"""Many runs in one command: each row of a file, or each folder in a folder, is a run. A report over all.
+"""Run many trainings with one command, one run for each row of a TOML file or each subfolder. One report covers all.
 
-    [options]                       of every run
+    [options]                       options of every run
     train.steps = 800
-    [[run]]                         one run, or a grid of them where an option has a list
+
+    [[run]]                         one run, or a grid of runs if an option has a list of values
     data.folder = "photos/anna"
     data.name = "sks woman"
     adapter.rank = [8, 16]
 
-Every run has its folder, named after its row. The same command can be given again: it resumes runs that have begun,
-also those whose machine was lost, and leaves finished runs as they are. No torch.
+Every run has a folder named after its row. The same command can be given again: it resumes unfinished runs and leaves
+finished runs unchanged. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from lorakit.runs.run_folder import RunFolder
 
 MANIFEST = "batch.json"
 COLUMNS: tuple[str, ...] = ("run", "state", "steps", "time", "lowest error", "prior drift", "self-check")
-# What stands for the folder's name in an option of a folder of photo folders.
+# Placeholder for the folder's name in options of a folder of photo folders.
 FOLDER = "{folder}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a batch: its name, which names its folder too, and its whole config."""
+    """One run of a batch: its name, which is also the name of its folder, and its complete config."""
 
     name: str
     config: Config
@@ -49,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of a batch stands.
+    """The state and the results of one run of a batch.
 
     Attributes:
         state: of its run folder; "waiting" before there is one.
@@ -76,11 +77,11 @@ def read(source: Path, preset: str | None, overrides: Mapping[str, object], runs
     """The rows of a TOML file, or of a folder of photo folders.
 
     Args:
-        preset, overrides: for all runs; a file's own options come after them.
-        runs: where their folders go.
+        preset, overrides: preset and options for all runs; options in the file override them.
+        runs: parent folder of the run folders.
 
     Raises:
-        ConfigError: with every problem, each with its row.
+        ConfigError: at least one row is invalid; the message lists every problem with its row.
     """
     tables = list(_of_folder(source) if source.is_dir() else _of_file(source))
     rows, problems = dict[str, Row](), list[str]()
@@ -145,7 +146,7 @@ def _of_file(source: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def _flat(table: Mapping[str, object]) -> dict[str, object]:
-    """Dotted options of the file's tables; a table that is an option's value stays one."""
+    """Convert the file's tables to dotted options. A table that is the value of an option stays a table."""
     keys = {option.key for option in configuration.options()}
     flat: dict[str, object] = {}
     for section, value in table.items():
@@ -157,7 +158,7 @@ def _flat(table: Mapping[str, object]) -> dict[str, object]:
 
 
 def _grid(table: Mapping[str, object]) -> Iterator[tuple[str, dict[str, object]]]:
-    """Every combination of the lists among the values, with what tells it from the others."""
+    """Every combination of the lists among the values, with a suffix that distinguishes it from the others."""
     lists = {option.key for option in configuration.options() if typing.get_origin(option.type) is tuple}
     axes = {
         key: value
@@ -174,7 +175,7 @@ def _named(value: object, name: str) -> object:
 
 
 def write_manifest(runs: Path, rows: Sequence[Row]) -> None:
-    """Keep which runs the batch has, for `status`.
+    """Write the names of the batch's runs for `status`.
 
     Raises:
         LorakitError: the folder cannot be written.
@@ -192,7 +193,7 @@ def write_manifest(runs: Path, rows: Sequence[Row]) -> None:
 
 
 def command(runs: Path, name: str) -> tuple[str, ...] | None:
-    """The arguments of lorakit that begin or resume a run; None if it is done."""
+    """The arguments of lorakit that start or resume a run; None if the run is done."""
     folder = runs / name
     if not (folder / "config.toml").is_file():
         return "train", "--preset", str(runs / f"{name}.toml"), "--output", str(folder)
@@ -200,7 +201,7 @@ def command(runs: Path, name: str) -> tuple[str, ...] | None:
 
 
 def enqueue(runs: Path, rows: Sequence[Row]) -> int:
-    """Add all unfinished runs to the queue of the folder and start its worker. Return the number of jobs."""
+    """Add all unfinished runs to the folder's queue and start its worker. Return the number of jobs added."""
     queue, count = Queue(runs), 0
     busy = {Path(job.folder) for job in queue.jobs() if job.state in ("waiting", "running")}
     for row in rows:
@@ -213,10 +214,10 @@ def enqueue(runs: Path, rows: Sequence[Row]) -> int:
 
 
 def status(runs: Path) -> list[Outcome]:
-    """How each run of a batch stands, in the order of its rows.
+    """The outcome of each run of a batch, in the order of the rows.
 
     Raises:
-        LorakitError: the folder has no batch.
+        LorakitError: the folder contains no batch.
     """
     try:
         names = foreign_json.loads((runs / MANIFEST).read_text(encoding="utf-8"))["rows"]
@@ -226,7 +227,7 @@ def status(runs: Path) -> list[Outcome]:
 
 
 def outcome(folder: Path) -> Outcome:
-    """The state of a run, read from its folder."""
+    """The outcome of a run, read from its folder."""
     run = RunFolder(folder)
     if not run.state_file.is_file():
         return Outcome(folder.name)
@@ -271,7 +272,7 @@ def _cells(each: Outcome) -> tuple[str, ...]:
 
 
 def write_report(runs: Path, outcomes: Sequence[Outcome]) -> Path:
-    """Write report.html of a batch: the table, with each run's own report behind its name."""
+    """Write report.html of a batch: the table, where each name links to the report of its run."""
     import jinja2
 
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
@@ -281,7 +282,7 @@ def write_report(runs: Path, outcomes: Sequence[Outcome]) -> Path:
 
 
 def to_json(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
-    """Plain values; keys are only ever added."""
+    """Convert the outcomes to JSON values. Later versions only add keys."""
     return [asdict(each) for each in outcomes]
 
 

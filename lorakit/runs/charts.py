@@ -14,13 +14,13 @@ from typing import Any
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 64, 24
-# A line of more points than this is thinned: it cannot show more than it has pixels.
+# Lines with more points than this are thinned, because a chart cannot show more points than pixels.
 MAX_POINTS = 600
 LEGEND_COLUMNS = 3
-# Losses above this share of all of them do not set the scale.
+# Losses above this quantile do not affect the scale.
 LOSS_PERCENTILE = 0.99
 
-# Lines from little noise to much take the colours t1 to t4.
+# Lines ordered from little noise to much noise use the colours t1 to t4.
 COLOURS = ("accent", "ink", "soft", "t1", "t2", "t3", "t4")
 LIGHT = """
 :root { --lk-ink: #22221f; --lk-soft: #8a8984; --lk-grid: #e3e1db; --lk-accent: #2a6fb8; --lk-t1: #9cc4ea;
@@ -39,7 +39,7 @@ STYLE = """
 .lk-chart polyline { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
 .lk-chart .lk-faint { stroke-width: 0.8; opacity: 0.55; } .lk-chart circle, .lk-chart .lk-dot { fill: currentColor; }
 """ + "".join(f".lk-{name} {{ color: var(--lk-{name}); }} " for name in COLOURS)
-# What the charts say, by key; the front end gives the same keys in the language of the page.
+# Texts of the charts by key. The front end passes the same keys in the language of the page.
 ENGLISH = {
     "loss": "Training loss",
     "each_step": "each step",
@@ -56,11 +56,11 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        name: its name in the legend; a lone line needs none.
-        points: (step, value), in order of steps.
+        name: name in the legend; a chart with one line needs none.
+        points: (step, value) pairs in order of steps.
         colour: one of `COLOURS`.
-        dots: mark each point.
-        faint: draw it thin, behind a line that says more.
+        dots: whether to mark each point.
+        faint: whether to draw the line thin, behind a more important line.
     """
 
     name: str

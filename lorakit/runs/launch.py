@@ -48,7 +48,8 @@ class World:
 
 
 def world() -> World:
-    """What the launcher says of this process; without a launcher it is the only one."""
+    """The process's rank and number of processes, as the launcher set them. Without a launcher, there is one
+    process."""
     values = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     return World(*map(int, values)) if all(value.isdecimal() for value in values) else World()
 

@@ -23,7 +23,7 @@ SIDE, SHIFT, RADIUS = 48, 2, 6.0
 # Correlation of edges from which a sample is a copy. Two real photos of one folder reach 0.53 (nine folders; in one of
 # drawings 0.82); a photo that went through an autoencoder is at 0.96 or more.
 COPY = 0.8
-# A photo whose gain is below this share of the middle one's taught least, where there are so many photos.
+# A photo whose gain is below this share of the median gain contributed least, if there are enough photos.
 LOW_GAIN, FEWEST = 0.5, 4
 
 COPIED = (

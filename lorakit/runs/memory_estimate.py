@@ -35,10 +35,10 @@ OUTSIDE, INPUTS = 0.9, 0.6
 BLOCK = re.compile(r"(?:.+\.)?(?:transformer_blocks|resnets)\.\d+")
 # Share of the window of streamed weights that is filled at the peak: where pictures are largest weights are smallest.
 FILLED = 0.65
-# What Python, torch and its kernels take before any model is there.
+# Memory of Python, torch and its kernels before a model is loaded.
 RUNTIME_BYTES = {"cpu": 0.5 * GIB, "cuda": 0.6 * GIB, "mps": 0.6 * GIB}
 # Stable Diffusion's autoencoder in float32: its weights, and what a pixel takes to encode, to decode, and to do either
-# by strips, which `families.strips` does on a card that has no room for more.
+# by strips, which `families.tiled_vae` does on a card that has no room for more.
 VAE_BYTES, ENCODING, DECODING, TILED_VAE = 335_000_000, 2560, 3072, 288
 TOO_LARGE = (
     "memory: the card has {gib} free, and a step may need more even with every block computed again; "
@@ -72,7 +72,7 @@ def training(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, in
 
 
 def _rest(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
-    """What a step takes beside activations."""
+    """Memory of a training step in addition to the activations."""
     width = _width(config, device)
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
     base_bytes = _unet(config, info, device)[0]
@@ -95,9 +95,9 @@ def _rest(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
 
 
 def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
-    """Phase -> bytes that it needs: "encoding" the photos, "training", drawing "samples".
+    """Phase ("encoding", "training" or "samples") -> estimated peak in bytes.
 
-    On a GPU each part of the base is there alone while it encodes, and the autoencoder makes do with strips.
+    On a GPU, each part of the base is loaded alone while it encodes, and the autoencoder works in strips.
     """
     training_bytes = training(config, info, modules, device)
     pixels = config.data.resolution**2

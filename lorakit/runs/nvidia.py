@@ -38,8 +38,8 @@ class Card:
     """A card as its driver describes it.
 
     Attributes:
-        capability: (major, minor), or None where the driver is too old to say it.
-        driver: version, such as "581.29".
+        capability: (major, minor) compute capability, or None if the driver is too old to report it.
+        driver: driver version, for example "581.29".
     """
 
     name: str
@@ -104,8 +104,8 @@ def free_bytes(timeout: float = 5.0) -> int | None:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a card does at the moment: bytes in use and of all, percent of the time that it computes, degrees Celsius.
-    What its driver does not tell is None."""
+    """The state of a card: bytes used and total, utilization in percent, temperature in degrees Celsius. A value that
+    the driver does not report is None."""
 
     name: str
     used: int | None
@@ -115,8 +115,8 @@ class Reading:
 
 
 class Monitor:
-    """The readings of all cards, asked for in a separate thread at most every `every` seconds: nobody waits for a
-    driver that hangs. Without nvidia-smi there are none, and nothing is started."""
+    """Readings of all cards, updated in a separate thread at most every `every` seconds, so that no caller waits for a
+    hanging driver. Without nvidia-smi there are no readings, and no thread starts."""
 
     FIELDS = "name,memory.used,memory.total,utilization.gpu,temperature.gpu"
 
@@ -171,10 +171,10 @@ def torch_has_cuda() -> bool:
 
 
 def torch_command(machine: list[Card] | None = None) -> str:
-    """The command that replaces this torch by one that runs on the cards.
+    """The command that replaces this torch with a build that supports the cards.
 
     Args:
-        machine: its cards; asked of the driver unless given.
+        machine: the cards; by default the driver is asked.
     """
     machine = cards() if machine is None else machine
     legacy = any(_needs_legacy(card) for card in machine)

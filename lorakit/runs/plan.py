@@ -68,7 +68,8 @@ LONG_TEXTS = (
     "texts: all are padded to {tokens} tokens, as the longest needs; a pass of the UNet computes {share:.1%} more "
     "than with {short}; data.max_tokens = 75 would cut them"
 )
-# What is due every so often, such as sample grids, is due after each of so many parts of a run unless an option says.
+# Events at regular intervals, for example sample grids, happen this many times in a run unless an option sets the
+# interval.
 PARTS = 5
 # Share of the host's memory above which weights that are pinned in it leave others too little.
 MAX_RAM_SHARE = 0.5
@@ -76,29 +77,29 @@ MAX_RAM_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it runs.
+    """The plan of a run, made before the run starts.
 
     Attributes:
         modules: component -> (number of adapted layers, number of trained weights).
-        photo_count, holdout_count: photos trained on, and kept for validation.
-        rows: photos in one pass, each counted as often as it is repeated, at each resolution.
-        batches: batches in one pass over the photos; no batch mixes sizes.
-        steps: optimizer steps of the whole run.
-        length: how `steps` came about, in words.
-        epochs: passes over the photos.
+        photo_count, holdout_count: number of photos trained on, and number held out for validation.
+        rows: rows of one epoch: each photo counts once for each repeat and resolution.
+        batches: batches of one epoch; all images of a batch have the same size.
+        steps: optimizer steps of the run.
+        length: how `steps` was computed, in words.
+        epochs: number of epochs.
         memory: part -> bytes at the peak of a training step, estimated.
         peaks: phase ("encoding", "training", "samples") -> bytes, estimated.
-        seconds: estimated duration, or None where nothing honest can be said beforehand.
-        device: where it will run, as far as it can be told without torch.
-        recomputed: blocks of the UNet that a step computes again in the backward pass.
-        limit_gib: `memory.limit_gib`, which asked for them.
-        first_step: 0, or the step that a run goes on from.
-        prior: what keeps the rest of the model as it was, or "".
-        triggers: how prompts name what is learned, or "".
-        notes: how what the base does not say was decided, a line each.
-        layers: parts and layers with a rank, an alpha or a learning rate of their own, a line for each size and rate.
-        host, ram: bytes of the host's memory that keep the base's weights from the device, and all that it has, as far
-            as it is known; else 0.
+        seconds: estimated duration, or None if no reliable estimate exists.
+        device: the device on which the run will train, as far as it can be determined without torch.
+        recomputed: blocks of the UNet with gradient checkpointing.
+        limit_gib: `memory.limit_gib`, which made these blocks use checkpointing.
+        first_step: 0, or the step at which the run resumes.
+        prior: how the run preserves the rest of the model, or "".
+        triggers: how prompts name the subjects, or "".
+        notes: how properties that the base does not declare were decided, one message each.
+        layers: parts and layers with their own rank, alpha or learning rate, one line for each size and rate.
+        host, ram: bytes of host memory for base weights that are not on the device, and total host memory; 0 if
+            unknown.
     """
 
     base: str
@@ -186,7 +187,7 @@ class Plan:
         return [Message(line, count(self.recomputed, "block"), self.limit_gib)]
 
     def _on_host(self) -> str:
-        """What is asked of the host's memory."""
+        """The host memory that the run needs."""
         line = Message("host: {size} of memory for the base's weights", gibibytes(self.host))
         if not self.ram:
             return line
@@ -264,7 +265,7 @@ def _limited(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, in
 
 
 def _price(config: Config, info: BaseInfo, text_tokens: int) -> str:
-    """What long texts cost, against texts of so many tokens."""
+    """The additional cost of long texts, relative to texts of a given number of tokens."""
     side = config.data.resolution // info.downscale
     long, short = (
         forward_flop(info.family, info.layers, side, side, count) for count in (info.text_tokens, text_tokens)
@@ -279,10 +280,10 @@ def _assumed_state(name: str) -> list[str]:
 
 
 def problems(config: Config, info: BaseInfo) -> list[str]:
-    """Why there can be no plan for a base, whatever the photos are, a line each.
+    """The reasons why no plan is possible for a base, independent of the photos, one message each.
 
-    The adapter would have no layer, a step does not fit into `memory.limit_gib`, or weights are to be streamed to a
-    device that computes in the host's memory.
+    The adapter would have no layer, a step does not fit into `memory.limit_gib`, or weights would be streamed to a
+    device that computes in host memory.
     """
     result = list[str]()
     device = guess_device(config.memory.device)
@@ -337,10 +338,12 @@ def count_weights(
 def forward_flop(
     family: str, shapes: Mapping[str, Sequence[int]], height: int, width: int, text_tokens: int = 77
 ) -> float:
-    """Floating-point operations of one forward pass of a family's denoiser for one picture of so many latent cells.
+    """Floating-point operations of one forward pass of a family's denoiser for one image with the given number of
+    latent cells.
 
-    Two for each weight and place it is applied at, and 4 n m c for an attention of n places to m of width c. Gives the
-    counts of torch's own counter for the real models: SD1.5 at 512 px 0.803e12, SDXL at 1024 px 6.761e12.
+    Each weight counts twice for each position at which it is applied. Attention of n positions to m positions of width
+    c counts 4 n m c. The results equal those of torch's FLOP counter for the real models: SD1.5 at 512 px 0.803e12,
+    SDXL at 1024 px 6.761e12.
     """
     return sum(map(memory_estimate.flop, registry.family_of(family).layer_uses(shapes, height, width, text_tokens)))
 
@@ -398,7 +401,7 @@ def may_be_cuda(option: str) -> bool:
 
 
 def device_problem(option: str) -> str | None:
-    """Why `memory.device` cannot be there, as far as it can be told without torch, or None."""
+    """The reason why `memory.device` is not available, as far as it can be determined without torch, or None."""
     number = option.partition(":")[2]
     beyond = number and nvidia.cards() and int(number) >= len(nvidia.cards())
     no_cuda = option.startswith("cuda") and (_no_cuda() or beyond)

@@ -24,7 +24,7 @@ LAYERS = "layers: {count} of rank {rank}, alpha {alpha:g}, effective scale {scal
 
 
 def averaging(decay: float, steps: int) -> str:
-    """What `train.ema_decay` does."""
+    """The line that describes `train.ema_decay`."""
     reach = round(1 / (1 - min(decay, steps / (9 + steps))))
     return Message(
         "average: exported, drawn and validated is the average of about the last {count} steps' weights", reach

@@ -61,15 +61,15 @@ NO_NAME = "data.name is empty: say what the photos show, with --subject 'sks toy
 
 @dataclass(frozen=True)
 class Preflight:
-    """What is known of a run before it starts.
+    """The results of all checks before a run starts.
 
     Attributes:
-        config: as it was asked for, a hub id pinned to its commit.
+        config: the requested config, with a hub id pinned to its commit.
         info: the base; None if it cannot be read.
-        report: on the photos; None if the base or the folder cannot be read.
-        plan: what the run would do; None if the problems leave none.
-        problems: what keeps the run from starting, a line each.
-        warnings: what will probably disappoint, a line each, those of the photos among them.
+        report: report on the photos; None if the base or the folder cannot be read.
+        plan: the plan of the run; None if a problem prevents it.
+        problems: reasons why the run cannot start, one message each.
+        warnings: reasons why the result may be poor, one message each, including those about the photos.
     """
 
     config: Config
@@ -80,22 +80,22 @@ class Preflight:
     warnings: tuple[str, ...]
 
     def or_raise(self) -> Ready:
-        """The same, if nothing keeps the run from starting.
+        """Return this preflight as `Ready` if it has no problems.
 
         Raises:
-            LorakitError: with every problem, a line each.
+            LorakitError: there are problems; the message lists each on its own line.
         """
         if self.problems or self.info is None or self.report is None or self.plan is None:
             raise LorakitError(join("\n", self.problems))
         return Ready(self.config, self.info, self.report, self.plan, (), self.warnings)
 
     def lines(self) -> list[str]:
-        """Notes, warnings and the plan as lines for a person. Problems are not among them."""
+        """Notes, warnings and the plan as lines of text, without the problems."""
         notes = self.report.notes if self.report else []
         return [*abridge([*notes, *self.warnings]), *(self.plan.lines() if self.plan else [])]
 
     def to_text(self) -> str:
-        """A table of the photos, then warnings, notes and the plan under a title each."""
+        """A table of the photos, then the warnings, the notes and the plan, each under a title."""
         notes = self.report.notes if self.report else []
         sections = {"warnings": abridge(self.warnings), "notes": abridge(notes)}
         sections |= {"the plan": self.plan.lines() if self.plan else []}
@@ -104,7 +104,7 @@ class Preflight:
         return "\n\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `lorakit check --json`; keys are only ever added."""
+        """Plain values for `lorakit check --json`. Later versions only add keys."""
         return {
             "check": self.report.to_json() if self.report else None,
             "plan": self.plan.to_json() if self.plan else None,
@@ -131,14 +131,15 @@ def preflight(
     pipeline: DiffusionPipeline | None = None,
     processes: int | None = None,
 ) -> Preflight:
-    """Look at everything that can be looked at before a model is loaded, or the libraries that models need.
+    """Check everything that can be checked before the model, or a library that the model needs, is loaded.
 
     Args:
-        check: gives the report on the photos; the front end remembers reports.
-        resume: the run folder exists and is continued.
-        fetch: fetch the base's tokenizer where only the hub has it; a run needs it, a look does not.
-        pipeline: the base, where it is a pipeline in memory.
-        processes: that are to train together on this machine; by default those that the launcher has started.
+        check: function that returns the report on the photos; the front end passes one that caches reports.
+        resume: whether the run folder exists and the run resumes.
+        fetch: whether to download the base's tokenizer if only the hub has it; training needs it, a check does not.
+        pipeline: the base as a pipeline in memory, if it is one.
+        processes: number of processes that train together on this machine; by default the number that the launcher
+            started.
     """
     config, unquoted = _without_quotes(config)
     config, processes, sharing = launch.prepare(config, processes, resume=resume)
@@ -185,7 +186,7 @@ def preflight(
 
 
 def _text_findings(config: Config, info: BaseInfo, report: checks.Report) -> list[str]:
-    """What is odd about the trigger, the prior and the prompts, a line each."""
+    """Warnings about the trigger, the prior and the prompts, one message each."""
     trigger = report.trigger_findings if config.adapter.new_tokens == 0 else []
     return [*trigger, *_prior_findings(config, report), *captions.prompt_findings(config.sample, info)]
 
@@ -210,7 +211,7 @@ def _early_problems(config: Config, resume: bool) -> list[str]:
 
 
 def _with_base(config: Config, pipeline: DiffusionPipeline | None, fetch: bool) -> tuple[Config, BaseInfo]:
-    """The config with what it says of its base made definite, and what that base is."""
+    """The config with all properties of its base resolved, and the description of the base."""
     if pipeline is not None:
         config = families.with_pipeline(config, pipeline)
         return config, families.describe_pipeline(pipeline, config.model)
@@ -222,7 +223,8 @@ def _with_base(config: Config, pipeline: DiffusionPipeline | None, fetch: bool) 
 
 
 def _without_quotes(config: Config) -> tuple[Config, list[str]]:
-    """The config without quotes around whole texts, as cmd.exe passes `--subject 'sks dog'`, and a line for each."""
+    """The config without quotes around complete texts, which cmd.exe passes for `--subject 'sks dog'`, and one message
+    for each removed pair."""
     lines = list[str]()
 
     def unquoted(key: str, text: str) -> str:
@@ -245,7 +247,7 @@ def _without_quotes(config: Config) -> tuple[Config, list[str]]:
 
 
 def _missing_packages(config: Config) -> list[str]:
-    """The optional packages that the config needs beside the optimizer's, and this machine does not have."""
+    """The optional packages that the config needs and that are not installed, except those of the optimizer."""
     problems = registry.missing_trackers(config.output.trackers)
     if config.memory.attention == "xformers" and find_spec("xformers") is None:
         problems.append(Message(XFORMERS_MISSING, install.hint("xformers")))
@@ -253,14 +255,15 @@ def _missing_packages(config: Config) -> list[str]:
 
 
 def _trigger_problem(data: DataConfig) -> str | None:
-    """A name whose first word is no trigger, as in "a red bag", or None: every text has that word."""
+    """The problem with a name whose first word cannot be a trigger because every text contains it, as in "a red bag",
+    or None."""
     if data.trigger.lower() not in DETERMINERS:
         return None
     return Message(NO_TRIGGER, shorten(data.name, 60), data.trigger, shorten(data.noun or "dog", 60))
 
 
 def _max_tokens_problem(config: Config, info: BaseInfo) -> str | None:
-    """Why a base cannot read texts as long as the config has it, or None."""
+    """The reason why a base cannot read texts as long as `data.max_tokens`, or None."""
     if (config.data.max_tokens or 0) <= captions.CHUNK or info.chunked_texts:
         return None
     return Message(
@@ -271,7 +274,8 @@ def _max_tokens_problem(config: Config, info: BaseInfo) -> str | None:
 
 
 def _optimizer_problems(config: Config) -> list[str]:
-    """Why the optimizer cannot be built, or not on this device, as far as that is known without torch."""
+    """The reasons why the optimizer cannot be built, or cannot run on this device, as far as they are known without
+    torch."""
     optimizer = config.optimizer
     if missing := registry.missing_package(optimizer.name):
         return [missing]
@@ -285,20 +289,20 @@ def _optimizer_problems(config: Config) -> list[str]:
 
 
 def _precision_problem(memory: MemoryConfig) -> str | None:
-    """A precision that the card lacks, as far as its driver tells it, or None."""
+    """The problem with a precision that the card does not support according to its driver, or None."""
     on_card = memory.mixed_precision == "bf16" and plan.guess_device(memory.device) == "cuda"
     return BF16_MISSING if on_card and nvidia.lacks_bf16() else None
 
 
 def _photo_problems(config: Config, report: checks.Report) -> list[str]:
-    """What keeps the photos from being trained on."""
+    """The reasons why the photos cannot be trained on."""
     masks_lack = masks.problems(report.items) if config.train.masked_loss else []
     triggers = report.long_triggers if config.adapter.new_tokens else []
     return [*report.errors, *triggers, *masks_lack, *_cache_problems(config, report)]
 
 
 def _cache_problems(config: Config, report: checks.Report) -> list[str]:
-    """Why what a run keeps for later ones cannot be written."""
+    """The reasons why a folder of the disk cache cannot be written."""
     folders = {NO_LATENT_CACHE: "latents"} if config.data.cache == "disk" else {}
     if config.train.prior == "images" and not report.class_photos:
         folders[NO_CLASS_IMAGE_CACHE] = "class-images"
@@ -311,7 +315,7 @@ def _cache_problems(config: Config, report: checks.Report) -> list[str]:
 
 
 def _resolution_warning(data: DataConfig, info: BaseInfo) -> str | None:
-    """A resolution far from the one that the base was trained at, or None."""
+    """The warning about a resolution far from the base's training resolution, or None."""
     cells = info.configs.get("unet", {}).get("sample_size")
     native = cells * info.downscale if isinstance(cells, int) else data.resolution
     if native / MAX_RESOLUTION_FACTOR < data.resolution < native * MAX_RESOLUTION_FACTOR:
@@ -326,7 +330,7 @@ def _resolution_warning(data: DataConfig, info: BaseInfo) -> str | None:
 
 
 def _noun_warning(config: Config) -> str | None:
-    """A subject of a class that the bundled base has never seen, or None."""
+    """The warning about a class of subject that the bundled base does not know, or None."""
     noun = config.data.noun if config.data.kind == "subject" and config.model.base == BUNDLED else ""
     if not noun or noun.split()[-1].lower() in KINDS:
         return None
@@ -339,12 +343,12 @@ def _noun_warning(config: Config) -> str | None:
 
 
 def _unsuited(info: BaseInfo, config: Config) -> list[str]:
-    """What a config asks for that a base of this kind cannot do, a line each."""
+    """The options that a base of this kind does not support, one message each."""
     return [*families.unsuited(info, config), *whole_model.problems(config, info)]
 
 
 def _rate_warning(config: Config) -> str | None:
-    """A learning rate that was meant for another optimizer or method, or None."""
+    """The warning about a learning rate that suits another optimizer or method, or None."""
     optimizer, own = config.optimizer, registry.METHODS[config.adapter.method].learning_rate
     if own is not None and not config.adapter.words_only and optimizer.learning_rate > MAX_RATE_FACTOR * own:
         return Message(
@@ -369,12 +373,12 @@ def _rate_warning(config: Config) -> str | None:
 
 
 def _rank_warning(config: Config) -> str | None:
-    """A rank far above the usual ones, or None."""
+    """The warning about a rank far above the usual ones, or None."""
     return Message(HIGH_RANK, config.adapter.rank) if config.adapter.rank > MAX_RANK else None
 
 
 def _init_from_problem(config: Config) -> str | None:
-    """Why `train.init_from` is no adapter, or None. Whether it fits the base is `_misfit`'s to say."""
+    """The reason why `train.init_from` is not an adapter, or None. `_misfit` checks whether it fits the base."""
     path = Path(config.train.init_from)
     if not config.train.init_from or path.is_dir():
         return None
@@ -387,7 +391,8 @@ def _init_from_problem(config: Config) -> str | None:
 
 
 def _misfit(config: Config, info: BaseInfo) -> str | None:
-    """Why training cannot begin from `train.init_from`, or None. The header says most; the rest is in the weights."""
+    """The reason why training cannot start from `train.init_from`, or None. The header is checked first, then the
+    weights."""
     path = Path(config.train.init_from)
     if path.is_file():
         head = safetensors_header.read(path)
@@ -404,7 +409,8 @@ def _misfit(config: Config, info: BaseInfo) -> str | None:
 
 
 def _with_name(config: Config) -> Config:
-    """The config with a name from the folders, where these name the concepts; a folder that cannot be read has none."""
+    """The config with a name taken from the folders, if these name the concepts. If a folder cannot be read, the config
+    does not change."""
     try:
         photos = photo_folder.of_config(config.data).photos
     except LorakitError:
@@ -413,7 +419,7 @@ def _with_name(config: Config) -> Config:
 
 
 def _prior_findings(config: Config, report: checks.Report) -> list[str]:
-    """What becomes of class images that lie in the folder, where the prior does not use them."""
+    """Notes on class images in the folder that the prior does not use."""
     if report.class_photos and config.train.prior == "images" and config.train.prior_prompts:
         return ["the class images are your own: nothing is drawn for train.prior_prompts, which are not used"]
     if not report.class_photos or config.train.prior == "images":
@@ -427,7 +433,7 @@ def _prior_findings(config: Config, report: checks.Report) -> list[str]:
 
 
 def _folder_problems(data: DataConfig) -> list[str]:
-    """What keeps the folder of photos from being read, where no base says how to look at the photos in it."""
+    """The reasons why the folder of photos cannot be read, for a base that cannot be described."""
     try:
         photo_folder.of_config(data)
     except LorakitError as error:

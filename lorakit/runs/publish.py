@@ -1,6 +1,6 @@
-"""Adapters on the hub: a folder with the file, its model card and sample pictures, and its upload. No torch.
+"""Publish adapters on the hub: a folder with the file, its model card and sample pictures, and its upload. No torch.
 
-What goes out is listed here, and nothing else: no path, no name or caption of a photo, prompts only where asked for.
+Only what this module lists is published: no path, no name or caption of a photo, and prompts only on request.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from lorakit.runs.run_folder import RunFolder
 log = logging.getLogger("lorakit")
 
 PICTURES = 4
-# Of the tensors, which are copied as they are.
+# Hashes of the tensors, which are copied unchanged.
 _HASHES = ("sshs_model_hash", "modelspec.hash_sha256")
-# Bytes of a file that are copied at once.
+# Bytes copied in one read.
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What is published.
+    """The files and facts to publish.
 
     Attributes:
-        adapter: the file on this machine.
-        report: what it is.
-        license: as the hub names it.
-        base: hub id of its base, or "".
-        pictures: samples, each with its prompt or "".
+        adapter: path of the adapter file on this machine.
+        report: inspection report of the adapter file.
+        license: the license's identifier on the hub.
+        base: hub id of the base, or "".
+        pictures: sample pictures, each with its prompt or "".
         words: word -> file of its embedding.
-        checked: whether the self-check of the run held.
-        notes: lines for the person: what of the base and its license was not checked, or does not suit.
+        checked: whether the run's self-check passed.
+        notes: messages about the base and its license that were not checked or do not match.
     """
 
     adapter: Path
@@ -78,22 +78,22 @@ def push_to_hub(
     public: bool = False,
     replace: bool = False,
 ) -> str:
-    """Put an adapter, its model card and sample pictures into a repository of the hub; the address of the commit.
+    """Upload an adapter, its model card and sample pictures to a hub repository. Return the address of the commit.
 
-    Other files of the repository stay as they are. A repository that is not there is made, as a private one.
+    Other files of the repository do not change. A repository that does not exist is created as a private one.
 
     Args:
         source: a run folder, or an adapter file.
         repo: `owner/name`.
-        license: of the adapter, as the hub names it. Only its maker can say that.
-        base_model: hub id of the base, where the file does not tell.
-        prompts: say in the card what the pictures were drawn from.
-        public: make the repository public, or accept that it is.
-        replace: write over files of the same names.
+        license: license of the adapter, as the hub's identifier. Only the adapter's author can choose it.
+        base_model: hub id of the base, needed if the file does not record it.
+        prompts: whether the card lists the prompts of the pictures.
+        public: whether to make the repository public, or to accept that it is public.
+        replace: whether to overwrite files of the same names.
 
     Raises:
-        LorakitError: there is no adapter, the base is of another family, a file of that name is there, or the hub
-            refuses it.
+        LorakitError: there is no adapter, the base is of another family, a file of the same name exists, or the hub
+            refuses the upload.
     """
     publication = gather(source, license=license, base_model=base_model, prompts=prompts, ask=True)
     for line in publication.notes:
@@ -102,7 +102,7 @@ def push_to_hub(
 
 
 def send(publication: Publication, repo: str, *, public: bool = False, replace: bool = False) -> str:
-    """Put what `gather` returned into a repository; see `push_to_hub`."""
+    """Upload the result of `gather` to a repository; see `push_to_hub`."""
     with tempfile.TemporaryDirectory(prefix="lorakit-push-") as folder:
         write(publication, repo, Path(folder))
         return _upload(Path(folder), repo, public=public, replace=replace)
@@ -119,10 +119,11 @@ def gather(
     """Collect the files to publish of a run or a file; see `push_to_hub`.
 
     Args:
-        ask: ask the hub for the base's family and license; otherwise its cache alone.
+        ask: whether to ask the hub for the base's family and license; otherwise only the local cache is read.
 
     Raises:
-        LorakitError: there is no adapter file, the license is none of the hub's, or the base is none of this adapter's.
+        LorakitError: there is no adapter file, the hub does not know the license, or the base does not match the
+            adapter.
     """
     if license not in LICENSES:
         raise LorakitError(
@@ -164,10 +165,10 @@ def gather(
 
 
 def write(publication: Publication, repo: str, folder: Path) -> list[Path]:
-    """Write everything that is published into an empty folder; the files.
+    """Write all files of a publication into an empty folder. Return their paths.
 
     Raises:
-        LorakitError: the folder is not empty or cannot be written, or `repo` is no name of a repository.
+        LorakitError: the folder is not empty or cannot be written, or `repo` is not a valid repository name.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
         raise LorakitError("--repo {name}: give a repository of the hub as owner/name", repo)
@@ -182,7 +183,7 @@ def write(publication: Publication, repo: str, folder: Path) -> list[Path]:
         for number, (path, _) in enumerate(publication.pictures, 1):
             with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as picture:
                 pixels = picture.convert("RGB")
-            pixels.info.clear()  # its recipe, and whatever else is in the file
+            pixels.info.clear()  # remove the recipe and all other metadata
             pixels.save(folder / "images" / f"{number:02d}.png")
         (folder / "README.md").write_text(card(publication, repo), encoding="utf-8", newline="\n")
     except OSError as error:
@@ -191,7 +192,7 @@ def write(publication: Publication, repo: str, folder: Path) -> list[Path]:
 
 
 def card(publication: Publication, repo: str) -> str:
-    """The model card, README.md."""
+    """The text of the model card, README.md."""
     from huggingface_hub import ModelCardData
 
     report, name = publication.report, publication.adapter.stem
@@ -216,7 +217,7 @@ def card(publication: Publication, repo: str) -> str:
 
 
 def _facts(publication: Publication) -> Iterator[tuple[str, str]]:
-    """Rows of the card: what was trained on what."""
+    """Rows of the card's table of facts."""
     report, facts = publication.report, publication.report.metadata
     title = registry.version_of(report.family).title if report.family else ""
     link = f"[{publication.base}](https://huggingface.co/{publication.base})" if publication.base else ""
@@ -241,7 +242,7 @@ def _facts(publication: Publication) -> Iterator[tuple[str, str]]:
 
 
 def _usage(publication: Publication, repo: str) -> str:
-    """How programs use it."""
+    """The section on how to use the adapter in other programs."""
     report, file, base = publication.report, publication.adapter.name, publication.base
     prompt = _example(report)
     if report.only and not base:
@@ -272,7 +273,7 @@ pipe({prompt!r}).images[0].save("picture.png")
 
 
 def _example(report: Report) -> str:
-    """A prompt as those that it was trained with."""
+    """An example prompt in the form of the training prompts."""
     try:
         table = foreign_json.loads_table(report.metadata["lorakit.config"])["data"]
     except (KeyError, ValueError):  # of another program, whose trigger may be a list of tags
@@ -282,14 +283,15 @@ def _example(report: Report) -> str:
 
 
 def _compare_base(report: Report, base: str, is_recorded: bool, license: str, ask: bool) -> list[str]:
-    """Lines for the person: what of the base could not be compared, and its license where that is another.
+    """Messages about the parts of the base that could not be compared, and about its license if it differs.
 
     Args:
-        is_recorded: the run knows it as its base.
-        ask: ask the hub; otherwise its cache alone.
+        is_recorded: whether the run recorded this base.
+        ask: whether to ask the hub; otherwise only the local cache is read.
 
     Raises:
-        LorakitError: it is of another family, or the adapter fits the bundled base only, or the hub has no such model.
+        LorakitError: the base is of another family, the adapter fits only the bundled base, or the hub has no such
+            model.
     """
     from huggingface_hub import HfApi, errors
 
@@ -326,7 +328,7 @@ def _compare_base(report: Report, base: str, is_recorded: bool, license: str, as
 
 
 def _adapter(source: Path) -> Path:
-    """The one adapter file of a run, or the file itself."""
+    """The adapter file of a run, or the file itself."""
     if source.is_dir() and (source / "config.toml").is_file():
         named = source / f"{RunFolder(source).adapter_name}.safetensors"
         source = named if named.is_file() else source
@@ -347,7 +349,7 @@ def _passed(run: RunFolder) -> bool:
 
 
 def _prompt(picture: Path) -> str:
-    """What a sample was drawn from, as its recipe says."""
+    """The prompt of a sample picture, read from its recipe."""
     try:
         return str(foreign_json.loads_table(str(image_grid.read(picture).info.get("lorakit"))).get("prompt", ""))
     except ValueError:
@@ -355,18 +357,19 @@ def _prompt(picture: Path) -> str:
 
 
 def _code(text: str) -> str:
-    """A text of the user's in a cell of a table, where nothing in it is Markdown."""
+    """A user's text for a table cell, escaped so that nothing in it is Markdown."""
     text = " ".join(text.replace("`", "'").replace("|", "/").split())
     return f"`{text}`" if text else ""
 
 
 def _copy_clean(source: Path, target: Path) -> None:
-    """Copy a safetensors file with what is harmless of its metadata; of captions there is the trigger alone."""
+    """Copy a safetensors file with only the harmless part of its metadata. Of the captions, only the trigger is
+    kept."""
     head = safetensors_header.read(source)
     own = {key: value for key, value in head.metadata.items() if key in meta.OF_WEIGHTS or key.startswith(_HASHES)}
     texts = own | meta.harmless(head.metadata)
     if "lorakit.config" not in texts:
-        texts.pop("ss_tag_frequency", None)  # other programs have the words of all captions there
+        texts.pop("ss_tag_frequency", None)  # other programs write the words of all captions there
     table: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **texts}.items()))}
     for name, info in head.tensors.items():
         offsets = [info.start - head.data_start, info.end - head.data_start]
@@ -380,7 +383,7 @@ def _copy_clean(source: Path, target: Path) -> None:
 
 
 def _upload(folder: Path, repo: str, *, public: bool, replace: bool) -> str:
-    """Commit the folder's files on top of what the repository has."""
+    """Commit the folder's files to the repository, in addition to its existing files."""
     from huggingface_hub import HfApi, errors, is_offline_mode
 
     if is_offline_mode():

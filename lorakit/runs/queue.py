@@ -1,11 +1,11 @@
-"""Runs one after the other on each card, by a small process that outlives the front end. The truth is in files:
+"""Run jobs one after the other on each card, in a small process that outlives the front end. All state is in files:
 
-    <runs>/.queue/000001.json   a job: the command, the folder it writes to, how it stands
+    <runs>/.queue/000001.json   a job: its command, the folder it writes to, its state
     <runs>/.queue/000001.toml   the config of a training job
-    <runs>/.queue/000001.log    what it printed
-    <runs>/.queue/worker.lock   held by the process that works the jobs off
+    <runs>/.queue/000001.log    the job's output
+    <runs>/.queue/worker.lock   lock of the worker process
 
-A job that fails does not stop the next. Nothing is deleted; a job that is no longer wanted is marked so.
+A failed job does not stop the next one. Nothing is deleted; a job that is no longer wanted is marked as cancelled.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Queue:
         try:
             ends = run_folder.RunFolder(folder).stop_requested
             return ends or run_folder.read(folder).state not in run_folder.LIVE
-        except LorakitError:  # it has not made its folder yet
+        except LorakitError:  # its folder does not exist yet
             return False
 
     def command(self, arguments: Sequence[str], folder: Path) -> Job:
@@ -139,12 +139,12 @@ class Queue:
         return [self._corrected(job) for job in jobs if job is not None]
 
     def job(self, number: int) -> Job | None:
-        """One job, or None where there is no such number."""
+        """The job with this number, or None if there is none."""
         job = self._read(self._file(number, "json"))
         return self._corrected(job) if job else None
 
     def log(self, number: int) -> str:
-        """What the job printed so far."""
+        """The job's output so far."""
         try:
             return self._file(number, "log").read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -240,7 +240,7 @@ class Queue:
         target, folder = _option(job, "output", "notify"), Path(job.folder)
         try:
             now = run_folder.read(folder)
-        except LorakitError:  # it has made no folder
+        except LorakitError:  # it has not created a folder
             now = run_folder.State()
         if not target or (now.updated > job.pid_start and now.state != "interrupted"):
             return
@@ -328,7 +328,7 @@ class Queue:
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(file: Path, changed: int, inode: int, size: int) -> Job:
-    """A job's file; one that is as it was is not read again."""
+    """The parsed file of a job, cached until the file changes."""
     values = foreign_json.loads(file.read_text(encoding="utf-8"))
     return Job(**values | {"arguments": tuple(values["arguments"])})
 

@@ -78,7 +78,7 @@ def default_preset(model: ModelConfig, kind: str) -> tuple[str, str]:
 
 
 def describe(base: str | ModelConfig) -> BaseInfo:
-    """What is known of a base model without loading it."""
+    """Describe a base model without loading it."""
     return families.describe(base)
 
 
@@ -88,8 +88,8 @@ def is_hub_id(base: str) -> bool:
 
 
 def must_be_fetched(name: str, *, vae: bool = False) -> bool:
-    """Whether only the network has a base, or an autoencoder: it is a hub id, and not in the cache. The network is not
-    asked."""
+    """Whether a base or an autoencoder must be downloaded: it is a hub id that is not in the cache. The network is not
+    used."""
     hub_id = hub.parse(name) if is_hub_id(name) else None
     return hub_id is not None and (hub.cached_vae(hub_id) if vae else hub.cached(hub_id)) is None
 

@@ -1,7 +1,7 @@
-"""What a run did, for a person: curves, a contact sheet, and one HTML file that needs nothing else.
+"""The report of a run: curves, a contact sheet, and one self-contained HTML file.
 
-Only what was measured is drawn or said. The page (report.html.jinja) carries its pictures and its style, calls nobody,
-and follows the reader's light or dark setting.
+The report shows only measured values. The page (report.html.jinja) contains its pictures and its style, makes no
+network requests, and follows the reader's light or dark setting.
 """
 
 from __future__ import annotations

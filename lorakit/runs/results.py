@@ -1,4 +1,4 @@
-"""What of a run goes elsewhere: a batch's results, copied to a folder or a URL, and the notification at a run's end."""
+"""Send results elsewhere: copy a run's results to a folder or a URL, and notify the user at the end of a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Results:
         try:
             self._system, self._path = fsspec.core.url_to_fs(url)
             self._system.makedirs(self._path, exist_ok=True)
-        except Exception as error:  # of whatever library has the protocol
+        except Exception as error:  # exception types depend on the protocol's library
             raise LorakitError("--results {url}: {reason}", url, _reason(error)) from None
 
     def send(self, runs: Path, name: str) -> None:
@@ -77,7 +77,8 @@ def _reason(error: Exception) -> str:
 
 
 def notify_problem(target: str) -> str | None:
-    """Why `output.notify` cannot be used on this machine, or None. Nothing is asked or started."""
+    """The reason why `output.notify` cannot be used on this machine, or None. No command is started and no request is
+    sent."""
     if not target.strip():
         return None
     way = "give the address of a server, as https://..., or a command"
@@ -113,7 +114,7 @@ def notify(target: str, folder: Path, state: State) -> str | None:
         try:
             (_post if ADDRESS.match(target) else _start)(target, folder.absolute(), state)
             outcome.clear()
-        except Exception as error:  # whatever it is, the run has ended as it did
+        except Exception as error:  # no error of a notification may change the result of the run
             reason = getattr(error, "reason", None)
             cause = reason if isinstance(reason, Exception) else error
             if not isinstance(cause, TimeoutError):

@@ -1,17 +1,17 @@
-"""The run folder: the single truth about a run, for whoever trains, watches, stops or resumes it.
+"""The run folder, the only record of a run, for all programs that train, watch, stop or resume it.
 
     config.toml             the resolved config
-    plan.json               what was planned before the first step
-    state.json              where the run stands; replaced whole at every change
-    log.jsonl               everything that happened, one JSON object a line
-    .lock                   held by the process that trains; the system lets go of it when the process ends
-    stop, save-now, sample-now  somebody wants an end, a checkpoint, pictures; made by the front end or `touch`
+    plan.json               the plan, written before the first step
+    state.json              the current state; replaced completely at every change
+    log.jsonl               all events, one JSON object per line
+    .lock                   lock of the training process; the system releases it when the process ends
+    stop, save-now, sample-now  request to stop, for a checkpoint, for pictures; created by the front end or `touch`
     checkpoints/step-000100/
     samples/step-000100.png, samples/step-000100/01.png ...
     <name>.safetensors
     report.json, curves.svg, contact-sheet.png, report.html
 
-A viewer needs nothing but this folder and this module, which imports no torch.
+A viewer needs only this folder and this module, which does not import torch.
 """
 
 from __future__ import annotations
@@ -58,20 +58,20 @@ AMONG_PHOTOS = "{path} is inside the folder of photos, where nothing is written;
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         step, steps: optimizer steps done and planned.
         loss: smoothed training loss.
         learning_rate: of the last step.
         images_per_second, memory_mib, eta_s: speed, peak memory in MiB, seconds left.
-        doing: the part of the run, as its phases name it.
-        position, total: of that part, such as class images, where it counts them; else 0.
-        threads: with how many torch computes on the CPU, 0 before it is known. Sums of floats depend on it.
+        doing: current phase of the run, named as in the phase events.
+        position, total: progress within the phase, for example in class images, if the phase counts; else 0.
+        threads: number of threads that torch uses on the CPU; 0 before it is known. Sums of floats depend on it.
         pid, pid_start: the process that trains and the second since the epoch at which it started; a process number
             alone is given out again.
-        host: the machine that trains, "" before it is known.
-        message: how it ended, for a person; state.json has its key and values too, see `core.messages`.
+        host: name of the machine that trains; "" before it is known.
+        message: how the run ended, for the user; state.json also has its key and values, see `core.messages`.
         adapter: file name of the exported adapter.
         updated: seconds since the epoch of the last change.
     """
@@ -140,10 +140,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
-        """A new folder for a new run, claimed by this process: `output.folder`, or runs/<time>-<name>.
+        """Create a folder for a new run and claim it for this process: `output.folder`, or runs/<time>-<name>.
 
         Raises:
-            LorakitError: the folder asked for is not empty, is a file, or cannot be made.
+            LorakitError: the requested folder is not empty, is a file, or cannot be created.
         """
         path = place(config)
         if problem := output_problem(path):
@@ -175,15 +175,15 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Lock an existing run for this process, to resume it. Its state stays as it was until `begin`.
+        """Lock an existing run for this process, to resume it. Its state does not change until `begin`.
 
         Raises:
-            LorakitError: not a run folder, or another process is still training in it.
+            LorakitError: the path is not a run folder, or another process still trains in it.
         """
         run = cls(path)
         run.require()
         state = _read_or_guess(run.path)
-        # For another machine only the lock can tell. The person who resumes knows that the machine is gone.
+        # For a run of another machine, only the lock shows this; the user who resumes knows that the machine is gone.
         is_here = state.host in ("", platform.node())
         if state.state in LIVE and is_here and state.pid != _this_process()[0]:
             raise LorakitError(LOCKED, run.path, state.pid)
@@ -192,8 +192,7 @@ class RunFolder:
         return run
 
     def begin(self, step: int, config: Config | None = None) -> None:
-        """Claim an opened run to resume it at `step`. `config` replaces its config; an earlier request to stop is
-        dropped."""
+        """Claim an opened run to resume it at `step`. `config` replaces its config. A request to stop is removed."""
         if config is not None:
             atomic.write(self.config_file, to_toml(configuration.with_absolute_paths(config)))
         self.stop_file.unlink(missing_ok=True)
@@ -207,12 +206,12 @@ class RunFolder:
         self.event("start", resumed=True)
 
     def lock(self) -> None:
-        """Keep other processes out of the folder until `unlock`, or the end of this process, however it ends.
+        """Lock the folder against other processes until `unlock` or the end of this process.
 
         Raises:
-            LorakitError: another process, or another thread of this one, has the lock.
+            LorakitError: another process or another thread of this process holds the lock.
         """
-        # One object for each path, which a thread may take again.
+        # One lock object for each path, so that the same thread can acquire it again.
         self._lock = FileLock(self.path / ".lock", is_singleton=True)
         try:
             self._lock.acquire(timeout=0)
@@ -221,13 +220,13 @@ class RunFolder:
             raise LorakitError(LOCKED, self.path, pid or "unknown") from None
 
     def unlock(self) -> None:
-        """Let other processes in."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release(force=True)
             self._lock = None
 
     def update(self, **changes: Any) -> None:
-        """Change fields of `State` and write it. Mere progress may be written a little later, with what follows it."""
+        """Change fields of `State` and write it. Progress alone may be written later, together with the next change."""
         self._state = replace(self._state, **changes)
         if "state" in changes or time.time() - self._state.updated >= PROGRESS_EVERY:
             try:
@@ -236,10 +235,10 @@ class RunFolder:
                 self._unwritten = error
 
     def record(self, event: Event) -> None:
-        """Listen to a run: progress goes into state.json, everything else is a line of the log.
+        """Record an event of the run: progress goes into state.json, every other event becomes a line of the log.
 
         Raises:
-            OSError: state or log could not be written; the run can go on without.
+            OSError: the state or the log could not be written; the run can continue without it.
         """
         if event.kind == "phase":
             self.update(doing=event.facts["phase"], position=0, total=0)
@@ -254,7 +253,7 @@ class RunFolder:
             raise error
 
     def event(self, event: str, **facts: object) -> None:
-        """Add one line to the log and flush it. See `record` for errors."""
+        """Append one line to the log. See `record` for errors."""
         self._add(Event(event, None, facts))
 
     def _add(self, event: Event) -> None:
@@ -266,17 +265,17 @@ class RunFolder:
             self._unwritten = error
 
     def write_plan(self, plan: Any) -> None:
-        """Keep the plan (plain JSON values)."""
+        """Write the plan as plain JSON values."""
         atomic.write(self.plan_file, json.dumps(json_value(plan), indent=1, ensure_ascii=False))
 
     def write_report(self, findings: Iterable[dict[str, Any]]) -> None:
-        """Keep what the self-check found, each a dict with name, passed and detail."""
+        """Write the findings of the self-check, each a dict with name, passed and detail."""
         rows = [json_value(finding | key_of(finding["detail"])) for finding in findings]
         verdict = {"passed": all(finding["passed"] for finding in rows), "findings": rows}
         atomic.write(self.report_file, json.dumps(verdict, indent=1, ensure_ascii=False))
 
     def save_samples(self, step: int, images: Sequence[Image.Image], prompts: Sequence[str]) -> Path:
-        """Write each picture with its recipe, then the grid of them, whose path is returned."""
+        """Write each picture with its recipe, then the grid of all pictures. Return the path of the grid."""
         folder = self.samples / step_name(step)
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images, 1):
@@ -295,11 +294,11 @@ class RunFolder:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody wants the run to stop."""
+        """Whether a stop of the run was requested."""
         return self.stop_file.exists()
 
     def request_stop(self) -> None:
-        """Ask the run to save, export and end: after its step, or at once while it draws or encodes."""
+        """Ask the run to save, export and end, after its step or immediately while it samples or encodes."""
         self.stop_file.touch()
 
     def request(self, what: str) -> None:
@@ -307,7 +306,7 @@ class RunFolder:
         (self.path / f"{what}-now").touch()
 
     def take_requests(self) -> list[str]:
-        """What was asked for since the last call, in order."""
+        """The requests since the last call, in a fixed order. They are removed."""
         files = [(name, self.path / f"{name}-now") for name in ("save", "sample")]
         names = [name for name, file in files if file.exists()]
         for _, file in files:
@@ -315,14 +314,14 @@ class RunFolder:
         return names
 
     def events(self, *kinds: str) -> Iterator[LogLine]:
-        """The log's lines, in order, of these kinds (none: all). A half-written line is passed over."""
+        """The log's events of the given kinds (default: all), in order. Incomplete lines are skipped."""
         if not self.log_file.is_file():
             return
         with self.log_file.open(encoding="utf-8", errors="replace") as file:
             yield from _of_kinds(file, kinds)
 
     def sample_grids(self) -> dict[int, Path]:
-        """LossStep -> grid picture, in order of steps."""
+        """Step -> grid picture, in order of steps."""
         return {_step_of(path): path for path in sorted(self.samples.glob("step-*.png"))}
 
     def sample_pictures(self, step: int) -> list[Path]:
@@ -343,10 +342,10 @@ class RunFolder:
 
 
 class LogReader:
-    """Events of a log that grows: each call reads on from where the last one ended. Safe to use from several threads.
+    """Events of a growing log: each call reads on from the end of the last one. Safe to use from several threads.
 
     Args:
-        kinds: of the events that are kept.
+        kinds: kinds of events to return; default: all.
     """
 
     def __init__(self, file: Path, *kinds: str):
@@ -355,7 +354,7 @@ class LogReader:
         self._lock = threading.Lock()
 
     def events(self) -> list[LogLine]:
-        """All events so far, in order. An unfinished last line is left for the next call.
+        """All events so far, in order. An unfinished last line is read in the next call.
 
         Raises:
             OSError: the log cannot be read.
@@ -373,7 +372,7 @@ class LogReader:
 
 
 def _of_kinds(lines: Iterable[str], kinds: Sequence[str]) -> Iterator[LogLine]:
-    """The events of a log's lines, of these kinds (none: all). What is no event is passed over."""
+    """The events of the given kinds (default: all) in the log's lines. Lines that are not events are skipped."""
     for line in lines:
         try:
             event = foreign_json.loads(line)
@@ -384,7 +383,7 @@ def _of_kinds(lines: Iterable[str], kinds: Sequence[str]) -> Iterator[LogLine]:
 
 
 def read(path: str | Path) -> State:
-    """What state.json says, corrected where the process that wrote it is gone ("interrupted").
+    """The state in state.json, changed to "interrupted" if the process that wrote it no longer exists.
 
     Raises:
         LorakitError: there is no readable state.json.
@@ -404,21 +403,21 @@ def read(path: str | Path) -> State:
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(file: Path, changed: int, inode: int, size: int) -> State:
-    """A state.json; one that is as it was is not read again."""
+    """The parsed state.json, cached until the file changes."""
     names, table = {field.name for field in fields(State)}, foreign_json.loads(file.read_text(encoding="utf-8"))
     table["message"] = from_json(table.get("message", ""), table)
     return State(**{name: value for name, value in table.items() if name in names})
 
 
 def _is_alive(state: State) -> bool:
-    """Whether the process that trains is there; of another machine, whether it has written lately."""
+    """Whether the training process exists. For another machine: whether it has written recently."""
     if state.host in ("", platform.node()):
         return alive(state.pid, state.pid_start)
     return time.time() - state.updated < SILENCE
 
 
 def _read_or_guess(path: Path) -> State:
-    """As `read`; an interrupted run where state.json is damaged or missing, as its checkpoints say the rest."""
+    """As `read`, but an interrupted state if state.json is damaged or missing; the checkpoints have the rest."""
     try:
         return read(path)
     except LorakitError:
@@ -426,7 +425,7 @@ def _read_or_guess(path: Path) -> State:
 
 
 def status(path: str | Path) -> States:
-    """One word for how a run stands: preparing, running, done, failed, stopped or interrupted."""
+    """The state of a run in one word: preparing, running, done, failed, stopped or interrupted."""
     return read(path).state
 
 
@@ -442,16 +441,16 @@ def list_runs(root: str | Path) -> list[tuple[Path, State]]:
 
 
 def place(config: Config) -> Path:
-    """Where a new run goes: `output.folder`, or runs/<time>-<name>."""
+    """The folder of a new run: `output.folder`, or runs/<time>-<name>."""
     new = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name_of(config)}"
     return Path(config.output.folder or unique_path(new))
 
 
 def output_problem(path: Path, data_folder: str = "") -> str | None:
-    """Why a new run cannot be written to `path`, or None. Nothing is created.
+    """The reason why a new run cannot be written to `path`, or None. Nothing is created.
 
     Args:
-        data_folder: the folder of photos, which is only ever read; "" if there is none.
+        data_folder: the folder of photos, which must not be written to; "" if there is none.
     """
     try:
         if path.is_dir() and not _is_unused(path):
@@ -468,7 +467,7 @@ def output_problem(path: Path, data_folder: str = "") -> str | None:
 
 
 def _is_unused(path: Path) -> bool:
-    """Whether a folder is empty, or has only what a run that was killed in its first moment leaves."""
+    """Whether a folder is empty, or contains only files of a run that was killed at its start."""
     folders = [path / "checkpoints", path / "samples"]
     leftovers = {*folders, path / ".lock"}
     return all(file in leftovers or atomic.TEMPORARY.fullmatch(file.name) for file in path.iterdir()) and not any(
@@ -487,7 +486,8 @@ def _this_process() -> tuple[int, float]:
 
 
 def alive(pid: int, started: float) -> bool:
-    """Whether the process that started then (seconds since the epoch) is still there, and not another of its number."""
+    """Whether the process that started at `started` (seconds since the epoch) still exists, not another of its
+    number."""
     try:
         process = psutil.Process(pid)
         # A zombie has ended and only waits to be noticed. The clock may have been set by a second or two meanwhile.

@@ -23,7 +23,7 @@ def count(config: Config, info: BaseInfo, layers: Mapping[str, tuple[int, int]])
 
 
 def note(config: Config) -> list[str]:
-    """What the run does otherwise than one of an adapter."""
+    """The line that describes how the run differs from training an adapter."""
     if not config.adapter.whole_model:
         return []
     outputs = ", ".join(getattr(config.adapter, "outputs", ()))
@@ -41,7 +41,7 @@ def note(config: Config) -> list[str]:
 
 
 def problems(config: Config, info: BaseInfo) -> list[str]:
-    """Why the base's own weights cannot be trained, or not written as asked for, a line each."""
+    """The reasons why the base's own weights cannot be trained or written as requested, one message each."""
     if not config.adapter.whole_model:
         return []
     outputs, method = getattr(config.adapter, "outputs", ()), config.adapter.method
