@@ -1,4 +1,4 @@
-"""Commands that take an adapter: sample, inspect, export, resize, combine, merge; extract one; convert a pickle."""
+"""Commands for adapters: sample, inspect, export, resize, combine, merge, extract, convert and install-adapter."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def run_sample(args: argparse.Namespace) -> int:
 
     file = adapter_file(Path(args.adapter))
     if not file.is_dir():
-        safetensors_header.read(file)  # what is no such file is refused before seconds of imports
+        safetensors_header.read(file)  # reports a file of another kind before the slow imports
     threads.use_idle_cores()
     with model_imports():
         from lorakit.inference import sampling
@@ -177,7 +177,7 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """`lorakit inspect`: 1 where a program named in `--targets` does not read all of the file."""
+    """`lorakit inspect`. The exit code is 1 if a program named in `--targets` cannot read all of the file."""
     from lorakit.formats import inspect
     from lorakit.formats.facts import strength
     from lorakit.runs.run_folder import RunFolder
@@ -245,7 +245,7 @@ def run_resize(args: argparse.Namespace) -> int:
 
 
 def run_combine(args: argparse.Namespace) -> int:
-    """`lorakit combine`. Triggers of all the adapters are the new one's."""
+    """`lorakit combine`. The result has the triggers of all the adapters."""
     from lorakit import formats
     from lorakit.formats import metadata as meta
     from lorakit.formats.edit.resize_combine import combine
@@ -357,7 +357,7 @@ def _write(
     metadata: Mapping[str, str],
     sources: Sequence[str | Path],
 ) -> int:
-    """Save as asked for; what was read is never written over."""
+    """Write the adapter in the requested format. Input files are never overwritten."""
     from lorakit import formats
     from lorakit.formats import adapter_math, compatibility
     from lorakit.formats.saving import destination, occupied, take_along
@@ -368,7 +368,7 @@ def _write(
         )
     if is_device(name):
         raise LorakitError(DEVICE, "--name", name)
-    fmt = args.to if weights.layers else "kohya"  # whose ending an embedding has
+    fmt = args.to if weights.layers else "kohya"  # embeddings use the suffix of this format
     folder = Path(args.output)
     target = destination(folder, name, fmt).resolve()
     for source in sources:

@@ -1,4 +1,4 @@
-"""Commands that take a base: probe."""
+"""Commands for base models: probe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.core.units import count
 
-# Of a bundled subject, where no photo is named.
+# Uses photos of this bundled subject if no photo is given.
 BUNDLED_SUBJECT, BUNDLED_PHOTOS = "zib", 4
 
 
@@ -27,7 +27,7 @@ def add(command: Command) -> None:
 
 
 def run_probe(args: argparse.Namespace) -> int:
-    """`lorakit probe`: 1 where neither reading is clearly right."""
+    """`lorakit probe`. The exit code is 1 if neither prediction type is clearly right."""
     threads.use_idle_cores()
     flags = {"model.base": args.base, "train.steps": 1} | ({"model.vae": args.vae} if args.vae else {})
     config = configuration.load(None, flags | read_overrides(args.set))

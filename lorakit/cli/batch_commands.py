@@ -1,4 +1,4 @@
-"""Commands of many runs: batch."""
+"""Commands for several runs: batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakit.core.messages import Message
 from lorakit.core.names import quote
 
 STATUS = "status"
-# Seconds between two looks at a queue that is waited for.
+# Seconds between two reads of the queue while the command waits for it.
 LOOK_EVERY = 1.0
 
 
@@ -43,7 +43,7 @@ def add(command: Command) -> None:
 
 
 def run_batch(args: argparse.Namespace) -> int:
-    """`lorakit batch`: 1 where a run has failed."""
+    """`lorakit batch`. The exit code is 1 if a run failed."""
     from lorakit.runs import batch
 
     source = Path(args.jobs)

@@ -1,4 +1,4 @@
-"""Commands that write captions: caption."""
+"""Commands for captions: caption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorakit.data.photo_folder import Photo
     from lorakit.inference.captioners.photos import Captions
 
-# What of the config a captioner obeys.
+# Config options that a captioner uses.
 OPTIONS = [
     *("data.name", "data.kind", "data.concepts", "data.exclude", "data.edits", "data.class_folder"),
     *("memory.device", "memory.mixed_precision", "memory.tf32"),
@@ -76,7 +76,7 @@ def add(command: Command) -> None:
 
 
 def run_caption(args: argparse.Namespace) -> int:
-    """`lorakit caption`: 1 where a photo got no caption, 130 where it was stopped."""
+    """`lorakit caption`. The exit code is 1 if a photo got no caption, and 130 if the command was stopped."""
     config = _config(args)
     place = expand(config.data.folder)
     if args.undo:

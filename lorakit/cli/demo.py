@@ -1,4 +1,4 @@
-"""`lorakit demo`: train on bundled photos with the bundled base, draw, and print figures that say whether it worked."""
+"""`lorakit demo`: train on bundled photos with the bundled base, sample, and print measurements of the result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lorakit.core.units import duration
 
 PHOTOS = 16
 TRIGGER = "sks"
-# Scenes of the before/after grid. No photo that it learns from shows one of them.
+# Scenes of the before/after grid. No training photo shows one of them.
 UNSEEN = ("snow", "night", "city", "underwater", "floor")
-# Pictures of each unseen scene that the judge looks at, each from its own seed.
+# Number of pictures of each unseen scene that the judge sees, each from its own seed.
 PICTURES_PER_SCENE = 8
 
 
@@ -55,16 +55,16 @@ def demo(
     *,
     stop: Callable[[], bool] | None = None,
 ) -> Outcome:
-    """Write photos of a bundled subject, teach it to the bundled base, and compare both on scenes it never saw.
+    """Write photos of a bundled subject, train the bundled base on them, and compare base and adapter on unseen scenes.
 
     Args:
-        folder: where everything goes; runs/<time>-demo unless given.
-        overrides: dotted keys laid over the preset subject-pocket.
+        folder: output folder; by default runs/<time>-demo.
+        overrides: options that override the preset subject-pocket, by dotted key.
         stop: see `training.run.train`.
 
     Raises:
-        LorakitError: no such subject, the folder is taken, or training failed.
-        Stopped: a stop was asked for.
+        LorakitError: there is no such subject, the folder is not empty, or training failed.
+        Stopped: a stop was requested.
     """
     from lorakit.families.pocket import scene_captions, subjects
 
@@ -82,7 +82,7 @@ def demo(
             f"a photo of a {TRIGGER} {noun} {scene_captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN
         ),
         "output.folder": str(folder / "run"),
-        "train.min_steps": 0,  # its pictures are drawn by the renderer that taught the base, and take fewer steps
+        "train.min_steps": 0,  # the base knows this style: fewer steps suffice
     }
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
     photos = write_photos(subject, folder / "photos")
@@ -107,10 +107,10 @@ def demo(
 
 
 def write_photos(subject: str, folder: Path) -> Path:
-    """PNG files of the subject on every scene that is not kept for the comparison, each with its caption beside it.
+    """Write PNG files of the subject on all scenes except those of the comparison, each with a caption file.
 
     Raises:
-        LorakitError: the folder holds something already.
+        LorakitError: the folder is not empty.
     """
     from lorakit.families.pocket import scene_captions, spec, subjects
 

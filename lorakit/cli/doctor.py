@@ -1,4 +1,4 @@
-"""`lorakit doctor`: what this machine can do, what is missing, and the command that adds it."""
+"""`lorakit doctor`: report what this machine supports, what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXTRAS = {
     "onnx": ("onnxruntime", "`lorakit caption` with a tagger in ONNX"),
     "vlm": ("torchvision", "`lorakit caption` with SmolVLM or Qwen-VL"),
 }
-# Less than this much free disk does not hold a run with its checkpoints and pictures.
+# With less free disk space than this, a run with its checkpoints and pictures does not fit.
 SMALLEST_FREE_DISK = 2 * 2**30
 
 
@@ -181,12 +181,12 @@ def cpu_line(threads: int) -> Line:
 def cuda_lines(
     device: str, name: str, memory: int, capability: tuple[int, int], architectures: Sequence[str], bf16: bool
 ) -> list[Line]:
-    """What is to be said of one CUDA device.
+    """Findings about one CUDA device.
 
     Args:
-        memory: bytes.
-        capability: (major, minor) of the device.
-        architectures: what this torch was built for (`torch.cuda.get_arch_list()`).
+        memory: memory in bytes.
+        capability: (major, minor) compute capability of the device.
+        architectures: architectures of this torch build (`torch.cuda.get_arch_list()`).
     """
     architecture = f"sm_{capability[0]}{capability[1]}"
     lines = [Line(device, "ok", f"{name}, {memory / 2**30:.0f} GiB, {architecture}")]

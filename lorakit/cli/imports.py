@@ -12,9 +12,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """While imports last there is no garbage: the collector rests, and later looks at nothing that is here by then.
+    """Disable garbage collection during imports, and exclude all objects that exist afterwards from later collections.
 
-    Only a program calls this, and no module of a library: `gc.freeze` holds for the whole process.
+    Only programs may call this, because `gc.freeze` applies to the process and not to one library.
     """
     gc.disable()
     try:
@@ -45,7 +45,7 @@ def import_bitsandbytes() -> None:
     compile = torch.compile
     torch.compile = lambda function, **_: function
     try:
-        with contextlib.suppress(Exception):  # one that does not fit this system is named where a run asks for it
+        with contextlib.suppress(Exception):  # a broken package is reported when a run needs it
             importlib.import_module("bitsandbytes")
     finally:
         torch.compile = compile

@@ -40,9 +40,9 @@ from lorakit.core.events import Event
 from lorakit.core.messages import Message
 from lorakit.runs import launch
 
-# Kept for one release under their old names.
+# Old names of commands, accepted for one more release.
 ALIASES = {"options": ["knobs"]}
-# Where it is more than the report of what was done.
+# Help of `--json` for commands that write more than a report of the work done.
 JSON_HELP = dict.fromkeys(
     ("train", "resume", "caption"), "write each event of the run to stdout as a line of JSON, the result last"
 )
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. A mistake of the user is reported in a line, without a traceback."""
     code = _run(argv)
     if code and launch.world().count > 1:
-        # Threads of torch.distributed that wait for the others would keep the process from ending, or abort it.
+        # Threads of torch.distributed that wait for other processes would keep this process from ending, or abort it.
         sys.stdout.flush()
         os._exit(code)
     return code
@@ -193,8 +193,8 @@ def _with_full_names(argv: Sequence[str]) -> list[str]:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """`lorakit doctor`: 1 where something keeps lorakit from working here."""
-    threads.use_idle_cores()  # as training does, which is what it is about
+    """`lorakit doctor`. The exit code is 1 if lorakit cannot work on this machine."""
+    threads.use_idle_cores()  # training does the same, so that the report shows its number of threads
     from lorakit.cli import doctor
 
     lines = doctor.examine()
@@ -222,7 +222,7 @@ def run_ui(arguments: Sequence[str]) -> int:
     """`lorakit ui`: the front end has options of its own (`lorakit ui --help`)."""
     if not _has("gradio"):
         raise LorakitError("the front end needs gradio; {hint}", install.hint("ui"))
-    # By name: the front end and the command line do not know each other.
+    # Imported by name, because the rooms ui and cli may not import each other.
     with quick_imports():
         app = import_module("lorakit.ui.app")
     return int(app.main(arguments))

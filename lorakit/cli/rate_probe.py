@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from lorakit.config import OptimizerConfig
     from lorakit.runs.preflight import Ready
 
-# The rate rises evenly from a hundredth of the config's to thirty times it, and the photos are examined so many times.
+# The rate rises geometrically from a hundredth of the config's rate to thirty times it, with this many validations.
 STEPS, LOOKS, LOWEST, HIGHEST = 60, 12, 0.01, 30.0
-# The proposal is this share of the rate at which the photos were predicted best.
+# The proposed rate is this share of the rate with the lowest error.
 SHARE = 1 / 3
 WIDTH = 40
 
@@ -42,7 +42,7 @@ def add(command: Command) -> None:
 
 
 def run_probe_rate(args: argparse.Namespace) -> int:
-    """`lorakit probe-rate`: 1 where no rate taught anything."""
+    """`lorakit probe-rate`. The exit code is 1 if no rate improved the error."""
     if args.steps < LOOKS:
         raise ConfigError([Message("--steps is {least} or more", LOOKS)])
     threads.use_idle_cores()

@@ -16,7 +16,8 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.runs import batch
 
-# If the worker of a task is lost more often than this, the task is the cause, for example by too little memory.
+# If the worker of a task is lost more often than this, the task itself is probably the cause, for example too little
+# memory.
 RETRIES = 5
 
 
@@ -48,7 +49,7 @@ def run(
             raise LorakitError(
                 "--ray {address}: no cluster answers there ({problem}); start one with: ray start", address, line
             ) from None
-    # A process for each run, so that torch's memory on the card is freed after it.
+    # A separate process for each run, so that its GPU memory is freed at its end.
     task = ray.remote(max_calls=1, max_retries=RETRIES)(work)
     names = {
         task.options(num_gpus=0 if row.config.memory.device == "cpu" else 1).remote(str(runs), row.name): row.name

@@ -8,10 +8,10 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-# Launchers pass signals on to each process of a run, some twice, and end a process that they think has failed.
+# Launchers pass signals to each process of a run, sometimes twice, and end a process that seems to have failed.
 SEVERAL = int(os.environ.get("WORLD_SIZE") or 1) > 1
 NOTICE = b"lorakit: stopping, and saving what there is; Ctrl-C again ends at once\n"
-# The terminal was closed; Windows has no such signal.
+# Sent when the terminal is closed; Windows has no SIGHUP.
 HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 
 
@@ -30,7 +30,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
         if SEVERAL:
             return
-        # Not by print: the handler may interrupt one.
+        # `print` is not reentrant, and the handler may interrupt one.
         with contextlib.suppress(OSError):
             os.write(2, b"\n" * os.isatty(2) + NOTICE)  # below the bar
 

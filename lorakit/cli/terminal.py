@@ -1,7 +1,7 @@
-"""What the person at the terminal sees: lines, one progress bar, and nothing from any library.
+"""Terminal output: lines and one progress bar, and no output of the libraries.
 
-On a terminal the bar is redrawn in place; in a pipe or a file it is a line every twentieth of the run. Output never
-ends a run: where the reader or the terminal has gone, or the disk of a redirection is full, lines are dropped.
+On a terminal the bar is redrawn in place. In a pipe or a file it is a line after every twentieth of the run. A failed
+write never ends a run: if the reader or the terminal has gone, or the disk is full, lines are dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorakit.core.units import duration
 # The bar is drawn at most this often, in seconds, and in a pipe once for this share of the run.
 REDRAW_SECONDS = 0.1
 SHARE_OF_A_LINE = 0.05
-# Said once, beside the first validation.
+# Printed once, with the first validation.
 VALIDATION = "the mse is of the same noise each time; the loss is of other noise and weights at each step"
 
 _QUIET = {
@@ -97,7 +97,8 @@ def write(stream: TextIO, text: str) -> bool:
 
 
 def _safe(text: str) -> str:
-    """What names, texts and metadata of files may hold is escaped; newlines, tabs and the bar's returns stay."""
+    """Escape control characters in names, texts and metadata of files, except newlines, tabs and the bar's carriage
+    returns."""
     parts = re.split(r"(\A\r|\r\Z|[\n\t])", text)
     return "".join(part if part in ("\r", "\n", "\t") else printable(part) for part in parts)
 
@@ -255,7 +256,7 @@ class Bar:
         self._width, self._draw_time = len(text), self.terminal.clock()
 
     def line(self) -> str:
-        """What is known, as one line."""
+        """The current state as one line."""
         return "  ".join([f"{self.what} {self.position}/{self.total}", *self._facts])
 
     def close(self) -> None:

@@ -9,11 +9,11 @@ SAMPLE_SECONDS = 0.1
 
 
 def use_idle_cores() -> None:
-    """Set OMP_NUM_THREADS to the number of cores that are idle now. Call it before torch and NumPy are imported.
+    """Set OMP_NUM_THREADS to the number of idle cores. Call it before torch and NumPy are imported.
 
-    All threads wait for the slowest at the end of every operation, such as one whose core another program uses. On two
-    cores, one of them busy, two threads train the bundled model at a third of the speed of one thread. A value that the
-    user has set stays.
+    At the end of every operation all threads wait for the slowest, for example one whose core another program uses. On
+    two cores, one of them busy, two threads train the bundled model at a third of the speed of one thread. A value set
+    by the user does not change.
     """
     if not os.environ.get(THREADS):
         import psutil

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Adds a command by its name, function and help.
 Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
-# Seconds after which the check of the photos shows how far it is.
+# Seconds after which the check of the photos shows its progress.
 BAR_AFTER = 3.0
 
 
@@ -169,7 +169,7 @@ def run_train(args: argparse.Namespace) -> int:
     terminal = _terminal(args)
     from lorakit.runs.preflight import preflight
 
-    # Before the libraries that models need are imported, which takes seconds.
+    # Checked before the slow imports of torch and diffusers.
     with _progress_of_photos(terminal) as check:
         ready = preflight(resolve(args, terminal), check=check, fetch=True).or_raise()
     for line in ready.lines():

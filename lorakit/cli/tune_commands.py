@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 RANKS = (4, 8, 16, 32)
-# The learning rate is searched from a fifth of the config's to five times it, and the length among these shares of it.
+# The learning rate is searched from a fifth to five times the config's rate, and the length among these shares of the
+# config's length.
 RATE_FACTOR, LENGTHS = 5.0, (0.5, 1.0, 1.5)
-# Validations in a trial; trials that no other is compared with.
+# Validations in one trial, and number of first trials that are never pruned.
 LOOKS, FIRST_TRIALS = 5, 4
 LOWEST = "lowest-score.toml"
 
@@ -97,15 +98,15 @@ def _study(folder: Path, seed: int) -> Study:
 
 
 class Search:
-    """Trains for a trial of Optuna, and returns its score.
+    """The objective of the Optuna study: train one trial and return its score.
 
     Args:
-        config: what all trials have in common.
-        steps: length of the config's own run.
-        folder: where the runs go.
-        drift: prior drift that is accepted.
-        say: is told of each trial.
-        stop: whether somebody wants an end.
+        config: config shared by all trials.
+        steps: number of steps of the config's own run.
+        folder: parent folder of the run folders.
+        drift: accepted prior drift.
+        say: called with a line for each trial.
+        stop: returns whether a stop was requested.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Search:
         return configuration.load(shared, overrides)
 
     def score(self, mse: float, drift: float) -> float:
-        """The held-out error, larger by the share by which the drift is more than is accepted."""
+        """The held-out error, multiplied by 1 plus the excess of the drift over the accepted drift."""
         return mse * (1 + max(0.0, drift - self.drift))
 
     def __call__(self, trial: Trial) -> float:

@@ -53,8 +53,7 @@ def save(
     would turn values into 0 or infinity, float32 is written, and `say` gets a message.
 
     Raises:
-        LorakitError: a format cannot hold the method, a layer has no canonical name or is not finite, or the disk is
-            full.
+        LorakitError: a format cannot hold the method, a layer is not canonical or not finite, or the disk is full.
     """
     formats = list(dict.fromkeys(formats))
     metadata = {**weights.metadata, **metadata}

@@ -138,8 +138,7 @@ def preflight(
         resume: whether the run folder exists and the run resumes.
         fetch: whether to download the base's tokenizer if only the hub has it; training needs it, a check does not.
         pipeline: the base as a pipeline in memory, if it is one.
-        processes: number of processes that train together on this machine; by default the number that the launcher
-            started.
+        processes: number of processes that train together on this machine; by default as started by the launcher.
     """
     config, unquoted = _without_quotes(config)
     config, processes, sharing = launch.prepare(config, processes, resume=resume)

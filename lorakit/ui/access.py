@@ -1,4 +1,4 @@
-"""What the front end may touch: which address it listens on, and which folders it reads."""
+"""Access control of the front end: the address it listens on, and the folders it may read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from lorakit.core.errors import LorakitError
 from lorakit.data import photo_folder
 
-# Looking for folders of photos ends after this many folders: a suggestion must not read a whole disk.
+# The search for folders of photos ends after this many folders, so that a suggestion never reads an entire disk.
 MAX_FOLDERS = 2000
 LEVELS = 3
 

@@ -8,7 +8,8 @@ import gradio as gr
 
 # `?tab=`, in the order of the tabs. (`?page=` is Gradio's own.)
 TABS = ("photos", "train", "runs", "compare", "try", "adapter")
-# What is asked for is read before Gradio opens its first tab. Then the address follows what is on display.
+# The script reads the requested tab and run before Gradio opens its first tab. Afterwards, the address follows the
+# display.
 _FOLLOW = """
 window.lorakitAddress = new URLSearchParams(location.search);
 setInterval(() => {
@@ -25,7 +26,7 @@ _TAB = """() => {
   const number = %(tabs)s.indexOf(window.lorakitAddress?.get('tab'));
   if (number > 0) document.querySelectorAll('#pages button[role=tab]')[number]?.click();
 }"""
-# An element that is drawn again gets its focus back. If it is gone, its tab gets the focus, for people with a keyboard.
+# An element that is redrawn gets its focus back. If it no longer exists, its tab gets the focus, for keyboard users.
 _KEEP_FOCUS = """
 let last = '', holder = null;
 const PARTS = ['data-run', 'data-exclude', 'data-edit', 'data-file', 'data-picture'];
@@ -61,6 +62,6 @@ SCRIPTS = _FOLLOW_ADDRESS + _KEEP_FOCUS + _NAME_UPLOADS
 
 
 def run_in(request: gr.Request) -> str:
-    """The run that the page's address asks for, or ""."""
+    """The name of the run in the page's address, or ""."""
     query = str(request.headers.get("referer", "")).partition("?")[2]
     return dict(parse_qsl(query)).get("run", "")

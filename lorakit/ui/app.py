@@ -11,8 +11,8 @@ from typing import Any
 
 from lorakit.ui import commands
 
-# Gradio asks its makers' servers for news at import otherwise. Nothing here needs a network, nor does a run; what does
-# is the fetching of a base that somebody asks for.
+# Without this, Gradio contacts its servers at import. The front end and its runs need no network, except to download a
+# base that the user requests.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = commands.OFFLINE
 
@@ -44,7 +44,8 @@ from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
 
 USER = "lorakit"
-# gzip's level: the page and its scripts are a quarter of their size, in a few hundredths of a second.
+# Compression level of gzip. It reduces the page and its scripts to a quarter of their size in a few hundredths of a
+# second.
 COMPRESSION = 4
 STYLE = Path(__file__).with_name("style.css")
 
@@ -134,7 +135,7 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
         LorakitError: it cannot listen, or has no public address.
     """
     t = language.Translations()
-    os.environ["GRADIO_TEMP_DIR"] = str(workspace.private("gradio"))  # its own is shared, and kept for ever
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.private("gradio"))  # Gradio's default is shared and is never deleted
     server = Server(
         build(workspace, t),
         args.host,
@@ -197,13 +198,13 @@ def _theme() -> gr.themes.Base:
 
 
 def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
-    """The whole page, wired."""
+    """Build the page and wire its events."""
     with Page(title="lorakit", analytics_enabled=False) as page:
         head = f"<header class=lk-head><h1>lorakit</h1>{language.buttons()}</header>"
         widgets.html(head, js_on_load=address.SCRIPTS + language.SWITCH)
         gr.Markdown(t("app.tagline"), elem_classes="lk-tagline")
-        # Kept in the browser: a reload or a restarted program loses neither. Inside of a tab they would be read when it
-        # is opened first, and what the page holds by then would be written over them.
+        # Stored in the browser, so that a reload or a restart of the program keeps both. Inside a tab, the values would
+        # be read when the tab is first opened, and would overwrite the current values of the page.
         draft = gr.BrowserState(None, storage_key="lorakit-draft", secret="lorakit")
         run_name = gr.BrowserState(None, storage_key="lorakit-run", secret="lorakit")
         viewer.build(workspace)
@@ -288,12 +289,14 @@ def _wire_train(
         message, name = train.begin(_values(train, data), say, progress)
         if name is None:
             return message, gr.skip(), gr.skip(), gr.skip()
-        # The button comes back with the next answer or visit: the same run is not started twice by mistake.
+        # The button is enabled again with the next answer or visit, so that the same run is not started twice by
+        # mistake.
         return message, name, gr.Tabs(selected="runs"), gr.update(interactive=False)
 
     every = [train.widgets[key] for key in train.keys]
     inputs = {*train.inputs, train.requests}
-    # One listener for all: a later answer waits for an earlier one, which so cannot overwrite what came after it.
+    # One listener for all events: a later answer waits for an earlier one, so an earlier result cannot overwrite a
+    # later one.
     answer_events = [widgets.answer_event(widget) for widget in every] + [train.quality.input, *visits]
     tasks = train.workspace.tasks
 
@@ -363,9 +366,9 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     def presets(request: gr.Request) -> object:
         return gr.update(choices=train.preset_choices(say_for(request)))
 
-    # The choices first: what the browser kept may be one of them.
+    # The choices come first, because a value stored in the browser may be one of them.
     loaded = page.load(presets, None, train.preset, **FOLLOW).then(train.restore, train.draft, restored, **FOLLOW)
-    # Until then the page takes no answers: they would be overwritten by those that the browser kept.
+    # Until then the page accepts no answers, because the answers stored in the browser would overwrite them.
     ready = loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
     ready.then(None, js=address.OPEN_TAB)
     # The folder is shown, and again with what the check says.
@@ -386,7 +389,7 @@ def _wire_folder(
     inputs: set[gr.components.Component],
     config_of: Callable[[Values], Config | None],
 ) -> list[Callable[..., object]]:
-    """Wire what changes which photos there are; what listens to the end of each such event."""
+    """Wire the events that change the set of photos. Return the listeners to the end of each."""
     keys = (quickstart.PHOTOS, *quickstart.OF_PHOTOS)
     field, excluded, edits, more_folders, _ = (train.widgets[key] for key in keys)
     masked_loss = train.widgets[quickstart.MASKED_LOSS]
@@ -461,6 +464,6 @@ def _wire_concepts(
 
 
 def _draft(photos: PhotosPage, train: TrainPage, data: Values) -> dict[str, Any]:
-    """What the browser keeps of the answers."""
+    """The answers that the browser stores."""
     answers = train.form_values(_values(train, data)) | {quickstart.PHOTOS: data[photos.folder] or ""}
     return train.draft_of(data[train.quality], data[train.marks], answers)

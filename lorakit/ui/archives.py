@@ -1,4 +1,4 @@
-"""Unpack a zip of photos, captions and tables of captions: only those, only into one folder, and no more than fits."""
+"""Unpack photos, captions and caption tables from a zip: no other files, into one folder, within fixed limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lorakit.data.caption_files import TABLES
 from lorakit.data.decode import Unreadable, decode
 from lorakit.data.photo_folder import CAPTIONS, FORMATS, MASK
 
-# Most files of an archive, and bytes of them once unpacked: what a small archive unpacks to has no other end.
+# Maximum number of files in an archive, and maximum bytes of them unpacked. Without these limits, a small archive could
+# fill the disk.
 MAX_FILES, MAX_BYTES = 20_000, 4 << 30
 USEFUL = (*(f".{kind}" for kind in FORMATS), *CAPTIONS, *TABLES)
 

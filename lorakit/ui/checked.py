@@ -1,4 +1,4 @@
-"""The page as Gradio's Blocks, with a plain line for whatever a request does wrong."""
+"""The page as Gradio's Blocks, with a one-line message for each invalid request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.ui.guard import STATUS
 from lorakit.ui.widgets import say_for
 
 NUMBER, TEXT = (int, float), (str,)
-# What a browser sends for each kind of component; nothing (None) always fits.
+# Types that a browser sends for each kind of component; None is always accepted.
 TYPES: dict[type, tuple[type, ...]] = {
     gr.Textbox: TEXT,
     gr.HTML: TEXT,
@@ -42,7 +42,7 @@ class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
 
     @property
     def config(self) -> dict[str, object]:
-        """What the browser makes the page from, its texts in the language of the request."""
+        """The description from which the browser builds the page, with texts in the language of the request."""
         translations = getattr(self, "i18n_instance", None)
         return {**self.__dict__["config"], "i18n_translations": translations and translations.translations_dict}
 
@@ -61,7 +61,7 @@ class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
         request = kwargs.get("request")
         say = say_for(request)
         function = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
-        # What is left out has its default.
+        # Missing values have their defaults.
         inputs = [*inputs, *(getattr(component, "value", None) for component in function.inputs[len(inputs) :])]
         wrong = [
             f"{type(component).__name__} {number + 1}"

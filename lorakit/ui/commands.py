@@ -1,4 +1,5 @@
-"""Commands of lorakit that a page waits for, each in its own process: torch never enters the front end."""
+"""Commands of lorakit that a page waits for. Each runs in its own process, so that the front end never imports
+torch."""
 
 from __future__ import annotations
 
@@ -16,17 +17,16 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import KEYS, Message, from_lines, join, to_lines
 from lorakit.runs import quickstart
 
-# Seconds after which a conversion is given up; the largest adapters take a fraction of it.
+# Timeout of a conversion in seconds; the largest adapters take a fraction of it.
 PATIENCE = 600
-# The front end is off the network, whatever the user's HF_HUB_OFFLINE says; that holds for `fetch`, and is read here
-# before app.py sets it.
+# app.py sets HF_HUB_OFFLINE for the front end. The user's own value, read here before that, applies to `fetch`.
 OFFLINE, USERS = "1", os.environ.get("HF_HUB_OFFLINE", "0")
 
 
 @contextlib.contextmanager
 def without_proxies() -> Iterator[None]:
-    """The environment without proxies, for the import of Gradio: it opens a client that a SOCKS proxy keeps from being
-    made. The commands that reach the network get the variables as they are."""
+    """Remove proxies from the environment while Gradio is imported, because Gradio opens a client that fails with a
+    SOCKS proxy. The commands that use the network get the variables unchanged."""
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     for name in proxies:
         del os.environ[name]
@@ -151,7 +151,7 @@ def _cache_size() -> int:
 
 
 def _complaint(errors: str) -> str:
-    """What a command said was wrong."""
+    """The error message of a failed command."""
     return join("\n", from_lines(errors))
 
 

@@ -20,17 +20,17 @@ from lorakit.core.messages import Message
 from lorakit.runs import quickstart
 from lorakit.ui.access import Roots
 
-# A line of a list of texts that stands for an empty one, as in `train.prior_prompts`; empty lines are left out.
+# Represents an empty text in a list of texts, as in `train.prior_prompts`, because empty lines are ignored.
 NO_TEXT = '""'
 
 
 @dataclass(frozen=True)
 class Field:
-    """An option as a form shows it.
+    """An option as a form field.
 
     Attributes:
         kind: text, lines (a list of texts), table (TOML), number, whole, switch, choice or choices.
-        optional: whether it may be left empty.
+        optional: whether the field may be empty.
     """
 
     option: Option
@@ -174,7 +174,7 @@ def refuse_local(options: Mapping[str, object]) -> None:
 
 
 def without_local(toml: str) -> str:
-    """A config's text without secrets, such as an address with a token."""
+    """The text of a config without secrets, for example an address with a token."""
     names = "|".join(option.name for option in configuration.every_option() if option.local_only)
     return re.sub(rf"^({names}) = .+\n", "", toml, flags=re.MULTILINE)
 

@@ -1,5 +1,5 @@
-"""What every request passes before a page sees it: the name it was sent to, the page that it comes from, the size of an
-upload, and how often a password was wrong."""
+"""Checks of every request before a page sees it: the host name, the origin, the upload size, and the number of wrong
+passwords."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorakit.core import messages
 from lorakit.ui import texts
 
-# The key of a request's scope that has its status, if Gradio would answer 500.
+# Key in a request's scope for the status to send where Gradio would answer 500.
 STATUS = "lorakit.status"
-# Wrong passwords from one address before it has to wait, and the longest wait in seconds.
+# Number of wrong passwords from one address before it must wait, and the longest wait in seconds.
 FREE_TRIES, LONGEST = 5, 300.0
 # Uploads of one request, as a multiple of the largest file.
 FILES = 20
@@ -112,7 +112,7 @@ class Guard:
         count = self.tries.get(client, (0, 0.0))[0] + 1
         wait = min(LONGEST, 2.0 ** (count - FREE_TRIES)) if count >= FREE_TRIES else 0.0
         self.tries[client] = count, time.monotonic() + wait
-        with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
+        with contextlib.suppress(OSError, ValueError):  # no terminal is attached
             line = messages.Message(
                 "wrong password from {client} ({count}); next try in {wait:.0f} s", client, count, wait
             )

@@ -1,4 +1,4 @@
-"""The language that somebody chose on the page goes before the one that the browser asks for."""
+"""The language of the page: the user's choice overrides the language that the browser requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorakit.ui import texts
 
 COOKIE = "lorakit-language"
-# The language of the request that is being answered.
+# Language of the current request.
 REQUEST_LANGUAGE = ContextVar("REQUEST_LANGUAGE", default="en")
 # Gradio reads its translations by the browser's language when its script begins.
 SCRIPT = '<script>Object.defineProperty(navigator, "language", {{value: "{0}"}});</script>'
@@ -26,7 +26,7 @@ SWITCH = (
 
 
 class Translations(gr.I18n):  # type: ignore[misc]  # Gradio has no types
-    """The texts of the page, for Gradio: those of the language that is asked for, and no other."""
+    """The texts of the page for Gradio, only in the requested language."""
 
     @property
     def translations_dict(self) -> dict[str, dict[str, str]]:

@@ -20,19 +20,20 @@ from lorakit.ui import widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import FOLLOW, say_for
 
-# Seconds that a request waits for its work, seconds between looks at it, tasks at once, and tasks that are remembered.
+# Seconds that a request waits for its work, seconds between polls, maximum number of running tasks, and number of
+# remembered tasks.
 PATIENCE, EVERY, WORKERS, MAX_TASKS = 0.7, 1.0, 8, 50
 Progress = Callable[[int, int], object]
-# What an event brings: component -> value.
+# Values of an event: component -> value.
 Values = dict[Any, Any]
-# component -> value, the texts, what is told of the progress -> the values of the outputs.
+# Arguments: component -> value, the texts, the progress callback. Result: the values of the outputs.
 Work = Callable[[Values, Say, Progress], Sequence[Any]]
-# What listens, and the work.
+# The listener and its work.
 Event = tuple[Callable[..., Any], Work]
 
 
 class Task:
-    """Work in a thread, and how far it is."""
+    """Work in a thread, with its progress."""
 
     def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Progress], Sequence[Any]]):
         self.count, self.total, self.begin = 0, 0, time.monotonic()
@@ -71,7 +72,7 @@ class Tasks:
         return number
 
     def look(self, number: int, say: Say) -> tuple[Sequence[Any] | None, str, bool]:
-        """What came of it or None, how far it is or why there is nothing, and whether to look again."""
+        """The result or None, the progress or an error message, and whether to poll again."""
         task = self._tasks.get(number)
         if task is None:
             return None, widgets.problem(say("task.lost")), False

@@ -1,4 +1,4 @@
-"""Small pictures for the browser, made once and kept in memory; the photos themselves are never sent."""
+"""Thumbnails for the browser, made once and cached in memory. The photos themselves are never sent."""
 
 from __future__ import annotations
 

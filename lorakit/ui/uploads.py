@@ -16,14 +16,14 @@ from lorakit.data.photo_folder import CAPTIONS, FORMATS, MASK
 from lorakit.ui import archives
 
 ARCHIVE = ".zip"
-# What may be uploaded.
+# Suffixes of files that may be uploaded.
 SUFFIXES = (*(f".{kind}" for kind in FORMATS), *CAPTIONS, *TABLES, ARCHIVE)
 TWINS = "{file}: several files are called {name}, and which belong together is not known; upload one folder at a time"
 
 
 @dataclass
 class Upload:
-    """What came of an upload: how many photos are in, and a line for each file that is not."""
+    """The result of an upload: the number of accepted photos, and a message for each rejected file."""
 
     photo_count: int = 0
     refused: list[str] = field(default_factory=list)

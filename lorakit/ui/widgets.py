@@ -13,11 +13,11 @@ from lorakit.ui import texts
 from lorakit.ui.form import Field
 from lorakit.ui.texts import Say
 
-# How events are sent: each as one plain request with one answer. Gradio's own queue answers over a stream that it opens
-# and closes all the time; an event sent while one closes can be lost, and a page that looks at its run once a second
-# meets that sooner or later. While an event of a kind is under way, a second waits for it and is sent with what the
-# page holds then (FOLLOW), is passed over, as a second press of a button should be (ACT), or is sent as well (EACH).
-# None of them is for other programs: those that are have names (api.py).
+# How events are sent: each is one plain request with one answer. Gradio's own queue answers over streams that it opens
+# and closes. An event that is sent while a stream closes can be lost, and a page that polls its run every second
+# eventually loses one. While an event of a kind is running, a second event of this kind waits for it and is sent with
+# the page's newest values (FOLLOW), is dropped, as for a second press of a button (ACT), or is sent too (EACH). None of
+# these events is for other programs; api.py has the endpoints for them.
 FOLLOW: dict[str, Any] = {
     "queue": False,
     "show_progress": "hidden",
@@ -41,7 +41,7 @@ class RequestCounter:
         self.number = 0
 
     def count_request(self) -> None:
-        """Something newer is asked."""
+        """Count a new request, which makes older ones obsolete."""
         self.number += 1
 
 

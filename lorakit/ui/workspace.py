@@ -1,4 +1,4 @@
-"""What all pages of the front end share: the allowed folders, the runs, the queue, earlier reports on photos."""
+"""State shared by all pages of the front end: the allowed folders, the runs, the queue and cached reports on photos."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lorakit.ui.uploads import Upload
 
 # Folder of the runs that somebody put aside.
 TRASH = ".trash"
-# Reports kept; each is small.
+# Number of cached reports; each is small.
 MAX_REPORTS = 20
 # Seconds in which a file is linked.
 LINK_SECONDS = 0.3
@@ -43,16 +43,16 @@ MAX_BASES = 500
 
 
 class Workspace:
-    """One for a front end; safe to use from several threads.
+    """The workspace of a front end; safe to use from several threads.
 
     Args:
-        runs: folder of the run folders; it is made, and is below the roots by itself.
+        runs: parent folder of the run folders; it is created if missing, and is always readable.
         roots: other folders that may be read.
-        base_folders: of base models, which may be read too.
+        base_folders: folders of base models, which may be read too.
         notify: `output.notify` of the runs that are started here.
 
     Raises:
-        LorakitError: nobody can be notified so.
+        LorakitError: notifications cannot be sent in this way.
     """
 
     def __init__(self, runs: Path, roots: Sequence[Path], base_folders: Sequence[Path] = (), notify: str = ""):
@@ -66,7 +66,8 @@ class Workspace:
         self.queue = Queue(self.runs)
         self.thumbnails = Thumbnails()
         self.cards = nvidia.Monitor()
-        # What was measured of each photo: a word changed in the form must not decode five hundred of them again.
+        # Cached measurements of each photo, so that a changed word in the form does not decode five hundred photos
+        # again.
         self._measurements: checks.MeasurementCache = {}
         self._reports: OrderedDict[Any, tuple[Future[checks.Report], list[Progress]]] = OrderedDict()
         self.tasks = Tasks()
@@ -79,14 +80,14 @@ class Workspace:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="check")
 
     def bases(self) -> list[Path]:
-        """What may be base models in the folders of bases: single files, and folders in diffusers layout."""
+        """Possible base models in the folders of bases: single files, and folders in diffusers layout."""
         files = [path for folder in self.base_folders for path in folder.glob("**/*.safetensors")]
         folders = {path.parent for folder in self.base_folders for path in folder.glob("**/model_index.json")}
         single = [path for path in files if folders.isdisjoint(path.parents) and ".vae" not in path.name]
         return sorted([*single, *folders])[:MAX_BASES]
 
     def adapters(self) -> list[Path]:
-        """Adapters of all runs, newest first; a whole model that a run wrote is none."""
+        """Adapters of all runs, newest first, without whole models."""
         files = [path for path in self.runs.glob("*/*.safetensors") if is_adapter(path)]
         return sorted(files, key=lambda path: -path.stat().st_mtime)
 
@@ -101,8 +102,8 @@ class Workspace:
         return photo_folder.scan(place, more_folders=more, edits=data.edits).photos
 
     def report(self, config: Config, progress: Progress | None = None) -> Future[checks.Report]:
-        """What `check` says of the config's photos; asked for twice, they are looked at once unless a file changed.
-        Who asks while the check runs gets the progress too."""
+        """The report of `lorakit check` on the config's photos. The photos are read once for several calls, unless a
+        file changed. A call during a running check gets its progress too."""
         info = families.describe(config.model)
         folders = [Path(folder) for folder in (config.data.folder, *config.data.more_folders.values())]
         key = (config.data, config.model, info.path, info.downscale, *map(_fingerprint, folders))
@@ -132,7 +133,7 @@ class Workspace:
         return job
 
     def preflight(self, config: Config, progress: Progress | None = None) -> Preflight:
-        """What `lorakit check` says of a run that the queue would start; waits until the photos are looked at."""
+        """The preflight of a run that the queue would start. The call waits until the photos are checked."""
         folder = str(self.queue.new_folder(config))
         result = preflight(
             replace(config, output=replace(config.output, folder=folder)),
@@ -241,7 +242,7 @@ class Workspace:
                 states.pop(name, None)
                 waiting.append((name, _as_state(job.state, job.added)))
             elif name not in states and not (self.runs / TRASH / name).is_dir():
-                # It ended or is about to begin before it made its folder: the log says why.
+                # The run has no folder: it ended before it created one, or is about to start. The log gives the reason.
                 state = "preparing" if job.state == "running" else job.state
                 waiting.append((name, _as_state(state, job.ended or job.added, self.why(job.number))))
         order = {"waiting": 0, "preparing": 1}
@@ -261,7 +262,8 @@ def _as_state(state: str, updated: float, message: str = "") -> run_folder.State
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a run's file is no whole model; only the header of one that is called so is read."""
+    """Whether a run's file is an adapter and not a whole model. Only the header is read, and only if the name may be
+    that of a whole model."""
     if not path.stem.endswith("-model"):
         return True
     try:

@@ -16,7 +16,7 @@ from lorakit.ui import form
 from lorakit.ui.texts.sentences import Sentences
 
 FOLDER = Path(__file__).parent
-# An option's dotted key in a message; not in a command or a file's name.
+# An option's dotted key in a message, but not in a command or a file name.
 OPTION_KEY = re.compile(r"(?<![\w`./-])(?<!--set )[a-z]+\.[a-z_0-9]+(?![\w/]|\.\w)")
 
 
@@ -32,7 +32,7 @@ class Say:
         return text.format(**facts) if facts else text
 
     def translate(self, text: str) -> str:
-        """What another room said, line by line; as it was said where the language has no sentence for it."""
+        """Translate a message of another room line by line. A line without a translation stays unchanged."""
         table = sentences(self.language)
         if not table.lines:
             return text

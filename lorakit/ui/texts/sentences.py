@@ -24,7 +24,7 @@ class Sentences:
         self.lines, self.joints = lines, joints
 
     def translated(self, text: str) -> str | None:
-        """A message by its template, a text by itself; None where the table has no such line."""
+        """Translate a message by its template, or a text by itself. Return None if the table does not contain it."""
         if isinstance(text, Joined):
             joint = self.joints.get(text.template, text.template)
             return joint.join(self.translated(part) or part for part in text.parts)
