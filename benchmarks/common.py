@@ -80,7 +80,8 @@ def pooled_width(width: int | None) -> int:
 
 
 def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None) -> Any:
-    """A `families.Family` with random weights, as far as a training step needs one; made on the device in `dtype`."""
+    """A `families.Family` with random weights, complete enough for a training step, created on the device in
+    `dtype`."""
     from diffusers import UNet2DConditionModel
 
     from lorakit.families.prediction import Epsilon
@@ -317,7 +318,7 @@ def timing_rows(title: str, times: dict[str, list[float]], batch: int, against: 
 
 
 def finish(rows: Iterable[Row], file: Path | None) -> None:
-    """Print the table, and write the rows where asked."""
+    """Print the table, and write the rows if requested."""
     rows = list(rows)
     wide = max(len(r["name"]) for r in rows)
     for r in rows:

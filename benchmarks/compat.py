@@ -57,7 +57,8 @@ def write(folder: Path) -> list[str]:
         shapes = random_adapters.pipeline_shapes(DiffusionPipeline.from_pretrained(base))
         for method in METHODS:
             for alpha in ALPHAS:
-                # What training leaves: rank-stabilised scales in alpha, PiSSA as plain LoRA of twice the rank.
+                # The form of adapters after training: rank-stabilised scales in alpha, PiSSA as plain LoRA of twice the
+                # rank.
                 times = {"rslora": RANK**0.5, "pissa": 2}.get(method, 1)
                 rank = 2 * RANK if method == "pissa" else RANK
                 weights = random_adapters.adapter(shapes, family, rank=rank, alpha=alpha * times, method=method)
@@ -86,7 +87,7 @@ def environment(folder: Path, packages: list[str]) -> Path:
         text=True,
     ).stdout.strip()
     python = folder / "bin" / "python"
-    # What is installed here is found there too, behind what pip puts in front of it.
+    # Packages installed here are also found there, after the paths that pip adds.
     inside = next((folder / "lib").glob("python*/site-packages"))
     (inside / "behind.pth").write_text(here + "\n")
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", *packages], check=True)
@@ -94,7 +95,7 @@ def environment(folder: Path, packages: list[str]) -> Path:
 
 
 def read_with(python: Path, folder: Path) -> dict[str, Any]:
-    """What `reader` says in another interpreter."""
+    """The report of `reader` in another interpreter."""
     command = [str(python), str(Path(__file__).with_name("compat_reader.py")), str(folder)]
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])

@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
         truth = {name: tensor.flatten(1) for name, tensor in load_file(place / "truth.safetensors").items()}
         try:
             deltas_in_file = read(pipelines[family], place, fmt)
-        except Exception as error:  # whatever a release raises is its answer
+        except Exception as error:  # the exception of a release is its result
             errors[case] = f"{type(error).__name__}: {str(error)[:80]}"
             continue
         deltas_in_file = {name: delta for name, delta in deltas_in_file.items() if delta.any()}

@@ -54,7 +54,7 @@ class Results:
 
 
 def run_part(part: str, limit: float, command: list[str], results: Results) -> None:
-    """Run a part to its end or its limit; what it has written until then is there in any case."""
+    """Run a part until it ends or reaches its time limit. Results written until then are kept in both cases."""
     began = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True

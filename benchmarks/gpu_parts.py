@@ -59,7 +59,7 @@ def row(name: str, value: Any, **more: Any) -> None:
 
 @contextlib.contextmanager
 def attempt(name: str) -> Iterator[None]:
-    """What fails inside becomes a figure, and the part goes on."""
+    """Record an exception in the context as a result, and continue with the part."""
     try:
         yield
     except Exception as problem:
@@ -148,7 +148,8 @@ def card(machine: Machine) -> None:
 
 
 def _dequantized(machine: Machine) -> None:
-    """A weight of SDXL's by each kernel for NF4, and a product with it in int8 beside one in half precision."""
+    """Dequantize a weight of SDXL with each kernel for NF4, and compare a product in int8 with one in half
+    precision."""
     from lorakit.engine import kernels, quantized_kernels, quantized_weight
 
     side = 64 if machine.rehearse else 2560
@@ -236,14 +237,14 @@ def bits(machine: Machine) -> None:
 
 
 def runs_sd15(machine: Machine) -> None:
-    """Whole runs of SD1.5's presets."""
+    """Complete runs of the presets for SD1.5."""
     import gpu_runs
 
     gpu_runs.runs(machine, "sd1")
 
 
 def runs_sdxl(machine: Machine) -> None:
-    """Whole runs of SDXL's presets."""
+    """Complete runs of the presets for SDXL."""
     import gpu_runs
 
     gpu_runs.runs(machine, "sdxl")
@@ -330,7 +331,7 @@ def profile(machine: Machine) -> None:
 
 
 def memory(machine: Machine) -> None:
-    """Peaks beside what is predicted, and what saving memory costs in time."""
+    """Measured peaks and their predictions, and the time cost of each memory option."""
     import memory as counted
 
     cases: list[tuple[str, int, int, str, bool | float, str]] = [

@@ -24,7 +24,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def runs(machine: parts.Machine, kind: str) -> None:
-    """Whole runs of presets at true size, with random weights: seconds, memory beside the plan's, and the check."""
+    """Complete runs of presets at true size, with random weights: seconds, measured and planned memory, and the
+    self-check."""
     import short_run
     import small_models
 

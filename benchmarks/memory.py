@@ -94,7 +94,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and look at what came out."""
         if quantized_weight.QuantizedWeight in types:
-            return NotImplemented  # it makes itself whole first, and that is to be counted
+            return NotImplemented  # it first rebuilds the full tensor, and this must be counted
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -182,7 +182,7 @@ def run_config(resolution: int, batch: int, modules: str, checkpointing: bool | 
 
 
 def predict(name: str, settings: config.Config) -> int:
-    """What `lorakit check` says of the same step, without what Python and torch take themselves."""
+    """The prediction of `lorakit check` for the same step, without the memory of Python and torch."""
     parts = memory_estimate.training(settings, *outlined(name, settings), "cuda")
     return sum(size for part, size in parts.items() if part != "runtime")
 
@@ -196,8 +196,9 @@ def outlined(name: str, settings: config.Config) -> tuple[Any, dict[str, tuple[i
 
 
 def encoding(side: int) -> dict[str, int]:
-    """Bytes that Stable Diffusion's autoencoder needs for a picture beside its weights: encoding and decoding it as a
-    whole, and by strips, where only the device's are counted (on fake tensors there is a CUDA device everywhere)."""
+    """Bytes that Stable Diffusion's autoencoder needs for a picture in addition to its weights, to encode and decode it
+    at once and in strips. For strips only the device's bytes are counted (with fake tensors a CUDA device always
+    exists)."""
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE).eval().requires_grad_(False)
     peaks = {}
@@ -221,9 +222,9 @@ def encoding(side: int) -> dict[str, int]:
 
 
 def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[str, int]:
-    """Bytes of one optimizer step, after one that makes the optimizer's state and two in which the order of streamed
-    weights is learned: {"peak", "base"}, and of those the step's "traffic". Of a streamed base, what lies in the host's
-    memory is not counted."""
+    """Bytes of one optimizer step: {"peak", "base"}, and the step's "traffic" of these. One earlier step creates the
+    optimizer's state, and two more record the order of streamed weights. The part of a streamed base in host memory is
+    not counted."""
     dtype = devices.PRECISIONS[settings.memory.mixed_precision]
     batch, side = settings.train.batch_size, settings.data.resolution // 8
     unet = outline(name, settings, dtype)

@@ -30,12 +30,12 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to the pages beside README lead to their copies in the site."""
+    """Rewrite links to pages in the folder of README to their copies in the site."""
     return re.sub(r"\]\(\.\./(\w+\.md)", lambda match: f"]({match[1].lower()}", markdown)
 
 
 def from_root(text: str) -> str:
-    """A page that lies beside README, with links as they are from docs/."""
+    """A page of README's folder, with its links relative to docs/."""
     text = text.replace("](docs/", "](")
     return re.sub(r"\]\(([A-Z_]+\.md)\)", lambda match: f"]({match[1].lower()})", text).replace(
         "](LICENSE)", "](index.md)"

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def problems(root: Path, tags: list[str], status: str) -> list[str]:
-    """What keeps a checkout from being released, a line each.
+    """The reasons why a checkout cannot be released, one message each.
 
     Args:
-        tags: those of the commit.
+        tags: tags of the commit.
         status: output of `git status --porcelain`.
     """
     version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

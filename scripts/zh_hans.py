@@ -12,7 +12,7 @@ ABOUT = {
     "by_machine": True,
     "note": "（简体中文由机器从繁体转换，欢迎指正。）",
 }
-# What the mainland calls otherwise and OpenCC leaves, and its marks of quotation.
+# Words that differ in mainland Chinese and that OpenCC does not convert, and its quotation marks.
 WORDS = """
 「=“ 」=” 纪录=记录 预设组合=预设 杂讯=噪声 万用字=通配符 矢量=向量 图片档=图片文件 单档=单文件 说明档=说明文件
 模型档=模型文件 空档=空文件 设置档=配置文件 描述档=配置文件 程式=程序

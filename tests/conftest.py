@@ -1,4 +1,4 @@
-"""What every test has at hand. One thread: on tiny models, more threads only wait for each other."""
+"""Fixtures of all tests. Torch uses one thread, because on tiny models more threads only wait for each other."""
 
 import contextlib
 import gc
@@ -32,7 +32,7 @@ os.fsync = lambda _: None
 gc.disable()
 # As the commands do before they import models.
 import_bitsandbytes()
-# Programs that tests start are of this tree too, whatever is installed.
+# Programs that tests start import this tree too, and not an installed lorakit.
 ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 

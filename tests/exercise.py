@@ -1,4 +1,4 @@
-"""What the tests of adapters do with a base: run it, train an adapter in it for a moment, fill it with noise."""
+"""Helpers for the tests of adapters: run a base, train an adapter in it briefly, fill an adapter with noise."""
 
 import copy
 import functools

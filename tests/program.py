@@ -17,7 +17,7 @@ import torch
 
 
 class Fork:
-    """`job()` in a forked child, whose exit code is what it returns; its output goes to `log`."""
+    """Runs `job()` in a forked child, whose exit code is the return value. Its output goes to `log`."""
 
     def __init__(self, job: Callable[[], int], log: Path):
         self.returncode: int | None = None

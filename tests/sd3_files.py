@@ -85,7 +85,7 @@ def small(folder: Path, kind: str = "3.5 medium") -> StableDiffusion3Pipeline:
 
 
 def tensors(pipeline: Any, *encoders: str) -> dict[str, torch.Tensor]:
-    """What one file of the pipeline holds: the transformer, the autoencoder and the encoders that are named."""
+    """The tensors of one file of the pipeline: the transformer, the autoencoder and the named encoders."""
     result = {U + name: tensor for name, tensor in mmdit(pipeline.transformer.state_dict()).items()}
     result |= {V + name: tensor for name, tensor in small_models.vae_tensors(pipeline.vae)}
     for name in encoders:

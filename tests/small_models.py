@@ -176,8 +176,7 @@ def write(
 
 
 def of_true_size(folder: Path, family: str) -> Path:
-    """The published architecture of "sd1" or "sdxl" with random weights in bf16, and a tokenizer of its size beside it.
-    What is there already is taken."""
+    """The published architecture of "sd1" or "sdxl" with random weights in bf16, and a tokenizer of matching size."""
     if not (folder / "tokenizer").is_dir():
         tiny.save_tokenizer(folder / "tokenizer", size=WORDS)
     file = folder / f"{family}-random.safetensors"
@@ -280,7 +279,7 @@ def vae_tensors(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def clip_tensors(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
-    """transformers' names as published files have them, whatever the installed version calls its modules."""
+    """Tensors with transformers' names as in published files, independent of the installed version's module names."""
     return _of("text_model", getattr(model, "text_model", model))
 
 

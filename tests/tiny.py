@@ -83,7 +83,7 @@ def text_config(vocabulary: int, activation: str = "quick_gelu") -> CLIPTextConf
 
 
 def autoencoder(scaling_factor: float, latent_channels: int = 4, **changes: object) -> AutoencoderKL:
-    """Downscales by 8, as the real ones; into four channels unless told."""
+    """An autoencoder that downscales by 8, like the real ones; four latent channels by default."""
     small = {"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,

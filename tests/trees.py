@@ -1,4 +1,5 @@
-"""Syntax trees of the project, each made and walked once: that takes seconds, and two dozen tests look at them all."""
+"""Syntax trees of the project, each parsed and walked once. Parsing takes seconds, and two dozen tests use the
+trees."""
 
 import ast
 import functools

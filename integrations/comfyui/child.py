@@ -18,7 +18,7 @@ import sys
 import threading
 from pathlib import Path
 
-# A file beside this one with the path of lorakit's Python, for who cannot set LORAKIT_PYTHON.
+# A file in this folder with the path of lorakit's Python, for users who cannot set LORAKIT_PYTHON.
 SETTING = Path(__file__).with_name("python.txt")
 # The folder of lorakit, where this folder is a part of it or a link into it.
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ log = logging.getLogger("lorakit")
 
 
 class Failed(RuntimeError):
-    """lorakit is not there, or did not do what it was asked; the text is for the person."""
+    """lorakit is not installed, or a command failed; the text is for the user."""
 
 
 def command() -> list[str]:
@@ -97,15 +97,15 @@ def run(arguments, interrupted=lambda: False) -> str:
 
 
 def follow(arguments, listen, interrupted) -> dict:
-    """Run `train --json` or `resume --json`; its last event, which is `result` or `stopped`.
+    """Run `train --json` or `resume --json`. Return its last event, which is `result` or `stopped`.
 
     Args:
-        arguments: of lorakit.
+        arguments: arguments of lorakit.
         listen: called with each event.
-        interrupted: asked often; once it returns True the run saves what it has and ends.
+        interrupted: called often; once it returns True, the run saves its state and ends.
 
     Raises:
-        Failed: the run ended otherwise.
+        Failed: the run ended with an error.
     """
     last = {}
     with Process(arguments) as process:
@@ -124,12 +124,12 @@ def follow(arguments, listen, interrupted) -> dict:
 
 
 class Process:
-    """One process of lorakit. At the end of the context it has ended too; an error asks it to stop.
+    """A process of lorakit that has ended when the context ends. An exception in the context requests a stop.
 
     Attributes:
-        code: its exit code.
-        run_folder: of a run, once it has one: from then on a stop saves.
-        is_stopping: whether it was asked to stop.
+        code: exit code of the process.
+        run_folder: folder of the run once it exists; from then on, a stop saves the run's state.
+        is_stopping: whether a stop was requested.
     """
 
     def __init__(self, arguments):
@@ -198,7 +198,7 @@ class Process:
             self._process.terminate()
 
     def complaint(self) -> str:
-        """What it said of its failure."""
+        """The error message of the process."""
         lines = [line[len("lorakit: ") :] for line in self._last_lines if line.startswith("lorakit: ")]
         return "\n".join(lines or self._last_lines) or f"lorakit ended with exit code {self.code}"
 

@@ -1,4 +1,4 @@
-"""What the nodes ask of ComfyUI, whose own modules are imported where they are used."""
+"""ComfyUI's services for the nodes. ComfyUI's modules are imported where they are used."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def run_folder(line, name):
 
 
 def read_json(path):
-    """What a JSON file says; {} where it cannot be read."""
+    """The content of a JSON file; {} if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

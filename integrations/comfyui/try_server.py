@@ -73,8 +73,9 @@ def main() -> None:
             asyncio.run(session(folder))
 
 
-# Every name and number of blocks of Stable Diffusion 1.5, its text encoder and VAE as they are, the UNet as wide all
-# the way as it is at first: what ComfyUI knows the model by is there, in a ninth of the UNet's weights.
+# The names and the number of blocks are those of Stable Diffusion 1.5. Text encoder and VAE have their full size. The
+# UNet has its first width throughout. ComfyUI recognizes the model by these properties, and the UNet has a ninth of the
+# weights.
 RANDOM = """
 import pathlib, sys, types
 import small_models as m, torch
@@ -262,7 +263,7 @@ async def queue(graph: dict[str, Any], cancel_at: int = 0) -> tuple[dict[str, An
 
 
 def compare(folder: Path, adapter: Path, strength: float) -> None:
-    """What ComfyUI's loader did to each weight, against the product of the factors in the file."""
+    """Compare the change of each weight by ComfyUI's loader with the product of the factors in the file."""
     keys = gzip.decompress((ROOT / "tests/formats/keys/sd15.tsv.gz").read_bytes()).decode().splitlines()
     names = {by_sgm: by_blocks for _, by_blocks, by_sgm, *_ in (line.split("\t") for line in keys)}
     saved = max((folder / "output").glob("applied_*.safetensors"), key=lambda path: path.stat().st_mtime)

@@ -34,12 +34,12 @@ class Failed(RuntimeError):
 
 
 def source() -> str:
-    """What pip installs lorakit from: the folder that this is a part of, else the package."""
+    """The source from which pip installs lorakit: the folder that contains this file, else the package."""
     return f"{CHECKOUT}[ui]" if (CHECKOUT / "lorakit" / "__init__.py").is_file() else "lorakit[ui]"
 
 
 def install_steps() -> list[list[str]]:
-    """What `pip install` is given, one after the other. PyPI's torch for Windows computes on the CPU only."""
+    """The arguments of each `pip install` call, in order. PyPI's torch for Windows computes on the CPU only."""
     torch = ["torch<2.14", "--index-url", "https://download.pytorch.org/whl/cu130"]
     return [*([torch] if os.name == "nt" else []), [source()]]
 
@@ -113,7 +113,7 @@ class FrontEnd:
         self._lock = threading.Lock()
 
     def arguments(self, origin: str, everywhere: bool) -> list[str]:
-        """What comes behind `lorakit ui`."""
+        """The arguments of `lorakit ui`."""
         rest = ["--runs", str(self.runs), "--embed", origin, "--end-with", str(os.getpid())]
         rest += [word for folder in self.photos for word in ("--root", str(folder))]
         rest += [word for folder in self.bases for word in ("--bases", str(folder))]
@@ -199,7 +199,7 @@ def frame(origin: str, port: int) -> str:
 
 
 class Watcher:
-    """Follows the runs: frees the host's memory before one trains, and installs what it made.
+    """Follows the runs: frees host memory before a run trains, and installs the adapters of finished runs.
 
     Args:
         runs: folder of the run folders.

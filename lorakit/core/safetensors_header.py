@@ -267,7 +267,7 @@ def kind(shapes: dict[str, tuple[int, ...]]) -> str:
     """
     strange = re.compile("|".join(_KINDS[word] for word in ("lycoris", "adapter", "controlnet")))
     others = sum(1 for name in shapes if strange.search(name))
-    # A ControlNet with its whole model has half as many layers of its own.
+    # A ControlNet with its full model has half as many layers of its own.
     if others and sum(1 for name in shapes if re.search(_KINDS["checkpoint"], name)) > 4 * others:
         return "checkpoint"  # a tool left a few layers of another kind in it
     for word, pattern in _KINDS.items():

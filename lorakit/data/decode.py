@@ -27,8 +27,8 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.core.names import printable
 
-# Pillow's decoders of the formats that `photo_folder.FORMATS` lists. Pillow has many more, of which one runs another
-# program (PostScript), and finds them by content, whatever a file is called.
+# Pillow's decoders of the formats in `photo_folder.FORMATS`. Pillow has many more, one of which runs another program
+# (PostScript), and chooses them by content, independent of the file name.
 CODECS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF", "HEIF")
 # First bytes of files that people have under the name of a picture, and what they are.
 OTHER_FORMATS = {
@@ -112,10 +112,10 @@ def decode(source: Path | bytes, name: str = "", *, at_least: int | None = None,
         name: name of the picture in messages; by default the file's own name.
         at_least: side of a thumbnail. A JPEG is then decoded at a half, quarter or eighth of its size, which is much
             faster, if both of its sides stay at least this long.
-        edit: turns and crops it.
+        edit: turn and crop that are applied to the picture.
 
     Raises:
-        Unreadable: with the file's name, the cause, and what to do.
+        Unreadable: the picture cannot be decoded; the message has the file's name, the cause, and a remedy.
     """
     name = name or (printable(source.name) if isinstance(source, Path) else "picture")
     image = _open(source, name)
@@ -224,7 +224,7 @@ def _open(source: Path | bytes, name: str) -> Image.Image:
 
 @contextmanager
 def _errors_of(name: str) -> Iterator[None]:
-    """Whatever a decoder raises becomes `Unreadable`: it reads bytes that anybody may have written."""
+    """Convert every exception of a decoder to `Unreadable`, because the bytes are untrusted."""
     try:
         yield
     except Unreadable:
@@ -316,7 +316,7 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image | Pixels
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """The picture in parts of whole rows, `STRIP_PIXELS` each."""
+    """The picture in parts of complete rows with `STRIP_PIXELS` pixels each."""
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)

@@ -81,7 +81,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
     crop = recipe.vae_crop
     while not run.is_finished:
         rng = np.random.default_rng((recipe.seed, run.position, worker.rank))
-        # Late in training whole pictures take the place of crops now and then: borders and far context count too.
+        # Late in training, full pictures sometimes replace crops, so that borders and distant context count too.
         full_size = run.position > 0.8 * recipe.vae_pictures
         source = [textures if rng.random() < 0.12 else pictures for _ in range(run.batch)]
         size = recipe.size if full_size else crop

@@ -36,7 +36,8 @@ def labels_of(seed: int) -> np.ndarray:
 
 
 def render_shard(folder: Path, shard: int, size: int, count: int) -> int:
-    """Pictures [shard * SHARD, ...): `pictures-N.npy`, `labels-N.npy` and `captions-N.json`, whole or not at all."""
+    """Write pictures [shard * SHARD, ...) to `pictures-N.npy`, `labels-N.npy` and `captions-N.json`. The captions file
+    is written last, and marks a complete shard."""
     captions_file = folder / f"captions-{shard:04d}.json"
     if captions_file.exists():
         return shard

@@ -38,7 +38,7 @@ def feature_distance(judge: Net, output: Tensor, real: Tensor) -> Tensor:
 
 
 def train(worker: Worker, recipe: Recipe, work: Path) -> None:
-    """Decoder against critic on whole pictures, from latents with the noise that their posterior has."""
+    """Train the decoder against a critic on full pictures, from latents sampled from their posterior."""
     torch.manual_seed(recipe.seed)
     model, discriminator = autoencoder.build(recipe), critic()
     model.load_state_dict(torch.load(work / "vae.pt", map_location="cpu", weights_only=True))

@@ -29,7 +29,7 @@ def _edit(file: Path, drop: tuple[str, ...] = (), **values: object) -> None:
 
 
 def export(recipe: Recipe, work: Path, output: Path) -> None:
-    """Write the pipeline of the newest state, finished or not; `output` is replaced as a whole."""
+    """Write the pipeline of the newest state, finished or not. `output` is replaced completely."""
     scale = float(np.load(work / "latents.npz")["scale"])
     vae = autoencoder.build(recipe)
     file = work / ("decoder.pt" if (work / "decoder.pt").exists() else "vae.pt")

@@ -25,7 +25,7 @@ MARKS = {"kind": 0.80, "colour": 0.90, "pattern": 0.70, "scene": 0.90, "manner":
 
 
 def requests(count: int = 512, seed: int = 3_000_000_000) -> list[Spec]:
-    """Combinations that were held out of training, fields evenly drawn."""
+    """Combinations that were held out of training, with uniformly drawn fields."""
     return [random_spec(seed + i, unseen=True) for i in range(count)]
 
 

@@ -61,7 +61,8 @@ def target_classes(text: str) -> list[int]:
 
 
 def texts(recipe: Recipe, count: int) -> list[str]:
-    """Captions of all combinations: of the held-out ones the words are no secret, only the pictures."""
+    """Captions of all combinations. The captions of held-out combinations are included; only their pictures are held
+    out."""
     half = count // 2
     training_texts = [caption(random_spec(s, unseen=False), s, 5) for s in range(half)]
     return training_texts + [caption(random_spec(s, unseen=True), s, 5) for s in range(half, count)]
@@ -129,7 +130,7 @@ def train(worker: Worker, recipe: Recipe, work: Path) -> None:
 
 
 def load(recipe: Recipe, work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """What `train` made."""
+    """The text encoder that `train` wrote."""
     tokens = tokenizer(recipe, work)
     model = build(recipe, len(tokens))
     model.load_state_dict(torch.load(work / "text.pt", map_location="cpu", weights_only=True))

@@ -85,7 +85,7 @@ def launch(target: Callable[..., None], processes: int, *args: Any) -> None:
 
 
 def save(value: object, file: Path) -> None:
-    """Whole or not at all."""
+    """Save the state atomically."""
     partial = file.with_suffix(file.suffix + ".partial")
     torch.save(value, partial)
     partial.replace(file)
@@ -93,7 +93,7 @@ def save(value: object, file: Path) -> None:
 
 @dataclass
 class Run:
-    """What every stage shares: AdamW, schedule, average of the weights, progress, a state file to go on from."""
+    """Base class of all stages: AdamW, schedule, average of the weights, progress, and a state file to resume from."""
 
     worker: Worker
     modules: dict[str, nn.Module]

@@ -78,7 +78,7 @@ class AdapterPage:
         return [str(path) for path in self.workspace.adapters()]
 
     def look(self, path: str, upload: str | None, say: Say) -> list[Any]:
-        """Say what a file below the roots, or one that was uploaded, is."""
+        """Describe a file below the roots, or an uploaded file."""
         hidden = gr.update(visible=False)
         if not path and not upload:
             return [widgets.problem(say("adapter.none")), "", hidden, "", hidden]
@@ -105,7 +105,7 @@ class AdapterPage:
 
 
 def report_card(report: inspect.Report, say: Say) -> str:
-    """What the file is, then who can read it, then all that the command line says."""
+    """The kind of the file, then the programs that can read it, then the complete report of the command line."""
     size = widgets.memory(report.bytes, say)
     rank = ", ".join(sorted({f"{r:g}" for component in report.components.values() for r in component.ranks}))
     trigger, noun = health.trigger_and_class(report.trigger, report.metadata)

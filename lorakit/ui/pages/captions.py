@@ -111,7 +111,7 @@ class CaptionTools:
 
     @property
     def inputs(self) -> set[Any]:
-        """What the handlers read."""
+        """The inputs of the handlers."""
         fields = {self.model, self.prompt, self.without, self.overwrite, self.fetch}
         return fields | {self.tool, self.words, self.replacement, self.previewed}
 

@@ -38,7 +38,7 @@ CELL = 320
 # Photos among which the nearest is looked for, and the side (pixels) at which they are compared.
 MAX_PHOTOS, LOOK = 200, 16
 CHOICE = "choice.json"
-# Folder of a run for the grids that were asked for, and seconds between looks for them.
+# Folder of a run for the requested grids, and seconds between polls for them.
 GRIDS, EVERY = "compare", 1.0
 
 TAKE = """
@@ -315,7 +315,7 @@ def take_button(run: RunFolder, step: int, say: Say) -> str:
 
 
 def _recipes(run: RunFolder, step: int) -> list[Mapping[str, object]]:
-    """What each picture of a step was drawn from, as its file says; empty where it does not."""
+    """The recipe of each picture of a step, read from its file; empty if the file has none."""
     recipes: list[Mapping[str, object]] = []
     for path in run.sample_pictures(step):
         try:

@@ -268,7 +268,7 @@ def _crop(thumbnail: Thumbnail, item: checks.Item, report: checks.Report, config
 
 
 def summary(report: checks.Report | None, count: int, say: Say) -> str:
-    """What the check found, the worst first."""
+    """The findings of the check, the worst first."""
     head = f"<p class=lk-count><strong>{escape(say('photos.count', count=count))}</strong></p>"
     if report is None:
         return head + f"<p class='lk-quiet lk-working'>{escape(say('photos.checking'))}</p>"
@@ -328,19 +328,20 @@ class PhotosPage:
 
     @property
     def outputs(self) -> list[Any]:
-        """What `show` fills."""
+        """The outputs of `show`."""
         around = [self.pager, self.previous, self.where, self.next, self.next_page, self.first]
         return [self.summary, self.cards, *around, self.concepts.list]
 
     @property
     def checked_outputs(self) -> list[Any]:
-        """What `checked` fills."""
+        """The outputs of `checked`."""
         return [self.summary, self.cards]
 
     def show(
         self, path: str, first: int, config: Config | None, say: Say, progress: Progress = lambda count, total: None
     ) -> list[Any]:
-        """A page of a folder's photos, at once; with what the check says of them where that is known already."""
+        """A page of a folder's photos, returned immediately, with the findings of the check if these are known
+        already."""
         hidden = gr.update(visible=False)
         nothing = ["", hidden, gr.skip(), "", gr.skip(), hidden, 0, ""]
         if not path:
@@ -383,7 +384,7 @@ class PhotosPage:
         return [summary(report, len(photos), say), cards(self.workspace, page, report, config, left_out, say)]
 
     def _report(self, config: Config | None) -> checks.Report | None:
-        """What the check says; None where there is nothing to check yet, or it is not through."""
+        """The report of the check; None if there is nothing to check yet, or the check is not finished."""
         if config is None:
             return None
         future = self.workspace.report(config)
@@ -440,8 +441,8 @@ class PhotosPage:
         return form.table_text({k: v for k, v in (edits | {name: str(edit)}).items() if v})
 
     def uses_masks(self, before: str, after: str, current: bool, config: Config | None) -> bool:
-        """What `train.masked_loss` becomes with new edits: on with the first stroke, off with the last that is undone
-        where no photo has a mask file."""
+        """The value of `train.masked_loss` after new edits: on with the first stroke, off when the last one is undone
+        and no photo has a mask file."""
         had, has = (
             any("paint" in edit or "erase" in edit for edit in form.table_of(quickstart.EDITS, lines).values())
             for lines in (before, after)

@@ -1,5 +1,5 @@
-"""What one does with a run: look at its settings and use them again, name it, note something, lay its loss beside
-another's, and put it aside."""
+"""Actions on a run: show and reuse its settings, rename it, add a note, compare its loss with another run's, and put it
+aside."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOTIFY = "() => { window.Notification?.requestPermission(); }"
 
 
 class RunTools:
-    """Builds the part of the page of runs. `reuse` and `remedies` are wired where the form is known."""
+    """Builds this part of the page of runs. `reuse` and `remedies` are wired together with the form."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n, run_name: gr.BrowserState):
         self.workspace, self.run_name = workspace, run_name
@@ -120,7 +120,7 @@ class RunTools:
         return f"<p class=lk-remedies>{head} {' '.join(buttons)}</p>" if buttons else ""
 
     def answers_of(self, name: str, settings: str = "{}") -> dict[str, object]:
-        """The widgets' values for a run's settings, with others over them (JSON, option -> TOML value).
+        """The widgets' values for a run's settings, with overrides (JSON, option -> TOML value).
 
         Raises:
             LorakitError: there is no such run, or its settings cannot be read.
@@ -185,11 +185,11 @@ class RunTools:
         return self._move(name, -len(self.workspace.queue.waiting()), say)
 
     def put_earlier(self, name: str, say: Say) -> str:
-        """Let a waiting run begin before the one that is before it."""
+        """Move a waiting run one place forward in the queue."""
         return self._move(name, -1, say)
 
     def put_later(self, name: str, say: Say) -> str:
-        """Let a waiting run begin after the one that is after it."""
+        """Move a waiting run one place back in the queue."""
         return self._move(name, 1, say)
 
     def _move(self, name: str, places: int, say: Say) -> str:
@@ -213,7 +213,7 @@ class RunTools:
             target.parent.mkdir(exist_ok=True)
             if path.is_dir():
                 path.rename(target)
-            else:  # it ended before it made its folder
+            else:  # it ended before it created its folder
                 target.mkdir()
         except (LorakitError, OSError) as problem:
             return widgets.problem(say.translate(str(problem)))

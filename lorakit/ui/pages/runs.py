@@ -1,4 +1,4 @@
-"""The page of runs: what each is doing, its curves, its pictures, its log, and the buttons that stop and resume it."""
+"""The page of runs: the state of each, its curves, its pictures, its log, and the buttons that stop and resume it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ENDED_SILENTLY = (
     "its process ended without a message: it was killed, the machine was restarted, or its memory ran "
     "out; Resume continues from the last checkpoint"
 )
-# What the self-check looks at in an exported file.
+# Checks of the self-check on an exported file.
 CHECKS = ("{format} file", "{format} in diffusers", "{format} unet", "{format} text encoder", "{format} weights")
 RESUMABLE = ("interrupted", "stopped", "failed", "done")
 CHOOSE = """
@@ -113,8 +113,8 @@ class RunsPage:
                 self.log = widgets.html(elem_id="run-log", js_on_load=FOLLOW_LOG)
 
     def wire(self, page: gr.Blocks) -> None:
-        """Which event calls what. Whatever was done, the files are looked at next, always by the same listener: two
-        that overlap could each take the other's for what is on the screen."""
+        """Connect the events. After every action the same listener reads the files, because two overlapping listeners
+        could each assume the other's content on the screen."""
 
         self.tools.wire(page)
 
@@ -167,7 +167,7 @@ class RunsPage:
 
     @property
     def outputs(self) -> list[Any]:
-        """What `poll` fills."""
+        """The outputs of `poll`."""
         return [
             self.run_name, self.screen_hashes, self.list, self.work, self.status, self.stop, self.resume, self.steps,
             self.cancel, self.download, self.samples, self.curves, self.log, self.message, self.cards,
@@ -194,7 +194,7 @@ class RunsPage:
         parts = {"list": _list(runs, titles, current_name, idle, say), "work": idle, "cards": self._cards(say)}
         parts |= self._run(current_name, dict(runs).get(current_name), say, view)
         hashes: dict[str, object] = {part: hash(str(value)) for part, value in parts.items()}
-        # What a button said is over once the run is in another state.
+        # A button's message is removed when the run changes its state.
         state = f"{current_name} {dict(runs)[current_name].state}" if current_name else ""
         outdated = screen_hashes.get("state", state) != state
         hashes["state"] = state
@@ -219,7 +219,7 @@ class RunsPage:
         ]  # fmt: skip
 
     def _cards(self, say: Say) -> str:
-        """What each card does at the moment; nothing where none tells."""
+        """The current load of each card; empty if no card reports it."""
         lines = []
         for card in self.workspace.cards.latest():
             has_memory = card.used is not None and card.total is not None
@@ -352,13 +352,13 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
 
 
 def _doing(state: State, say: Say) -> str:
-    """What the run does before it trains, and how far it is."""
+    """The phase of the run before training, and its progress."""
     doing = say.translate(state.doing)
     return say("run.doing", doing=doing, position=state.position, total=state.total) if state.total else doing
 
 
 def _findings(run: RunFolder, say: Say) -> str:
-    """What the run's self-check found of the exported file."""
+    """The findings of the run's self-check on the exported file."""
     try:
         findings = foreign_json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
         items = "".join(

@@ -116,12 +116,12 @@ class TrainPage:
 
     @property
     def inputs(self) -> list[Any]:
-        """What an answer is read from, in order: quality, what it remembers, every widget."""
+        """The inputs of an answer, in order: quality, marks, every widget."""
         return [self.quality, self.marks, *(self.widgets[key] for key in self.keys)]
 
     @property
     def outputs(self) -> list[Any]:
-        """What `answer` fills."""
+        """The outputs of `answer`."""
         every = [self.widgets[key] for key in self.keys]
         return [self.plan_card, self.changed, self.start, self.fetch, self.marks, self.draft, *every]
 
@@ -153,8 +153,8 @@ class TrainPage:
         return [plan, _changes(changed, say), gr.update(interactive=False), fetch, marks, draft, *updates]
 
     def plan(self, values: Sequence[Any], say: Say, progress: Progress | None = None) -> tuple[str, Any]:
-        """The plan, or what keeps it from being made, and whether the run may start; waits until the photos are
-        looked at."""
+        """The plan or the problems that prevent it, and whether the run may start. The call waits until the photos are
+        checked."""
         config, problems = self.read(self.form_values(values), say)
         refused = gr.update(interactive=False)
         if config is None:
@@ -178,8 +178,8 @@ class TrainPage:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The preset that the answers suggest now, and the new values of options that were not changed by hand.
 
-        These are the preset's. One that a change by hand excludes is left out, such as the preset's length beside
-        another.
+        These values are the preset's. Options that a change by hand excludes are omitted, for example the preset's
+        length if another length was set.
         """
         adjustments = marks["moved"]
         by_hand = {
@@ -193,7 +193,7 @@ class TrainPage:
             return marks, {}
         try:
             combination = self._suggest(answers, quality, marks["preset"], by_hand)
-        except LorakitError:  # what was changed is wrong, and will be told where it is
+        except LorakitError:  # the field itself shows this problem
             combination = suggestion
         follows = {
             key: value
@@ -209,7 +209,7 @@ class TrainPage:
         return {str(path): path.stem for path in sorted((self.workspace.runs / PRESETS).glob("*.toml"))}
 
     def preset_choices(self, say: Say) -> list[tuple[str, str]]:
-        """What can be chosen as a preset: (name, value), one's own last."""
+        """The presets to choose from as (name, value), the user's own last."""
         shipped = [(name, name) for name in configuration.preset_names()]
         own = [(f"★ {name}", path) for path, name in self.own_presets().items()]
         return [(say("train.automatic"), AUTOMATIC), *shipped, *own]
@@ -261,10 +261,10 @@ class TrainPage:
     def _suggest(
         self, answers: Mapping[str, Any], quality: str, preset: str, by_hand: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What preset and answers suggest for every field; a base outside of the roots is not even looked at.
+        """The values that preset and answers suggest for every field. A base outside the roots is not read.
 
         Raises:
-            LorakitError: as `quickstart.config_for_answers`, and where the base is outside.
+            LorakitError: as `quickstart.config_for_answers`, or the base is outside the roots.
         """
         base = answers.get(quickstart.BASE) or ""
         bundled = base == self.fields[quickstart.BASE].option.default
@@ -292,7 +292,7 @@ class TrainPage:
         return (None if problems else config), text
 
     def lacking(self, answers: Mapping[str, Any]) -> tuple[str, str] | None:
-        """The option and the hub id of a base, or of its VAE, that only the network has; the network is not asked."""
+        """The option and the hub id of a base, or of its VAE, that must be downloaded. The network is not used."""
         for key in (quickstart.BASE, quickstart.VAE):
             try:
                 name = form.resolve_path(key, str(answers.get(key) or "").strip(), self.workspace.roots)
@@ -303,7 +303,7 @@ class TrainPage:
         return None
 
     def fetch_base(self, values: Sequence[Any], say: Say, progress: Progress = lambda count, total: None) -> str:
-        """Fetch the base, or its VAE, from the hub, because somebody asked for it; what came of it, in words."""
+        """Download the base or its VAE from the hub, at the user's request. Return a message about the result."""
         lacking = self.lacking(self.form_values(values))
         if lacking is None:
             return ""
@@ -315,12 +315,12 @@ class TrainPage:
         return widgets.good(say("train.fetched", name=name))
 
     def config_of_photos(self, answers: Mapping[str, Any]) -> Config | None:
-        """A config that is enough to look at the photos, whatever else is still unanswered or wrong."""
+        """A config that suffices to read the photos, even if other answers are missing or wrong."""
         config, _ = form.read(answers, self.workspace.roots)
         try:
             if config is not None and quickstart.describe(config.model):
                 return config
-        except LorakitError:  # the base will be told of where it is chosen
+        except LorakitError:  # the base's own field shows this problem
             pass
         start = form.values(quickstart.config_for_answers({}, "balanced"))
         answered = {key: answers[key] for key in (quickstart.PHOTOS, *quickstart.OF_PHOTOS)}
@@ -331,7 +331,7 @@ class TrainPage:
         return {"quality": quality, "preset": marks["preset"], "moved": marks["moved"], "values": dict(answers)}
 
     def restore(self, draft: Mapping[str, Any]) -> list[Any]:
-        """The answers that the browser kept: photos' folder, quality, marks, preset, then each widget."""
+        """The answers that the browser stored: folder of photos, quality, marks, preset, then each widget."""
         if not isinstance(draft, dict) or not isinstance(draft.get("values"), dict):
             return [gr.skip()] * (4 + len(self.keys))
         start = form.values(quickstart.config_for_answers({}, "balanced"))
@@ -364,7 +364,7 @@ class TrainPage:
         return gr.update(**change) if change else gr.skip()
 
     def difference_of(self, preset: str, quality: str, values: Sequence[Any], say: Say) -> str:
-        """What the preset would change, as a table."""
+        """The changes that the preset would make, as a table."""
         answers = self.form_values(values)
         try:
             suggestion = self._suggest(answers, quality, preset)

@@ -1,4 +1,4 @@
-"""The page that tries an adapter: prompts of one's own, its strength, a seed, and the base beside it."""
+"""The page that tries an adapter: the user's prompts, the strength, a seed, and the base model for comparison."""
 
 from __future__ import annotations
 
