@@ -223,11 +223,16 @@ def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:
     lines = []
     for extra, (module, purpose) in optional_extras().items():
         if find(module) is not None:
-            lines.append(Line(f"extra {extra}", "ok", Message("{module} is there: {purpose}", module, purpose)))
+            lines.append(Line(f"extra {extra}", "ok", Message("{module} is there, for {purpose}", module, purpose)))
         else:
             fix = install.hint(extra)
             lines.append(
-                Line(f"extra {extra}", "note", Message("{module} is missing: {purpose}", module, purpose), fix)
+                Line(
+                    f"extra {extra}",
+                    "note",
+                    Message("{module} is missing; it is needed only for {purpose}", module, purpose),
+                    fix,
+                )
             )
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +22,23 @@ from lorakit.config import sample_prompts
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Event, Listener
-from lorakit.core.messages import Message
+from lorakit.core.messages import Message, join
 from lorakit.core.names import quote
 from lorakit.runs import launch
 from lorakit.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lorakit.data.checks import Report
+    from lorakit.runs.preflight import Preflight
 
 # Adds a command by its name, function and help.
 Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 # Seconds after which the check of the photos shows its progress.
 BAR_AFTER = 3.0
+
+# More unreadable photos than this have one cause, such as a package that is missing.
+EXCLUSION_LIMIT = 5
 
 
 def add(command: Command) -> None:
@@ -155,7 +160,7 @@ def run_check(args: argparse.Namespace) -> int:
     elif text := result.to_text():
         print_lines(text)
     if result.problems:
-        complain("\n".join(result.problems))
+        complain("\n".join([*result.problems, *_exclusion(result)]))
     return 1 if result.problems else 0
 
 
@@ -171,7 +176,10 @@ def run_train(args: argparse.Namespace) -> int:
 
     # Checked before the slow imports of torch and diffusers.
     with _progress_of_photos(terminal) as check:
-        ready = preflight(resolve(args, terminal), check=check, fetch=True).or_raise()
+        result = preflight(resolve(args, terminal), check=check, fetch=True)
+    if advice := _exclusion(result):
+        raise LorakitError(join("\n", [*result.problems, *advice]))
+    ready = result.or_raise()
     for line in ready.lines():
         terminal.say(line)
     with model_imports():
@@ -344,6 +352,16 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
     if not config.data.folder:
         raise configuration.ConfigError(["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"])
     return config
+
+
+def _exclusion(result: Preflight) -> list[str]:
+    """The option that leaves out the photos that cannot be read, where those are few and others remain."""
+    items = result.report.items if result.report else []
+    names = [item.relative for item in items if not item.readable]
+    if not 0 < len(names) <= EXCLUSION_LIMIT or len(names) == len(items):
+        return []
+    value = json.dumps([*result.config.data.exclude, *names], ensure_ascii=False)
+    return [Message("or train without: --set {option}", quote(f"data.exclude={value}"))]
 
 
 def read_prompts(args: argparse.Namespace) -> list[str] | None:

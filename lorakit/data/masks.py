@@ -98,5 +98,5 @@ def find(photos: list[Photo], root: Path) -> Masks:
     orphans = [file for folder in sorted(masks.folders) for file in levels.get(folder, []) if file not in matched]
     if orphans:
         names = some_names(printable(file.relative_to(root).as_posix()) for file in orphans)
-        masks.warnings.append(Message("no photo has the name of {names}: not used", names))
+        masks.warnings.append(Message("not used, as no photo has this name: {names}", names))
     return masks

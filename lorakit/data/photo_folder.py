@@ -311,7 +311,7 @@ def _read_level(result: Folder, level: Path, metadata: dict[str, tuple[str, str]
     if orphans and (paths or inside):
         labels = some_names(inside + printable(file.name) for file in orphans)
         no_photos = "{names}: captions or masks in a folder without photos, not used: put each beside its photo"
-        result.warnings.append(Message("no photo has the name of {names}: not used" if paths else no_photos, labels))
+        result.warnings.append(Message("not used, as no photo has this name: {names}" if paths else no_photos, labels))
     other_files.update(
         _kind(entry) or "without an ending" for entry in entries if not _is_photo(entry) and not _is_mask(entry)
     )

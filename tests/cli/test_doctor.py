@@ -89,6 +89,8 @@ def test_every_extra_that_is_missing_has_its_command() -> None:
     lines = doctor.extras(lambda module: None)
     assert [line.state for line in lines] == ["note"] * len(doctor.optional_extras())
     assert [line.fix for line in lines] == [install.hint(extra) for extra in doctor.optional_extras()]
+    details = {line.name: line.detail for line in lines}
+    assert details["extra heic"] == "pillow_heif is missing; it is needed only for photos of phones in HEIC"
     assert {line.state for line in doctor.extras(lambda module: object())} == {"ok"}
 
 

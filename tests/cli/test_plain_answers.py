@@ -1,8 +1,10 @@
 """Answers to what beginners type and ask: unknown flags, one file of an odd base, rates of the text."""
 
+import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lorakit import config, formats
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
@@ -57,6 +59,24 @@ def test_a_preset_of_stable_diffusion_needs_a_base(capsys: pytest.CaptureFixture
     """On the bundled base it would be a run of twelve hours at 1024 pixels."""
     assert cli.main(["train", "photos", "--subject", "sks dog", "--preset", "subject-sdxl"]) == 2
     assert capsys.readouterr().err == "lorakit: --preset subject-sdxl needs the model it is for: name it with --base\n"
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_unreadable_photos_are_left_out_by_the_option_that_is_named(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "我的 photos"
+    photos.mkdir()
+    for name, size in (("a.png", 64), ("c.png", 72)):
+        Image.effect_noise((size, size), 80).save(photos / name)
+    (photos / "it's 壞的.jpg").write_bytes(b"hello")
+    words = ["check", str(photos), "--subject", "sks toy"]
+    assert cli.main([command, *words[1:]]) == 1
+    advice = capsys.readouterr().err.splitlines()[-1]
+    assert advice.startswith("lorakit: or train without: --set ")
+    assert cli.main([*words, *shlex.split(advice.partition("without: ")[2])]) == 0
+    assert "photos: 2 to train on" in capsys.readouterr().out
 
 
 def test_a_base_that_one_file_does_not_tell_is_merged_into_a_folder_only(

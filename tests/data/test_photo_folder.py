@@ -28,7 +28,7 @@ def test_a_plain_folder_is_a_data_set(photos: Path) -> None:
     before = marked.digests(photos)
     result = photo_folder.scan(photos)
     assert [photo.relative for photo in result.photos] == ["a.PNG", "b.jpg", "c d.webp"]
-    assert result.warnings == ["no photo has the name of e.mask.png: not used"]
+    assert result.warnings == ["not used, as no photo has this name: e.mask.png"]
     assert result.notes == ["not pictures, ignored: 1 .db, 1 .mov"]
     assert marked.digests(photos) == before
 
@@ -106,7 +106,7 @@ def test_captions_that_are_empty_or_nobodys_are_reported(photos: Path) -> None:
     assert captions(result) == {"a.jpg": None}
     assert result.warnings == [
         "a.jpg: its caption in a.txt is empty",
-        "no photo has the name of b.txt: not used",
+        "not used, as no photo has this name: b.txt",
         "metadata.jsonl names files that are not there: z.jpg",
     ]
 
@@ -309,7 +309,7 @@ def test_what_only_looks_like_a_mask_is_a_photo_or_named(tmp_path: Path) -> None
         marked.save(tmp_path / name, marked.picture(3))
     result = photo_folder.scan(tmp_path)
     assert [photo.relative for photo in result.photos] == ["a.png", "bull_mask.png"]
-    assert result.warnings == ["no photo has the name of masks/c.png: not used"]
+    assert result.warnings == ["not used, as no photo has this name: masks/c.png"]
 
 
 def test_the_exact_name_comes_first(tmp_path: Path) -> None:
