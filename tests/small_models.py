@@ -176,7 +176,10 @@ def write(
 
 
 def of_true_size(folder: Path, family: str) -> Path:
-    """The published architecture of "sd1" or "sdxl" with random weights in bf16, and a tokenizer of matching size."""
+    """The published architecture of "sd1" or "sdxl" with random weights in bf16, and a tokenizer of matching size.
+
+    Existing files are reused.
+    """
     if not (folder / "tokenizer").is_dir():
         tiny.save_tokenizer(folder / "tokenizer", size=WORDS)
     file = folder / f"{family}-random.safetensors"

@@ -70,6 +70,26 @@ def replace(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename the folder `source` to `target`. An older folder there is removed only after that; if the rename fails, it
+    is restored.
+
+    Raises:
+        OSError: `target` cannot be renamed or written; it is unchanged.
+    """
+    old = temporary_path(target).with_suffix(".old")
+    try:
+        if target.exists():
+            target.rename(old)
+        source.rename(target)
+        sync_folder(target.parent)
+    except OSError:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries to the disk. Windows does not need this."""
     if os.name == "nt":

@@ -67,7 +67,6 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
     if path.exists() and not _is_ours(path):
         raise LorakitError("{path}: exists and is not a PEFT folder; choose another name", path)
     temporary = atomic.temporary_path(path)
-    old = temporary.with_suffix(".old")
     paths = []
     try:
         for part, layers in _components(weights).items():
@@ -76,33 +75,19 @@ def write(weights: AdapterWeights, path: Path, *, dtype: str, metadata: Mapping[
             text = json.dumps(_config(part, layers, weights.family), indent=2, sort_keys=True)
             files.write_bytes(folder / PEFT_CONFIG, text.encode())
             paths += [path / part / PEFT_CONFIG, path / part / PEFT_MODEL]
-        _swap(temporary, path, old)
+        atomic.replace_folder(temporary, path)
+    except OSError as error:
+        raise files.Unwritable(
+            "{path}: cannot be written ({reason}); nothing there was changed", path, error.strerror or error
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     return paths
 
 
 def magnitude_vector(rows: torch.Tensor) -> torch.Tensor:
     """DoRA's magnitude per output row in PEFT's shape: `[out]`, for a convolution `[1, out, 1, 1]`."""
     return rows.flatten() if rows.ndim == 2 else rows.reshape(1, -1, 1, 1)
-
-
-def _swap(new: Path, path: Path, old: Path) -> None:
-    """Move `path` to `old` and the folder `new` to `path`. If that fails, `path` is restored."""
-    from lorakit.formats import files
-
-    try:
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        atomic.sync_folder(path.parent)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise files.Unwritable(
-            "{path}: cannot be written ({reason}); nothing there was changed", path, error.strerror or error
-        ) from None
 
 
 def _is_ours(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -49,3 +50,31 @@ def test_what_a_kill_left_goes_once_nobody_can_be_writing_it(tmp_path: Path) -> 
     atomic._swept.clear()
     atomic.write(tmp_path / "y", "text")
     assert not stale.exists() and fresh.exists() and foreign.exists()
+
+
+def test_an_older_folder_goes_only_after_the_new_one_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, target = tmp_path / "new", tmp_path / "model"
+    for folder in (new, target):
+        folder.mkdir()
+        (folder / "weights").write_text(folder.name)
+    rename = Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if path == new:
+            raise PermissionError(13, "Permission denied")
+        return rename(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "rename", fail)
+        atomic.replace_folder(new, target)
+    assert (target / "weights").read_text() == "model" and (new / "weights").read_text() == "new"
+
+    def there(folder: Path, **_: object) -> None:
+        assert (target / "weights").read_text() == "new" and (folder / "weights").read_text() == "model"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", there)
+        atomic.replace_folder(new, target)
+    assert (target / "weights").read_text() == "new" and not new.exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,9 +116,7 @@ def _replace(path: Path, weights: TrainedModel) -> None:
     temporary = temporary.with_name(temporary.name + path.suffix)
     assert weights.base is not None, "a run gives it"
     merge.merge(weights, weights.base, temporary)
-    if path.is_dir():
-        shutil.rmtree(path)
-    temporary.replace(path)
+    (atomic.replace_folder if temporary.is_dir() else atomic.replace)(temporary, path)
 
 
 def examine(
