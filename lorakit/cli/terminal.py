@@ -29,7 +29,7 @@ from lorakit.core.units import duration
 REDRAW_SECONDS = 0.1
 SHARE_OF_A_LINE = 0.05
 # Printed once, with the first validation.
-VALIDATION = "the mse is of the same noise each time; the loss is of other noise and weights at each step"
+VALIDATION = "compare it with later ones: its noise is the same each time; the noise of the loss is not"
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

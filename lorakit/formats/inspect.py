@@ -102,7 +102,7 @@ class Report:
         rows = [f"{self.name}: {self.description}, {self.bytes / 2**20:.1f} MiB"]
         facts = {
             "for": self._fitting_base(title),
-            "type": self._typed(),
+            "in prompts": self._typed(),
             "healthy": self._health(),
             "note": join("; ", self.notes),
             "trained": health.history(self.metadata) if self.kind == "adapter" else "",

@@ -112,8 +112,8 @@ def prior(config: Config, report: Report) -> str:
         texts = [captions.class_prompt(each) for each in concepts.of_photos(report.photos, config.data)]
         text = '", "'.join(shorten(each, 60) for each in list(dict.fromkeys(texts))[:MAX_CONCEPTS])
         number, others = config.train.class_images, len(config.train.prior_prompts)
-        images = Message('{count} class images, drawn by the base as "{text}"', number, text)
-        more = Message(", and for {count} other prompts,", others) if others else ""
-        return Message("{images}{more} and kept for other runs", images, more)
+        images = Message('{count} class images, which the base draws of "{text}"', number, text)
+        more = Message(" and of {count} other prompts", others) if others else ""
+        return Message("{images}{more}; later runs use them again", images, more)
     is_teacher = config.train.prior == "teacher"
     return "the base as teacher, which makes a step about twice as long" if is_teacher else ""

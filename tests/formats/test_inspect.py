@@ -71,7 +71,7 @@ def test_the_trigger_is_one_word_and_the_rest_is_the_class(kind, subjects, trigg
     path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", metadata)["kohya"]
     rows = inspect(path).to_text().splitlines()
     facts = {row[2:17].strip(): row[18:] for row in rows if row.startswith("  ")}
-    assert facts["type"].partition("  ")[0] == ", ".join(subjects)
+    assert facts["in prompts"].partition("  ")[0] == ", ".join(subjects)
     assert (facts["trigger"], facts.get("class", "")) == (trigger, noun)
 
 
@@ -344,7 +344,12 @@ def test_the_first_lines_and_the_hashes(tmp_path, capsys):
     assert report.hashes == {"AutoV2": file_hash[:10], "AutoV3": tensors[:12]}
     first = report.to_text().splitlines()[1:4]
     assert first[0].split()[:4] == ["for", "Stable", "Diffusion", "1"]
-    assert "blue, zib hat, red" in first[1] and "<lora:toy:1>" in first[1] and "every number is finite" in first[2]
+    assert (
+        first[1].split("  ")[1] == "in prompts"
+        and "blue, zib hat, red" in first[1]
+        and "<lora:toy:1>" in first[1]
+        and "every number is finite" in first[2]
+    )
 
 
 def test_nan_is_read_by_nobody(tmp_path, capsys):

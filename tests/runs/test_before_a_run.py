@@ -60,12 +60,13 @@ def test_a_length_of_ones_own_is_not_raised() -> None:
         (
             {"train.prior_prompts": ()},
             0,
-            'prior: 96 class images, drawn by the base as "a photo of a dog" and kept for other runs',
+            'prior: 96 class images, which the base draws of "a photo of a dog"; later runs use them again',
         ),
         (
             {"data.class_prompt": "a corgi"},
             0,
-            'prior: 96 class images, drawn by the base as "a corgi", and for 11 other prompts, and kept for other runs',
+            'prior: 96 class images, which the base draws of "a corgi" and of 11 other prompts; '
+            "later runs use them again",
         ),
         ({"train.prior": "teacher"}, 0, "prior: the base as teacher, which makes a step about twice as long"),
         ({}, 3, "prior: 3 class images of your own, none is drawn"),
