@@ -162,7 +162,8 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     # What the adapter is, and the same in another format.
     person.tab("adapter")
     person.choose("adapter-path", run / state.adapter)
-    person.says("adapter-report", "sks toy")
+    for fact in ("sks", "toy"):
+        page.locator("#adapter-report .lk-facts").get_by_text(fact, exact=True).wait_for()
     page.locator("#adapter-format input[value=peft]").check()
     page.locator("#adapter-convert").click()
     person.says("adapter-message", "Written: ")
