@@ -19,8 +19,8 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS, ROOM_FILES, ROOMS = 500, 60, 7, 16, 12
 # What every install gets; `lightweight` is in the first line of what lorakit is. Raised from 21,000 for the readers of
 # base models, adapter files and captions that other programs write, for prompts as web UIs read them, for runs of
 # several processes, for batches, for what other programs need in order to host it, for captions by models, and for
-# training whole models and words alone, and for telling other programs of the end of a run.
-PACKAGE_LINES = 40_000
+# training whole models and words alone, for telling other programs of the end of a run, and for longer docstrings.
+PACKAGE_LINES = 39_500
 # "file:function" -> lines that it has more than FUNCTION_LINES allows.
 LONG_FUNCTIONS: dict[str, int] = {}
 # "file:function" -> parameters, more than PARAMETERS.

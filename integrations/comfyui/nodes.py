@@ -372,7 +372,7 @@ class Inspect:
         """The report, with what ComfyUI makes of the file in its first line; and what to write into the prompt."""
         report = host.run(["inspect", host.full_path("loras", lora_name)])
         reading = re.search(r"^ +(?:yes|NO) +ComfyUI +(.*)$", report, re.MULTILINE)
-        trigger = re.search(r"^ +type +(.*?)(?:  \(<lora:.*)?$", report, re.MULTILINE)
+        trigger = re.search(r"^ +in prompts +(.*?)(?:  \(<lora:.*)?$", report, re.MULTILINE)
         text = f"ComfyUI: {reading[1] if reading else 'lorakit does not know whether it reads this'}\n{report}"
         return {"ui": {"text": [text]}, "result": (text, trigger[1] if trigger and "\n  trigger " in report else "")}
 

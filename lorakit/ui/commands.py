@@ -1,5 +1,4 @@
-"""Commands of lorakit that a page waits for. Each runs in its own process, so that the front end never imports
-torch."""
+"""Commands of lorakit that a page waits for. Each runs in its own process: torch never enters the front end."""
 
 from __future__ import annotations
 

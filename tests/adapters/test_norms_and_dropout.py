@@ -138,7 +138,7 @@ def test_layers_that_dropout_never_let_train_are_no_faults(method: str, sd1: Any
 @pytest.mark.parametrize("method", ["dora", "pissa"])
 @pytest.mark.parametrize("option", ["train.max_weight_norm", "adapter.rank_dropout", "adapter.module_dropout"])
 def test_they_are_refused_where_the_change_is_no_product(method: str, option: str) -> None:
-    with pytest.raises(ConfigError, match=f"{option} is for a change that is the product of its factors alone"):
+    with pytest.raises(ConfigError, match=f"{option} needs a method whose change is the product of its factors alone"):
         settings(**{"adapter.method": method, option: 0.5})
     with pytest.raises(ConfigError, match=r"memory.compile needs adapter.dropout = 0"):
         settings(**{"adapter.rank_dropout": 0.5, "memory.compile": True})

@@ -53,7 +53,7 @@ def test_precision_of_products_is_a_choice(monkeypatch: pytest.MonkeyPatch, card
         assert torch.backends.cudnn.allow_tf32 is tf32
         assert devices.uses_tf32(CUDA, torch.float32) is tf32
         assert not devices.uses_tf32(CPU, torch.float32) and not devices.uses_tf32(CUDA, torch.bfloat16)
-        expected = "float32 products: " + ("in TF32 where the card has it" if tf32 else "in full")
+        expected = "float32 products: " + ("in TF32 where the card has it" if tf32 else "in full precision")
         assert lines[:2] == ["memory", expected]
         assert torch.backends.cudnn.benchmark is ("GTX 16" in card) and (len(lines) == 3) is ("GTX 16" in card)
         assert devices.prepare(MemoryConfig(), CPU) == []

@@ -182,7 +182,7 @@ def test_an_lcm_folder_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
 def test_a_base_that_may_predict_v_is_warned_of(tiny_sd1: Path, tiny_sd1_v: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_sd1, tmp_path / "noob-vpred")
     (warning,) = preflight(settings(base, tmp_path / "photos")).info.warnings
-    assert warning.endswith(f"find out with `lorakit probe {base}`, and set model.prediction_type")
+    assert warning.endswith(f"measure it with `lorakit probe {base}`, and set model.prediction_type")
     assert warning in preflight(settings(base, tmp_path / "photos")).warnings
     assert texts.sentences("zh-Hant").translated(warning)
     for sure in ("epsilon", "v_prediction"):

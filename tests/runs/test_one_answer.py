@@ -139,7 +139,7 @@ def test_an_adapter_to_start_from_is_compared_layer_by_layer(
         (answer,) = problems(train__init_from=start, adapter__rank=8)
         assert answer.startswith("the adapter to start from has rank 4 in unet.down") and answer.endswith("rank = 4")
         (answer,) = problems(train__init_from=start, adapter__target_modules="linear")
-        assert answer.startswith("the adapter to start from has other layers: ") and "0 too many" in answer
+        assert answer.startswith("the adapter to start from has other layers: ") and "0 are too many" in answer
         (answer,) = problems(train__init_from=start, adapter__method="lokr")
         assert answer == "the adapter to start from is lora: set adapter.method = 'lora'"
         assert problems(train__init_from=start, adapter__new_tokens=2) == ()

@@ -272,7 +272,9 @@ def test_check_refuses_what_train_refuses(
 def answer_of_check(settings: config.Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[bool, set[str]]:
     capsys.readouterr()
     code = cli.main(["check", *arguments(settings, folder)])
-    return code == 0, set(complaints(capsys.readouterr().err))
+    # Only the terminal types `--set`, so only it says how to leave photos out there; the page has a button.
+    problems = [line for line in complaints(capsys.readouterr().err) if not line.startswith("or train without: ")]
+    return code == 0, set(problems)
 
 
 def answer_of_train(settings: config.Config) -> tuple[bool, set[str]]:

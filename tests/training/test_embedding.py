@@ -228,7 +228,7 @@ REFUSALS: dict[str, dict[str, Any]] = {
     "train.prior has no effect": {"train.prior": "teacher"},
     "output.formats has no effect": {"output.formats": ("peft",)},
     "output.dtype has no effect": {"output.dtype": "bf16"},
-    "train.max_weight_norm is for": {"train.max_weight_norm": 1.0},
+    "train.max_weight_norm needs a method whose change is": {"train.max_weight_norm": 1.0},
     "optimizer.loraplus_lr_ratio is for": {"optimizer.loraplus_lr_ratio": 4.0},
     "train.init_from makes no sense": {"train.init_from": "x.safetensors"},
 }

@@ -197,7 +197,7 @@ REFUSALS = {
     "train.ema_decay needs memory.mixed_precision = 'fp32'": {"train.ema_decay": 0.9},
     "which optimizer.name = 'prodigy' cannot: choose one of adamw": {"optimizer.name": "prodigy"},
     "which optimizer.name = 'torch.optim:SGD' cannot": {"optimizer.name": "torch.optim:SGD"},
-    "train.max_weight_norm is for": {"train.max_weight_norm": 1.0},
+    "train.max_weight_norm needs a method whose change is": {"train.max_weight_norm": 1.0},
     "optimizer.loraplus_lr_ratio is for": {"optimizer.loraplus_lr_ratio": 4.0},
     "train.init_from makes no sense": {"train.init_from": "x.safetensors"},
     "adapter.extract_rank is for the extracted LoRA": {"adapter.extract_rank": 8},

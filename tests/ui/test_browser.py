@@ -132,7 +132,7 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     caption.blur()
     assert not (upload / "01.txt").exists(), "nothing is written until it is saved"
     caption.locator("+ .lk-save").click()
-    person.says("photos-message", f"Caption of {upload.name}/01.png saved.")
+    person.says("photos-caption-message", f"Caption of {upload.name}/01.png saved.")
     assert (upload / "01.txt").read_text() == "sks toy <b>{{value}} ${1+1}</b>\n"
     # Five questions, of which the photos are answered already, and options that make the run short.
     page.locator("#photos-next").click()
@@ -281,7 +281,7 @@ def test_a_caption_stays_with_its_photo_when_another_folder_comes(person: Person
     person.page.locator("#photos-folder input").fill(str(room / "B"))
     person.page.locator(".lk-save").click()
     person.page.locator(f"textarea[data-file='{room}/B/00.png']").wait_for()
-    person.says("photos-message", "Caption of A/00.png saved.")
+    person.says("photos-caption-message", "Caption of A/00.png saved.")
     assert (room / "A" / "00.txt").read_text() == "written for A\n" and not (room / "B" / "00.txt").exists()
 
 

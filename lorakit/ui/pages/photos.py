@@ -314,6 +314,7 @@ class PhotosPage:
                     elem_id="photos-upload",
                 )
         self.message = widgets.html(elem_id="photos-message")
+        self.caption_message = widgets.html(elem_id="photos-caption-message")
         self.summary = widgets.html(elem_id="photos-summary")
         self.concepts = ConceptFolders(workspace, t)
         self.captions = CaptionTools(workspace, t)
