@@ -73,8 +73,8 @@ def test_the_page_works_below_a_path(front_end, chromium, proxy: ThreadingHTTPSe
     Proxy.target = urlsplit(served.address).port
     page = chromium.new_context(locale="en-US").new_page()
     page.set_default_timeout(SECONDS * 1000)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    addresses: list[str] = []
+    page.on("request", lambda request: addresses.append(request.url))
     page.goto(f"{public}/")
     page.locator("input[type=text]").fill("lorakit")
     page.locator("input[type=password]").fill("long enough")
@@ -89,7 +89,7 @@ def test_the_page_works_below_a_path(front_end, chromium, proxy: ThreadingHTTPSe
     page.locator(".lk-save").click()
     page.locator("#photos-caption-message").get_by_text("Caption of photos/00.png saved.").wait_for()
     assert (tmp_path / "photos" / "00.txt").read_text() == "noise\n"
-    assert [url for url in asked if not url.startswith((f"{public}/", "data:", "blob:"))] == []
+    assert [url for url in addresses if not url.startswith((f"{public}/", "data:", "blob:"))] == []
     # A browser asks for this one by itself.
     assert [path for path in Proxy.strays if path != "/favicon.ico"] == []
     page.context.close()
