@@ -379,7 +379,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     shows += [(photos.previous.click, turn_back), (photos.next.click, turn)]
     look = polled(tasks, shows, inputs, photos.outputs)
     polled(tasks, [(look, checked)], inputs, photos.checked_outputs)
-    # A place of its own: nothing else that happens on the page takes away that a caption was saved, or was not.
+    # Only this event writes here, so no other event clears the message of a saved or refused caption.
     photos.cards.submit(save_caption, None, photos.caption_message, **EACH)
     photos.next_page.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
 
