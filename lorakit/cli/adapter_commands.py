@@ -31,7 +31,7 @@ TRIGGER, ALIAS, TITLE = "modelspec.trigger_phrase", "ss_output_name", "modelspec
 
 
 def add(command: Command) -> None:
-    """Add the commands of this page by `command(name, run, help)`."""
+    """Add the commands of this module by `command(name, run, help)`."""
     sample = command("sample", run_sample, "draw pictures with an adapter")
     sample.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
@@ -140,7 +140,7 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    """`lorakit sample`: a grid with a row for each strength and a column for each prompt, and each picture."""
+    """`lorakit sample`. Writes each picture, and a grid with a row for each strength and a column for each prompt."""
     from lorakit.formats.identify import adapter_file
 
     file = adapter_file(Path(args.adapter))
@@ -340,7 +340,11 @@ def run_install_adapter(args: argparse.Namespace) -> int:
 
 
 def _with_strength(text: str) -> tuple[Path, float]:
-    """`ADAPTER=STRENGTH` taken apart; a path with `=` in it that is there is a path."""
+    """Split `ADAPTER=STRENGTH` into path and strength. The strength is 1 if `text` is an existing path.
+
+    Raises:
+        LorakitError: the strength is no number.
+    """
     path, equals, strength = text.rpartition("=")
     if not equals or Path(text).exists():
         return Path(text), 1.0
@@ -357,7 +361,11 @@ def _write(
     metadata: Mapping[str, str],
     sources: Sequence[str | Path],
 ) -> int:
-    """Write the adapter in the requested format. Input files are never overwritten."""
+    """Write the adapter in the requested format and return the exit code.
+
+    Raises:
+        LorakitError: the name is not valid, the file exists and `--force` is not given, or it is one of the `sources`.
+    """
     from lorakit import formats
     from lorakit.formats import adapter_math, compatibility
     from lorakit.formats.saving import destination, occupied, take_along
@@ -389,7 +397,7 @@ def _write(
 
 
 def _tell(args: argparse.Namespace, files: Mapping[str, Path]) -> None:
-    """Where it went, for a person or for a program."""
+    """Print the paths of the written files, as lines or as JSON."""
     if args.json:
         print_json({name: str(path) for name, path in files.items()})
     else:

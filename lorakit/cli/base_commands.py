@@ -14,12 +14,12 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.core.units import count
 
-# Uses photos of this bundled subject if no photo is given.
+# The bundled subject, and its number of photos, to measure on if no photo is given.
 BUNDLED_SUBJECT, BUNDLED_PHOTOS = "zib", 4
 
 
 def add(command: Command) -> None:
-    """Add the commands of this page by `command(name, run, help)`."""
+    """Add the commands of this module by `command(name, run, help)`."""
     probe = command("probe", run_probe, "measure on photos whether a base predicts noise (epsilon) or v")
     probe.add_argument("base", metavar="BASE", help="base model: a file, a folder or a hub id")
     probe.add_argument("--photo", action="append", metavar="FILE", help="photo to measure on; may be repeated")
@@ -27,7 +27,7 @@ def add(command: Command) -> None:
 
 
 def run_probe(args: argparse.Namespace) -> int:
-    """`lorakit probe`. The exit code is 1 if neither prediction type is clearly right."""
+    """`lorakit probe`. The exit code is 1 if the measurement does not decide between the prediction types."""
     threads.use_idle_cores()
     flags = {"model.base": args.base, "train.steps": 1} | ({"model.vae": args.vae} if args.vae else {})
     config = configuration.load(None, flags | read_overrides(args.set))

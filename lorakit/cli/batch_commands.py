@@ -14,12 +14,12 @@ from lorakit.core.messages import Message
 from lorakit.core.names import quote
 
 STATUS = "status"
-# Seconds between two reads of the queue while the command waits for it.
+# Interval in seconds at which `--wait` reads the queue.
 LOOK_EVERY = 1.0
 
 
 def add(command: Command) -> None:
-    """Add the commands of this page by `command(name, run, help)`."""
+    """Add the commands of this module by `command(name, run, help)`."""
     batch = command("batch", run_batch, "train many adapters: a run for each row of a file, or folder of photos")
     batch.add_argument("jobs", metavar="JOBS", help="TOML file, or a folder of photo folders; `status` shows a batch")
     batch.add_argument("folder", nargs="?", metavar="RUNS", help="folder of the batch, after `status`")
@@ -43,7 +43,7 @@ def add(command: Command) -> None:
 
 
 def run_batch(args: argparse.Namespace) -> int:
-    """`lorakit batch`. The exit code is 1 if a run failed."""
+    """`lorakit batch`. The exit code is 1 if a run failed, or if its results could not be copied."""
     from lorakit.runs import batch
 
     source = Path(args.jobs)
@@ -82,7 +82,7 @@ def run_batch(args: argparse.Namespace) -> int:
 
 
 class _Sender:
-    """Copies the results of a run to `--results`, if that is given. A problem is reported, not raised."""
+    """Copies the results of a run to `--results`, if given. Errors are printed and counted, not raised."""
 
     def __init__(self, runs: Path, url: str | None):
         from lorakit.runs.results import Results
@@ -98,14 +98,14 @@ class _Sender:
             complain(str(error))
 
     def all(self, code: int) -> int:
-        """Copy the report over all runs. Return the exit code."""
+        """Copy the report on all runs. Return 1 if any copy failed, else `code`."""
         for name in ("batch.json", "report.html"):
             self(name)
         return 1 if self.failures else code
 
 
 def _wait(runs: Path, names: list[str], end: Callable[[str], object]) -> None:
-    """Return when no job of the queue is left; `end` is called with each run that has none any more."""
+    """Wait until the queue is empty. Call `end` once for each of the runs `names`, when its job has ended."""
     from lorakit.runs.queue import Queue
 
     queue, left = Queue(runs), names
@@ -121,7 +121,7 @@ def _wait(runs: Path, names: list[str], end: Callable[[str], object]) -> None:
 
 
 def _show(runs: Path, as_json: bool) -> int:
-    """Print how the runs stand, and write the report over all."""
+    """Print the state of each run and write the report on all. Return 1 if a run failed, else 0."""
     from lorakit.runs import batch
 
     outcomes = batch.status(runs)

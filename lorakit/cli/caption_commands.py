@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorakit.data.photo_folder import Photo
     from lorakit.inference.captioners.photos import Captions
 
-# Config options that a captioner uses.
+# Config options that `--set` accepts, because captions depend on them.
 OPTIONS = [
     *("data.name", "data.kind", "data.concepts", "data.exclude", "data.edits", "data.class_folder"),
     *("memory.device", "memory.mixed_precision", "memory.tf32"),
@@ -31,7 +31,7 @@ OPTIONS = [
 
 
 def add(command: Command) -> None:
-    """Add the commands of this page by `command(name, run, help)`."""
+    """Add the commands of this module by `command(name, run, help)`."""
     caption = command("caption", run_caption, "write captions of photos by a model, or undo that")
     caption.set_defaults(has_events=True)
     caption.add_argument("photos", metavar="PHOTOS", help="folder of photos; captions are written beside them")
@@ -123,7 +123,7 @@ def run_caption(args: argparse.Namespace) -> int:
 
 
 def _end(args: argparse.Namespace, result: Captions, others: int) -> int:
-    """Say what came of it."""
+    """Report the result and return the exit code. `others` is the number of photos that had a caption already."""
     if args.json:
         facts = {"captions": result.texts, "failed": result.failed, "had_one": others, "stopped": result.stopped}
         print_event(Event("result", None, facts))
@@ -162,10 +162,10 @@ def _undo(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _config(args: argparse.Namespace) -> configuration.Config:
-    """The config that the arguments ask for.
+    """Build the config from the arguments.
 
     Raises:
-        ConfigError: with every problem at once.
+        ConfigError: an argument or an option is invalid; the error lists all problems.
     """
     overrides = read_overrides(args.set)
     problems = [

@@ -17,19 +17,20 @@ from lorakit.core.units import duration
 
 PHOTOS = 16
 TRIGGER = "sks"
-# Scenes of the before/after grid. No training photo shows one of them.
+# Scenes of the before/after grid. They are in no training photo.
 UNSEEN = ("snow", "night", "city", "underwater", "floor")
-# Number of pictures of each unseen scene that the judge sees, each from its own seed.
+# Number of pictures of each unseen scene that the classifier scores. Each has its own seed.
 PICTURES_PER_SCENE = 8
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The files of the demo, and its figures.
+    """The files and measurements of the demo.
 
     Attributes:
-        before, after: share of pictures on unseen scenes that the judge takes for the subject, base and adapter.
-        seconds: duration of everything, from the first photo to the grid.
+        before, after: share (0 to 1) of the pictures of unseen scenes in which the classifier finds the subject, drawn
+            without and with the adapter.
+        seconds: total duration, from the first photo to the grid.
     """
 
     subject: str
@@ -43,7 +44,7 @@ class Outcome:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The attributes as JSON values. Paths are strings."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
@@ -82,7 +83,7 @@ def demo(
             f"a photo of a {TRIGGER} {noun} {scene_captions.SCENE_WORDS[scene][0]}" for scene in UNSEEN
         ),
         "output.folder": str(folder / "run"),
-        "train.min_steps": 0,  # the base knows this style: fewer steps suffice
+        "train.min_steps": 0,  # the base was trained on this style, so fewer steps are enough
     }
     config = configuration.load("subject-pocket", settings | dict(overrides or {}))
     photos = write_photos(subject, folder / "photos")
@@ -129,7 +130,11 @@ def write_photos(subject: str, folder: Path) -> Path:
 def compare(
     config: configuration.Config, adapter: Path, subject: str, folder: Path, terminal: Terminal
 ) -> tuple[Path, float, float]:
-    """Draw the prompts by the base and with the adapter, from equal seeds: (grid, judge's share before, after)."""
+    """Draw the prompts without and with the adapter from the same seeds, and write the grid.
+
+    Returns:
+        The grid's file, and the shares `before` and `after` of `Outcome`.
+    """
     import dataclasses
 
     from PIL import Image

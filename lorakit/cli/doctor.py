@@ -21,7 +21,7 @@ from lorakit.core.messages import Message
 from lorakit.core.units import count
 from lorakit.runs import nvidia
 
-# Extra -> its module and its purpose. `optional_extras` adds the extras of optimizers.
+# Name of each extra -> (module, purpose). `optional_extras` adds the extras of optimizers.
 EXTRAS = {
     "ui": ("gradio", "the front end, `lorakit ui`"),
     "xformers": ("xformers", "memory.attention = xformers"),
@@ -33,7 +33,7 @@ EXTRAS = {
     "onnx": ("onnxruntime", "`lorakit caption` with a tagger in ONNX"),
     "vlm": ("torchvision", "`lorakit caption` with SmolVLM or Qwen-VL"),
 }
-# With less free disk space than this, a run with its checkpoints and pictures does not fit.
+# Bytes of free disk space that a run with its checkpoints and pictures needs.
 SMALLEST_FREE_DISK = 2 * 2**30
 
 
@@ -48,12 +48,12 @@ class Line:
 
 
 def examine() -> list[Line]:
-    """Everything, in the order in which it matters. Imports torch."""
+    """All findings, the most important first. Imports torch."""
     return [*versions(), *devices(), *extras(), *storage()]
 
 
 def to_text(lines: Sequence[Line]) -> str:
-    """The findings as a person reads them."""
+    """The findings as text for a terminal."""
     marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
     width = max(len(line.name) for line in lines)
     rows = []
@@ -67,18 +67,18 @@ def to_text(lines: Sequence[Line]) -> str:
 
 
 def to_json(lines: Sequence[Line]) -> dict[str, Any]:
-    """The findings for machines."""
+    """The findings as JSON values."""
     return {"ready": all(line.state != "bad" for line in lines), "findings": [asdict(line) for line in lines]}
 
 
 def versions(
     requirements: Sequence[str] | None = None, installed: Callable[[str], str] = importlib.metadata.version
 ) -> list[Line]:
-    """Python and the core packages, against the bounds that lorakit is tested with.
+    """Compare the core packages with the versions that lorakit is tested with. The first line is Python's version.
 
     Args:
-        requirements: requirement strings; those of the installed lorakit unless given.
-        installed: gives a package's version, or raises PackageNotFoundError.
+        requirements: requirement strings; by default those of the installed lorakit.
+        installed: returns a package's version, or raises PackageNotFoundError.
     """
     lines = [
         Line("python", "ok", Message("{version} on {system}", platform.python_version(), platform.platform(terse=True)))
@@ -114,10 +114,10 @@ def versions(
 
 
 def devices() -> list[Line]:
-    """The accelerator, what precision it has, whether this torch was built for it, and the attention kernels."""
+    """Report each device, whether this torch was built for it, whether it supports bf16, and the attention kernels."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: one of its own libraries is missing
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch is missing
         return [Line("device", "bad", Message("torch does not import: {error}", error), install.command(nvidia.TORCH))]
     lines = []
     if torch.cuda.is_available():
@@ -149,7 +149,7 @@ def devices() -> list[Line]:
 
 
 def cpu_line(threads: int) -> Line:
-    """The line if torch computes on the CPU. It is "bad" if there is a card."""
+    """The finding if torch computes on the CPU. Its state is "bad" if the machine has an NVIDIA card or its driver."""
     total = available_cores()
     detail = f"cpu, {count(threads, 'thread')}"
     detail += (
@@ -184,9 +184,12 @@ def cuda_lines(
     """Findings about one CUDA device.
 
     Args:
+        device: e.g. "cuda:0".
+        name: the card's name.
         memory: memory in bytes.
         capability: (major, minor) compute capability of the device.
         architectures: architectures of this torch build (`torch.cuda.get_arch_list()`).
+        bf16: whether the device supports bf16 without emulation.
     """
     architecture = f"sm_{capability[0]}{capability[1]}"
     lines = [Line(device, "ok", f"{name}, {memory / 2**30:.0f} GiB, {architecture}")]
@@ -206,7 +209,7 @@ def cuda_lines(
 
 
 def optional_extras() -> dict[str, tuple[str, str]]:
-    """`EXTRAS`, and those that optimizers need."""
+    """`EXTRAS` and the extras of optimizers: name -> (module, purpose)."""
     modules: dict[str, str] = {}
     names: dict[str, list[str]] = {}
     for name, spec in registry.OPTIMIZERS.items():
@@ -219,7 +222,7 @@ def optional_extras() -> dict[str, tuple[str, str]]:
 
 
 def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:
-    """Each optional part: there, or the command that adds it."""
+    """Report for each extra whether it is installed, or the command that installs it."""
     lines = []
     for extra, (module, purpose) in optional_extras().items():
         if find(module) is not None:
@@ -238,7 +241,7 @@ def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:
 
 
 def storage(folder: Path | None = None) -> list[Line]:
-    """Free disk where runs are written, and how large the caches are that can be deleted."""
+    """Report the free disk space for runs, and the size of the cache."""
     folder = Path.cwd() if folder is None else folder
     free = shutil.disk_usage(folder).free
     fits = free >= SMALLEST_FREE_DISK
@@ -251,12 +254,16 @@ def storage(folder: Path | None = None) -> list[Line]:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below `folder`; 0 where it does not exist."""
+    """Bytes of all files below `folder`; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Machine code (sm_) runs on its own major version from its minor up, PTX (compute_) on all from its own up."""
+    """Whether a build for these architectures runs on a device of this compute capability.
+
+    Machine code (sm_) runs on devices of the same major version and the same or a higher minor version. PTX (compute_)
+    runs on devices of the same or any higher version.
+    """
     for architecture in architectures:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", architecture)
         if match is None:

@@ -1,4 +1,4 @@
-"""Import what a command needs in less time: a run needs some 4,000 modules before its first step."""
+"""Import the libraries of a command faster. A run imports about 4,000 modules before its first step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Disable garbage collection during imports, and exclude all objects that exist afterwards from later collections.
+    """Disable garbage collection during imports. Later collections skip all objects that exist by then.
 
-    Only programs may call this, because `gc.freeze` applies to the process and not to one library.
+    Only programs may call this, because `gc.freeze` applies to the whole process.
     """
     gc.disable()
     try:
@@ -26,7 +26,7 @@ def quick_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def model_imports() -> Iterator[None]:
-    """`quick_imports` of the libraries of models, where they are not imported yet."""
+    """`quick_imports` for torch, diffusers and transformers. Does nothing if transformers is imported already."""
     if "transformers" in sys.modules:
         yield
         return
@@ -37,15 +37,15 @@ def model_imports() -> Iterator[None]:
 
 
 def import_bitsandbytes() -> None:
-    """Import it, as diffusers and PEFT do, but without torch's compiler, which takes a second.
+    """Import bitsandbytes without importing torch's compiler, which takes a second. diffusers and PEFT import it too.
 
-    It compiles functions for devices that it has no kernels for, and leaves them as they are where that fails.
+    bitsandbytes calls `torch.compile` only on functions for devices that it has no kernels for.
     """
     torch: Any = importlib.import_module("torch")
     compile = torch.compile
     torch.compile = lambda function, **_: function
     try:
-        with contextlib.suppress(Exception):  # a broken package is reported when a run needs it
+        with contextlib.suppress(Exception):  # a run that needs the package reports the error
             importlib.import_module("bitsandbytes")
     finally:
         torch.compile = compile

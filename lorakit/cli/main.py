@@ -1,7 +1,8 @@
-"""The command line: thin. Every training option is a preset or `--set section.key=value`, so no flag repeats one.
+"""The command line: parses arguments, runs one command and returns its exit code.
 
-What a command needs is imported when it runs, so `lorakit --help` loads neither torch nor diffusers.
-Exit codes: 0 done, 1 the run or the check failed or a file is not there, 2 wrong usage or configuration,
+Presets and `--set section.key=value` set every training option. Only the most common options also have a flag.
+Each command imports its libraries when it runs, so `lorakit --help` loads neither torch nor diffusers.
+Exit codes: 0 success, 1 the run or the check failed or a file is missing, 2 wrong usage or configuration,
 130 interrupted.
 """
 
@@ -42,17 +43,17 @@ from lorakit.runs import launch
 
 # Old names of commands, accepted for one more release.
 ALIASES = {"options": ["knobs"]}
-# Help of `--json` for commands that write more than a report of the work done.
+# Help of `--json` for commands that write each event and not only a report.
 JSON_HELP = dict.fromkeys(
     ("train", "resume", "caption"), "write each event of the run to stdout as a line of JSON, the result last"
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. A mistake of the user is reported in a line, without a traceback."""
+    """Run one command and return its exit code. Print errors without a traceback, unless LORAKIT_TRACEBACK is set."""
     code = _run(argv)
     if code and launch.world().count > 1:
-        # Threads of torch.distributed that wait for other processes would keep this process from ending, or abort it.
+        # Threads of torch.distributed may still wait for other processes. They would block or abort a normal exit.
         sys.stdout.flush()
         os._exit(code)
     return code
@@ -83,7 +84,7 @@ def _run(argv: Sequence[str] | None) -> int:
             args.refuse(unread)
         return int(args.run(args))
     except BrokenPipeError:
-        # The reader (`| head`) has ended. Python would report an error again when it flushes stdout at exit.
+        # The reader (`| head`) has ended. Without this, Python reports another error when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -96,7 +97,7 @@ def _run(argv: Sequence[str] | None) -> int:
             fail(str(error))
             is_misuse = isinstance(error, configuration.ConfigError) and not isinstance(error, MissingFile)
             return 2 if is_misuse else 1
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it to ask would cost seconds
+        if type(error).__name__ == "OutOfMemoryError":  # compared by name, because importing torch takes seconds
             from lorakit.runs import memory_estimate
 
             fail(memory_estimate.advice("this command"))
@@ -113,10 +114,13 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors also say what was probably meant. The parsers of the commands have this class too."""
+    """A parser whose errors suggest a correction. The parsers of the commands have this class too."""
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
-        """End with what this command does not take. argparse leaves that to the top parser, which has no flag of it."""
+        """End with an error about unknown arguments, and suggest this command's own flags.
+
+        By default argparse reports them from the top parser, which does not have these flags.
+        """
         self.error(f"unrecognized arguments: {' '.join(words)}{self._advice(words[0])}")
 
     def _advice(self, word: str) -> str:
@@ -175,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _with_full_names(argv: Sequence[str]) -> list[str]:
-    """The arguments, with the words of a name or prompt in single quotes joined: cmd.exe passes them separately."""
+    """Join the words of a name or prompt in single quotes, because cmd.exe passes them as separate arguments."""
     result, rest = list[str](), list(argv)
     while rest:
         word = rest.pop(0)
@@ -194,7 +198,7 @@ def _with_full_names(argv: Sequence[str]) -> list[str]:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """`lorakit doctor`. The exit code is 1 if lorakit cannot work on this machine."""
-    threads.use_idle_cores()  # training does the same, so that the report shows its number of threads
+    threads.use_idle_cores()  # as for training, so that the report shows the same number of threads
     from lorakit.cli import doctor
 
     lines = doctor.examine()
@@ -219,10 +223,10 @@ def run_options(args: argparse.Namespace) -> int:
 
 
 def run_ui(arguments: Sequence[str]) -> int:
-    """`lorakit ui`: the front end has options of its own (`lorakit ui --help`)."""
+    """`lorakit ui`. The front end parses its own options (`lorakit ui --help`)."""
     if not _has("gradio"):
         raise LorakitError("the front end needs gradio; {hint}", install.hint("ui"))
-    # Imported by name, because the rooms ui and cli may not import each other.
+    # Imported by name, because the packages ui and cli may not import each other.
     with quick_imports():
         app = import_module("lorakit.ui.app")
     return int(app.main(arguments))
@@ -232,7 +236,7 @@ def run_ui(arguments: Sequence[str]) -> int:
 
 
 def describe_option(option: configuration.Option) -> dict[str, Any]:
-    """An option in plain values: key, type in words, default, bounds or choices, help."""
+    """The key, allowed values, default and help of an option, as texts."""
     import types
     import typing
 
@@ -265,7 +269,7 @@ def describe_option(option: configuration.Option) -> dict[str, Any]:
 
 
 def options_page() -> str:
-    """docs/options.md: every option, section by section, with what config/schema.py says of it."""
+    """The text of docs/options.md: a table of options for each section, from config/schema.py."""
     lines = [
         "# Options",
         "",
@@ -284,11 +288,11 @@ def options_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-# -- what is written ----------------------------------------------------------------------------------------------
+# -- output and errors --------------------------------------------------------------------------------------------
 
 
 def _tolerate_any_character(stream: TextIO) -> None:
-    """A terminal that does not know a character (LC_ALL=C) shows a question mark instead of ending the program."""
+    """Write "?" for a character that the stream cannot encode, e.g. under LC_ALL=C, instead of raising."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")
 
@@ -298,7 +302,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _log(error: BaseException) -> str:
-    """Keep the traceback of an unexpected error in a file; its path."""
+    """Write the traceback of an unexpected error into a file. Return its path, or a text if no file can be written."""
     try:
         handle, name = tempfile.mkstemp(prefix="lorakit-error-", suffix=".log")
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Find a learning rate for a folder of photos in one short run whose rate rises: probe-rate."""
+"""The command probe-rate: find a learning rate for a folder of photos in one short run with a rising rate."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from lorakit.config import OptimizerConfig
     from lorakit.runs.preflight import Ready
 
-# The rate rises geometrically from a hundredth of the config's rate to thirty times it, with this many validations.
+# Number of steps and of validations. The learning rate rises geometrically from LOWEST to HIGHEST times the config's.
 STEPS, LOOKS, LOWEST, HIGHEST = 60, 12, 0.01, 30.0
-# The proposed rate is this share of the rate with the lowest error.
+# Proposed rate, divided by the rate with the lowest error.
 SHARE = 1 / 3
 WIDTH = 40
 
@@ -42,7 +42,7 @@ def add(command: Command) -> None:
 
 
 def run_probe_rate(args: argparse.Namespace) -> int:
-    """`lorakit probe-rate`. The exit code is 1 if no rate improved the error."""
+    """`lorakit probe-rate`. The exit code is 1 if no rate reduced the error, and 130 if the command was stopped."""
     if args.steps < LOOKS:
         raise ConfigError([Message("--steps is {least} or more", LOOKS)])
     threads.use_idle_cores()
@@ -73,7 +73,10 @@ def run_probe_rate(args: argparse.Namespace) -> int:
 
 
 def _measure(ready: Ready, steps: int, events: Events, stop: StopRequest) -> Iterator[tuple[float, float]]:
-    """(learning rate, what the adapter takes off the base's error on the middle photo) as the rate rises."""
+    """Train with a rising rate and yield (learning rate, gain) at each validation, until the error is not finite.
+
+    The gain is the share of the base's error that the adapter removes, as the median of the photos.
+    """
     with model_imports():
         from lorakit import families
         from lorakit.training import precompute
@@ -99,19 +102,19 @@ def _measure(ready: Ready, steps: int, events: Events, stop: StopRequest) -> Ite
         gain = statistics.median(model.photo_validation.gains(model.adapter, texts).values())
         model.adapter.train(True)
         if not math.isfinite(gain):
-            return  # the rate is far too high by now
+            return  # the training has diverged
         yield multiple * config.optimizer.learning_rate, gain
 
 
 def _rates(config: OptimizerConfig, multiple: float) -> OptimizerConfig:
-    """The config's rates times `multiple`, without warm-up or schedule."""
+    """The config with its learning rates multiplied by `multiple`, without warm-up or schedule."""
     names = ("learning_rate", "text_encoder_learning_rate", "text_encoder_2_learning_rate")
     rates = {name: rate * multiple for name in names if (rate := getattr(config, name)) is not None}
     return replace(config, lr_scheduler="constant", warmup_steps=0, warmup_ratio=0.0, **rates)
 
 
 def _lines(rows: Sequence[tuple[float, float]], proposal: float | None) -> Iterator[str]:
-    """A bar for each rate, and the proposal."""
+    """Lines of text: a bar for each rate, then the proposal."""
     best = max(gain for _, gain in rows)
     yield "learning rate   error on the photos, below the base's"
     for rate, gain in rows:

@@ -1,6 +1,8 @@
-"""A batch on the machines of a Ray cluster: each run is a task with a GPU, whose run folder is on a shared disk.
+"""Train a batch on a Ray cluster. Each run is a task, with one GPU unless it trains on the CPU.
 
-Ray places the tasks. If a worker or a machine is lost, Ray starts the task again, and the task resumes the run.
+All run folders are on a disk that the machines share.
+
+If a worker or a machine is lost, Ray starts the task again, and the task resumes the run.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
 from lorakit.runs import batch
 
-# If the worker of a task is lost more often than this, the task itself is probably the cause, for example too little
-# memory.
+# How often Ray starts a task again after its worker is lost. More losses probably have their cause in the task itself,
+# for example too little memory.
 RETRIES = 5
 
 
@@ -28,14 +30,15 @@ def run(
     say: Callable[[str], object],
     end: Callable[[str], object] = lambda name: None,
 ) -> None:
-    """Train all rows that are not done, and return when no task is left; `say` has a line for each that ends, `end` its
-    name.
+    """Train all rows that are not done, and return when all tasks have ended.
 
     Args:
-        address: as `ray.init` takes it: "auto", "host:port", "ray://host:port"; "local" starts Ray on this machine.
+        address: as for `ray.init`: "auto", "host:port" or "ray://host:port"; "local" starts Ray on this machine.
+        say: called with a line of text for each task that ends.
+        end: called with the name of each run whose task ends.
 
     Raises:
-        LorakitError: ray is not installed, or there is no cluster.
+        LorakitError: ray is not installed, or no cluster answers at the address.
     """
     if find_spec("ray") is None:
         raise LorakitError("--ray needs ray; {hint}", install.hint("ray"))
@@ -49,7 +52,7 @@ def run(
             raise LorakitError(
                 "--ray {address}: no cluster answers there ({problem}); start one with: ray start", address, line
             ) from None
-    # A separate process for each run, so that its GPU memory is freed at its end.
+    # With max_calls=1 each run has its own process, whose end frees the GPU memory.
     task = ray.remote(max_calls=1, max_retries=RETRIES)(work)
     names = {
         task.options(num_gpus=0 if row.config.memory.device == "cpu" else 1).remote(str(runs), row.name): row.name
@@ -71,7 +74,11 @@ def run(
 
 
 def work(runs: str, name: str) -> int:
-    """Begin or resume a run in a worker of Ray. Return the exit code."""
+    """Start or resume a run in a Ray worker. Return the exit code.
+
+    Raises:
+        LorakitError: this machine does not see the shared folder.
+    """
     from lorakit.cli.main import main
 
     if not Path(runs, batch.MANIFEST).is_file():

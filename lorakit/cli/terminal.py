@@ -1,7 +1,7 @@
-"""Terminal output: lines and one progress bar, and no output of the libraries.
+"""Terminal output: lines and one progress bar, without the output of other libraries.
 
 On a terminal the bar is redrawn in place. In a pipe or a file it is a line after every twentieth of the run. A failed
-write never ends a run: if the reader or the terminal has gone, or the disk is full, lines are dropped.
+write never ends a run. If the reader or the terminal is closed, or the disk is full, the lines are dropped.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lorakit.core.messages import Message
 from lorakit.core.names import printable
 from lorakit.core.units import duration
 
-# The bar is drawn at most this often, in seconds, and in a pipe once for this share of the run.
+# Shortest time between two redraws of the bar in seconds, and share of a run for each line in a pipe.
 REDRAW_SECONDS = 0.1
 SHARE_OF_A_LINE = 0.05
-# Printed once, with the first validation.
+# Printed only with the first validation.
 VALIDATION = "compare it with later ones: its noise is the same each time; the noise of the loss is not"
 
 _QUIET = {
@@ -55,10 +55,9 @@ _LOGGERS = (
 
 
 def quiet_libraries() -> None:
-    """Silence the bars, logs and warnings of the libraries underneath. Call it before any of them is imported.
+    """Silence the progress bars, logs and warnings of other libraries. Call it before they are imported.
 
-    What the user has set in the environment stays; with `python -W` or PYTHONWARNINGS the warnings stay too. No library
-    is imported here.
+    Environment variables of the user keep their values. Warnings stay on with `python -W` or PYTHONWARNINGS.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -69,9 +68,9 @@ def quiet_libraries() -> None:
 
 
 def open_streams() -> None:
-    """Give the process a stdin, stdout and stderr where it has none: closed by the shell, or under pythonw.
+    """Open the null device for each of stdin, stdout and stderr that is closed, e.g. by the shell or under pythonw.
 
-    A file that is opened later could get the number of the closed stream, and the lines that libraries write with it.
+    Otherwise a file that is opened later could get the number of the closed stream, and so the output of libraries.
     """
     for number in range(3):
         try:
@@ -83,57 +82,56 @@ def open_streams() -> None:
 
 
 def write(stream: TextIO, text: str) -> bool:
-    """Write and flush. Return False if that fails; then the stream gets no further output."""
+    """Write and flush. If that fails, return False and redirect the stream to the null device."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         stream.write(_safe(text).encode(encoding, "replace").decode(encoding))
         stream.flush()
         return True
     except (OSError, ValueError):  # ValueError: the stream was closed
-        # At exit Python would write the rest of the buffer and report the error.
+        # Without this, Python writes the rest of the buffer at exit and reports the error.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
 
 
 def _safe(text: str) -> str:
-    """Escape control characters in names, texts and metadata of files, except newlines, tabs and the bar's carriage
-    returns."""
+    """Escape control characters, except newlines, tabs, and a carriage return at the start or the end (for the bar)."""
     parts = re.split(r"(\A\r|\r\Z|[\n\t])", text)
     return "".join(part if part in ("\r", "\n", "\t") else printable(part) for part in parts)
 
 
 def print_lines(*lines: str) -> None:
-    """Each line to stdout, at once."""
+    """Write each line to stdout and flush."""
     write(sys.stdout, "".join(f"{line}\n" for line in lines))
 
 
 def remark(*lines: str) -> None:
-    """Each line to stderr, at once."""
+    """Write each line to stderr and flush."""
     write(sys.stderr, "".join(f"{line}\n" for line in lines))
 
 
 def print_json(value: object) -> None:
-    """A value to stdout as JSON in ASCII."""
+    """Write a value to stdout as indented JSON in ASCII."""
     print_lines(json.dumps(value, indent=2, ensure_ascii=True))
 
 
 def print_event(event: Event) -> None:
-    """An event of a run to stdout as one line of JSON in ASCII, at once: for the program that started this one."""
+    """Write an event of a run to stdout as one line of JSON in ASCII, for the program that started this one."""
     print_lines(json.dumps(event.to_json(), ensure_ascii=True))
 
 
 def complain(text: str) -> None:
-    """Each line to stderr, prefixed."""
+    """Write each line of an error message to stderr, with the prefix of `messages.to_lines`."""
     write(sys.stderr, messages.to_lines(text))
 
 
 class Terminal:
-    """One place to write to, and a listener to the events of a run.
+    """Writes lines and a progress bar to one stream, and listens to the events of a run.
 
     Args:
-        stream: stdout by default; stderr where stdout carries JSON.
-        clock: seconds, for tests.
+        stream: stdout by default; the commands pass stderr if stdout carries JSON.
+        clock: returns the time in seconds; tests replace it.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
@@ -145,7 +143,7 @@ class Terminal:
         self._is_open = True
 
     def __call__(self, event: Event) -> None:
-        """Show an event of a run: lines, and a bar while it trains."""
+        """Show an event of a run as a line or on the progress bar."""
         if event.kind in ("message", "warning"):
             self.say(event.facts["message"], warning=event.kind == "warning")
         elif event.kind == "phase":
@@ -170,7 +168,7 @@ class Terminal:
             self._explanation = ""
 
     def _work(self, doing: str, position: int, total: int) -> None:
-        """How far something before or after training is."""
+        """Show the progress of work before or after training."""
         if self.bar is None or self.bar.what != doing:
             self.close()
             self.bar = Bar(self, total, 0, doing)
@@ -183,7 +181,7 @@ class Terminal:
             self.bar = None
 
     def say(self, line: str = "", *, warning: bool = False) -> None:
-        """One line. A warning says that it is one."""
+        """Write one line above the bar. A warning starts with "warning: "."""
         redraw = self.bar is not None and self.bar.clear()
         self.write(("warning: " if warning else "") + line + "\n")
         if redraw and self.bar is not None:
@@ -191,7 +189,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, total: int, start: int = 0, what: str = "training") -> Iterator[Bar]:
-        """A bar from `start` to `total`. Lines that are written meanwhile appear above it."""
+        """Show a bar from `start` to `total`. Lines that `say` writes meanwhile appear above it."""
         self.bar = bar = Bar(self, total, start, what)
         try:
             yield bar
@@ -199,12 +197,12 @@ class Terminal:
             self.close()
 
     def write(self, text: str) -> None:
-        """Write at once; never fail because it cannot be written, or for a character the terminal does not know."""
+        """Write and flush. Never raises: after a failed write, all further text is dropped."""
         self._is_open = self._is_open and write(self.stream, text)
 
 
 class Bar:
-    """Progress of one run."""
+    """A progress bar."""
 
     def __init__(self, terminal: Terminal, total: int, start: int, what: str):
         self.terminal, self.total, self.position, self.what = terminal, total, start, what
@@ -223,7 +221,7 @@ class Bar:
         memory_mib: float | None = None,
         eta_s: float | None = None,
     ) -> None:
-        """Move the bar to `position`. `loss` is smoothed already. Values that are None are not shown."""
+        """Move the bar to `position`. `loss` is the smoothed loss. Values that are None are not shown."""
         self.position = position
         figures = {
             "loss {:.4f}": loss,
@@ -237,7 +235,7 @@ class Bar:
         self._show()
 
     def clear(self) -> bool:
-        """Remove the bar from the screen. Return whether it was there."""
+        """Remove the bar from the screen. Return whether it was drawn."""
         if not self._width:
             return False
         self.terminal.write("\r" + " " * self._width + "\r")

@@ -1,4 +1,4 @@
-"""The number of threads a command computes with: one for each idle core."""
+"""Set the number of threads of a command: one for each idle core."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ SAMPLE_SECONDS = 0.1
 
 
 def use_idle_cores() -> None:
-    """Set OMP_NUM_THREADS to the number of idle cores. Call it before torch and NumPy are imported.
+    """Set OMP_NUM_THREADS to the number of idle cores, unless the user has set it. Call it before torch and NumPy are
+    imported.
 
-    At the end of every operation all threads wait for the slowest, for example one whose core another program uses. On
-    two cores, one of them busy, two threads train the bundled model at a third of the speed of one thread. A value set
-    by the user does not change.
+    After every operation all threads wait for the slowest one. A thread is slow if another program uses its core.
+    On two cores, one of them busy, two threads train the bundled model at a third of the speed of one thread.
     """
     if not os.environ.get(THREADS):
         import psutil
@@ -22,12 +22,12 @@ def use_idle_cores() -> None:
 
 
 def idle_cores(busy: float, total: int) -> int:
-    """Number of the `total` cores that a load of `busy` percent leaves idle, rounded; at least one."""
+    """Rounded number of idle cores, at least 1, if `total` cores have a load of `busy` percent."""
     return max(1, round(total * (1 - busy / 100)))
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Commands of a training run: demo, check, train and resume, and from their arguments to a config."""
+"""Commands of a training run: demo, check, train, resume and import-config. Also builds a config from arguments."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from lorakit.data.checks import Report
     from lorakit.runs.preflight import Preflight
 
-# Adds a command by its name, function and help.
+# A function that adds a command with this name, function and help, and returns its parser.
 Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 # Seconds after which the check of the photos shows its progress.
 BAR_AFTER = 3.0
 
-# More unreadable photos than this have one cause, such as a package that is missing.
+# More unreadable photos than this probably have one cause, for example a missing package.
 EXCLUSION_LIMIT = 5
 
 
 def add(command: Command) -> None:
-    """Add the commands of this page by `command(name, run, help)`."""
+    """Add the commands of this module by `command(name, run, help)`."""
     demo = command("demo", run_demo, "train on the bundled model and pictures, as a first try")
     demo.add_argument("--subject", default="zib", metavar="NAME", help="bundled subject (default: zib)")
     add_set(demo)
@@ -148,7 +148,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """`lorakit check`: the photos, then the plan. No model is loaded."""
+    """`lorakit check`. Checks the photos and shows the plan. Loads no model. Returns 1 if there is a problem."""
     threads.use_idle_cores()
     from lorakit.runs.preflight import preflight
 
@@ -165,7 +165,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """`lorakit train`: the main job."""
+    """`lorakit train`. With `--gpus`, this process starts one training process for each GPU."""
     if launch.world().rank:
         return _follow()
     if args.gpus is not None and _launches(args.gpus, resolve(args, Terminal(io.StringIO()))):
@@ -209,10 +209,10 @@ def run_resume(args: argparse.Namespace) -> int:
 
 
 def _launches(gpus: int, config: configuration.Config) -> bool:
-    """Whether this process only starts those that train.
+    """Whether this process starts the training processes and does not train itself.
 
     Raises:
-        ConfigError: `--gpus` does not suit this machine.
+        ConfigError: the run cannot have this number of processes on this machine.
     """
     if problem := launch.gpus_problem(config, gpus):
         raise configuration.ConfigError([problem])
@@ -220,7 +220,7 @@ def _launches(gpus: int, config: configuration.Config) -> bool:
 
 
 def _follow() -> int:
-    """Train as a process after the first, which reports for all."""
+    """Train as a process after the first and return the exit code. The first process reports results and errors."""
     threads.use_idle_cores()
     with model_imports():
         from lorakit.training import run
@@ -271,7 +271,7 @@ def run_import_config(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress_of_photos(terminal: Terminal) -> Iterator[partial[Report]]:
-    """The check of the photos, with a bar where it takes more than a moment."""
+    """Yield `checks.check` with a progress bar, which appears after `BAR_AFTER` seconds."""
     from lorakit.data import checks
 
     began = terminal.clock()
@@ -323,11 +323,11 @@ def _trained(args: argparse.Namespace, terminal: Terminal, job: Callable[..., An
 
 
 def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Config:
-    """The config that the arguments of `check` and `train` ask for: preset, then flags, then `--set`.
+    """Build the config from the arguments of `check` and `train`. Flags override the preset; `--set` overrides flags.
 
     Raises:
-        ConfigError: with every problem at once.
-        LorakitError: no preset was named and the base, which decides it, cannot be read.
+        ConfigError: an argument or an option is invalid; the error lists all problems.
+        LorakitError: the base determines the preset, because `--preset` is not given, and the base cannot be read.
     """
     flags = {
         "data.folder": args.photos,
@@ -355,7 +355,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
 
 
 def _exclusion(result: Preflight) -> list[str]:
-    """The option that leaves out the photos that cannot be read, where those are few and others remain."""
+    """Advice to exclude the unreadable photos. Empty if they are more than `EXCLUSION_LIMIT`, or all photos."""
     items = result.report.items if result.report else []
     names = [item.relative for item in items if not item.readable]
     if not 0 < len(names) <= EXCLUSION_LIMIT or len(names) == len(items):
@@ -365,7 +365,7 @@ def _exclusion(result: Preflight) -> list[str]:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str] | None:
-    """The texts of `--prompt`, then those in the files of `--prompts`; None without.
+    """The texts of `--prompt`, then those in the files of `--prompts`. None if there are none.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -378,7 +378,7 @@ def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """The key and value of every `--set`.
 
     Raises:
-        ConfigError: with every malformed one.
+        ConfigError: an assignment is malformed; the error lists all such assignments.
     """
     problems, read = [], {}
     for text in assignments:
@@ -393,5 +393,5 @@ def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _terminal(args: argparse.Namespace) -> Terminal:
-    """Lines go to stdout, and to stderr where stdout carries JSON."""
+    """A terminal on stdout, or on stderr if stdout carries JSON."""
     return Terminal(sys.stderr if args.json else sys.stdout)

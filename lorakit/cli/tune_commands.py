@@ -1,4 +1,4 @@
-"""Search the learning rate, rank and length for a folder of photos: tune. The search is Optuna's."""
+"""The command tune: search the learning rate, rank and length for a folder of photos with Optuna."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 RANKS = (4, 8, 16, 32)
-# The learning rate is searched from a fifth to five times the config's rate, and the length among these shares of the
-# config's length.
+# The search space: the learning rate from the config's rate divided by RATE_FACTOR to that rate multiplied by it, and
+# the number of steps as one of these multiples of the config's.
 RATE_FACTOR, LENGTHS = 5.0, (0.5, 1.0, 1.5)
-# Validations in one trial, and number of first trials that are never pruned.
+# Number of validations in one trial, and number of trials before the first pruning.
 LOOKS, FIRST_TRIALS = 5, 4
 LOWEST = "lowest-score.toml"
 
 
 def add(command: Command) -> None:
-    """Add the commands of this page by `command(name, run, help)`."""
+    """Add the command of this module by `command(name, run, help)`."""
     tune = command("tune", run_tune, "search the learning rate, rank and length for a folder of photos")
     add_run_options(tune)
     tune.add_argument(
@@ -102,10 +102,10 @@ class Search:
 
     Args:
         config: config shared by all trials.
-        steps: number of steps of the config's own run.
+        steps: number of steps of a run of `config`.
         folder: parent folder of the run folders.
-        drift: accepted prior drift.
-        say: called with a line for each trial.
+        drift: highest prior drift that does not raise the score.
+        say: called with a line of text for each trial.
         stop: returns whether a stop was requested.
     """
 
@@ -143,11 +143,15 @@ class Search:
         return configuration.load(shared, overrides)
 
     def score(self, mse: float, drift: float) -> float:
-        """The held-out error, multiplied by 1 plus the excess of the drift over the accepted drift."""
+        """The held-out error `mse`, multiplied by 1 plus the part of `drift` above the accepted drift."""
         return mse * (1 + max(0.0, drift - self.drift))
 
     def __call__(self, trial: Trial) -> float:
-        """Train; a trial that is worse than the median of the others at the same share of its length is ended."""
+        """Train one trial and return its last score.
+
+        Raises:
+            TrialPruned: a stop was requested, or the score is worse than the median of other trials at this validation.
+        """
         import optuna
 
         with model_imports():
@@ -173,7 +177,7 @@ class Search:
             )
             raise optuna.TrialPruned from None
         finally:
-            gc.collect()  # the base of this trial leaves memory before the next one's is loaded
+            gc.collect()  # frees the base of this trial before the next trial loads its own
         self.say(Message("trial {number}: {options}: score {score:.4f}", trial.number, _text(trial.params), scores[-1]))
         return scores[-1]
 
@@ -183,7 +187,11 @@ def _text(options: Mapping[str, float]) -> str:
 
 
 def _tell(study: Study, search: Search, as_json: bool) -> int:
-    """Write and say which options had the lowest score, with the figures of all."""
+    """Write the config with the lowest score into `LOWEST`, and report it with the results of all trials.
+
+    Raises:
+        LorakitError: no trial is complete.
+    """
     from lorakit.runs import batch
 
     complete = [trial for trial in study.trials if trial.value is not None]
