@@ -1,4 +1,4 @@
-"""Adapters inside a base: what they compute and where they begin."""
+"""Tests of what an adapter in a base computes and how its weights begin."""
 
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def test_float16_gradients_do_not_vanish_and_come_out_in_the_right_size(tiny_sd1
         config = METHODS[method](rank=2, target_modules="linear+conv", train_text_encoder=True)
         adapter = adapters.attach(family, config)
         randomize(adapter, 0.05)
-        # A real latent has some hundred times as many values, and its mean gradients as much smaller.
+        # A real latent has some hundred times as many values, so its mean gradients are as many times smaller.
         (predict(family, grad=True).square().mean() * 1e-4).backward()
         assert {p.grad.dtype for p in adapter.parameters().values()} == {torch.float32}
         return torch.cat([p.grad.flatten() for p in adapter.parameters().values()])
@@ -188,7 +188,7 @@ def test_detach_leaves_the_base_as_it_was(sd1: Any, method: str) -> None:
 
 
 def merged(base: np.ndarray, layer: LoraLayer, strength: float = 1.0) -> np.ndarray:
-    """W + strength (W' - W) by the formulas of `weights`, in float64."""
+    """Return W + strength (W' - W) in float64, where W' follows from the formulas of the adapter's method."""
     part = {name: tensor.double().numpy() for name, tensor in layer.factors().items()}
     if layer.method == "loha":
         product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
@@ -289,7 +289,7 @@ def test_dora_gradients_are_those_of_the_formula_with_a_constant_norm(sd1: Any, 
 
 
 def test_dora_learns_its_magnitude_in_a_bfloat16_base(tiny_sd1: Path) -> None:
-    # Around 1, bfloat16 has steps of 0.8 %: s itself must not be rounded to it, only the product.
+    # Near 1, bfloat16 has steps of 0.8 %: only the product may be rounded to it, not the magnitude itself.
     family = new_base(tiny_sd1, torch.bfloat16)
     adapters.attach(family, LoraConfig(method="dora", rank=2))
     layer = family.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q

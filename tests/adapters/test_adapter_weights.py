@@ -1,4 +1,4 @@
-"""An adapter's weights in and out of a base: applied, saved, brought back, begun from, seen by others."""
+"""Tests that apply, save, restore and start from an adapter's weights, and that other programs see a PEFT model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_a_dora_file_may_have_layers_that_are_plain_lora(sd1: Any, attach: Any) 
     copy = applied.weights().layers
     applied.detach()
     assert {name for name, layer in copy.items() if layer.magnitude is None} == plain
-    # The same with magnitudes that say what a plain layer has: the norms of W + delta W.
+    # The same with explicit magnitudes: a plain layer's magnitudes are the norms of W + delta W.
     merged_weights = {
         name: replace(layer, magnitude=column_norms(module_of(sd1, name).weight.detach() + layer.delta()))
         for name, layer in weights.layers.items()

@@ -1,4 +1,4 @@
-"""Ranks, alphas and rates of layers by pattern: in the base, in the plan, and in every exported format."""
+"""Tests of ranks, alphas and rates by layer pattern: in the base, in the plan and in every exported format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def settings(**options: object) -> config.Config:
 
 
 def expected_size(name: str) -> tuple[int, float]:
-    """(rank, alpha) by the rule, written out."""
+    """Return (rank, alpha) by the rule that the last pattern that matches wins."""
     rank, alpha = 4, 0.0
     for pattern, own in RANKS.items():
         rank = own if fnmatch.fnmatchcase(name, pattern) else rank

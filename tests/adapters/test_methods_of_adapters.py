@@ -1,4 +1,4 @@
-"""What is special to PiSSA, LoHa and LoKr: where they begin, how many numbers they train, and their names in PEFT."""
+"""Tests of PiSSA, LoHa and LoKr alone: their initial weights, numbers of parameters and names in PEFT."""
 
 from typing import Any
 
@@ -39,13 +39,13 @@ def test_pissa_begins_as_the_principal_part_of_the_weight(sd1: Any, attach: Any)
         down, up = (state[f"{name}.{factor}"].double().flatten(1).numpy() for factor in ("down", "up"))
         actual = 0.5 * up @ down
         best = (left[:, :6] * values[:6]) @ right[:6]
-        # As much of the weight as six directions can hold, to what the randomised method leaves.
+        # The product is as near to the weight as rank 6 allows, up to the error of the randomized SVD.
         assert np.linalg.norm(weight - actual) <= 1.01 * np.linalg.norm(weight - best)
         assert np.linalg.norm(actual) >= 0.98 * np.linalg.norm(best)
 
 
 def test_pissa_changes_what_the_paper_changes(sd1: Any, attach: Any) -> None:
-    """W - s B0 A0 + s B A, of which the base keeps W: what is exported is s (B A - B0 A0)."""
+    """The adapted weight is W - s B0 A0 + s B A. The base keeps W, so the exported change is s (B A - B0 A0)."""
     adapter = attach(sd1, LoraConfig(method="pissa", rank=2, target_modules="linear+conv", train_text_encoder=True))
     before = adapter.state()
     train(sd1, adapter)
@@ -99,7 +99,7 @@ def test_first_weights_are_lycoris(sd1: Any, attach: Any) -> None:
 
 
 def test_a_full_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
-    """LyCORIS' rule: with both matrices whole there is no rank to divide alpha by."""
+    """LyCORIS' rule: if both matrices are stored in full, no rank exists to divide alpha by."""
     adapter = attach(sd1, AdapterConfig(method="lokr", rank=64, alpha=1.0))
     train(sd1, adapter)
     trained, weights = predict(sd1), adapter.weights()

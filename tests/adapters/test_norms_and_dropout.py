@@ -1,4 +1,4 @@
-"""A limit on the norm of each layer's change, and dropout of ranks and of whole layers, against their formulas."""
+"""Tests of the limit on each layer's norm, and of dropout of ranks, rows and layers, against their formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers an adapter enters, against UNets of the true architecture on the meta device."""
+"""Tests of which layers an adapter targets, on UNets of the true architecture on the meta device."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ SDXL = {
 
 
 def layer_names(unet: dict, text_layers: list[int]) -> list[str]:
-    """Names as published checkpoints have them, straight from the models' own state dicts."""
+    """Return the names of all layers with a weight, as in published checkpoints, from the models' state dicts."""
     with torch.device("meta"):
         names = [f"unet.{key}" for key in UNet2DConditionModel(**unet).state_dict()]
         for number, count in enumerate(text_layers):

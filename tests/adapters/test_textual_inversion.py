@@ -1,4 +1,4 @@
-"""A trigger as its own word: where its vectors stand, what they begin as, and that nothing else changes."""
+"""Tests of a trigger with its own vectors: their place in the text, their initial values, and no other change."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ END, PAD = 99, 0
 
 
 def by_hand(ids: list[int], token_ids: list[int], count: int) -> list[int]:
-    """The same with lists."""
+    """Return the same ids, computed with lists."""
     result, place = [], 0
     while place < len(ids):
         if ids[place : place + len(token_ids)] == token_ids:
@@ -94,11 +94,11 @@ def test_vectors_learn_are_switched_off_and_leave_no_trace(
 
 
 def test_the_end_of_the_text_is_found_with_vectors_in_it(sdxl: Any, attach: Any) -> None:
-    """The pooled text is that of the last token: the same with the trigger's own vectors as with the trigger."""
+    """The pooled text is the state of the last token. It is the same with and without the trigger's own vectors."""
     before = sdxl.encode_text(["a photo of sks toy"])["pooled"]
     attach(sdxl, LoraConfig(rank=2, new_tokens=1), trigger="sks")
     for text_encoder in sdxl.text_encoders.values():
-        text_encoder.config.eos_token_id = 2  # as published checkpoints have it: the largest id ends the text
+        text_encoder.config.eos_token_id = 2  # as in published checkpoints: the largest id ends the text
     assert torch.equal(sdxl.encode_text(["a photo of sks toy"])["pooled"], before)
 
 

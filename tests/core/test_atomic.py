@@ -1,4 +1,4 @@
-"""Files are whole or not there, and what kills leave is removed."""
+"""Tests that a file is complete or absent, and that the leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_writers_with_one_process_number_do_not_meet(tmp_path: Path) -> None:
-    """Two containers give the same numbers; threads of one process have one number too."""
+    """Processes in two containers can have one number, as threads of one process do; their temporary names differ."""
     problems: list[Exception] = []
 
     def write() -> None:

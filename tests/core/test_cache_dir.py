@@ -1,4 +1,4 @@
-"""One place for what runs share, and everybody looks there."""
+"""Tests that all modules share one cache folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Who is told what of a run, and how a stop is asked for."""
+"""Tests of a run's listeners and of requests to stop it."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from lorakit.core.events import Event, Events, StopRequest
 
 
 class Closing(list):
-    """A listener that is closed at the end."""
+    """A listener that records whether it was closed."""
 
     closed = False
 

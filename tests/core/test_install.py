@@ -1,4 +1,4 @@
-"""The commands that messages name: each is for the Python and the kind of installation that runs."""
+"""Tests that install commands in messages fit the running Python and the way it was installed."""
 
 import importlib.machinery
 import importlib.metadata
@@ -20,7 +20,7 @@ GRADIO = "gradio>=6.31,<7"
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Python environment that runs this, with pip and without marks of uv and pipx."""
+    """A Python environment with pip, without traces of uv and pipx."""
     folder = tmp_path / "lorakit"
     folder.mkdir()
     monkeypatch.setattr(sys, "prefix", str(folder))
@@ -93,8 +93,8 @@ def test_a_package_that_is_for_other_systems_only_has_no_command(monkeypatch: py
     [
         ([Card("NVIDIA GeForce RTX 3060", "581.29", (8, 6))], "cu130"),
         ([Card("NVIDIA GeForce RTX 3060", "560.94", (8, 6))], "cu126"),  # the driver is too old for CUDA 13
-        ([Card("NVIDIA GeForce GTX 1080", "581.29", (6, 1))], "cu126"),  # CUDA 13 has no Pascal
-        ([Card("NVIDIA GeForce RTX 5070", "572.16", (12, 0))], "cu130"),  # 12.6 has no Blackwell
+        ([Card("NVIDIA GeForce GTX 1080", "581.29", (6, 1))], "cu126"),  # CUDA 13 does not support Pascal
+        ([Card("NVIDIA GeForce RTX 5070", "572.16", (12, 0))], "cu130"),  # CUDA 12.6 does not support Blackwell
         ([Card("NVIDIA GeForce GTX 970", "472.12")], "cu126"),
         ([], "cu130"),
     ],

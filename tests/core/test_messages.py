@@ -1,4 +1,4 @@
-"""A message is its English text, and keeps the template and the values that other languages need."""
+"""Tests that a message is its English text and keeps the template and values for other languages."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A prompt of tens of thousands of brackets takes work in proportion to its length: characters and products counted."""
+"""Tests that the work for a prompt of 20,000 brackets grows in proportion to its length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lorakit.core import prompt_syntax
 
 
 class Counter(float):
-    """A weight that counts its products."""
+    """A weight that counts how often it is multiplied."""
 
     products = 0
 

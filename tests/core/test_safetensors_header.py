@@ -1,4 +1,4 @@
-"""Headers read by hand: equal to what the safetensors library reads, whatever the dtype."""
+"""Tests that lorakit's own header parser gives the result of the safetensors library for every dtype."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the tests of the data room share: a folder to fill, and a base that has a tokenizer and nothing else."""
+"""Fixtures of the data tests: an empty folder for photos, and a base that has only a tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @dataclass
 class BareBase:
-    """What `check` asks of a base: four pixels a latent, sides are multiples of 16."""
+    """The facts of a base that `check` reads: a latent covers four pixels, and sides are multiples of 16."""
 
     path: Path
     downscale: int = 4
@@ -23,7 +23,7 @@ class BareBase:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BareBase:
-    """A base with CLIP's kind of tokenizer, in which photo, of, sks and toy are whole words."""
+    """A base with a CLIP tokenizer, in which photo, of, sks and toy are single tokens."""
     import tiny
 
     folder = tmp_path_factory.mktemp("bare")
@@ -33,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BareBase:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """An empty folder to put photos in; nothing else lies beside them."""
+    """An empty folder for photos, without files beside it."""
     folder = tmp_path / "photos"
     folder.mkdir()
     return folder

@@ -1,4 +1,4 @@
-"""Pictures that say what they are: each has its own colour and a white mark in its upper left corner."""
+"""Test pictures that can be identified: each has its own colour and a white mark in its upper left corner."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ ORIENTATION = 0x0112
 
 
 def picture(number: int, width: int = 96, height: int = 64) -> np.ndarray:
-    """Colour that decodes to `number` (0 to 63), the upper left quarter of each side white: uint8 [h, w, 3]."""
+    """Return uint8 [h, w, 3] in the colour of `number` (0 to 63); the upper left quarter of each side is white."""
     pixels = np.empty((height, width, 3), np.uint8)
     pixels[:] = [40 + 40 * (number // 16), 40 + 40 * (number // 4 % 4), 40 + 40 * (number % 4)]
     pixels[: height // 4, : width // 4] = 255
@@ -18,14 +18,14 @@ def picture(number: int, width: int = 96, height: int = 64) -> np.ndarray:
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """Which `picture` this is, read from its middle."""
+    """Return the number of a `picture`, read from the colour at its centre."""
     height, width = pixels.shape[:2]
     red, green, blue = (round((float(value) - 40) / 40) for value in pixels[height // 2, width // 2])
     return 16 * red + 4 * green + blue
 
 
 def marked_corner(pixels: np.ndarray) -> str:
-    """The corner the white mark is in."""
+    """Return the name of the corner with the white mark."""
     corners = {"upper left": (1, 1), "upper right": (1, -2), "lower left": (-2, 1), "lower right": (-2, -2)}
     white = [name for name, place in corners.items() if int(pixels[place].min()) > 235]
     assert len(white) == 1, f"white corners: {white}"
@@ -33,7 +33,7 @@ def marked_corner(pixels: np.ndarray) -> str:
 
 
 def save(path: Path, pixels: np.ndarray, orientation: int = 1, **options: object) -> Path:
-    """Write a picture; `orientation` goes into its EXIF data."""
+    """Write a picture with `orientation` in its EXIF data."""
     exif = Image.Exif()
     if orientation != 1:
         exif[ORIENTATION] = orientation
@@ -43,25 +43,25 @@ def save(path: Path, pixels: np.ndarray, orientation: int = 1, **options: object
 
 
 def as_camera_stores(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """The pixels that a camera writes with an EXIF orientation, so that a viewer shows `upright`.
+    """Return the pixels that a camera stores with an EXIF orientation, so that a viewer shows `upright`.
 
-    From the EXIF 2.32 table of which visual side row 0 and column 0 are, with numpy alone.
+    The EXIF 2.32 table gives the visual sides of row 0 and column 0. The code uses numpy alone.
     """
     transforms = {
-        1: upright,  # row 0 is the top, column 0 the left
-        2: upright[:, ::-1],  # top, right
-        3: upright[::-1, ::-1],  # bottom, right
-        4: upright[::-1],  # bottom, left
-        5: upright.transpose(1, 0, 2),  # left, top
-        6: upright.transpose(1, 0, 2)[::-1],  # right, top: row 0 is the right side
-        7: upright.transpose(1, 0, 2)[::-1, ::-1],  # right, bottom
-        8: upright.transpose(1, 0, 2)[:, ::-1],  # left, bottom: row 0 is the left side
+        1: upright,  # row 0: top, column 0: left
+        2: upright[:, ::-1],  # row 0: top, column 0: right
+        3: upright[::-1, ::-1],  # row 0: bottom, column 0: right
+        4: upright[::-1],  # row 0: bottom, column 0: left
+        5: upright.transpose(1, 0, 2),  # row 0: left, column 0: top
+        6: upright.transpose(1, 0, 2)[::-1],  # row 0: right, column 0: top
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],  # row 0: right, column 0: bottom
+        8: upright.transpose(1, 0, 2)[:, ::-1],  # row 0: left, column 0: bottom
     }[orientation]
     return np.ascontiguousarray(transforms)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, and the folders themselves: equal means untouched."""
+    """Return the SHA-256 of every file below a folder, and "" for each folder. Equal results mean no change."""
     return {
         entry.relative_to(folder).as_posix(): hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else ""
         for entry in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Flip and jitter: pure functions of seed, photo and number, and conditions that tell the truth about them."""
+"""Tests of flip and jitter: they depend on seed, photo and number alone, and the size conditions match them."""
 
 import marked
 import numpy as np
@@ -92,10 +92,10 @@ def test_masks_are_cut_as_their_photo_and_averaged() -> None:
 @pytest.mark.parametrize(
     ("size", "variant", "expected"),
     [
-        # 2000 x 1000 scaled by 1024 / 1000: 2048 x 1024; the middle 1024 begin 512 from the left, mirrored or not.
+        # 2000 x 1000 scaled by 1024 / 1000 is 2048 x 1024; the middle crop begins at 512, mirrored or not.
         ((2000, 1000), Variant(Bucket(1024, 1024), (500, 0, 1500, 1000)), (0, 512)),
         ((2000, 1000), Variant(Bucket(1024, 1024), (500, 0, 1500, 1000), flip=True), (0, 512)),
-        # Cut 100 from the left of the photo; mirrored, the same cut begins 900 from the left.
+        # The crop begins 100 from the left of the photo; after mirroring it begins 900 from the left.
         ((2000, 1000), Variant(Bucket(1024, 1024), (100, 0, 1100, 1000)), (0, 102)),
         ((2000, 1000), Variant(Bucket(1024, 1024), (100, 0, 1100, 1000), flip=True), (0, 922)),
         ((1000, 2000), Variant(Bucket(512, 512), (0, 250, 1000, 1250)), (128, 0)),
@@ -106,11 +106,11 @@ def test_crop_conditions(size: tuple[int, int], variant: Variant, expected: tupl
 
 
 def test_the_crop_condition_of_a_flip_is_that_of_a_mirrored_file() -> None:
-    """Mirroring the file by hand and cutting the same part of it gives the same pixels and the same condition."""
+    """A mirrored file with the mirrored crop gives the same pixels and the same condition as a flip."""
     pixels = np.random.default_rng(0).integers(0, 256, (100, 200, 3), dtype=np.uint8)
     bucket = Bucket(64, 64)
     flipped = Variant(bucket, (30, 10, 110, 90), flip=True)
     by_hand = Variant(bucket, (200 - 110, 10, 200 - 30, 90))
     assert augment.top_left((200, 100), flipped) == augment.top_left((200, 100), by_hand)
     mirrored = augment.render(np.ascontiguousarray(pixels[:, ::-1]), by_hand).astype(int)
-    assert np.abs(augment.render(pixels, flipped) - mirrored).max() <= 1  # one rounding of Lanczos
+    assert np.abs(augment.render(pixels, flipped) - mirrored).max() <= 1  # Lanczos may round differently by 1

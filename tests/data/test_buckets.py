@@ -1,4 +1,4 @@
-"""Sizes: what a photo is trained at and what is lost on the way."""
+"""Tests of the training size of each photo and of the part that is cropped."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_common_photos(size: tuple[int, int], resolution: int, multiple: int, bu
 
 
 def test_no_other_size_loses_much_less() -> None:
-    """By trying every size on many shapes: what is chosen is never worse than 10 % of the photo off the least loss."""
+    """Compare with every size, for many shapes: the chosen size crops at most 10 % more of the photo than the best."""
     for at in range(60):
         aspect = 0.25 * 16 ** (at / 59)
         size = (round(1000 * math.sqrt(aspect)), round(1000 / math.sqrt(aspect)))

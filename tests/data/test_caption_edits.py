@@ -1,4 +1,4 @@
-"""Captions changed by many: the texts, the files that get them, and undoing it."""
+"""Tests of changes to many captions: the new texts, the files that get them, and undo."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Captions of several lines: the check looks at every text that is trained, and says how the lines are read."""
+"""Tests of captions with several lines: the check reads every text that is trained and reports how it reads lines."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ def test_a_file_name_that_is_the_caption_is_no_lack_of_one(photos: Path, base: A
 
 
 def test_a_wildcard_without_an_end_is_passed_in_one_go() -> None:
-    assert captions.WILDCARD.search("{" + "|" * 500_000) is None  # minutes where each bar is tried as the first
+    # a pattern that tries each bar as the first would take minutes
+    assert captions.WILDCARD.search("{" + "|" * 500_000) is None
     assert [match[1] for match in captions.WILDCARD.finditer("a {red|blue} {dog|} {cat} {{x|y}}")] == [
         "red|blue",
         "dog|",

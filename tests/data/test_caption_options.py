@@ -1,4 +1,4 @@
-"""Tags that stay, tags that are dropped, several captions of a photo, wildcards, and captions from file names."""
+"""Tests of fixed and dropped tags, several captions per photo, wildcards, and captions from file names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of every photo: the trigger is in it whatever is done to it."""
+"""Tests that the text of every photo contains the trigger, whatever the options."""
 
 import random
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_left_and_right_are_found_as_words() -> None:
 
 @pytest.mark.parametrize("format", ["two files", "one file"])
 def test_tokens_are_counted_as_the_text_encoder_will(base, tmp_path: Path, format: str) -> None:
-    """Against transformers' own tokenizer of the same folder."""
+    """Compare with transformers' tokenizer of the same folder."""
     folder = base.path / "tokenizer"
     reference = CLIPTokenizer.from_pretrained(folder)
     if format == "one file":
@@ -139,7 +139,7 @@ def test_tokens_are_counted_as_the_text_encoder_will(base, tmp_path: Path, forma
         assert bool(cut) == (len(ids) > 10)
         assert text.rstrip().endswith(cut)
         fits = reference(text, truncation=True, max_length=12)["input_ids"][1:-1]
-        if text.startswith("photo"):  # elsewhere the cut goes through a word
+        if text.startswith("photo"):  # in other texts the limit divides a word
             assert reference(text[: len(text.rstrip()) - len(cut)], add_special_tokens=False)["input_ids"] == fits
     assert counter.count("photo " * 12)[1] == "photo photo"
 

@@ -1,4 +1,4 @@
-"""The check of a folder: every finding is shown by one folder that has it and one that has not."""
+"""Tests of the check of a folder: each finding has one folder with the fault and one without."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ CONFIG = DataConfig(name="sks toy", resolution=64)
 
 
 def texture(seed: int, width: int = 96, height: int = 96) -> Image.Image:
-    """Coloured blobs of several sizes: sharp, and unlike any other seed's."""
+    """Return coloured blobs of several sizes: a sharp picture that differs for each seed."""
     draw = np.random.default_rng(seed)
     layers = [
         np.asarray(Image.fromarray(draw.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((width, height), 0), float)
@@ -248,7 +248,7 @@ def test_no_folder(base) -> None:
 
 
 def test_it_needs_no_torch_and_says_nothing_by_itself(photos: Path, base) -> None:
-    """In a fresh process: torch is not imported, and Pillow's own warnings stay out of the way."""
+    """In a new process, `check` imports no torch and prints no warnings of Pillow."""
     fill(photos)
     texture(7).save(photos / "odd.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     script = f"""
@@ -270,7 +270,7 @@ print(sorted(m for m in ("torch", "transformers", "diffusers", "peft", "matplotl
 
 
 def brute_force(hashes: np.ndarray, colours: np.ndarray) -> dict[int, int]:
-    """Every pair, as the definition has it."""
+    """Compare every pair by the definition."""
     matches = {}
     for at in range(len(hashes)):
         near = [

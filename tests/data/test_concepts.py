@@ -1,4 +1,4 @@
-"""The meaning of folders: subjects, repeats, class images, and runs among the photos."""
+"""Tests of what folders mean: subjects, repeats, class images, and run folders among the photos."""
 
 from collections import Counter
 from pathlib import Path
@@ -101,15 +101,15 @@ def test_a_class_folder_of_its_own(photos: Path, tmp_path: Path, base: Any) -> N
         (["20_ohwx man"], "ohwx man", ""),
         (["10_ohwx"], "ohwx man", ""),
         (["10_OHWX_man close"], "ohwx man", ""),
-        (["ohwx man", "sks dog"], "sks dog", "ohwx man/"),  # without numbers, beside the subject's own folder
+        (["ohwx man", "sks dog"], "sks dog", "ohwx man/"),  # without numbers, next to the subject's own folder
         (["beach", "garden"], "sks dog", ""),
-        (["5_sks dog"], "sks ball", "5_sks dog/"),  # one trigger, two nouns
+        (["5_sks dog"], "sks ball", "5_sks dog/"),  # one trigger with two nouns
         (["sks dog"], "sks ball", "sks dog/"),
         (["Ohwx_man", "beach"], "sks ball", "Ohwx_man/"),
         (["sks close up", "5_sks ball far"], "sks ball", ""),
         (["sks 2019"], "sks ball", ""),
         (["sks"], "sks", ""),
-        (["2019_summer"], "sks dog", ""),  # a year
+        (["2019_summer"], "sks dog", ""),  # 2019 is a year
     ],
 )
 def test_a_folder_that_names_another_subject_stops_the_run(

@@ -1,4 +1,4 @@
-"""Decoding, against references made with numpy: what a person would see is what is trained on."""
+"""Tests of decoding against numpy references: a run trains on what a viewer shows."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ LOSSLESS = ("png", "bmp", "tif", "tiff")
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    """The bytes of an image file."""
+    """Return the bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -91,7 +91,7 @@ def test_heic_is_upright() -> None:
 
 
 def test_heic_without_its_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # what an import finds where the package is missing
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if the package were not installed
     with pytest.raises(
         Unreadable,
         match=r"^IMG_1\.jpg: HEIC needs pillow-heif; install it with: .* -m pip install \"pillow-heif>=1\.1\"$",
@@ -103,7 +103,7 @@ def test_transparency_is_shown_on_white() -> None:
     rgba = np.zeros((2, 3, 4), np.uint8)
     rgba[0, 0], rgba[0, 1], rgba[1, 2] = (0, 255, 0, 0), (10, 20, 30, 255), (0, 0, 0, 128)
     decoded = decode.decode(encoded(Image.fromarray(rgba), "PNG"))
-    assert decoded.pixels[0, 0].tolist() == [255, 255, 255]  # the green under it is nobody's business
+    assert decoded.pixels[0, 0].tolist() == [255, 255, 255]  # the colour under full transparency does not count
     assert decoded.pixels[0, 1].tolist() == [10, 20, 30]
     assert decoded.pixels[1, 2].tolist() == [127, 127, 127]
     assert decoded.alpha is not None
@@ -139,7 +139,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(format: str) -> None:
 
 
 def test_sixteen_bit_colour_keeps_its_high_byte() -> None:
-    """A 16-bit RGB PNG written by hand, as Pillow cannot write one."""
+    """The PNG with 16-bit RGB is written by hand, because Pillow cannot write one."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -158,7 +158,7 @@ def test_float_pictures_are_scaled() -> None:
 
 
 def test_cmyk_has_its_colours_and_says_they_are_a_guess() -> None:
-    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow ink: red
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow ink together are red
     decoded = decode.decode(encoded(cmyk, "JPEG", quality=100))
     red, green, blue = decoded.pixels[8, 8].tolist()
     assert red > 200
@@ -173,7 +173,7 @@ def test_lab_becomes_srgb() -> None:
 
 
 def wide_gamut() -> ImageCms.ImageCmsProfile:
-    """A profile with another curve than sRGB's: a matrix profile made from scratch, gamma 1.0, sRGB's primaries."""
+    """Return a matrix profile with the primaries of sRGB and gamma 1.0."""
 
     def fixed(value: float) -> bytes:
         return struct.pack(">i", round(value * 65536))
@@ -207,7 +207,7 @@ def wide_gamut() -> ImageCms.ImageCmsProfile:
 
 
 def test_an_embedded_profile_is_followed() -> None:
-    """Linear light 0.2140 is 50.0 % grey in sRGB: 127 or 128."""
+    """A linear value of 0.2140 is 50 % grey in sRGB."""
     profile = wide_gamut().tobytes()
     image = Image.new("RGB", (4, 4), (55, 55, 55))
     decoded = decode.decode(encoded(image, "PNG", icc_profile=profile))
@@ -304,7 +304,7 @@ def test_no_decoder_but_those_that_are_listed_is_tried(
     Image.init()
     if format == "EPS":
         log = tmp_path / "log"
-        for program in ("gs", "gswin64c", "gswin32c"):  # what Pillow would run
+        for program in ("gs", "gswin64c", "gswin32c"):  # Pillow would run one of these
             path = tmp_path / program
             path.write_text(f"#!/bin/sh\ntouch {log}\n")
             path.chmod(0o755)
@@ -351,7 +351,7 @@ def test_too_little_memory_and_too_many_bytes_name_the_file(tmp_path: Path, monk
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
 def test_strips_are_the_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large picture is converted in strips: the pixels are those of the whole at once."""
+    """A large picture is converted in strips. The pixels equal those of one conversion."""
     rng = np.random.default_rng(3)
     if mode in ("I;16", "I", "F"):
         image = Image.fromarray(rng.integers(0, 60_000, (50, 40)).astype({"I;16": "u2", "I": "i4", "F": "f4"}[mode]))
@@ -367,7 +367,7 @@ def test_strips_are_the_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_a_deep_picture_needs_little_more_memory_than_its_pixels() -> None:
-    """16 bits of grey: numpy's share of the peak, of which the pixels themselves are 75 MB."""
+    """For 16-bit grey, numpy's peak is below four times the 75 MB of the pixels."""
     raw = encoded(Image.new("I;16", (5000, 5000), 40_000), "PNG")
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""The encoded data set: what enters the encoder is what was given, every photo, every epoch, and never a stale one."""
+"""Tests of the cached data set: the encoder gets the right pixels, an epoch has all photos, and no latent is stale."""
 
 import os
 import stat
@@ -23,7 +23,7 @@ DOWNSCALE = 4
 
 
 class Encoder:
-    """Stands where the VAE stands: averages 4 x 4 pixels, so a latent shows the picture; it keeps what it was given."""
+    """A VAE for tests that averages 4 x 4 pixels, so that a latent shows the picture. It records its inputs."""
 
     def __init__(self) -> None:
         self.pictures: list[np.ndarray] = []
@@ -44,7 +44,7 @@ def sdxl_sizes(original: tuple[int, int], crop: tuple[int, int], target: tuple[i
 
 
 class Builder:
-    """Builds a data set from a folder as a run does, and keeps what was said."""
+    """Builds a data set from a folder as a run does, and records the messages."""
 
     def __init__(self, photos: Path, base):
         self.photos, self.base = photos, base
@@ -88,13 +88,13 @@ def fill(photos: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((64, 64
 
 
 def photos_of(dataset: Dataset, batch: Batch) -> list[int]:
-    """The numbers of the pictures in a batch, read from its latents."""
+    """Return the numbers of the pictures in a batch, read from its latents."""
     pixels = (dataset.buckets[batch.bucket].mean[batch.entries, :3] + 1) * 127.5
     return [marked.number_of(one.permute(1, 2, 0).numpy()) for one in pixels]
 
 
 def test_photos_of_a_size_are_encoded_together_and_stay_in_their_order(build: Builder, photos: Path) -> None:
-    fill(photos, 11)  # 4, 4 and 3 of a size
+    fill(photos, 11)  # 4, 4 and 3 photos of a size
     disk_config = DataConfig(name="sks toy", resolution=64, cache="disk")
     alone, _ = build()
     assert build.encoder.batch_sizes == [1] * 11
@@ -102,7 +102,7 @@ def test_photos_of_a_size_are_encoded_together_and_stay_in_their_order(build: Bu
         if photo.name not in ("00.png", "04.png"):
             photo.unlink()
     build(disk_config)
-    fill(photos, 11)  # two of them are found on disk, in the midst of the others
+    fill(photos, 11)  # two of them are in the cache, between the others
     batch_sizes, _ = build(disk_config, at_once=2)
     assert "2 hits, 9 encoded" in build.messages[-1]
     assert sorted(build.encoder.batch_sizes) == [1, 1, 1, 2, 2, 2]
@@ -116,7 +116,7 @@ def test_photos_of_a_size_are_encoded_together_and_stay_in_their_order(build: Bu
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5])
 def test_an_epoch_shows_every_photo_once(build: Builder, photos: Path, batch_size: int) -> None:
-    """S5: no remainder is dropped, no bucket too small."""
+    """No photo is dropped: neither the rest of an incomplete batch nor a bucket with few photos."""
     fill(photos, 7)
     dataset, holdout = build()
     assert holdout is None
@@ -124,14 +124,14 @@ def test_an_epoch_shows_every_photo_once(build: Builder, photos: Path, batch_siz
         batches = dataset.batches(0, epoch, batch_size)
         assert Counter(n for batch in batches for n in photos_of(dataset, batch)) == Counter(range(7))
         assert all(1 <= len(batch.entries) <= batch_size for batch in batches)
-        # ceil(3 / b) + ceil(2 / b) + ceil(2 / b): sizes are not mixed and are filled
+        # ceil(3 / b) + ceil(2 / b) + ceil(2 / b): each batch has one size and is as full as possible
         assert len(batches) == -(-3 // batch_size) + 2 * -(-2 // batch_size)
     assert sorted(marked.number_of(picture) for picture in build.encoder.pictures) == list(range(7))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_what_is_encoded_is_upright(build: Builder, photos: Path, orientation: int) -> None:
-    """S5: the mark is in its corner when the VAE sees the photo."""
+    """The VAE sees the photo with the mark in its upper left corner."""
     upright = marked.picture(11, 96, 64)
     marked.save(photos / "a.png", marked.as_camera_stores(upright, orientation), orientation)
     dataset, _ = build()
@@ -178,7 +178,7 @@ def test_every_epoch_has_its_own_order_and_company(build: Builder, photos: Path)
     dataset, _ = build()
     epochs = [[photos_of(dataset, batch) for batch in dataset.batches(0, epoch, 2)] for epoch in range(20)]
     assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == 20
-    assert len({frozenset(pair) for epoch in epochs for pair in epoch}) > 20  # of the 28 there are
+    assert len({frozenset(pair) for epoch in epochs for pair in epoch}) > 20  # of 28 possible pairs
 
 
 def test_sdxl_conditions_tell_size_and_crop_with_flip_too(build: Builder, photos: Path) -> None:
@@ -186,13 +186,13 @@ def test_sdxl_conditions_tell_size_and_crop_with_flip_too(build: Builder, photos
     dataset, _ = build(DataConfig(name="sks toy", resolution=64, flip=True, variants=2), ids=True)
     bucket = dataset.buckets[0]
     assert (bucket.width, bucket.height) == (112, 32)
-    # 200 x 64 scaled to 112 x 35.84, the middle 32 rows cut: 1.92 from the top, nothing from the sides
+    # 200 x 64 is scaled to 112 x 35.84; the middle 32 rows begin 1.92 from the top; no columns are cropped
     assert bucket.sizes["time_ids"].tolist() == [[64, 200, 2, 0, 32, 112]] * 2
     assert bucket.variant.tolist() == [0, 1]
 
 
 def test_texts_are_those_of_their_photos(build: Builder, photos: Path) -> None:
-    """S6: each photo comes with its own caption in every batch."""
+    """Every batch has the caption of each of its photos."""
     fill(photos, 6)
     for number in range(5):
         (photos / f"{number:02}.txt").write_text(f"sks toy number {number}")
@@ -221,7 +221,7 @@ def test_swapping_two_captions_swaps_their_texts(build: Builder, photos: Path) -
 
 
 def test_a_thousand_draws_keep_the_trigger(build: Builder, photos: Path) -> None:
-    """S6: shuffle and dropout together, over a thousand texts as batches hold them."""
+    """Shuffled tags and caption dropout together keep the trigger in a thousand texts of batches."""
     fill(photos, 10)
     for number in range(10):
         (photos / f"{number:02}.txt").write_text(f"red, blue, table {number}" + (", sks" if number % 2 else ""))
@@ -253,7 +253,7 @@ def test_holdout_photos_are_never_trained_on(build: Builder, photos: Path) -> No
     assert len(trained) == 18
     assert not validation_names & trained
     assert holdout.texts is dataset.texts
-    # as they are: one row each, no flip
+    # one row each, without flip
     assert sum(len(bucket.mean) for bucket in holdout.buckets) == 2
     assert sum(len(bucket.mean) for bucket in dataset.buckets) == 36
     assert all(bucket.variant.tolist() == [0] * len(bucket.mean) for bucket in holdout.buckets)
@@ -296,7 +296,7 @@ def test_unaugmented_has_variant_0_of_every_photo_with_its_own_text(build: Build
             assert texts == [f"sks toy, a, b, {number}" for number in photos_of(unaugmented, batch)]
 
 
-# -- on disk ------------------------------------------------------------------------------------------------------
+# -- the cache on disk ---------------------------------------------------------------------------------------------
 
 DISK = DataConfig(name="sks toy", resolution=64, cache="disk")
 
@@ -309,7 +309,7 @@ def test_only_what_changed_is_encoded_again(build: Builder, photos: Path, tmp_pa
     build(DISK)
     assert build.messages[-1].startswith("latents: 20 hits, 0 encoded")
     assert build.encoder.pictures == []
-    assert marked.digests(photos) == before  # nothing is ever written beside the photos
+    assert marked.digests(photos) == before  # the photos' folder stays unchanged
 
     times = (photos / "00.png").stat()
     marked.save(photos / "00.png", marked.picture(63, 64, 64))
@@ -341,7 +341,7 @@ def test_nothing_stale_is_found_again(build: Builder, photos: Path, change: dict
     build(DISK)
     identity = str(change.pop("identity", "base"))
     build(replace(DISK, **change), identity=identity)
-    # Variant 0 is the plain photo and is found; every other one is new.
+    # Variant 0 is the plain photo and is in the cache; every other variant is new.
     hits = 3 if "variants" in change else 0
     assert build.messages[-1].startswith(f"latents: {hits} hits, 3 encoded")
 
@@ -355,7 +355,7 @@ def test_renamed_photos_are_found_again(build: Builder, photos: Path) -> None:
 
 
 def flipped(at: float) -> Callable[[bytes], bytes]:
-    """Flips one bit, at that share of a file."""
+    """Return a function that flips one bit at a relative position of a file."""
 
     def flip(raw: bytes) -> bytes:
         place = min(int(at * len(raw)), len(raw) - 1)
@@ -387,7 +387,7 @@ def test_the_cache_is_private_and_complete(build: Builder, photos: Path, tmp_pat
     fill(photos, 2)
     build(DISK)
     files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
-    assert all(path.suffix == ".safetensors" for path in files)  # no temporary file is left
+    assert all(path.suffix == ".safetensors" for path in files)  # no temporary file remains
     if os.name == "posix":
         assert {stat.S_IMODE(path.parent.stat().st_mode) for path in files} == {0o700}
 
@@ -402,7 +402,7 @@ def test_a_place_that_cannot_be_written_is_named(
         build(DISK)
 
 
-# -- masks and trouble --------------------------------------------------------------------------------------------
+# -- masks and errors ---------------------------------------------------------------------------------------------
 
 MASKED = TrainConfig(holdout=0.0, masked_loss=True)
 
@@ -448,7 +448,7 @@ def test_masks_that_make_no_sense_are_named(build: Builder, photos: Path) -> Non
 def test_a_latent_that_is_not_finite_names_its_photo(
     build: Builder, photos: Path, tmp_path: Path, value: float
 ) -> None:
-    """S9: never replaced by zeros, never kept on disk."""
+    """The latent is neither replaced by zeros nor stored in the cache."""
     fill(photos, 3)
     real = Encoder.__call__
 

@@ -1,4 +1,4 @@
-"""Captions as other programs leave them: scores, documents, folders of their own, many of a kind."""
+"""Tests of captions from other programs: scores, documents, separate folders, and several files per photo."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Masks, captions and tables under names that differ from the usual ones in case, in words or in form."""
+"""Tests of masks, captions and tables with unusual names: other case, other words or another form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks that are painted over photos: where they are when photos are turned and cropped, and what the loss counts."""
+"""Tests of masks that are painted on photos: their place after turns and crops, and their effect on the loss."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ SIZE = (120, 80)
 
 
 def capsule(size: tuple[int, int], width: float, x1: float, y1: float, x2: float, y2: float) -> np.ndarray:
-    """The pixels no further than half a width from a line, by their distance; all in pixels."""
+    """Return the pixels whose distance from a line is at most half of `width`; all values are in pixels."""
     y, x = np.mgrid[: size[1], : size[0]] + 0.0
     along = ((x - x1) * (x2 - x1) + (y - y1) * (y2 - y1)) / max(1e-9, (x2 - x1) ** 2 + (y2 - y1) ** 2)
     along = along.clip(0, 1)
@@ -46,7 +46,7 @@ def test_a_stroke_stays_on_what_it_covers(before: str) -> None:
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
 def test_what_is_painted_on_the_page_is_where_the_page_shows_it(turn: int) -> None:
-    """A dot on a part of a turned photo, then the photo turned and cropped further."""
+    """Paint a dot on a part of a turned photo, then turn and crop the photo again."""
     edit = NO_EDIT.turned(turn).cropped((50, 0, 100, 80))
     width, height = edit.size(SIZE)
     edit = edit.painted("paint", 25, [20, 70], width / height)
@@ -60,7 +60,7 @@ def test_what_is_painted_on_the_page_is_where_the_page_shows_it(turn: int) -> No
 
 @pytest.fixture
 def photos(photos: Path) -> Path:
-    """Two photos of noise, the second with a mask file of its lower half."""
+    """Two photos of noise; the second has a mask file that selects its lower half."""
     for number, name in enumerate("ab"):
         pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{name}.png")
@@ -92,12 +92,12 @@ def test_the_loss_counts_what_is_painted_and_nothing_else(
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     lines = list[str]()
     plain = build(photos, base)[1].buckets[0]
-    # All to the left of the middle, and all but the upper half: the second takes the place of a file that says so too.
+    # The first mask is the left half. The second, the lower half, replaces a file with the same mask.
     edits = {"a.png": "paint 50 25 0 25 100", "b.png": "turn 180, erase 50 0 75 100 75"}
     report, dataset = build(photos, base, lines.append, edits=edits)
     (bucket,) = dataset.buckets
     assert "with a mask painted in data.edits: a.png, b.png" in report.notes
-    assert "1 hits, 1 encoded" in lines[-1]  # the mask is no part of the latent, the turn is
+    assert "1 hits, 1 encoded" in lines[-1]  # a latent depends on the turn, not on the mask
     rows = {int(photo): row for row, photo in enumerate(bucket.photo)}
     mask = torch.stack([bucket.mask[rows[0], 0], bucket.mask[rows[1], 0]])
     side = mask.shape[-1]
@@ -105,7 +105,7 @@ def test_the_loss_counts_what_is_painted_and_nothing_else(
     assert mask[1, side // 2 + 1 :].min() > 0.7 and mask[1, : side // 2 - 1].max() == 0
     prediction = torch.zeros(2, 4, side, side, requires_grad=True)
     target = torch.ones(2, 4, side, side)
-    target[0, :, :, side // 2 + 1 :] = 100.0  # far off, where nothing is learned
+    target[0, :, :, side // 2 + 1 :] = 100.0  # far off, where the mask is 0
     value = objective.loss(prediction, target, mask=mask[:, None])
     value.backward()
     assert value.item() == pytest.approx(1.0)
@@ -153,7 +153,7 @@ def test_too_many_strokes_are_counted_and_the_way_out_is_named() -> None:
 
 
 def test_a_mask_of_a_large_photo_is_where_its_strokes_are() -> None:
-    """Painted smaller and enlarged: within a thousandth of the side, which is what a stroke's places are."""
+    """A large mask is painted at a smaller size and then enlarged. At most 0.2 % of its pixels differ."""
     size, edit = (6000, 4000), parse("turn 90, crop 10 0 100 60, paint 20 25 50 75 50, erase 5 50 50")
     expected = capsule(size, 1200, 1500, 2000, 4500, 2000) & ~capsule(size, 300, 3000, 2000, 3000, 2000)
     left, top, right, bottom = edit.geometry.box(size)
@@ -163,7 +163,7 @@ def test_a_mask_of_a_large_photo_is_where_its_strokes_are() -> None:
 
 
 def averages(mask: np.ndarray, box: tuple[float, float, float, float], side: tuple[int, int]) -> np.ndarray:
-    """Mean of the part of a mask that each pixel of a smaller picture covers."""
+    """Return the mean of the part of a mask that each pixel of a smaller picture covers."""
 
     def shares(start: float, end: float, count: int, length: int) -> np.ndarray:
         edges = np.linspace(start, end, count + 1)
@@ -176,8 +176,8 @@ def averages(mask: np.ndarray, box: tuple[float, float, float, float], side: tup
 
 
 def test_masks_go_with_repeated_folders_class_images_sizes_and_flips(photos: Path, base: Any) -> None:
-    """Wide, high and square photos in folders with repeats, masked by strokes, by a file and by transparency; each
-    variant of each is compared with averages by numpy."""
+    """Wide, high and square photos lie in folders with repeats, with masks from strokes, a file and transparency. Each
+    variant is compared with averages that numpy computes."""
     for file in list(photos.iterdir()):
         file.unlink()
     noise = np.random.default_rng(0)

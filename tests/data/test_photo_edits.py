@@ -1,4 +1,4 @@
-"""Photos that are turned and cropped, and several folders as several concepts; the files stay as they are."""
+"""Tests of photos that are turned and cropped, and of several folders as several concepts; no file changes."""
 
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,14 @@ SIZE = (96, 64)
 
 
 def averages(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands where the VAE stands."""
+    """Return mean and deviation as a VAE would."""
     mean = torch.nn.functional.avg_pool2d(pixels, 4)
     return mean, torch.full_like(mean, 0.01)
 
 
 @pytest.fixture
 def picture(photos: Path) -> Image.Image:
-    """The photo a.png, noise that shows each pixel's place, with a mask of its left half."""
+    """Write a.png, noise that identifies each pixel's place, and a mask of its left half; return the photo."""
     colours = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
     Image.fromarray(colours).save(photos / "a.png")
     mask = np.zeros((SIZE[1], SIZE[0]), np.uint8)
@@ -105,7 +105,7 @@ def test_an_edited_photo_is_checked_encoded_and_counted_as_another(
 
     first, pixels, _ = encoded()
     second, other, line = encoded(edits={"a.png": "crop 25 0 75 50", "c.png": "turn 90"})
-    assert "0 hits, 1 encoded" in line  # no latent of the whole photo is taken for that of its part
+    assert "0 hits, 1 encoded" in line  # the latent of the whole photo is not used for its part
     assert "1 hits" in encoded()[2]
     assert not torch.equal(pixels, other)
     assert (second.items[0].width, second.items[0].height) == (48, 32)
@@ -134,7 +134,7 @@ def test_more_folders_are_concepts_with_names_and_weights(photos: Path, picture:
     assert [each.name for each in concepts.of_photos(result.photos, config.data)] == ["sks toy", "zib cat"]
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert load(tmp_path / "config.toml") == config
-    assert {"edits", "more_folders", "folder"}.isdisjoint(without_paths(config)["data"])  # names of the user's machine
+    assert {"edits", "more_folders", "folder"}.isdisjoint(without_paths(config)["data"])  # paths on the user's machine
 
 
 def test_paths_of_more_folders_are_completed_like_others(

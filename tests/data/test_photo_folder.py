@@ -1,4 +1,4 @@
-"""Finding photos, captions and masks; the folder is only ever read."""
+"""Tests that find photos, captions and masks in a folder; the folder is only read."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from lorakit.data import photo_folder
 
 
 def fill(place: Path, *names: str) -> None:
-    """Small pictures under these names."""
+    """Write small pictures with these names."""
     for number, name in enumerate(names):
         marked.save(place / name, marked.picture(number, 16, 16))
 
@@ -313,7 +313,7 @@ def test_what_only_looks_like_a_mask_is_a_photo_or_named(tmp_path: Path) -> None
 
 
 def test_the_exact_name_comes_first(tmp_path: Path) -> None:
-    """Names that differ by case only: no photo gets what belongs to another."""
+    """Names may differ in case alone: each photo gets the files with its exact name."""
     for name in ("a.png", "A.png", "b.png", "B.png", "c.png"):
         marked.save(tmp_path / name, marked.picture(3))
     for name in ("a.txt", "A.txt", "B.txt", "C.TXT", "A.mask.png", "B.mask.png", "b.mask.png"):
@@ -388,7 +388,8 @@ def test_names_that_cannot_be_shown_are_read_and_escaped(tmp_path: Path, name: b
     [
         (["0.png"], ["1.png", "a[1].png", "a1.png", "old/2.png"]),
         (["old/*"], ["0.png", "1.png", "a[1].png", "a1.png"]),
-        (["a[1].png"], ["0.png", "1.png", "a1.png", "old/2.png"]),  # a name before it is a pattern
+        # "a[1].png" is the name of a file before it is a pattern
+        (["a[1].png"], ["0.png", "1.png", "a1.png", "old/2.png"]),
         (["?.png", "a1.png"], ["a[1].png", "old/2.png"]),
         (["old/2.PNG"], ["0.png", "1.png", "a[1].png", "a1.png", "old/2.png"]),
     ],

@@ -1,4 +1,4 @@
-"""What web UIs read in a text: parsed in prompts, warned of in captions. One prompt is one prompt."""
+"""Tests of web UIs' prompt syntax: it is parsed in prompts and warned of in captions. One string is one prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several resolutions of the same photos, and the limit of their aspect: what is trained is what was announced."""
+"""Tests of several resolutions and of the aspect limit: a run trains the sizes that the check announces."""
 
 import tomllib
 from collections import Counter
@@ -19,7 +19,7 @@ from lorakit.runs.preflight import preflight
 
 
 def averages(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands where the VAE stands."""
+    """Return mean and deviation as a VAE would."""
     mean = torch.nn.functional.avg_pool2d(pixels, 4)
     return mean, torch.full_like(mean, 0.01)
 
@@ -51,7 +51,7 @@ def build(config: Config, base: Any, messages: list[str]) -> Any:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_an_epoch_shows_each_photo_once_at_each_resolution(photos: Path, base: Any, batch_size: int) -> None:
-    # 64 and 80 have the size 64x80 in common: the same photo is in it twice, and counts twice.
+    # 64 and 80 share the size 64x80, so that size has the same photo twice and counts it twice.
     fill(photos, (256, 256), (300, 200), (64, 80), (256, 200))
     messages: list[str] = []
     config = config_of(photos, data__resolution=[96, 64, 80], train__batch_size=batch_size, data__caption_dropout=0.5)

@@ -1,4 +1,4 @@
-"""What the check says of triggers that the base knows already."""
+"""Tests of what the check reports about triggers that the base already knows."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from lorakit.data.checks import texts
 from lorakit.data.checks.report import Item, Report
 from lorakit.data.photo_folder import Photo
 
-# Places in CLIP's vocabulary of 49,408 tokens.
+# Token ids in CLIP's vocabulary of 49,408 tokens.
 RANKS = {"anna": 2_160, "toy": 5_988, "lulu": 26_935, "ohwx": 47_993, "sks": 48_136}
 
 
 def findings(folder: Path, name: str, size: int = 49_408) -> list[str]:
-    """Of a check with a tokenizer of `size` words, in which those of RANKS have their places."""
+    """Return the findings for a tokenizer of `size` tokens, in which the words of RANKS have their ids."""
     ranks = {word: rank % size for word, rank in RANKS.items()}
     words = {f"<{rank}>": rank for rank in set(range(size)) - set(ranks.values())} | ranks
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))

@@ -1,4 +1,4 @@
-"""bitsandbytes' 8-bit optimizers over one tensor of a component: the same bits as over its parameters, in one step."""
+"""Tests of bitsandbytes' 8-bit optimizers on one flat tensor: one step gives the same bits as separate parameters."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from lorakit.engine import flat_parameters
 from lorakit.training import optimizers
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-# Of 256 numbers and its multiples, and others; by itself bitsandbytes takes 8 bits from 4,096 on.
+# Multiples of 256 values, and other sizes. By default bitsandbytes uses 8 bits from 4,096 values on.
 SHAPES = [(16, 320), (7,), (33, 40), (320, 16), (64, 3, 3, 3), (256,), (2, 640)]
 ALL = {"min_8bit_size": 1}
 
@@ -38,7 +38,8 @@ def as_flat(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 def step(numbers: range, weights: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     for number in numbers:
         draw = torch.Generator().manual_seed(number + 1)
-        for scale, parameter in enumerate(weights):  # large beside small: a block with both would lose the small
+        # gradients differ in scale: a block with a large and a small one would lose the small one
+        for scale, parameter in enumerate(weights):
             gradient = torch.randn(parameter.shape, generator=draw) * 10.0**-scale
             if parameter.grad is None:
                 parameter.grad = gradient
@@ -80,7 +81,7 @@ def test_a_saved_state_goes_on_to_the_bit(flat_first: bool, flat_second: bool) -
 
 def test_states_in_float32_of_small_parameters_become_8_bits() -> None:
     alone, together = parameters(), parameters()
-    first = built(alone)  # five of the seven have float32 state
+    first = built(alone)  # five of the seven parameters have float32 state
     step(range(3), alone, first)
     for mine, theirs in zip(together, alone, strict=True):
         mine.data.copy_(theirs.data)
@@ -89,7 +90,7 @@ def test_states_in_float32_of_small_parameters_become_8_bits() -> None:
     step(range(3, 4), alone, first)
     step(range(3, 4), together, second)
     for mine, theirs in zip(together, alone, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3)  # a step is 1e-2 long
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3)  # a step changes a weight by about 1e-2
 
 
 def test_parameters_that_share_memory_stay_neighbours_where_blocks_end_with_them() -> None:

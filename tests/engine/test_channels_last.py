@@ -1,4 +1,4 @@
-"""Pictures that stay channels last from the first convolution to the last norm: the same outputs and gradients."""
+"""Tests that channels-last layout, from the first convolution to the last norm, keeps outputs and gradients."""
 
 import os
 from typing import Any
@@ -18,7 +18,7 @@ from lorakit.engine import device, kernels, recompute
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1 in the environment"
 )
-# Pictures, and how many programs of a kernel share one at least.
+# Shapes of pictures, and how many programs of a kernel share a picture at least.
 SHAPES = [((2, 24, 4, 6), 512), ((1, 320, 16, 8), 4), ((1, 320, 16, 8), 512), ((3, 64, 3, 5), 1)]
 
 
@@ -30,7 +30,7 @@ def norm(channels: int, dtype: torch.dtype, groups: int) -> nn.GroupNorm:
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values far from 0, whose squares would lose digits."""
+    """Return values far from 0: a sum of their squares would lose digits."""
     torch.manual_seed(0)
     x, towards = 30 + 2 * torch.randn(shape), torch.randn(shape)
     return tuple(each.to(dtype).contiguous(memory_format=torch.channels_last) for each in (x, towards))
@@ -56,7 +56,7 @@ def test_tritons_norm_gives_what_torch_gives(
     expected = functional.silu(expected) if silu else expected
     expected.backward(towards.double())
     gradient = triton_kernels.norm_backward(towards, x, mean, rstd, module, silu)
-    # The interpreter cuts bf16 off where a card rounds.
+    # Triton's interpreter truncates to bf16 where a GPU rounds.
     allowed = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     for mine, theirs in ((result, expected.detach()), (gradient, exact.grad)):
         assert mine.is_contiguous(memory_format=torch.channels_last)
@@ -94,7 +94,7 @@ def test_layers_keep_the_layout_and_learn_the_same(monkeypatch: pytest.MonkeyPat
 
 
 class Layouts(TorchDispatchMode):
-    """Bytes of what convolutions and norms read, forward and backward, and how many of them are channels last."""
+    """Counts the bytes that convolutions read, forward and backward, and how many of them are channels last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Layouts(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "convolution" in str(function):
             pictures = [each for each in args if isinstance(each, torch.Tensor) and each.ndim == 4 and each.numel() > 1]
-            # An expanded number stands for the input, of which the backward pass needs the shape alone.
+            # An expanded scalar replaces the input if the backward pass needs only its shape.
             for each in (picture for picture in pictures if picture.stride() != (0, 0, 0, 0)):
                 self.all += each.nbytes
                 self.last += each.nbytes * each.is_contiguous(memory_format=torch.channels_last)
@@ -128,7 +128,7 @@ def test_a_unet_learns_the_same_and_convolutions_read_what_is_channels_last(tiny
     mine, theirs = (torch.cat([each.flatten() for each in result]) for result in results)
     assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
     assert all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(*results, strict=True))
-    if modules == "attention":  # float32 merges the factors of a convolution into a weight of torch's own layout
+    if modules == "attention":  # in float32 the factors of a convolution are merged into a weight in torch's own layout
         assert shares[0] < 0.1 and shares[1] > 0.9
 
 

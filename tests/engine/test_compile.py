@@ -1,7 +1,7 @@
-"""Compiled blocks give the step's gradients, say what they cost, and where they do not, the run goes on without.
+"""Tests that compiled blocks give the step's gradients and log their cost, and that a run continues without them.
 
-What only has to be called in the right places is tested with compilers that are quick: torch's own without the code
-that it writes (`aot_eager`), or none at all.
+Most tests check only that the compiler is called in the right places. They use fast compilers: torch's `aot_eager`,
+which generates no code, or none.
 """
 
 import re
@@ -30,7 +30,7 @@ COMPILED = re.compile(
 
 
 def traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch takes it apart, derives its gradients and computes with its ordinary kernels."""
+    """Compile with a backend that traces and differentiates but runs torch's ordinary kernels."""
     return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
 
 
@@ -39,7 +39,7 @@ def untouched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Small:
-    """Three resnets and a transformer block; a step's loss and gradients with and without compiled blocks."""
+    """Three resnets and a transformer block; computes a step's loss and gradients with and without compiled blocks."""
 
     def __init__(self, compiler: compile.Compiler, width: int = 16, dtype: torch.dtype = torch.float32, **options: Any):
         with torch.random.fork_rng():
@@ -93,7 +93,7 @@ class Small:
         return loss.detach()
 
     def loss_and_gradients(self, batch: int = 2, *, by_compiled: bool) -> list[torch.Tensor]:
-        """Loss and gradients."""
+        """Return the loss and all gradients."""
         within = self.blocks.compiled(batch, lambda: self.step(batch)) if by_compiled else nullcontext()
         self.flat.gradient.zero_()
         with within:
@@ -101,7 +101,7 @@ class Small:
         return [loss, *(parameter.grad.clone() for parameter in self.parameters)]
 
     def train(self) -> None:
-        """Weights as after some steps: no factor is 0."""
+        """Set weights as after some steps: no factor is 0."""
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in self.parameters:
@@ -127,7 +127,7 @@ def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-        # C++ for one block of the four, without vectors: all of them would take a minute.
+        # Generate C++ for one of the four blocks only, because all of them would take a minute.
         by_cpp, rest = compile.inductor(function), traced(function)
         return lambda block, *args, **kwargs: (by_cpp if getattr(block, "conv_shortcut", block) is None else rest)(
             block, *args, **kwargs
@@ -252,7 +252,7 @@ def test_layers_whose_memory_was_moved_are_computed_without() -> None:
 
 
 def stops_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss is right, and one resnet passes no gradient on."""
+    """Return a block with the right output in which a resnet passes no gradient to its input."""
     if "Resnet" not in function.__qualname__:
         return function
     return lambda block, x, temb: function(block, x.detach(), temb.detach()) + 0 * x.sum()
@@ -316,7 +316,7 @@ run_config = partial(short_run.run_config, steps=4)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three photos: a batch of two and one of one."""
+    """Three photos: a batch of two and a batch of one."""
     return short_run.noise(tmp_path_factory.mktemp("photos"), 3)
 
 
@@ -343,7 +343,7 @@ def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
     assert plain.keys() == loss_and_gradients.keys() and all(
         torch.equal(plain[name], loss_and_gradients[name]) for name in plain
     )
-    # Four steps and a trial of each of two shapes, of twelve blocks.
+    # Twelve blocks run in four steps and in one trial for each of two shapes.
     assert calls == [True] * (6 * 12)
     log = (result.folder / "log.jsonl").read_text(encoding="utf-8")
     assert log.count('"message": "compiled the UNet\'s blocks for this batch shape in ') == 2

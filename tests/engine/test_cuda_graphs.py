@@ -1,6 +1,6 @@
-"""A step by replay gives what the step gives; where it cannot, it is not used.
+"""Tests that replaying a CUDA graph gives the step's result, and that a run continues without graphs.
 
-Without a CUDA device a stand-in takes the graph's place: it computes again from the tensors that it was captured with.
+Without a CUDA device, a stand-in for the graph computes again from the tensors of the capture.
 """
 
 import json
@@ -26,7 +26,7 @@ from lorakit.training.precompute import precompute
 
 
 def stand_in(compute: cuda_graphs.Compute, generators: Any = ()) -> cuda_graphs.Compute:
-    """Replays by computing from the same tensors again."""
+    """Replay by calling `compute` again."""
     return compute
 
 
@@ -42,7 +42,7 @@ run_config = partial(short_run.run_config, steps=6)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five photos: two batches of two and one of one."""
+    """Five photos: two batches of two and a batch of one."""
     return short_run.noise(tmp_path_factory.mktemp("photos"), 5)
 
 
@@ -62,7 +62,7 @@ def step_of(settings: config.Config, device: str = "cpu", dtype: torch.dtype = t
 
 
 def both(step: LossStep, adapter: Any, capture: cuda_graphs.Capture, batches: int = 5) -> Any:
-    """For each batch: (loss and gradients without, the same by replay)."""
+    """Yield for each batch the loss and gradients of the step and of its replay."""
     parameters = list(adapter.parameters().values())
 
     def backward(batch: Any) -> torch.Tensor:
@@ -135,16 +135,16 @@ def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, cha
     monkeypatch.setattr(cuda_graphs, "capturer", lambda *arguments: (stand_in, "by replay"))
     graphed, other = run("graphed")
     assert plain.keys() == graphed.keys() and all(torch.equal(plain[name], graphed[name]) for name in plain)
-    assert state == other  # the learning rate too, which was a tensor meanwhile
+    assert state == other  # the learning rate too, which was a tensor in between
 
 
 def stale_finish(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
-    """Repeats the passes, not the optimizer's step."""
+    """Repeat the passes but not the optimizer's step."""
     return compute if generators else lambda: torch.zeros(())
 
 
 def fails(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
-    compute()  # as much is done before a capture fails; its gradients must not stay
+    compute()  # passes run before the capture fails; their gradients must not remain
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
@@ -246,7 +246,7 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
-    """Recorded again afterwards, with the results that there would have been."""
+    """Graphs are captured again after their memory was freed, and the results stay the same."""
     captured: list[Any] = []
 
     def capture(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
@@ -261,7 +261,7 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
         update = OptimizerStep(settings, step, 6, print)
         assert update.discard_graphs() is False
         captured.clear()
-        for _ in range(2):  # the optimizer's first step makes its state
+        for _ in range(2):  # the optimizer creates its state in its first step
             update(0)
         assert len(captured) == 2
         assert not discards or update.discard_graphs() is True
@@ -292,7 +292,7 @@ def test_what_forbids_a_graph_is_reported(tiny_sd1, photos, tmp_path):
     ("noise", "off", "agrees"), [(0.0, 0.005, True), (0.0, 0.02, False), (0.015, 0.02, True), (0.04, 0.5, False)]
 )
 def test_a_graph_may_differ_as_much_as_two_steps_without_it(noise: float, off: float, agrees: bool) -> None:
-    """Kernels for half precision that add in varying order change more than the last bits of the gradients."""
+    """In half precision some kernels add in varying order, which changes more than the last bits of the gradients."""
     weight = torch.nn.Parameter(torch.ones(1000))
     weight.grad = torch.zeros(1000)
     draw = torch.Generator().manual_seed(0)
@@ -331,7 +331,7 @@ def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtyp
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_attention_over_many_keys_gives_the_same_in_each_run(deterministic: bool) -> None:
-    """To the bit where that is asked for; else up to rounding: kernels for many keys add with atomics."""
+    """Deterministic kernels give equal bits; others add with atomics and agree within rounding."""
     draw = torch.Generator("cuda").manual_seed(0)
     q, k, v, towards = (torch.randn(1, 2, 4096, 40, generator=draw, device="cuda").bfloat16() for _ in range(4))
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]

@@ -1,4 +1,4 @@
-"""Where it runs is decided and said; a kernel with a wrong backward pass is found out before it trains anything."""
+"""Tests of the choice and report of the device, and that a kernel with a wrong backward pass is rejected."""
 
 from collections import Counter
 from pathlib import Path
@@ -20,10 +20,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = False, bf16: bool = True) -> None:
-    """What torch would say of another machine."""
+    """Let torch report another machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    # A card of before 2020 emulates bf16, and torch counts that unless told not to.
+    # GPUs from before 2020 emulate bf16; torch counts emulation as support by default.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16)
 
 
@@ -71,13 +71,13 @@ def test_bf16_on_a_card_that_only_emulates_it_is_an_error(monkeypatch: pytest.Mo
 
 
 def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention over `[B, T, heads, size]`, written out."""
+    """Return attention over `[B, T, heads, size]` by its formula."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
     return torch.einsum("bhqk,bkhd->bqhd", functional.softmax(scores, dim=-1), value)
 
 
 class ZeroBackward(torch.autograd.Function):
-    """Right forward, nothing backward: what xformers 0.0.16 did to Stable Diffusion."""
+    """Right forward pass and zero gradients, as xformers 0.0.16 gave for Stable Diffusion."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ def stub_xformers(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
 
 
 class UnetThatCounts:
-    """Stands for a UNet: says whether xformers was turned on."""
+    """A UNet that records whether xformers was enabled."""
 
     on = False
 
@@ -165,14 +165,14 @@ def test_weights_are_streamed_to_a_card_only() -> None:
             devices.streams(settings, torch.device(device))
 
 
-# -- the rest ---------------------------------------------------------------------------------------------------
+# -- blocks, memory and peak ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("count", [1, 3, None])
 def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: int | None, dropout: float) -> None:
-    """Those that were asked for run twice, the others once; gradients are the same to the bit."""
+    """Recomputed blocks run twice, all others once. The gradients have the same bits."""
     info, actual = families.describe(tiny_sd1), []
     settings = config.load(None, {"train.steps": 1, "memory.gradient_checkpointing": True})
     blocks = memory_estimate.recomputed_blocks(settings, info, {}, "cpu")[:count]

@@ -1,4 +1,4 @@
-"""Which card, in what precision, with which kernels; and what a card does not do as others do."""
+"""Tests of the choice of GPU, precision and kernels, and of faults of single GPUs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -67,8 +67,8 @@ def test_precision_of_products_is_a_choice(monkeypatch: pytest.MonkeyPatch, card
 
 
 def broken_sdpa(monkeypatch: pytest.MonkeyPatch, broken: set[str]) -> None:
-    """SDPA with kernels of which the first that is on is used, as torch does; those that are broken are wrong for
-    lengths that are no multiple of 128."""
+    """Simulate SDPA, which uses the first enabled kernel. The broken kernels are wrong for lengths that are not
+    multiples of 128."""
     on = ["cudnn", "flash", "mem_efficient", "math"]
     right = functional.scaled_dot_product_attention
 
@@ -79,7 +79,7 @@ def broken_sdpa(monkeypatch: pytest.MonkeyPatch, broken: set[str]) -> None:
     for name in on[:3]:
         monkeypatch.setattr(torch.backends.cuda, f"enable_{name}_sdp", lambda _, name=name: on.remove(name))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
-    # The tensors of the test are the CPU's.
+    # The test's tensors are on the CPU.
     monkeypatch.setattr(
         devices,
         "attention_problem",
@@ -136,7 +136,7 @@ def test_an_apple_that_runs_out_of_memory_is_explained(message: str) -> None:
 
 
 def test_where_no_more_can_be_pinned_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on WSL, which pins 0.5 to 1 GiB."""
+    """WSL, for example, pins only 0.5 to 1 GiB."""
     empty, pins = torch.empty, [True, False]
 
     def limited(*size: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_where_no_more_can_be_pinned_the_rest_is_not(monkeypatch: pytest.MonkeyP
     assert all(torch.equal(offloader.fetch(number, [weight])[0], weight) for number, weight in enumerate(weights))
 
 
-# -- the same bits --------------------------------------------------------------------------------------------------
+# -- deterministic kernels ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("switch", [True, False])

@@ -1,4 +1,4 @@
-"""Parameters in one tensor train as they do apart: the optimizer's steps to the bit, the norm to a millionth."""
+"""Tests that parameters in one flat tensor train as separate ones: equal optimizer steps, norm within 1e-6."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from lorakit.core import registry
 from lorakit.engine import flat_parameters, fused_blocks, fused_lora
 from lorakit.training import optimizers
 
-# A CPU's vectors hold 4 to 16 numbers, and torch rounds those that fill none another way: only `EVEN` shapes, which are
-# what layers have, can be compared to the bit.
+# A CPU's vectors hold 4 to 16 values, and torch rounds an incomplete vector differently. So only the `EVEN` shapes,
+# which real layers have, can be compared bit by bit.
 EVEN = [(4, 32), (48,), (32, 4), (16, 3, 3, 3), (1, 16)]
 ODD = [(4, 32), (7,), (33, 4), (5, 3, 3, 3), (1, 1)]
 ELEMENTWISE = [name for name, spec in registry.OPTIMIZERS.items() if spec.elementwise and spec.block_size == 1]
@@ -30,7 +30,7 @@ def gradients(step: int, like: list[Any]) -> list[torch.Tensor]:
 
 
 def flats(separate_parameters: list[torch.nn.Parameter]) -> list[flat_parameters.FlatParameters]:
-    """The first three in a group, the rest in another."""
+    """Group the first three parameters, and the others separately."""
     return [
         flat_parameters.FlatParameters("unet", separate_parameters[:3]),
         flat_parameters.FlatParameters("text_encoder", separate_parameters[3:]),
@@ -96,7 +96,7 @@ def test_a_saved_state_goes_on_to_the_bit_whoever_saved_it(name: str, make: Any,
     for number in range(3, 6):
         step(number, resumed, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
-    # What lies between the parameters has no part in it.
+    # The padding between the parameters stays 0.
     for each in flat:
         assert torch.equal(each.join(each.split(each.weights)), each.weights.detach())
 
@@ -120,7 +120,7 @@ def test_the_norm_of_twenty_million_numbers_is_right() -> None:
     many.gradient.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-4)
     exact = torch.linalg.vector_norm(many.gradient, dtype=torch.float64).item()
     assert flat_parameters.norm([many]).item() == pytest.approx(exact, rel=1e-6)
-    # Which is why it is not left to one reduction.
+    # A single float32 reduction is not accurate enough.
     assert torch.linalg.vector_norm(many.gradient).item() != pytest.approx(exact, rel=1e-4)
 
 
@@ -161,7 +161,7 @@ def backward(family: Any) -> None:
 
 
 def gradients_of(adapter: Any) -> list[torch.Tensor]:
-    """Gradients; a layer that has no part in the prediction has none, or 0."""
+    """Return all gradients; a layer without a part in the prediction has zeros."""
     own = adapter.parameters().values()
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in own]
 
@@ -214,7 +214,7 @@ def test_in_half_precision_gradients_are_those_by_autograd(
     groups = [m.fused_qkv for m in family.denoiser.modules() if isinstance(m, fused_blocks.FusedAttention)]
     assert groups and all(group.half_copies is not None and group.is_valid() for group in groups)
     for _ in range(2):
-        with torch.no_grad():  # as an optimizer would: copies of before must not be used
+        with torch.no_grad():  # an optimizer changes weights in place: older half-precision copies must not be used
             for weights in [*other.parameters().values(), *(each.weights for each in flat)]:
                 weights.mul_(0.5)
         backward(plain)

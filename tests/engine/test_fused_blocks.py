@@ -1,4 +1,4 @@
-"""Blocks with fewer operations give what diffusers' and PEFT's give."""
+"""Tests that blocks with fewer operations give the results of diffusers' and PEFT's blocks."""
 
 from typing import Any
 
@@ -23,14 +23,14 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 
 
 def outcome(unet: Any, parameters: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The prediction, and the gradients of its mean square."""
+    """Return the prediction, and the gradients of its mean square."""
     prediction = unet(*inputs(dtype), return_dict=False)[0]
     gradients = torch.autograd.grad(prediction.float().square().mean(), list(parameters.values()))
     return prediction.detach(), dict(zip(parameters, gradients, strict=True))
 
 
 def pair(folder: Any, dtype: torch.dtype, alpha: float = 2.0) -> tuple[Any, Any, Any]:
-    """(our optimized UNet, its adapter, PEFT's UNet) with the same weights, B not zero."""
+    """Return our optimized UNet, its adapter, and PEFT's UNet, with the same weights and B not zero."""
     family = new_base(folder, dtype)
     adapter = adapters.attach(family, LoraConfig(rank=4, alpha=alpha), seed=0)
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet").to(dtype).eval().requires_grad_(False)
@@ -137,7 +137,7 @@ def test_dropout_is_left_to_peft(tiny_sd1: Any) -> None:
 
 
 def test_products_are_shared_on_fake_tensors_too() -> None:
-    """What is counted on them is then what a card runs."""
+    """Memory is counted on fake tensors, so they must take the same path as real tensors on a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

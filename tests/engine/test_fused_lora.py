@@ -1,4 +1,4 @@
-"""The fused forward and backward against PEFT's own, which they replace."""
+"""Tests of the fused forward and backward pass against PEFT's own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 def layers(kind: str, alpha: float, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(ours, PEFT's) on one base with the same float32 factors."""
+    """Return our layer and PEFT's on one base with the same float32 factors."""
     torch.manual_seed(0)
     base = KINDS[kind]().requires_grad_(False)
     base.weight.data = base.weight.data.to(dtype)
@@ -45,7 +45,7 @@ def images(kind: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def outcome(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
-    """Output, and gradients of x, A and B towards a fixed direction."""
+    """Return the output, and the gradients of x, A and B for a fixed output gradient."""
     y = layer(x)
     towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
     inputs = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]

@@ -1,5 +1,5 @@
-"""Products in int8 with quantized activations: the sums of the codes to the bit, forward and backward, and where the
-weight is dequantized instead."""
+"""Tests of matrix products in int8 with quantized activations: exact sums of codes, forward and backward, and the cases
+in which the weight is dequantized instead."""
 
 import os
 from typing import Any
@@ -24,7 +24,7 @@ def layer(dtype: torch.dtype, sides: tuple[int, int] = (64, 48), bias: bool = Tr
 
 
 def codes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes of the rows, in float64."""
+    """Return int8 codes of the rows as float64, and the rows' scales."""
     scale = x.double().abs().amax(1, keepdim=True) / 127
     return (x.double() / scale + 0.5).floor(), scale
 
@@ -47,12 +47,12 @@ def test_a_layer_multiplies_codes_forward_and_backward(shape: tuple[int, ...], b
     allowed = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
     torch.testing.assert_close(y.detach().view(-1, 48).double(), expected, **allowed)
     codes, scale = codes_of(towards.view(-1, 48).double() * scales.t())
-    if dtype is torch.float32:  # in half precision a code may be rounded the other way
+    if dtype is torch.float32:  # in half precision a code may be rounded differently
         allowed = {"rtol": 1e-5, "atol": 1e-5}
     expected = (codes @ weight.qdata.double()) * scale
     close = (x.grad.view(-1, 64).double() - expected).norm() / expected.norm()
     assert close < (1e-5 if dtype is torch.float32 else 5e-3)
-    # What it is an approximation of.
+    # The exact product differs by the quantization error.
     plain = functional.linear(x.detach(), weight.dequantize(), linear.bias)
     assert 1e-4 < (y - plain).float().norm() / plain.float().norm() < 2e-2
 
@@ -117,6 +117,6 @@ def test_tritons_kernels_give_the_same(transposed: bool, dtype: torch.dtype) -> 
     assert quantized_kernels._choose_product(dtype, CPU) is quantized_kernels.triton_int8_product
     result = quantized_kernels.int8_product(x, weight.qdata, weight.scales, transposed=transposed)
     expected = quantized_kernels.torch_int8_product(x, weight.qdata, weight.scales, transposed)
-    # The interpreter cuts bf16 off where a card rounds.
+    # Triton's interpreter truncates to bf16 where a GPU rounds.
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(result, expected, rtol=eps, atol=eps * expected.abs().max().item() if eps < 1e-5 else 0)

@@ -1,4 +1,4 @@
-"""The kernels that give the values of NF4's codes: the same values, and how many bytes they move."""
+"""Tests of the kernels that dequantize NF4: equal values, and the number of bytes they read and write."""
 
 import os
 from typing import Any
@@ -28,7 +28,7 @@ class Bytes(TorchDispatchMode):
 
 
 def traffic(weight: quantized_weight.QuantizedWeight) -> float:
-    """Bytes for each number that is dequantized."""
+    """Return the bytes read and written for each dequantized value."""
     weight.dequantize()
     Bytes.count = 0
     with Bytes():
@@ -62,7 +62,7 @@ def test_bitsandbytes_kernel_is_taken_and_rounds_once(shape: tuple[int, ...], dt
     weight = quantized(shape, dtype)
     assert torch.equal(weight.dequantize(), rounded_once(weight))
     assert quantized_kernels._quickest(dtype, torch.device("cpu")) is quantized_kernels.by_bitsandbytes
-    if dtype is torch.bfloat16:  # and 8.5 for each scale of 64, which is cast
+    if dtype is torch.bfloat16:  # includes 8.5 bytes for each scale of 64 values, because scales are cast
         assert traffic(quantized((1280, 1280), dtype)) == pytest.approx(2.66, abs=0.01)
 
 
@@ -119,7 +119,7 @@ def test_tritons_kernel_rounds_once(
     weight = quantized(shape, dtype)
     assert weight.scales is not None
     result = quantized_kernels.by_triton(weight.qdata, weight.scales).view(shape)
-    # The interpreter, unlike a card, cuts bf16 off where it should round.
+    # Triton's interpreter truncates to bf16 where a GPU rounds.
     rtol = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0
     torch.testing.assert_close(result, rounded_once(weight), rtol=rtol, atol=0)
     monkeypatch.setattr(quantized_kernels, "_has_kernels_for", lambda device: False)

@@ -1,4 +1,4 @@
-"""Products by another kernel than torch's own give what torch's own do."""
+"""Tests that oneDNN's matrix product gives the result of torch's own kernel."""
 
 import copy
 

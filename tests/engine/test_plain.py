@@ -1,4 +1,4 @@
-"""The plain engine trains what the fused one trains, with diffusers' and PEFT's own modules."""
+"""Tests that the plain engine, with diffusers' and PEFT's own modules, trains as the fused engine does."""
 
 import json
 from pathlib import Path
@@ -18,15 +18,15 @@ from lorakit.training import run as train
 from lorakit.training.optimizer_step import OptimizerStep
 
 STEPS = 2
-# Float32 rounds in another order, and AdamW turns a gradient that is almost 0 into a whole step: so the norm of the
-# difference is compared, not single numbers.
+# The engines add in different order, and AdamW turns a gradient near 0 into a whole step. So the tests compare the
+# norm of the difference, not single values.
 LOSS, WEIGHTS = 1e-4, 5e-3
 METHODS = ("lora", "dora", "lokr")
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five photos: two batches of two and one of one."""
+    """Five photos: two batches of two and a batch of one."""
     return short_run.noise(tmp_path_factory.mktemp("photos"), 5)
 
 
@@ -38,7 +38,7 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
-    """A plain run of two steps. Shared: only read its folder."""
+    """A plain run of two steps. It is shared: only read its folder."""
     return run(tiny_sd1, photos, tmp_path_factory.mktemp("plain") / "run", "plain")
 
 
@@ -57,13 +57,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def differ(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """The norm of the difference over the norm, of all tensors together."""
+    """Return the norm of the difference relative to the second norm, over all tensors together."""
     assert one.keys() == two.keys()
     a, b = (torch.cat([tensors[name].flatten().float() for name in sorted(tensors)]) for tensors in (one, two))
     return float((a - b).norm() / b.norm())
 
 
-# The format that carries DoRA does not carry SD3.
+# The only format that carries DoRA does not support SD3.
 PAIRS = [(name, method) for name in ("sd1", "sdxl", "sd3") for method in METHODS if (name, method) != ("sd3", "dora")]
 QUICK = [("sd1", "lora"), ("sd1", "dora"), ("sd1", "lokr"), ("sd3", "lora")]
 
@@ -83,7 +83,7 @@ def test_both_engines_train_the_same(request: Any, photos: Path, tmp_path: Path,
     assert len(losses(plain.folder)) == STEPS
     folders = [result.folder / "checkpoints" / f"step-{STEPS:06d}" for result in (plain, fused)]
     assert differ(*(load_file(folder / "adapter.safetensors") for folder in folders)) < WEIGHTS
-    # The optimizer's state has one form, whichever engine wrote it.
+    # Both engines save the optimizer's state in the same form.
     one, two = (load_file(folder / "optimizer.safetensors") for folder in folders)
     assert {key: (t.shape, t.dtype) for key, t in one.items()} == {key: (t.shape, t.dtype) for key, t in two.items()}
 
@@ -145,15 +145,15 @@ def test_recomputing_blocks_works_in_plain_too(
 
 
 class OtherResnet(ResnetBlock2D):
-    """A block of a diffusers that does not exist yet."""
+    """A resnet class that lorakit does not know."""
 
 
 class OtherAttention(Attention):
-    """Another such block."""
+    """An attention class that lorakit does not know."""
 
 
 class OtherProcessor(AttnProcessor2_0):
-    """Another way to attend."""
+    """An attention processor that lorakit does not know."""
 
 
 def replace_resnet(unet: Any) -> None:

@@ -1,5 +1,5 @@
-"""Weights in few bits: the values of bitsandbytes, an error that is said, gradients as of the weight made whole, and
-nothing whole kept. Weights in the host's memory: to the bit what they are on the device, and not there by accident."""
+"""Tests of quantized weights against bitsandbytes: values, error, gradients, and no full copy saved for backward. Also
+tests of weights in host memory: same bits as on the device, and moved only on purpose."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ from lorakit.training import run as train
 
 KINDS = ("int8", "nf4")
 KINDS_OF_LAYER = (nn.Linear, nn.Conv2d)
-# Root mean square error of normally distributed weights, relative to their own.
+# Root mean square error of normally distributed weights, relative to the weights' own.
 ERROR = {"int8": (0.005, 0.012), "nf4": (0.085, 0.1)}
 
 
@@ -62,7 +62,7 @@ def test_int8_is_that_of_bitsandbytes() -> None:
     codes, largest, _ = functional.int8_vectorwise_quant(weight)
     ours = quantized_weight.quantize(weight.float(), "int8")
     torch.testing.assert_close(ours.scales.flatten(), largest / 127)
-    # It divides in float16, so that a value between two codes may fall to the other one.
+    # bitsandbytes divides in float16, so a value between two codes may get the other code.
     assert (ours.qdata.int() - codes.int()).abs().max() <= 1
     assert (ours.qdata != codes).float().mean() < 0.01
 
@@ -75,7 +75,7 @@ def test_int8_by_hand() -> None:
 
 
 def test_nf4_by_hand() -> None:
-    """Both halves of a byte, the first value in the high one; a block of zeros stays zero."""
+    """Each byte holds two values, the first in the high half; a block of zeros stays zero."""
     weight = torch.zeros(2, 64)
     weight[0, :4] = torch.tensor([-2.0, 2.0, 0.6, 1.5])
     quantized = quantized_weight.quantize(weight, "nf4")
@@ -108,7 +108,7 @@ def test_nf4_of_part_of_a_block_is_an_error() -> None:
 
 
 def layers() -> list[tuple[nn.Module, torch.Tensor]]:
-    """Every kind of use in a UNet: with and without bias, of two and three axes, strided and 1x1 convolutions."""
+    """Return layers of every kind in a UNet: with and without bias, two or three axes, strided and 1x1 convolutions."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return [
@@ -192,7 +192,7 @@ def predict(family: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sdxl"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str) -> None:
-    """All linear and convolutional layers of the UNet but the first, the last and what embeds time; nothing else."""
+    """Quantize all linear and convolutional layers of the UNet except the first, the last and the time embedding."""
     folder = request.getfixturevalue(name)
     full, small = load(folder, "full"), load(folder, kind)
     left = {
@@ -224,7 +224,7 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
     "config", [LoraConfig(rank=4, target_modules="linear+conv"), LoraConfig(method="dora", rank=4)]
 )
 def test_an_adapter_learns_on_it_as_on_its_full_weights(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
-    """Gradients equal those on a plain base whose weights are the dequantized ones, with checkpointing too."""
+    """Gradients equal those of a base with the dequantized weights, also with checkpointing."""
     small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
     with torch.no_grad():
         for place, parameter in small.denoiser.named_parameters():
@@ -243,7 +243,7 @@ def test_an_adapter_learns_on_it_as_on_its_full_weights(tiny_sd1: Path, kind: st
         gradients.append({name: parameter.grad.clone() for name, parameter in adapter.parameters().items()})
     for actual in gradients[:2]:
         for name, right in gradients[2].items():
-            assert relative(actual[name], right) < 1e-4, name  # other kernels, other rounding
+            assert relative(actual[name], right) < 1e-4, name  # the kernels differ, so the rounding does
 
 
 def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
@@ -254,7 +254,7 @@ def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
         layer.merge(adapter_names=[adapter_module.NAME])
 
 
-# -- in the host's memory ---------------------------------------------------------------------------------------
+# -- in host memory ---------------------------------------------------------------------------------------------
 
 
 def streams_of(module: nn.Module) -> set[Any]:
@@ -284,7 +284,7 @@ def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int)
     assert quantized.requests >= 2 and quantized.bytes_copied == quantized.misses * streamed.weight.storage_nbytes
 
 
-# Every method of adapters once, and every storage and precision with those whose layers differ most.
+# Each adapter method once, and each storage and precision with the methods whose layers differ most.
 LEARNED = [(method, "full", torch.bfloat16) for method in adapter_methods()]
 LEARNED += [("lora", "full", torch.float32), ("dora", "full", torch.float32)]
 LEARNED += [("lora", "int8", torch.float32), ("dora", "nf4", torch.bfloat16)]
@@ -295,8 +295,8 @@ LEARNED += [("lora", "int8", torch.float32), ("dora", "nf4", torch.bfloat16)]
 def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
     tiny_sd1: Path, method: str, kind: str, dtype: torch.dtype
 ) -> None:
-    """Predictions and gradients to the bit, with checkpointing and without. Resident weights in full have products of
-    their own, shared by q, k and v, which round otherwise: there the layers stay as torch and diffusers have them."""
+    """Predictions and gradients have equal bits, with and without checkpointing. Resident full weights use kernels that
+    round differently, some of them shared by q, k and v. So this test uses torch's and diffusers' own layers."""
     config = ADAPTER_SECTIONS[method](method=method, rank=4, target_modules="linear+conv")
     results: list[list[torch.Tensor]] = []
     for stream in (False, True):
@@ -306,7 +306,7 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
                 layer.__class__ = nn.Linear
         for parameter in family.denoiser.parameters():
             if not isinstance(parameter, quantized_weight.QuantizedWeight):
-                # What a file holds lies in memory as it does in the file, and MKL's last bits are by the address.
+                # Weights from a file keep the file's alignment, and MKL's last bits depend on the address.
                 parameter.data = parameter.clone()
         adapter = adapters.attach(family, config, seed=1)
         for number, parameter in enumerate(adapter.parameters().values()):
@@ -325,12 +325,12 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
     for right, actual in zip(*results, strict=True):
         assert torch.equal(actual, right)
     (quantized,) = streams_of(family.denoiser)
-    # Each of the two kinds of step is known the second time.
+    # Checkpointing changes the access order; each order is known from its second step on.
     assert quantized.misses < 0.5 * quantized.requests
 
 
 def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
-    """Wherever its module is moved; and what stays resident is what stays in full."""
+    """Moving the module does not move streamed weights; only layers that are never quantized are resident."""
     family, plain = load(tiny_sdxl, "full", stream=True), load(tiny_sdxl, "full")
     (stream,) = streams_of(family.denoiser)
     weights = {
@@ -348,7 +348,7 @@ def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
         predict(family)
         assert stream._on_device
         family.denoiser.to("meta")
-    assert not stream._on_device  # a base that leaves the device takes its window along
+    assert not stream._on_device  # a base that leaves the device frees its window
     there = [p for p in family.denoiser.parameters() if isinstance(p, quantized_weight.QuantizedWeight)]
     assert {weight.device.type for weight in there} == {"meta"} and [w.qdata.data_ptr() for w in there] == places
     for path, right in plain.denoiser.named_parameters():
@@ -388,7 +388,7 @@ WIDTH = 512
 def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 layers, of which the window holds a few, checkpointed by eight: gradients to the bit, peak below."""
+    """64 layers are checkpointed in groups of eight, and the window holds eight: equal gradients, lower peak memory."""
     monkeypatch.setattr(weight_storage, "WINDOW_BYTES", 8 * 2 * WIDTH**2)
     peaks, gradients = [], []
     for streamed in (False, True):
@@ -423,8 +423,8 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(
 def test_a_run_on_a_streamed_base_is_the_same_run(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From photos to the checked file, and what that draws where nothing is streamed. That it needs a card is laid
-    aside here; how it is done is not."""
+    """The whole run, including samples and the checked file, equals a run without streaming. The test disables only the
+    check for a GPU."""
     (tmp_path / "photos").mkdir()
     for number in range(2):
         noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Layers that keep less give what torch's and diffusers' give, to the bit."""
+"""Tests that layers that save less for backward give torch's and diffusers' results bit by bit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def autograd_bytes(compute: Callable[[], torch.Tensor], frozen: nn.Module | None = None) -> tuple[int, torch.Tensor]:
-    """Bytes of storages that autograd keeps for the backward pass, but for the weights."""
+    """Return the bytes that autograd saves for the backward pass, without weights, and the result."""
     weights = {p.untyped_storage().data_ptr() for p in frozen.parameters()} if frozen is not None else set()
     sizes: dict[int, int] = {}
 
@@ -79,10 +79,10 @@ def test_silu_of_a_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
     towards = normal(*y.shape, dtype=dtype)
     assert torch.equal(ours, y)
     assert torch.equal(torch.autograd.grad(ours, x, towards)[0], torch.autograd.grad(y, x, towards)[0])
-    # Not in the order of its memory: torch has another kernel for that.
+    # In channels-last layout torch uses another kernel.
     turned = x.detach().to(memory_format=torch.channels_last)
     torch.testing.assert_close(recompute.norm_silu(turned.requires_grad_(), norm), ours)
-    statistics = 2 * 2 * 4 * 4  # mean and deviation of 4 groups of 2 pictures, at most float32
+    statistics = 2 * 2 * 4 * 4  # mean and rstd of 4 groups of 2 pictures, in float32 at most
     assert x.nbytes < after <= x.nbytes + statistics < before
 
 
@@ -121,7 +121,7 @@ def attached(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> t
 
 
 def learned(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tuple[int, dict[str, torch.Tensor]]:
-    """Bytes kept in a pass, and the prediction and the gradients of its mean square."""
+    """Return the bytes saved for backward, and the prediction with the gradients of its mean square."""
     family, parameters = attached(folder, config, dtype, **options)
     noisy, text = normal(2, 4, 8, 8, dtype=dtype), normal(2, 77, 32, dtype=dtype)
 
@@ -160,7 +160,7 @@ def test_save_less_learns_the_same(tiny_sd1: Any, config: Any, dtype: torch.dtyp
 
 @pytest.mark.parametrize("formats", [(torch.channels_last, torch.contiguous_format), (torch.contiguous_format,) * 2])
 def test_a_norm_reads_its_gradient_in_any_layout(formats: tuple[torch.memory_format, torch.memory_format]) -> None:
-    """Behind a channels-last convolution the gradient is NHWC, beside an x in NCHW or NHWC."""
+    """A channels-last convolution returns an NHWC gradient, while x may be NCHW or NHWC."""
     torch.manual_seed(0)
     norm = nn.GroupNorm(4, 8).requires_grad_(False)
     norm.weight.normal_()

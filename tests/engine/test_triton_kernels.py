@@ -1,4 +1,4 @@
-"""GEGLU in one kernel each way, by Triton's interpreter: outputs and gradients of torch's own, in fewer bytes."""
+"""Tests of the fused GEGLU kernels in Triton's interpreter: torch's outputs and gradients with fewer saved bytes."""
 
 import os
 from typing import Any
@@ -38,7 +38,7 @@ def test_geglu_gives_what_torch_gives(shape: tuple[int, ...], dtype: torch.dtype
     exact = x.detach().double().requires_grad_()
     value, gate = exact.chunk(2, dim=-1)
     (value * functional.gelu(gate)).backward(towards.double())
-    # The interpreter cuts bf16 off where a card rounds.
+    # Triton's interpreter truncates to bf16 where a GPU rounds.
     rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     expected = recompute.torch_geglu(exact.detach())
     torch.testing.assert_close(forward(x.detach()).double(), expected, rtol=rtol, atol=1e-5)

@@ -1,5 +1,5 @@
-"""Weights in the host's memory: slabs that keep them intact, an order that is learned, a window that is kept, and
-results that do not depend on either."""
+"""Tests of weights in host memory: slabs keep the values, the access order is learned, the window is bounded, and
+results do not depend on order or window."""
 
 import gzip
 import itertools
@@ -15,7 +15,7 @@ from lorakit.engine.weight_offload import AccessOrder, WeightOffloader
 
 KEYS = Path(__file__).parents[1] / "formats" / "keys" / "sdxl.tsv.gz"
 CPU = torch.device("cpu")
-# A step as checkpointing has it: every block forward, then each block once more and back, the last one first.
+# The access order with checkpointing: each block forward; then, from the last block, again forward and backward.
 BLOCKS = [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]]
 STEP = [n for block in BLOCKS for n in block] + [n for block in BLOCKS[::-1] for n in (*block, *block[::-1])]
 
@@ -25,13 +25,13 @@ def power_of_two(size: int) -> int:
 
 
 def filled(count: int, window: int, size: int = 100) -> tuple[WeightOffloader, list[list[torch.Tensor]]]:
-    """A stream of weights that each hold their own number, and their parts in the host's memory."""
+    """Return an offloader whose weights each hold their own number, and the weights' parts in host memory."""
     offloader = WeightOffloader([size] * count, CPU, window)
     return offloader, [offloader.put(n, [torch.full((size,), n, dtype=torch.uint8)]) for n in range(count)]
 
 
 def ask(offloader: WeightOffloader, parts: list[list[torch.Tensor]], numbers: list[int]) -> int:
-    """Fetch each, which must be right; how many had not been copied ahead."""
+    """Fetch weights, check their values, and return how many were not copied ahead."""
     before = offloader.misses
     for number in numbers:
         (actual,) = offloader.fetch(number, parts[number])
@@ -44,7 +44,7 @@ def ask(offloader: WeightOffloader, parts: list[list[torch.Tensor]], numbers: li
 
 
 def test_weights_share_slabs_and_none_overlaps_another() -> None:
-    """SDXL's in bf16: pinned one by one they would take a third more than they have; in slabs 2 %."""
+    """Pinned separately, SDXL's bf16 weights take a third more memory than their size; in slabs, 2 % more."""
     with gzip.open(KEYS, "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
     counts = {row[0][5:]: math.prod(map(int, row[-1].split("x"))) for row in rows if row[0].startswith("unet.")}
@@ -94,7 +94,7 @@ def test_a_host_without_room_is_reported_with_what_to_do() -> None:
 
 
 def test_the_order_of_a_step_is_recorded_after_one() -> None:
-    """Once the second step is under way, what comes next is right, where a pair of layers has two that follow too."""
+    """After one step the next layer is predicted, although some pairs of layers have two successors."""
     order = AccessOrder()
     wrong = []
     for _ in range(4):
@@ -104,8 +104,8 @@ def test_the_order_of_a_step_is_recorded_after_one() -> None:
             expected = order.observe(number)
         wrong.append(len(STEP) - right)
     assert wrong[0] > len(STEP) / 2
-    # The second begins after what nothing was seen to follow; it is mistaken for its own recomputation once.
-    assert wrong[1] <= 3 and wrong[2:] == [1, 1]  # each count leaves out what was expected before the first
+    # Step 2 starts after a layer without a known successor, and once a block is mistaken for its recomputation.
+    assert wrong[1] <= 3 and wrong[2:] == [1, 1]  # a count excludes the prediction made before the step's first layer
 
 
 def test_other_passes_between_steps_are_learned_too() -> None:
@@ -139,7 +139,7 @@ def test_from_the_second_step_on_copies_are_issued_ahead() -> None:
     assert offloader.requests == 4 * len(STEP)
     before = offloader.bytes_copied
     ask(offloader, parts, STEP)
-    # Where a block turns round its last weights are in the window still, and are not copied again.
+    # The last weights of a block are still in the window when the backward pass starts, so they are not copied again.
     assert offloader.bytes_copied - before <= 100 * (len(STEP) - len(BLOCKS))
 
 
@@ -163,13 +163,13 @@ def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
     assert offloader.bytes_copied >= 100 * offloader.misses
 
 
-# -- on a card ------------------------------------------------------------------------------------------------------
+# -- on a GPU -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_card_copies_are_in_time_and_the_window_bounds_them() -> None:
-    """The device is kept behind the host, so that a copy that did not wait for it would be seen."""
+    """The device runs behind the host, so a copy that does not wait for the device would give wrong sums."""
     size, count = 2**22, 24
     offloader = WeightOffloader([size] * count, "cuda", window=4 * size)
     parts = [offloader.put(n, [torch.full((size // 4,), float(n + 1))]) for n in range(count)]
@@ -187,6 +187,6 @@ def test_on_a_card_copies_are_in_time_and_the_window_bounds_them() -> None:
             sums.append((weight * 2).sum() + 0 * slow[0, 0])
             del weight
     assert torch.stack(sums).tolist() == [2.0 * (n + 1) * size // 4 for _ in range(3) for n in order]
-    # Window, the product of one weight, and the small matrices.
+    # The window, the product of one weight, and the small matrices.
     assert torch.cuda.max_memory_allocated() - before < 4 * size + size + 3 * slow.nbytes + 2**20
     assert offloader.misses <= len(order) + 4
