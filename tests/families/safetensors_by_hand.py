@@ -1,11 +1,11 @@
-"""Safetensors files written byte by byte, independent of the library and of lorakit's reader."""
+"""A writer of safetensors files that uses neither the library nor lorakit's reader."""
 
 import json
 from pathlib import Path
 
 
 def write(path: Path, shapes: dict[str, tuple[int, ...]], *, missing_bytes: int = 0) -> Path:
-    """A file of zeros with tensors of these shapes in float32; `missing_bytes` are cut off its end."""
+    """Write float32 zeros with these shapes; omit `missing_bytes` at the end of the file."""
     header, at = {}, 0
     for name, shape in shapes.items():
         size = 4

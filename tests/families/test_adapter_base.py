@@ -1,4 +1,4 @@
-"""The base that an adapter names: found by content, never fetched, never another one."""
+"""Tests that the base of an adapter is found by its content, never fetched, and never replaced by another base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_base_is_found_in_the_runs_config_or_beside(tiny_sd1, tiny_sd1_v, tmp_
     assert adapter_base.find(adapter, facts) == str(tiny_sd1)
     (run / "config.toml").unlink()
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_sd1_v, tmp_path / "model")  # another base of that name
+    shutil.copytree(tiny_sd1_v, tmp_path / "model")  # another base with the same name
     with pytest.raises(LorakitError, match=r"toy.safetensors was trained on model, which is not found here"):
         adapter_base.find(adapter, facts)
     shutil.copytree(tiny_sd1, run / "model")

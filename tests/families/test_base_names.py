@@ -1,4 +1,4 @@
-"""Names of bases as people type them: nearly hub ids, quotes and spaces around, home folders that nobody has."""
+"""Tests of base names as users type them: misspelt hub ids, quotes, spaces, and unknown home folders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""docs/bases.md says what comes of each base: held against what a run over replicas gives."""
+"""Tests that docs/bases.md states what each command does with small replicas of the bases."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ from lorakit.runs.preflight import preflight
 
 PAGE = Path(__file__).parents[2] / "docs" / "bases.md"
 U = "model.diffusion_model."
-# Title -> tensors of a file, under the names of each program.
+# Title -> tensors of a file, with the names that a program gives them.
 FILES = {
     "FLUX.1": [f"{U}double_blocks.0.img_attn.qkv.weight"],
     "FLUX.1, diffusers' names": [
@@ -85,13 +85,13 @@ PARTS = {
 
 
 FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
-# Names of an SDXL file that speak of distillation.
+# Names of SDXL files that indicate distillation.
 DISTILLED = ("sd_xl_turbo_1.0_fp16", "sdxl_lightning_1step_x0", "sdxl_lightning_4step", "Hyper-SDXL-8steps", "dreamLCM")
 LIKE_CHECK = "as check"
 
 
 class Page:
-    """The rows, from what each command says of a base."""
+    """Collects the table's rows by running each command on each base."""
 
     def __init__(self, room: Path):
         self.room, self.rows, self.samples = room, list[str](), set[str]()
@@ -106,7 +106,7 @@ class Page:
         return save_adapter(weights, self.room / f"adapter-{family}")["kohya"]
 
     def add(self, title: str, form: str, base: Path, **options: Path | str | bool) -> None:
-        """Ask each command for one base; `options` are of the section model."""
+        """Run each command on a base and add its row; `options` belong to the section model."""
         model = {f"model.{name}": value if isinstance(value, bool) else str(value) for name, value in options.items()}
         photos = {"data.folder": str(self.room / "photos"), "data.name": "sks toy", "memory.device": "cpu"}
         settings = config.load(None, {"model.base": str(base), "train.steps": 1, **photos, **model})
@@ -149,7 +149,7 @@ class Page:
             name for name in info.layers if name.startswith("unet.") and name.endswith(("attn1.to_q", "attn.to_q"))
         )
         adapter = str(self.adapter(info.family, layer, info.layers[layer]))
-        if info.family + row[-6:] not in self.samples:  # of each family one file and one folder
+        if info.family + row[-6:] not in self.samples:  # one file and one folder of each family
             self.samples.add(info.family + row[-6:])
             parts = [
                 "--prompt",
@@ -207,7 +207,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def add_variants(page: Page, room: Path) -> None:
-    """Distilled models, weights in fp8, another autoencoder or none."""
+    """Add distilled models, weights in fp8, and a file without a VAE."""
     for name in DISTILLED:
         shutil.copy(room / "sdxl.safetensors", room / f"{name}.safetensors")
         page.add(f"SDXL called {name}", "file", room / f"{name}.safetensors", tokenizer=room / "sdxl")
@@ -235,7 +235,7 @@ def add_variants(page: Page, room: Path) -> None:
 
 
 def add_sd3_files(page: Page, room: Path) -> None:
-    """Stable Diffusion 3.5 medium as a file, with text encoders in it, beside it, or nowhere."""
+    """Add Stable Diffusion 3.5 medium as a file, with text encoders in it, beside it, or missing."""
     folder = room / "sd3.5"
     pipeline = sd3_files.small(folder)
     names = ("clip_l", "clip_g", "t5xxl")

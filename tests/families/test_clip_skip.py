@@ -1,4 +1,4 @@
-"""`model.clip_skip`: the layer that web UIs and diffusers read at, from the plan to the file and back."""
+"""Tests of `model.clip_skip`: texts are read at the layer of web UIs and diffusers, in plan, file and sample."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def load(base: Path, skip: int | None) -> Any:
 @pytest.mark.parametrize("skip", [1, 2, 3])
 def test_sd1_equals_diffusers_at_one_less(tiny_sd1: Path, skip: int) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
-    # Where diffusers looks for the layer norm; this version of transformers has it in the encoder itself.
+    # diffusers expects the layer norm in `text_model`; this version of transformers has it in the encoder.
     pipeline.text_encoder.__dict__.setdefault("text_model", pipeline.text_encoder)
     expected = pipeline.encode_prompt(TEXTS, "cpu", 1, False, clip_skip=skip - 1)[0]
     family = load(tiny_sd1, skip)
     torch.testing.assert_close(family.encode_text(TEXTS)["encoder_hidden_states"], expected)
-    # What samples are drawn with is read at the same layer.
+    # Prompts of samples are read at the same layer.
     torch.testing.assert_close(family.encode_prompt(TEXTS[0])["encoder_hidden_states"], expected[:1])
     plain = load(tiny_sd1, None).encode_text(TEXTS)["encoder_hidden_states"]
     assert torch.equal(plain, family.encode_text(TEXTS)["encoder_hidden_states"]) == (skip == 1)

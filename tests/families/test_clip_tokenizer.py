@@ -1,4 +1,4 @@
-"""A base in a single file without a tokenizer: where CLIP's comes from, in order."""
+"""Tests of the order in which CLIP's tokenizer is found for a single file without one."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ PINNED = f"models--openai--clip-vit-large-patch14/snapshots/{clip_tokenizer.REVI
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Family -> a single file with nothing beside it."""
+    """Family -> a single file without files beside it."""
     files_of = {}
     for family in FAMILIES:
         room = tmp_path_factory.mktemp(family)
@@ -41,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without any tokenizer, offline; its cache of Hugging Face."""
+    """A machine that is offline and has no tokenizer; returns its Hugging Face cache."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -53,14 +53,14 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def small_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CLIP's tokenizer has as many words as those of the tests."""
+    """Reduce the expected vocabulary of CLIP to that of the tests' tokenizer."""
     monkeypatch.setattr(clip_tokenizer, "WORDS", 523)
     monkeypatch.setattr(clip_tokenizer, "MERGES", len(tiny.MERGES))
 
 
 @pytest.fixture
 def hub(small_clip: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A hub that has CLIP's repository; what it is asked for."""
+    """A hub with CLIP's repository; yields the paths that it was asked for."""
     from huggingface_hub import constants
 
     served = tmp_path / "served"
@@ -118,7 +118,7 @@ def test_a_check_says_it_and_a_run_fetches_it_once(
     hub.clear()
     loaded = families.load(families.describe(str(files[family])), "cpu", torch.float32)
     assert not [path for path in hub if "clip-vit" in path]
-    # The word that fills texts up is each encoder's own, and no text has it by itself.
+    # Each encoder has its own padding token, and no text contains that token.
     pads = [tiny.SPECIAL[1]] if family == "sd1" else ["!"] if family == "sd2" else [tiny.SPECIAL[1], "!"]
     rows = loaded.tokens(["sks!"])
     words = json.loads((tmp_path / "served" / "vocab.json").read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def test_a_lone_file_trains_and_draws(files: dict[str, Path], hub: list[str], tm
     from lorakit.training import run
 
     messages: list[str] = []
-    size = {"data.resolution": 128}  # at 64 px the middle block has one place, where attention learns nothing
+    size = {"data.resolution": 128}  # at 64 px the middle block has one position, so its attention learns nothing
     result = run.train(
         settings(files["sd1"], tmp_path, **size), listeners=[lambda event: messages.append(str(event.facts))]
     )
@@ -156,7 +156,7 @@ def test_a_hub_that_does_not_answer_and_one_that_gives_something_else(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
         )
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-        patch.setattr(time, "sleep", lambda _: None)  # between two tries
+        patch.setattr(time, "sleep", lambda _: None)  # the wait between two attempts
         with pytest.raises(
             LorakitError, match=r"^base sd1\.safetensors has no .* cannot be fetched from http://127"
         ) as e:
@@ -251,7 +251,7 @@ def test_what_lies_beside_the_file_goes_first(files: dict[str, Path], bare: Path
 
 
 def archive(folder: Path, merges: int = 60_000) -> Path:
-    """OpenAI's file, with merges of letters that are made up; it has more than CLIP reads."""
+    """Write a file like OpenAI's with invented merges; it has more merges than CLIP reads."""
     folder.mkdir(parents=True)
     letters = tiny.byte_characters()[:250]
     pairs = [f"{a} {b}{end}" for a in letters for b in letters for end in ("", "</w>")]
@@ -280,7 +280,7 @@ def test_the_vocabulary_of_a_package(place: str, tmp_path: Path, monkeypatch: py
     )
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (49_408, 49_406, 49_407)
-    assert tokenizer("!!", add_special_tokens=False).input_ids == [512 + 1]  # "! !</w>", the second merge
+    assert tokenizer("!!", add_special_tokens=False).input_ids == [512 + 1]  # "! !</w>" is the second merge
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert len(merges) == 1 + clip_tokenizer.MERGES
 

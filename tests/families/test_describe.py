@@ -1,4 +1,4 @@
-"""What a folder holds is read from its configuration and headers; what is not a base is named for what it is."""
+"""Tests that a base is described from configurations and headers, and that other folders are identified."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ MAKERS: dict[str, Any] = {"unet": fit._unet, "text_encoder": fit._text}
 
 @pytest.fixture
 def copy(tiny_sd1: Path, tmp_path: Path) -> Copy:
-    """A copy of the tiny SD1 that may be damaged."""
+    """Return a function that copies the tiny SD1, so that a test can damage the copy."""
 
     def make(source: Path = tiny_sd1) -> Path:
         return shutil.copytree(source, tmp_path / "base")
@@ -60,7 +60,7 @@ def test_sdxl_and_v_prediction_are_recognized_from_the_configuration(tiny_sdxl: 
 
 
 def test_sd2_is_recognized_by_the_width_of_its_text(copy: Copy) -> None:
-    """A text encoder of that width, of zeros, in place of the tiny one."""
+    """The tiny text encoder is replaced by one of that width whose weights are zeros."""
     folder = copy()
     for part, keys in {"unet": ("cross_attention_dim",), "text_encoder": ("hidden_size", "intermediate_size")}.items():
         change(folder / part / "config.json", **dict.fromkeys(keys, 1024))
@@ -141,7 +141,7 @@ def test_one_bit_of_any_tensor_makes_another_base(copy: Copy, tiny_sd1: Path) ->
 def test_a_change_under_the_old_size_and_time_makes_another_base(
     copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `cp --preserve` or `rsync --times` over the file do; the hash of the file before is in the cache."""
+    """`cp --preserve` and `rsync --times` do this. The cache holds the hash of the former file."""
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache_dir, "CLOCK_TICK", -1.0)
     folder = copy()

@@ -1,4 +1,4 @@
-"""Distilled bases: recognised by their configs, metadata or names, said, and drawn with as few steps as they need."""
+"""Tests that distilled bases are recognized by configuration, metadata or name, reported, and drawn with few steps."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def test_configurations_say_it(
     ],
 )
 def test_other_schedulers_do_not(scheduler: dict[str, Any]) -> None:
-    """Zero terminal SNR needs trailing timesteps too."""
+    """Zero terminal SNR alone does not mark a distilled base; trailing timesteps are needed too."""
     assert distilled.find(["x"], {}, {}, scheduler) is None
 
 
@@ -147,7 +147,7 @@ def test_single_files_say_it_by_metadata_or_name(tmp_path: Path) -> None:
     ],
 )
 def test_samples_are_drawn_so(changes: dict[str, Any], scheduler: type, title: str, sd1: Any, tmp_path: Path) -> None:
-    """With the sampler that it needs; a picture is still a function of its seed alone."""
+    """Samples use the base's own sampler, and a picture depends on its seed alone."""
     base = with_scheduler(sd1.info.path, tmp_path / "base", **changes)
     family = families.load(families.describe(base), "cpu", torch.float32)
     kind = family.info.distilled
@@ -163,11 +163,11 @@ def test_samples_are_drawn_so(changes: dict[str, Any], scheduler: type, title: s
     assert isinstance(pipeline.scheduler, scheduler)
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps[0] == 999
-    pipeline.scheduler.set_timesteps(60)  # as many as a person sets
+    pipeline.scheduler.set_timesteps(60)  # a user may set this many steps
 
 
 def test_an_lcm_folder_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
-    """As SimianLuo/LCM_Dreamshaper_v7 is: another pipeline of the same parts."""
+    """SimianLuo/LCM_Dreamshaper_v7 has this form: another pipeline class with the same parts."""
     base = with_scheduler(tiny_sd1, tmp_path / "base", _class_name="LCMScheduler")
     index = json.loads((base / "model_index.json").read_text()) | {"_class_name": "LatentConsistencyModelPipeline"}
     (base / "model_index.json").write_text(json.dumps(index))

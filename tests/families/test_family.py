@@ -1,4 +1,4 @@
-"""A loaded base says what the diffusers pipeline would say."""
+"""Tests that a loaded base computes what the diffusers pipeline computes."""
 
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def test_zero_terminal_snr_is_honoured_and_trains_without_nan(tmp_path: Path) ->
     family = load(tiny.save_sd1(tmp_path / "zero", "v_prediction", zero_snr=True))
     schedule = family.prediction.alphas_cumprod
     assert schedule[-1] == 0
-    # Lin et al. 2023, algorithm 1: the square roots are shifted and stretched, first kept, last 0.
+    # Lin et al. 2023, algorithm 1: shift and scale the square roots so that the first stays and the last is 0.
     roots = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2))
     stretched = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     np.testing.assert_allclose(schedule.numpy(), stretched**2, rtol=1e-3, atol=1e-7)
@@ -192,7 +192,7 @@ def test_the_pipeline_is_of_the_same_modules_and_draws_what_diffusers_draws(
         for p in (pipeline, reference)
     ]
     ours, theirs = (np.asarray(image).astype(int) for image in images)
-    # Our products with frozen weights come from another kernel, whose rounding may tip a pixel.
+    # Products with frozen weights use another kernel, whose rounding can change a pixel by 1.
     assert np.abs(ours - theirs).max() <= 1
     assert (ours != theirs).mean() < 1e-3
 

@@ -1,4 +1,4 @@
-"""A GGUF file given as a base is named for what it is; files are written byte by byte after ggml's description."""
+"""Tests that a GGUF file given as a base is identified. The files are written by ggml's description of the format."""
 
 import struct
 from pathlib import Path
@@ -19,7 +19,7 @@ def text(value: str) -> bytes:
 
 
 def write(path: Path, names: list[str]) -> Path:
-    """With a text, a number, and arrays of both, as programs write them."""
+    """Write a header with a text, a number, and arrays of both, as other programs do."""
     pairs = [
         text("general.architecture") + struct.pack("<I", 8) + text("x"),
         text("general.file_type") + struct.pack("<II", 4, 7),

@@ -1,4 +1,4 @@
-"""Bases by hub id: what is one, what is fetched, and that a cached one needs no network."""
+"""Tests of bases by hub id: which names are ids, which files are fetched, and that a cached base needs no network."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_below_a_folder_that_is_there_nothing_is_a_hub_id(tmp_path: Path, monkey
 
 @pytest.fixture
 def cache(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of `org/tiny` in a cache made by hand; whoever asks the network fails the test."""
+    """The folder of `org/tiny` in a cache made by hand; any network access fails the test."""
     from huggingface_hub import constants
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -167,7 +167,7 @@ def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path
     assert "org/tiny" not in metadata["lorakit.config"]
 
 
-# -- the network: a hub on this machine -----------------------------------------------------------------------------
+# -- the network: a hub server on this machine ----------------------------------------------------------------------
 
 PROGRAM = """
 import json, sys
@@ -185,7 +185,7 @@ except LorakitError as error:
 
 
 def describe(base: str, endpoint: str, home: Path, *options: str) -> Any:
-    """What another process says of a base, with its own cache and the hub at `endpoint`."""
+    """Describe a base in another process, with its own cache and the hub at `endpoint`."""
     env = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", PROGRAM, base, *options]
     process = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
@@ -210,7 +210,7 @@ def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_pa
         requests.clear()
         assert describe("org/tiny", endpoint, tmp_path / "home") == [source, path, names]
         assert requests == []
-    # The hub is gone.
+    # The server is stopped.
     assert describe("org/tiny", endpoint, tmp_path / "home") == [source, path, names]
     words = describe("org/other", endpoint, tmp_path / "home")
     assert words.startswith(f"base org/other is not in the cache and cannot be fetched from {endpoint} (")
@@ -271,7 +271,7 @@ def test_what_is_not_trained_is_refused_before_weights_are_fetched(
 
 @pytest.mark.slow
 def test_t5_is_not_fetched_where_it_is_left_out(tmp_path: Path) -> None:
-    """The same repository is fetched in whole once it is wanted so."""
+    """Without T5 its files are not fetched; later the same repository is fetched with T5."""
     tiny_sd3.save_sd3(tmp_path / "served")
     requests: list[str] = []
     with hub_server.serve(tmp_path / "served", requests) as endpoint:

@@ -1,4 +1,4 @@
-"""A single file inside a repository of the hub: fetched alone, after its header; then from the cache."""
+"""Tests of one file of a hub repository: only this file is fetched, its header first, and then the cache is used."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Hub = Callable[[], list[str]]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with whole models in one file, and what else lies in such."""
+    """A repository with complete models in one file each, and with other files."""
     room = tmp_path_factory.mktemp("hub")
     folder = room / "served"
     (folder / "sub").mkdir(parents=True)
@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def requests(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the hub was asked for."""
+    """The paths that the hub was asked for."""
     from huggingface_hub import constants
 
     paths: list[str] = []

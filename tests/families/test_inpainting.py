@@ -1,4 +1,4 @@
-"""Inpainting UNets: given latents alone, they say what diffusers' inpainting pipeline has them say of a whole mask."""
+"""Tests that an inpainting UNet predicts as in diffusers' inpainting pipeline with a full mask."""
 
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,14 @@ def test_it_predicts_what_the_inpainting_pipeline_does_under_a_full_mask(bases: 
     )
     noisy, steps = torch.randn((2, 4, 8, 6)), torch.tensor([3, 900])
     condition = family.encode_text(["a", "b"])
-    # The pipeline draws its grey from the posterior; what is shown here is the posterior's mean.
+    # The pipeline samples the latent of grey from the posterior; this test uses the posterior's mean.
     mean = family.encode_image(torch.zeros((1, 3, 64, 48)))[0]
     assert (grey - mean).abs().max() < 6 * family.encode_image(torch.zeros((1, 3, 64, 48)))[1].max()
     inputs = torch.cat([noisy, mask.expand(2, -1, -1, -1), mean.expand(2, -1, -1, -1)], dim=1)
     with torch.no_grad():
         expected = pipeline.unet(inputs, steps, condition["encoder_hidden_states"]).sample
         torch.testing.assert_close(family.predict(noisy, steps, condition), expected, rtol=1e-5, atol=1e-6)
-        # Nine channels are taken as they are.
+        # An input with nine channels is passed on unchanged.
         actual = family.denoiser(inputs, steps, condition["encoder_hidden_states"]).sample
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 

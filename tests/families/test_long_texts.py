@@ -1,4 +1,4 @@
-"""Texts of more than one chunk, and prompts with weights, against what transformers makes of each chunk by itself."""
+"""Tests of texts with several chunks, and of prompts with weights, against transformers' result for each chunk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT = "a photo"
 
 
 def by_hand(base: Path, text: str, part: str = "") -> torch.Tensor:
-    """Chunks of 75 ids as rows of 77, padded as the tokenizer's configuration says."""
+    """Return chunks of 75 ids as rows of 77, padded as the tokenizer's configuration says."""
     tokenizer = CLIPTokenizer.from_pretrained(base / f"tokenizer{part}")
     ids = tokenizer(text, add_special_tokens=False).input_ids
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -40,7 +40,7 @@ def test_chunks_are_read_one_by_one_and_stand_side_by_side(sd1: Any, tiny_sd1: P
     torch.testing.assert_close(
         actual[1], torch.cat([sd1.encode_text([SHORT])["encoder_hidden_states"][0], empty, empty])
     )
-    # One chunk is cut as diffusers cuts it; two of three are the first two.
+    # A limit of one chunk truncates as diffusers does; a limit of two keeps the first two of three.
     torch.testing.assert_close(sd1.encode_text([LONG])["encoder_hidden_states"][0], expected[:77])
     torch.testing.assert_close(sd1.encode_tokens(sd1.tokens([LONG], 2))["encoder_hidden_states"][0], expected[:154])
 
@@ -58,7 +58,7 @@ def test_sdxl_reads_both_encoders_in_chunks_and_pools_the_first(sdxl: Any, tiny_
 def test_weights_move_states_away_from_those_of_no_text(sd1: Any) -> None:
     plain, empty = (sd1.encode_text([text])["encoder_hidden_states"] for text in ("a photo of toy", ""))
     weighted = sd1.encode_prompt("a photo (of:1.5) [toy]")["encoder_hidden_states"]
-    places = {2: 1.0, 3: 1.5, 4: 1 / 1.1}  # after the start: a, photo, of, toy
+    places = {2: 1.0, 3: 1.5, 4: 1 / 1.1}  # after the start token: a, photo, of, toy
     for place in range(77):
         weight = places.get(place, 1.0)
         expected = empty[:, place] + weight * (plain[:, place] - empty[:, place])
@@ -75,7 +75,7 @@ def test_break_begins_a_chunk(sd1: Any) -> None:
 
 
 def test_prompt_and_negative_prompt_of_unequal_length_are_repeated(sd1: Any) -> None:
-    """Attention to everything twice is attention to it once: the UNet says the same."""
+    """A shorter prompt is repeated. Repeated states do not change attention, so the UNet predicts the same."""
     (text,) = sampling.embed(sd1, [SHORT], config.SampleConfig(negative_prompt=" ".join(["photo of sks toy"] * 20)))
     assert text["prompt_embeds"].shape == text["negative_prompt_embeds"].shape == (1, 154, 32)
     noisy, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])

@@ -1,4 +1,4 @@
-"""The main job from a base in one file: every block of the real models, in small widths."""
+"""Tests of training from a single-file base that has every block of the real models in small widths."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("short_validation")
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two pictures that are cut to 64 x 64: from the sides, and from top and bottom."""
+    """Two pictures that are cropped to 64 x 64: one at its sides, one at top and bottom."""
     folder = tmp_path / "photos"
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -67,11 +67,11 @@ def log(folder: Path) -> str:
 def test_train_stop_resume_and_three_formats_that_say_the_same(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run at full size (benchmarks/full_size.py) in small."""
+    """This is a small form of the run at full size (benchmarks/full_size.py)."""
     base = small_models.write(
         tmp_path / "base.safetensors", "sd1", small_models.small("sd1", tmp_path / "base"), torch.bfloat16
     )
-    # The middle block then sees 2 x 2 places; of one alone, q and k learn nothing.
+    # The middle block then has 2 x 2 positions; with one position, q and k learn nothing.
     size = {"data__resolution": 128, "adapter__train_text_encoder": True}
     settings = options(base, tmp_path / "base", photos, tmp_path / "run", **size)
     step = OptimizerStep.__call__
@@ -96,7 +96,7 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
         for name, layer in weights.layers.items():
             torch.testing.assert_close(layer.delta(), first[name].delta(), rtol=1e-6, atol=1e-8)
     assert "prediction type: epsilon, as nothing in the file says otherwise" in log(tmp_path / "run")
-    # `lorakit sample` draws the run's last picture again.
+    # `lorakit sample` draws the last picture of the run again.
     picture_folder = tmp_path / "drawn"
     arguments = [
         "--base",
@@ -119,7 +119,7 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
 def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the keys in the file to the last timestep, which is nothing but noise, and to the sampler's first."""
+    """The test follows v-prediction from the keys in the file to the last timestep and the sampler's first one."""
     pipeline = small_models.small("sdxl", tmp_path / "base", "v_prediction", zero_snr=True)
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     base = small_models.write(tmp_path / "base.safetensors", "sdxl", pipeline, extra=marks)
@@ -133,7 +133,7 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
         return noised(self, latents, noise, timesteps)
 
     monkeypatch.setattr(VPrediction, "add_noise", watch)
-    # Of the places from 0 to 1, the last: timestep 999 in every step.
+    # Draw the last of the values from 0 to 1: timestep 999 in every step.
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **how: rand(*size, **how) * 0 + (1 - 1e-7))
     from lorakit.families.sdxl.model import StableDiffusionXL
@@ -157,7 +157,7 @@ def test_sdxl_that_predicts_v_with_zero_terminal_snr(
     result = train.train(settings)
     assert all(finding.passed for finding in result.findings)
     assert 999 in steps
-    # Original height and width, what was cut from top and left, and the target's sides; a mirrored variant's too.
+    # Original height and width, crop from top and left, and target size; also of a mirrored variant.
     assert {tuple(row) for row in ids} >= {(64, 70, 0, 3, 64, 64), (72, 64, 4, 0, 64, 64)}
     family = families.load(families.describe(settings.model), "cpu", torch.float32)
     assert family.prediction.name == "v_prediction" and family.prediction.alphas_cumprod[-1] == 0

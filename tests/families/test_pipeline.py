@@ -1,4 +1,4 @@
-"""A pipeline of diffusers in memory is the same base as the folder that it was read from, and stays as it is."""
+"""Tests that a diffusers pipeline in memory is the same base as its folder and that a run does not change it."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def pipeline(tiny_sd1: Path) -> StableDiffusionPipeline:
 
 
 def content(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Every weight with its place in memory and its flag, every module with its class and hooks."""
+    """Return every weight with its address and `requires_grad`, and every module with its class and number of hooks."""
     facts: dict[str, Any] = {}
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
@@ -100,7 +100,7 @@ def test_a_run_in_memory_is_the_run_of_the_folder(tiny_sd1, pipeline, tmp_path, 
     before = content(pipeline)
     settings = run_config(Path("pocket"), photos, tmp_path / "memory", 2, train__save_every=1, **end)
     with monkeypatch.context() as nothing:
-        for cls in (ModelMixin, PreTrainedModel):  # nothing is loaded
+        for cls in (ModelMixin, PreTrainedModel):  # nothing may be loaded
             nothing.setattr(cls, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
         events: list[lorakit.Event] = []
         with pytest.raises(lorakit.Stopped) as stopped:

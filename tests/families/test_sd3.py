@@ -1,4 +1,4 @@
-"""Stable Diffusion 3: the family that is not a UNet, against diffusers, from the formula to a checked adapter."""
+"""Tests of Stable Diffusion 3, a family without a UNet, against diffusers: from the formula to a checked adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lorakit.runs import plan
 from lorakit.training import run as train
 
 TEXTS = ["a photo of sks toy", "", "a very long text " * 30]
-# 3.5 medium as published (stabilityai/stable-diffusion-3.5-medium, transformer/config.json).
+# The published configuration of 3.5 medium (stabilityai/stable-diffusion-3.5-medium, transformer/config.json).
 MEDIUM: dict[str, Any] = {
     "sample_size": 128,
     "patch_size": 2,
@@ -105,7 +105,7 @@ def test_what_the_folder_is(folder: Path) -> None:
     assert (info.latent_channels, info.downscale, info.max_tokens, info.cross_dim) == (16, 8, 77, 80)
     assert info.text_tokens == 77 + 256
     assert set(info.bytes) == {"unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
-    # Sixteen pixels to a patch: two latents of eight.
+    # A patch has two latents per side, and a latent eight pixels.
     assert info.bucket_multiple == 16
     assert info.untrained_layers == {f"unet.transformer_blocks.{tiny_sd3.BLOCKS - 1}.attn.add_q_proj"}
 
@@ -131,7 +131,7 @@ def test_without_t5_its_states_are_zeros_as_in_the_pipeline(tmp_path: Path) -> N
 
 
 def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
-    """z = (1 - s) x + s n at time 1000 s, written down without alpha_bar."""
+    """The expected input is z = (1 - s) x + s n at time 1000 s, computed without alpha_bar."""
     draw = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn((2, 16, 8, 8), generator=draw) for _ in range(2))
     timesteps = torch.tensor([100.0, 900.0])
@@ -149,7 +149,7 @@ def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_uniform_timestep_is_one_of_the_models_training(shift: float) -> None:
-    """As diffusers' training script draws them: logit-normal places in the scheduler's own shifted table."""
+    """Compare with diffusers' training script: logit-normal positions in the scheduler's shifted table."""
     table = tiny_sd3.FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)
     places = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).sigmoid()
     nearest = table[(places * 1000).long()].sort().values
@@ -176,7 +176,7 @@ def test_a_run_ends_with_a_checked_adapter(result: train.Result, folder: Path) -
     assert all(finding.passed for finding in result.findings)
     names = {finding.name for finding in result.findings}
     assert {"diffusers in diffusers", "diffusers unet", "diffusers text encoder", "peft unet"} <= names
-    # Every linear layer of attention and feed-forward in the blocks, as diffusers calls them.
+    # Every linear layer of attention and feed-forward in the blocks, under diffusers' names.
     transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
     expected = {
         f"transformer.{path}"
@@ -191,7 +191,7 @@ def test_a_run_ends_with_a_checked_adapter(result: train.Result, folder: Path) -
 
 
 def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> None:
-    """A fresh pipeline of diffusers' with the file in it says what the run's own base with the adapter says."""
+    """A new diffusers pipeline with the file predicts what the run's base with the adapter predicts."""
     prompt = "a photo of a sks toy"
     loaded = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     loaded.load_lora_weights(str(result.adapter.parent), weight_name=result.adapter.name)
@@ -227,7 +227,7 @@ def test_inspect_says_who_reads_it(result: train.Result) -> None:
         assert report.family == "sd3" and set(report.components) == {"unet", "text_encoder", "text_encoder_2"}
     readers = inspect.inspect(result.adapter).readers
     assert [name for name, reading in readers.items() if reading.complete] == ["comfyui", "diffusers", "peft"]
-    # The picture's attention (query, key, value, output) of three blocks, and no more.
+    # A1111 reads only the picture's attention (query, key, value, output) of three blocks.
     assert readers["a1111"].line().startswith("unet 12/37, text_encoder 0/18, text_encoder_2 0/18; no rule for ")
 
 
@@ -324,7 +324,7 @@ def test_operations_at_true_size_are_those_that_torch_counts() -> None:
     }
     assert plan.forward_flop("sd3", shapes, 128, 128, 77 + 256) == pytest.approx(counter.get_total_flops(), rel=1e-9)
     selected = targets.select("sd3", shapes, "linear", False)
-    # 24 blocks of 8 projections, 13 with 4 more; the last lacks one and its text's feed-forward; 4 in the others.
+    # Each of 24 blocks has 8 projections, the last one 7. 13 blocks have 4 more. Each has 4 other layers, the last one 2.
     assert len(selected) == 24 * 8 - 1 + 13 * 4 + 24 * 4 - 2
     assert all(keys.is_read_everywhere(name) for name in selected)
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 as single files, with encoders and without, against diffusers' converters and its own folder."""
+"""Tests of Stable Diffusion 3 as single files, with and without encoders, against diffusers' converters and folder."""
 
 import shutil
 from pathlib import Path
@@ -39,13 +39,13 @@ def pipeline(room: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def file(room: Path, pipeline: Any) -> Path:
-    """All encoders are in it."""
+    """A single file with all encoders."""
     return sd3_files.write(room / "whole" / "incl_clips_t5xxl.safetensors", pipeline, "clip_l", "clip_g", "t5xxl")
 
 
 @pytest.fixture(scope="module")
 def bare(room: Path, pipeline: Any) -> Path:
-    """None is in it."""
+    """A single file without encoders."""
     return sd3_files.write(room / "bare" / "sd3.5_medium.safetensors", pipeline)
 
 
@@ -61,7 +61,7 @@ def refusal(base: Path, room: Path, **options: Any) -> str:
 
 
 def state(info: families.BaseInfo) -> dict[str, dict[str, torch.Tensor]]:
-    """Component -> its weights, as loaded."""
+    """Return component -> its loaded weights."""
     loaded = families.load(info, "cpu", torch.float32)
     return {n: m.state_dict() for n, m in {**loaded.modules(), **loaded.text_encoders, "vae": loaded.vae}.items()}
 
@@ -98,7 +98,7 @@ def test_the_file_loads_to_the_bits_of_the_folder(file: Path, room: Path) -> Non
 
 @pytest.mark.parametrize("kind", sd3_files.KINDS)
 def test_diffusers_converter_makes_the_same_of_each_kind(kind: str, tmp_path: Path) -> None:
-    """3 medium has no qk norm, 3.5 large has, and 3.5 medium a second attention too."""
+    """3 medium has no qk norm, 3.5 large has qk norm, and 3.5 medium also has a second attention."""
     from diffusers.loaders import single_file_utils as theirs
 
     pipeline = sd3_files.small(tmp_path / "folder", kind)
@@ -121,7 +121,7 @@ def test_diffusers_converter_makes_the_same_of_each_kind(kind: str, tmp_path: Pa
     assert ldm.place("sd3", shapes) == checkpoint.parts
 
 
-# Of the published models, by Stability-AI/sd3.5 mmditx.py: a block's modules, of the first and of the last.
+# From Stability-AI/sd3.5 mmditx.py: FIRST has the modules of a first block, LACKS those missing from the last block.
 FIRST = {
     *(f"x_block.{name}" for name in ("adaLN_modulation.1", "mlp.fc1", "mlp.fc2")),
     *(f"x_block.{attention}.{name}" for attention in ("attn", "attn2") for name in ("qkv", "proj", "ln_q", "ln_k")),
@@ -247,7 +247,7 @@ def test_the_tokenizer_of_t5_is_fetched_once(
 
 
 def test_t5_is_left_out(file: Path, room: Path) -> None:
-    """Its states are zeros, as in diffusers; layers, sizes and identity of the base are without it."""
+    """Without T5 its states are zeros, as in diffusers; layers, sizes and the base's hash exclude it."""
     infos = [describe(file, room, t5=False), families.describe(ModelConfig(base=str(room / "folder"), t5=False))]
     zeros = []
     for info, folder_info in zip(infos, (describe(file, room), families.describe(room / "folder")), strict=True):
@@ -310,7 +310,7 @@ def test_a_block_has_all_of_what_some_blocks_lack(key: str, words: str, file: Pa
 
 
 def test_keys_that_programs_add_are_ignored(pipeline: Any, room: Path, tmp_path: Path) -> None:
-    """ComfyUI saves logit scales and the first CLIP's projection, which is not used."""
+    """ComfyUI also saves logit scales and an unused projection of the first CLIP."""
     extra = {f"text_encoders.{name}.logit_scale": torch.ones(()) for name in ("clip_l", "clip_g", "t5xxl")}
     extra[f"{sd3_files.L}text_projection.weight"] = torch.randn(64, 64)
     path = sd3_files.write(tmp_path / "x.safetensors", pipeline, "clip_l", "clip_g", **extra)
@@ -342,7 +342,7 @@ def adapter(*left_out: str) -> AdapterWeights:
 
 
 def with_adapter(weights: dict[str, dict[str, torch.Tensor]], added: AdapterWeights) -> dict[str, Any]:
-    """Loaded weights with the products of the factors added, by hand."""
+    """Return the loaded weights plus the product of the adapter's factors."""
     result = {part: dict(tensors) for part, tensors in weights.items()}
     for name, layer in added.layers.items():
         part, _, path = name.partition(".")
@@ -397,7 +397,7 @@ def test_a_merged_model_is_without_t5_where_it_is_left_out(
 def test_encoders_that_are_not_in_the_file_go_into_a_merged_folder(
     place: str, bare: Path, pipeline: Any, room: Path, tmp_path: Path
 ) -> None:
-    """One file stays as it came, without encoders; what changes them needs a folder."""
+    """A merged single file contains no encoders. If the adapter changes an encoder, the output must be a folder."""
     folder = room / "folder"
     if place == "files":
         folder = sd3_files.write_encoders(tmp_path / "encoders", pipeline, "clip_l", "clip_g", "t5xxl")
@@ -415,7 +415,7 @@ def test_encoders_that_are_not_in_the_file_go_into_a_merged_folder(
 
 
 def test_fp8_becomes_half_precision_and_the_rest_stays(pipeline: Any, room: Path, tmp_path: Path) -> None:
-    """As the published file with T5 in 8 bits."""
+    """The published file with T5 in 8 bits has this form."""
     weights = {
         name: t.to(torch.float8_e4m3fn if sd3_files.T5 in name else torch.float16)
         for name, t in sd3_files.tensors(pipeline, "clip_l", "clip_g", "t5xxl").items()

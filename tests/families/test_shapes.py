@@ -1,4 +1,4 @@
-"""Headers are held against configurations before anything is loaded: the shapes are those that the libraries make."""
+"""Tests that headers are compared with configurations before loading, by the shapes that the libraries create."""
 
 import shutil
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_the_bases_of_the_tests_fit_their_configurations(tiny_sdxl: Path, tiny_s
             assert len(dict(MAKERS.get(component, fit._text)(configs[component]))) > 30
 
 
-# -- what does not fit is found without a model -----------------------------------------------------------------------
+# -- misfits are found without loading a model ------------------------------------------------------------------------
 
 
 ATTENTION = "mid_block.attentions.0"
@@ -119,7 +119,7 @@ def test_a_tensor_that_does_not_fit_is_found_by_check(name: str, tiny_sd1: Path,
     assert key in tensors
     safetensors_by_hand.write(file, {n: s for n, s in (tensors | {key: shape}).items() if s is not None})
     assert words in refusal(folder)
-    # `check` and `train` have one preflight.
+    # `check` and `train` use the same preflight.
     ready = preflight.preflight(
         config.load(None, {"model.base": str(folder), "data.folder": str(tmp_path), "train.steps": 1})
     )

@@ -1,4 +1,4 @@
-"""Bases in one file: every tensor in its place, the family and what it predicts told from keys, shapes and metadata."""
+"""Tests of single-file bases: every tensor's place, and family and prediction type from keys, shapes and metadata."""
 
 import gzip
 import json
@@ -74,7 +74,7 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
         conditions = [condition.with_rows(time_ids=ids) for condition in conditions]
     with torch.no_grad():
         predictions = [f.predict(noisy, steps, c) for f, c in zip((one, other), conditions, strict=True)]
-    # Not to the bit: kernels round by the alignment of the weights in memory.
+    # Bits may differ, because kernels round by the alignment of the weights in memory.
     torch.testing.assert_close(*predictions, rtol=1e-5, atol=1e-5)
     pixels = torch.rand((1, 3, 64, 64)) * 2 - 1
     torch.testing.assert_close(one.encode_image(pixels)[0], other.encode_image(pixels)[0], rtol=1e-5, atol=1e-6)
@@ -84,7 +84,7 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_converters_make_the_same_of_the_file(family: str, base_files: Any) -> None:
-    """The writer of the tests is held against a third party, and so is the table of the loader."""
+    """The tests' writer and the loader's table both agree with diffusers' converters."""
     from diffusers.loaders import single_file_utils as theirs
 
     pipeline, _, file = base_files[family]
@@ -116,7 +116,8 @@ def test_placing_a_folder_is_the_inverse_of_reading_a_file(family: str, base_fil
 
 
 def test_names_of_the_real_models_are_those_of_published_lists() -> None:
-    """Kohya's names with sgm blocks are LDM's with other dots: frozen lists at true dimensions have every layer's."""
+    """With sgm block names, kohya's names equal LDM's with dots replaced by underscores. Frozen lists at true
+    dimensions have every layer."""
     lists = Path(__file__).parents[1] / "formats" / "keys"
     for name, family in {"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl"}.items():
         with torch.device("meta"):
@@ -149,8 +150,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configurations_of_the_real_models_are_the_published_ones(family: str) -> None:
-    """From shapes alone, at true dimensions: what the configurations of the published models say, and models made of
-    them have the same tensors."""
+    """Configurations that follow from shapes alone equal the published ones, and models built from them have the same
+    tensors."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     published = PUBLISHED[family]
@@ -199,7 +200,7 @@ _REST: dict[str, dict[str, Any]] = {
 }
 
 
-# -- what it is -----------------------------------------------------------------------------------------------------
+# -- family and prediction type -------------------------------------------------------------------------------------
 
 
 def with_extra(base_files: Any, family: str, path: Path, extra: dict[str, Any], **metadata: str) -> Path:
@@ -246,7 +247,7 @@ def test_what_it_predicts_is_read_and_reported(
 def test_sd2_without_a_word_is_recognized_by_the_spread_of_a_bias(
     dtype: torch.dtype, base_files: Any, tmp_path: Path
 ) -> None:
-    """A 512-base and a 768-v model have the same keys and shapes; the rule is the one ComfyUI decides by."""
+    """A 512-base and a 768-v model have the same keys and shapes. lorakit decides by ComfyUI's rule."""
     pipeline = base_files["sd2"][0]
     bias = pipeline.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].norm1.bias
     original = bias.detach().clone()
@@ -288,7 +289,7 @@ def test_every_precision_that_files_come_in_is_read(base_files: Any, tmp_path: P
 
 
 def test_a_file_that_is_read_may_be_replaced_meanwhile(base_files: Any, tmp_path: Path) -> None:
-    """Nothing is mapped: what was loaded stays what it was."""
+    """The file is not memory-mapped, so loaded weights stay unchanged."""
     pipeline, folder, _ = base_files["sd1"]
     file = small_models.write(tmp_path / "x.safetensors", "sd1", pipeline)
     family = families.load(describe(file, folder), "cpu", torch.float32)
@@ -374,7 +375,7 @@ def test_words_that_fill_up_are_each_encoder_s_own(base_files: Any) -> None:
         assert [tokenizer.pad_token for tokenizer in tokenizers] == expected
 
 
-# -- what it is not -------------------------------------------------------------------------------------------------
+# -- other models and damaged files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

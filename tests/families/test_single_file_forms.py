@@ -1,4 +1,4 @@
-"""Single files as programs write them: left-over keys, scaled fp8, EMA, another shape; check and load agree on each."""
+"""Tests of single files from other programs: unused keys, scaled fp8, EMA and other shapes; check and load agree."""
 
 import json
 import shutil
@@ -133,7 +133,7 @@ def test_a_quantization_that_is_not_read_is_refused_by_the_description(base_file
     key = f"{U}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     packed = tensors | {key: torch.zeros(512, 1, dtype=torch.uint8), f"{key}.absmax": torch.ones(16)}
     assert f"x.safetensors has {key} in U8, a quantization not read here" in refusal(write(tmp_path, packed))
-    integers = tensors | {key: torch.ones(tensors[key].shape, dtype=torch.int8)}  # a scale would make numbers of it
+    integers = tensors | {key: torch.ones(tensors[key].shape, dtype=torch.int8)}  # a scale would turn them into weights
     (tmp_path / "int8").mkdir()
     assert f"has {key} in I8, a quantization not read here" in refusal(write(tmp_path / "int8", integers))
     stem = f"{U}somewhere.to_q"
@@ -185,7 +185,7 @@ def test_a_scale_for_a_complete_weight_has_any_shape_of_one_number() -> None:
         assert torch.equal(weight_files.dequantize(weight, scale), weight.float() * 2)
 
 
-# diffusers' configurations of published distilled models, in the widths of `small_models.SMALL`.
+# diffusers' configurations of published distilled models, with the widths of `small_models.SMALL`.
 DISTILLED: dict[str, tuple[str, dict[str, Any]]] = {
     "SSD-1B": (
         "sdxl",

@@ -1,4 +1,4 @@
-"""Families as data: the registry's specs agree with what diffusers has, and outsiders can add one."""
+"""Tests that the registry's family specs agree with diffusers, and that a package can add a family."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""A family is one folder and one line of the registry: a copy of `families/_template` works in `check`, `train`,
-`export` and `inspect`, with size conditions and a learned word; without the line, the error names the base's class and
-the families that there are. What a family's folder says is said nowhere else: without it, something fails."""
+"""Tests that one folder and one line of the registry add a family. A copy of `families/_template` works in `check`,
+`train`, `export` and `inspect`, with size conditions and a learned word. Without the line, the error names the class of
+the base and all families. Every fact in a family's folder is needed: without it a test fails."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from lorakit.formats import compatibility, identify
 
 RENAMED = {"lorakit.families._template": "aurora", "ExampleDiffusion": "AuroraDiffusion", "example": "aurora"}
 RENAMED |= {"Example Diffusion": "Aurora"}
-# The copy's denoiser is conditioned on the size of the picture, by a name that no other family has.
+# The copy's denoiser takes the picture's size under a name that no other family uses.
 SIZES = """
     def size_conditions(self, original, crop, target):
         return {"picture_size": [*target]}
@@ -40,7 +40,7 @@ READ_SIZES = f"{PREDICT} * (1 + condition['picture_size'].to(self.dtype).sum(1)[
 
 @pytest.fixture
 def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package with a copy of the template under other names; the "module:attribute" of its spec."""
+    """Write a package with a renamed copy of the template; return the "module:attribute" of its spec."""
     package = tmp_path / "modules" / "aurora"
     package.mkdir(parents=True)
     for path in Path(_template.__file__).parent.glob("*.py"):
@@ -59,7 +59,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A base of that family."""
+    """A base of the copied family."""
     folder = tiny.save_sd1(tmp_path / "base")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["_class_name"] = "AuroraDiffusionPipeline"
@@ -69,7 +69,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def lorakit(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs a command in this process; its exit status and what it printed, notes included."""
+    """Return a function that runs a command in this process and returns exit status and all output."""
 
     def run(*arguments: object) -> tuple[int, str]:
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Strip by strip, the autoencoder gives what it gives of the whole picture."""
+"""Tests that the VAE in strips gives the result for the whole picture."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from lorakit.families import loading, tiled_vae
 
 @pytest.fixture(scope="module", params=[True, False], ids=["quant_conv", "without"])
 def vae(request: pytest.FixtureRequest) -> Any:
-    """Stable Diffusion's autoencoder with an eighth of the channels."""
+    """Stable Diffusion's VAE with an eighth of the channels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoencoderKL(
@@ -25,7 +25,7 @@ def vae(request: pytest.FixtureRequest) -> Any:
             use_quant_conv=request.param,
             use_post_quant_conv=request.param,
         )
-        for parameter in model.parameters():  # norms that do nothing would hide a wrong one
+        for parameter in model.parameters():  # norms with initial weights would hide a missing norm
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
     return model.eval().requires_grad_(False)
 
@@ -34,7 +34,7 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-# Strips of a row, of a few (the last one shorter), and of everything.
+# Strips of one row, strips of several rows with a shorter last one, and one strip.
 @pytest.mark.parametrize("strip", [1, 20_000, tiled_vae.STRIP])
 @pytest.mark.parametrize("size", [(64, 64), (72, 104)])
 def test_encoding_by_strips_is_encoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
@@ -59,7 +59,7 @@ def test_decoding_by_strips_is_decoding(vae: Any, strip: int, size: tuple[int, i
 def test_an_untiled_picture_is_left_to_the_vae_where_it_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = draw(1, 3, 64, 64).clamp(-1, 1)
     expected = loading.encode_image(vae, pixels)
-    assert tiled_vae.fits(vae, 10**12, tiled_vae.ENCODING)  # a CPU has no other memory to go to
+    assert tiled_vae.fits(vae, 10**12, tiled_vae.ENCODING)  # a CPU has no separate memory, so this is always true
     monkeypatch.setattr(tiled_vae, "fits", lambda *_: False)
     monkeypatch.setattr(vae, "encode", None)
     for actual, right in zip(loading.encode_image(vae, pixels), expected, strict=True):
@@ -71,11 +71,11 @@ def test_room_is_what_the_card_has_free_and_what_torch_holds_for_nothing(monkeyp
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 10**9, 8 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 10**9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 10**9)
-    pools = [(0, 0), (0, 7)]  # of what torch caches, 4 MB are a graph's
+    pools = [(0, 0), (0, 7)]  # 4 MB of torch's cache belong to a CUDA graph
     segments = [{"segment_pool_id": pool, "total_size": 5 * 10**6, "allocated_size": 10**6} for pool in pools]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
-    assert tiled_vae.fits(card, 1024 * 1024, tiled_vae.ENCODING)  # 2.68e9 of 3e9
-    assert not tiled_vae.fits(card, 1024 * 1024, tiled_vae.DECODING)  # 3.22e9
+    assert tiled_vae.fits(card, 1024 * 1024, tiled_vae.ENCODING)  # 2.68e9 of 3e9 bytes
+    assert not tiled_vae.fits(card, 1024 * 1024, tiled_vae.DECODING)  # 3.22e9 bytes
     segments[1]["total_size"] = 5 * 10**8
     assert not tiled_vae.fits(card, 1024 * 1024, tiled_vae.ENCODING)
     card.config.block_out_channels = (64,)

@@ -1,4 +1,4 @@
-"""A VAE in place of the base's own, in every form that people have it in, and those that are refused."""
+"""Tests of a VAE that replaces the base's own: every form that is read, and the forms that are refused."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ FORMS = ("folder", "base", "fp16", "ldm", "prefixed", "diffusers file", "old nam
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base as a folder and as a file, a file without a VAE, and another VAE in every form."""
+    """A base as folder and file, a file without a VAE, and another VAE in every form."""
     room = tmp_path_factory.mktemp("vaes")
     pipeline = small_models.small("sd1", room / "sd1")
     small_models.write(room / "sd1.safetensors", "sd1", pipeline)
@@ -92,7 +92,7 @@ def test_every_form_is_the_same_vae(form: str, base: str, room: Path) -> None:
 
 
 def test_it_is_part_of_what_the_base_is(room: Path) -> None:
-    """Caches, checkpoints and class images go by the hash; `resume` compares it."""
+    """Caches, checkpoints and class images use the hash, and `resume` compares it."""
     hashes = [described(room, "sd1", vae).hash for vae in ("", room / "folder", room / "ldm.safetensors")]
     assert len(set(hashes)) == 3 and hashes[1] == described(room, "sd1", room / "folder").hash
     assert described(room, "sd1").bytes["vae"] == described(room, "sd1", room / "folder").bytes["vae"]
@@ -155,7 +155,7 @@ def test_another_familys_is_refused(change: dict[str, Any], reason: str, room: P
 
 
 def test_an_early_configuration_names_no_scale(room: Path, tmp_path: Path, tiny_sdxl: Path) -> None:
-    """As that of stabilityai/sd-vae-ft-mse: 0.18215 is meant, which is not SDXL's."""
+    """stabilityai/sd-vae-ft-mse has such a configuration: the default 0.18215 applies, which is not SDXL's value."""
     vae = altered(room / "folder", tmp_path / "vae", scaling_factor=None)
     assert described(room, "sd1", vae).configs["vae"].get("scaling_factor") is None
     with pytest.raises(LorakitError, match=r"scaling factor 0\.18215, and base sdxl has 0\.13025"):
@@ -189,7 +189,7 @@ def test_what_is_no_vae_is_refused(name: str, content: Any, reason: str, room: P
 
 
 def test_a_name_of_another_family_is_warned_of(room: Path, tmp_path: Path, tiny_sdxl: Path) -> None:
-    """A file does not tell its scale."""
+    """A VAE file does not contain its scaling factor."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for base, name in [(room / "sd1", "sdxl_vae.safetensors"), (tiny_sdxl, "vae-ft-mse-840000.safetensors")]:
@@ -236,7 +236,7 @@ def test_the_commands_take_it(room: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_samples_are_decoded_by_it(tiny_sd1: Path, tmp_path: Path) -> None:
-    """The pictures of the same latents: the UNet never sees the VAE."""
+    """The latents stay the same, because the UNet does not use the VAE; only the decoded pictures differ."""
     info = families.describe(tiny_sd1)
     name = next(name for name in info.layers if name.endswith("attn1.to_q"))
     layer = LoraLayer(torch.ones(2, info.layers[name][1]), torch.ones(info.layers[name][0], 2), 1.0)

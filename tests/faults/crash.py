@@ -1,7 +1,7 @@
-"""Crash points: each operation on files is a place at which a program can be killed, or at which the disk is full.
+"""Crash points: each file operation is a point at which a process may be killed or the disk may be full.
 
-Python announces these operations to audit hooks before it does them, those of libraries too. A hook that raises takes
-the place of a kill: from then on every operation fails, so that no clean-up that a killed process never does can help.
+Python reports these operations to audit hooks before it does them, also in libraries. A hook that raises simulates a
+kill. From then on every operation fails, because a killed process cannot clean up.
 """
 
 import errno
@@ -16,14 +16,14 @@ _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing that catches errors catches it."""
+    """Simulates SIGKILL: no `except Exception` catches it."""
 
 
 class Hook:
-    """Counts the operations below a folder and ends one of them, while it is on.
+    """Counts the file operations below a folder while it is on, and ends one of them.
 
-    Kinds: "kill" before the operation; "torn" the same, and the file that was to be renamed is only half there; "full",
-    where nothing more can be written or made, but deleted; "sigkill", which really kills this process.
+    Kinds: "kill" raises before the operation. "torn" does the same, and half of the file to rename remains. "full"
+    lets every write fail but allows deletion. "sigkill" kills this process.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Hook:
         if not self.folder or not (event in _CHANGES or (event == "open" and _writes(arguments))):
             return
         path = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else ""
-        inside = path.startswith(self.folder) or event in ("os.remove", "os.rmdir")  # rmtree names no whole path
+        inside = path.startswith(self.folder) or event in ("os.remove", "os.rmdir")  # rmtree passes no full path
         is_end = event in ("os.remove", "os.rmdir")
         if not inside or (self.kind == "full" and is_end):
             return
@@ -69,7 +69,7 @@ _hook: list[Hook] = []
 
 
 def hook() -> Hook:
-    """The one hook of this process: none can be taken away again."""
+    """Return this process's only hook: Python cannot remove an audit hook."""
     if not _hook:
         _hook.append(Hook())
     return _hook[0]
@@ -78,8 +78,8 @@ def hook() -> Hook:
 def points(
     folder: Path, prepare: Callable[[Path], object], work: Callable[[Path], object], kind: Kind = "kill"
 ) -> Iterator[tuple[Path, str]]:
-    """Do `work` in fresh folders that `prepare` filled, and end it at its first, second, ... operation, until one gets
-    through; the folder and the operation of each."""
+    """Run `work` in new folders that `prepare` fills, and end it at operation 1, 2, ... until it completes. Yield the
+    folder and the operation of each interrupted call."""
     for at in range(1000):
         place = folder / f"{kind}-{at}"
         place.mkdir()

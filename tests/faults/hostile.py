@@ -1,4 +1,4 @@
-"""Safetensors files made byte by byte: whole ones, each kind of damage, and what no library would write."""
+"""Safetensors files written byte by byte: valid files, every kind of damage, and files that no library writes."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ DATA = bytes(range(48))
 
 
 def file_of(header: bytes | str | dict[str, Any], data: bytes = DATA) -> bytes:
-    """The bytes of a file with this header, whatever it says."""
+    """Return the bytes of a file with this header, valid or not."""
     raw = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
     return len(raw).to_bytes(8, "little") + raw + data
 
@@ -18,14 +18,14 @@ def entry(dtype: Any = "F32", shape: Any = (2, 3), offsets: Any = (0, 24)) -> di
 
 
 def table(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """A header of two tensors that fill `DATA`, but for what is changed."""
+    """Return a header of two tensors that fill `DATA`, with the given changes."""
     return {"a": a or entry(), "b": b or entry(offsets=(24, 48)), **more}
 
 
 T = json.dumps(entry())
 
 # fmt: off
-# name -> (content, part of what is said). None of them is a safetensors file to the library either, but for twins.
+# name -> (content, part of the error). The library refuses all but the three that test_headers.py names.
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "the file is empty"),
     "seven bytes": (b"\x01" * 7, "not a safetensors file"),
@@ -124,7 +124,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
 }
 
-# Files that the library reads, and so does lorakit.
+# Files that both the library and lorakit read.
 COMPLETE: dict[str, bytes] = {
     "plain": file_of(table()),
     "order of the header is not that of the data": file_of({"b": entry(offsets=(24, 48)), "a": entry()}),
@@ -142,7 +142,7 @@ COMPLETE: dict[str, bytes] = {
 
 
 def header_of_length(length: int) -> bytes:
-    """The plain file with spaces that make its header that long."""
+    """Return the plain file with its header padded by spaces to this length."""
     return file_of(json.dumps(table()).ljust(length))
 
 

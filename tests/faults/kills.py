@@ -1,8 +1,8 @@
-"""Train, get killed at some operation on files, resume, and compare with a run that nobody disturbed.
+"""Kill training runs at random file operations, resume them, and compare them with an undisturbed run.
 
     python tests/faults/kills.py FOLDER KILLS
 
-Every run is a child forked from this process, which only imports, so a kill costs a second.
+Every run is a fork of this process, which only imports, so a kill costs a second.
 """
 
 import json
@@ -25,7 +25,7 @@ STEPS = 4
 
 
 def in_child(job: Callable[..., object], *arguments: object) -> int:
-    """Do `job(*arguments)` in a forked child; its exit code, or minus the signal that ended it."""
+    """Run `job(*arguments)` in a forked child; return its exit code, or minus the signal that ended it."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -41,8 +41,8 @@ def in_child(job: Callable[..., object], *arguments: object) -> int:
 
 
 def begin(base: Path, photos: Path, folder: Path, at: int = -1) -> None:
-    """A run, killed at its n-th operation below the folder."""
-    selfcheck.examine = lambda *_, **__: iter(())  # it writes nothing
+    """Start a run that is killed at operation number `at` below the folder."""
+    selfcheck.examine = lambda *_, **__: iter(())  # it writes no files
     config = run_config(
         base, photos, folder, STEPS, train__save_every=1, train__keep_checkpoints=2, train__prior="none"
     )
@@ -61,7 +61,7 @@ def _equal(actual: dict[str, torch.Tensor] | None, expected: dict[str, torch.Ten
 
 
 def main(place: Path, kills: int, seed: int = 0) -> dict[str, int]:
-    """So many kills; how many there were, how many runs, and how many of those were lost or ended differently."""
+    """Kill runs `kills` times; count kills, runs, lost runs, differing results and temporary files."""
 
     def make_base() -> None:
         import tiny

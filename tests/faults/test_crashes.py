@@ -1,5 +1,5 @@
-"""Whatever operation on files a kill or a full disk ends: a reader finds what was there before, or what was to be
-written, and the next process goes on."""
+"""Tests of kills and full disks at every file operation: readers find the old or the new content, and the next process
+can continue."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 
 def quietly(work: Any, *arguments: object) -> None:
-    """A full disk is said by lorakit's own error, or by the system's where a file layer has no words for it."""
+    """A full disk raises lorakit's own error, or the system's where lorakit adds no message."""
     try:
         work(*arguments)
     except LorakitError as error:
@@ -57,7 +57,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, kind):
         atomic.write(place / "x", "later")
         assert names(place) == ["x"], point
         count += 1
-    assert count == 2  # the temporary file, and its rename
+    assert count == 2  # writing the temporary file, and renaming it
 
 
 def save(folder: Path, step: int) -> None:
@@ -67,7 +67,7 @@ def save(folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", [3, 4])  # one that is there already, and a new one
+@pytest.mark.parametrize("step", [3, 4])  # step 3 exists already, step 4 is new
 def test_a_checkpoint_is_there_after_every_death(tmp_path, kind, step):
     def prepare(place: Path) -> None:
         for number in (2, 3):
@@ -156,10 +156,10 @@ def test_the_queue_loses_no_job_but_the_one_being_added(tmp_path, kind):
 
 @pytest.mark.slow
 def test_runs_that_are_really_killed_end_with_the_same_bits(tmp_path, monkeypatch):
-    """`LORAKIT_KILLS=300` for an evening; each kill is a SIGKILL in a training run, which is then resumed."""
+    """Each kill is a SIGKILL in a training run, which is then resumed. Set `LORAKIT_KILLS=300` for a long test."""
     count = int(os.environ.get("LORAKIT_KILLS", "4"))
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    if torch.cuda.is_available():  # its threads would be missing in a fork of this process
+    if torch.cuda.is_available():  # CUDA's threads would be missing in a fork of this process
         command = [sys.executable, kills.__file__, str(tmp_path), str(count)]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60 + 60 * count, check=True)
         counts = json.loads(process.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Headers of safetensors files that nobody should write: refused in one line, as strictly as by the library."""
+"""Tests that invalid safetensors headers are refused in one line, as strictly as by the library."""
 
 import hostile
 import pytest
@@ -18,7 +18,7 @@ def test_damage_is_named_in_one_line(tmp_path, name):
             command(path)
         line = str(error.value).removeprefix(f"{path}: ")
         assert text in line and line.isprintable() and len(line) < 300, (command, line)
-    # The specification forbids the first, the library since 0.8 does not; the others are of no program.
+    # The specification forbids the first; the library accepts it since 0.8. No program writes the other two.
     if name not in ("space before the brace", "name of 90,000 characters", "5,001 dimensions"):
         with pytest.raises(safetensors.SafetensorError):
             safetensors.deserialize(content)
@@ -37,7 +37,7 @@ def test_what_the_library_reads_is_read(tmp_path, name):
     "start", [b"\x80\x02", b"\x80\x05", b"<!", b"PK\x03\x04", b"\x89PNG", b"GGUF", b"\xff\xd8\xff", b"<htm", b"<?xm"]
 )
 def test_a_length_that_begins_like_another_format(tmp_path, start):
-    length = int.from_bytes(start[:2], "little") + 65536  # as many bytes of it as a test can afford
+    length = int.from_bytes(start[:2], "little") + 65536  # a test can only use the two lowest bytes of a length
     content = hostile.header_of_length(length)
     assert content[:2] == start[:2]
     assert set(safetensors_header.read(hostile.write(tmp_path, "x", content)).tensors) == {"a", "b"}
@@ -46,7 +46,7 @@ def test_a_length_that_begins_like_another_format(tmp_path, start):
 
 
 def test_no_caption_takes_for_ever():
-    """Patterns that went back over what they had read took hours for these."""
+    """Patterns that backtrack took hours for these captions."""
     size = 20_000
     for text in (":" + "1" * size, "[" + ":1" * size, "[x:" + "1:" * size, "a" + " " * size, " " * size + "BREA"):
         assert prompt_syntax.syntax(text) == "" and prompt_syntax.ignored(text) == []

@@ -1,4 +1,4 @@
-"""What a file of somebody else's gives as a name of a file never leads out of the folder that is written or read."""
+"""Tests that a name inside another person's file never leads outside the folder that is read or written."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Whatever a file or an argument holds, the answer is a value or one of lorakit's errors: never another exception.
+"""Tests that any file or argument gives a value or one of lorakit's errors, and no other exception.
 
-`LORAKIT_EXAMPLES=20000` gives each property more examples than the suite has time for, new ones each time.
+`LORAKIT_EXAMPLES=20000` tests each property with more examples than the suite has time for, and new ones each time.
 """
 
 import json
@@ -47,7 +47,7 @@ ANYTHING: SearchStrategy[Any] = st.recursive(
 
 
 def mutations(content: bytes) -> SearchStrategy[bytes]:
-    """The content with a few bytes replaced, inserted, deleted or doubled."""
+    """Return the content with a few bytes replaced, inserted, deleted or doubled."""
 
     def change(draw: Any) -> bytes:
         result = bytearray(content)
@@ -76,12 +76,12 @@ def test_a_header_is_read_exactly_where_the_library_reads_it(tmp_path, content):
     assert (problem is None) == _is_header(content) or re.search(STRICTER, str(problem)), problem
 
 
-# What the library takes and lorakit does not: a name twice, and names longer than patterns are matched with.
+# The library accepts these and lorakit refuses them: duplicate names, long names, many dimensions.
 STRICTER = " twice|has a name of [0-9]+ characters|has [0-9]+ dimensions"
 
 
 def _is_header(content: bytes) -> bool:
-    """Whether the library reads the file, and its header begins as the specification says."""
+    """Return whether the library reads the file and its header begins as the specification says."""
     try:
         safetensors.deserialize(content)
     except safetensors.SafetensorError:
@@ -166,7 +166,7 @@ VALUES = TEXTS | ANYTHING.map(json.dumps) | st.sampled_from(["sd1", "rslora", "l
 
 @st.composite
 def adapter_files(draw: Any, layers: Sequence[str] = LAYERS) -> bytes:
-    """A sound file whose tensors have the names of adapters, and shapes and dtypes of nobody's."""
+    """Return a valid file whose tensors have adapter names and random shapes and dtypes."""
     table, data = {}, b""
     for layer in draw(st.lists(st.sampled_from(layers), min_size=1, max_size=2, unique=True)):
         for part in draw(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4, unique=True)):
@@ -182,7 +182,7 @@ def adapter_files(draw: Any, layers: Sequence[str] = LAYERS) -> bytes:
 
 
 def _problems_of(path: Path) -> list[str]:
-    """What the commands refuse of a file of somebody else's."""
+    """Return the errors of all commands for a file."""
     commands: list[Callable[[], object]] = [
         lambda: inspect.inspect(path).to_text(),
         lambda: resize_combine.resize(read(path), rank=2),
