@@ -324,7 +324,7 @@ def test_operations_at_true_size_are_those_that_torch_counts() -> None:
     }
     assert plan.forward_flop("sd3", shapes, 128, 128, 77 + 256) == pytest.approx(counter.get_total_flops(), rel=1e-9)
     selected = targets.select("sd3", shapes, "linear", False)
-    # Each of 24 blocks has 8 projections, the last one 7. 13 blocks have 4 more. Each has 4 other layers, the last one 2.
+    # 24 blocks have 8 projections each, the last one 7; 13 blocks have 4 more. Each has 4 other layers, the last 2.
     assert len(selected) == 24 * 8 - 1 + 13 * 4 + 24 * 4 - 2
     assert all(keys.is_read_everywhere(name) for name in selected)
 

@@ -1,4 +1,4 @@
-"""Adapters with random numbers for tests, and delta W by ten lines of numpy that know nothing of lorakit's formulas."""
+"""Adapters with random weights, and reference formulas of delta W in numpy that are independent of lorakit."""
 
 import gzip
 from pathlib import Path
@@ -13,7 +13,7 @@ GROUPS = {"attn": "attention", "conv3x3+time_emb (resnet/samplers)": "conv"}
 
 
 def frozen(family: str) -> list[tuple[str, str, str, str, tuple[int, ...]]]:
-    """Rows of the frozen list: canonical name, kohya name by diffusers blocks, by sgm blocks, group, weight shape."""
+    """Return the frozen list: canonical name, kohya name by diffusers blocks, by sgm blocks, group, weight shape."""
     path = Path(__file__).parent / "keys" / f"{LISTS[family]}.tsv.gz"
     rows = [line.split("\t") for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
     return [(c, d, s, g, tuple(int(n) for n in shape.split("x"))) for c, d, s, g, shape in rows]
@@ -22,7 +22,7 @@ def frozen(family: str) -> list[tuple[str, str, str, str, tuple[int, ...]]]:
 def layer(
     shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator, magnitude: bool = False
 ) -> LoraLayer:
-    """A layer with normal numbers, both factors non-zero."""
+    """Return a layer of normally distributed weights; no factor is zero."""
     outputs, inputs, *kernel = shape
     down = torch.randn(rank, inputs, *kernel, generator=generator) / inputs**0.5
     up = torch.randn(outputs, rank, *(1 for _ in kernel), generator=generator) * 0.1
@@ -31,7 +31,7 @@ def layer(
 
 
 def loha(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> LohaLayer:
-    """A LoHa layer with normal numbers."""
+    """Return a LoHa layer of normally distributed weights."""
     out, columns = shape[0], int(np.prod(shape[1:]))
     sides = [torch.randn(out, rank, generator=generator), torch.randn(rank, columns, generator=generator)] * 2
     w1_a, w1_b, w2_a, w2_b = (0.3 * torch.randn(side.shape, generator=generator) for side in sides)
@@ -39,7 +39,7 @@ def loha(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Gener
 
 
 def lokr(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Generator) -> LokrLayer:
-    """A LoKr layer cut as LyCORIS cuts it, with normal numbers."""
+    """Return a LoKr layer of normally distributed weights, divided as in LyCORIS."""
     (a, b), (c, d) = cut(shape[0]), cut(shape[1])
     kernel = tuple(shape[2:])
     columns, is_full = d * int(np.prod(kernel)), rank >= max(b, d) / 2
@@ -49,7 +49,7 @@ def lokr(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Gener
 
 
 def cut(width: int) -> tuple[int, int]:
-    """The two numbers nearest to each other whose product is `width`."""
+    """Return the two factors of `width` that are nearest to each other."""
     return min(((n, width // n) for n in range(1, width + 1) if width % n == 0 and n * n <= width), key=lambda p: p[1])
 
 
@@ -62,7 +62,7 @@ def adapter(
     method: str = "lora",
     seed: int = 0,
 ) -> AdapterWeights:
-    """Random weights for `shapes`; `rank` and `alpha` may differ by the name's last letter-run (any suffix)."""
+    """Return random weights for `shapes`; a dict of `rank` or `alpha` has a value for each suffix of layer names."""
     generator = torch.Generator().manual_seed(seed)
 
     def of(value, name):
@@ -81,7 +81,7 @@ def adapter(
 
 
 def reference_delta(entry: AnyLayer) -> np.ndarray:
-    """delta W by each method's formula, in float64; a convolution's of LoHa and LoKr as a matrix."""
+    """Return delta W by the method's formula in float64; for LoHa and LoKr always as a matrix."""
     part = {name: tensor.double().numpy() for name, tensor in entry.factors().items()}
     if "hada_w1_a" in part:
         product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
@@ -100,7 +100,7 @@ def reference_delta(entry: AnyLayer) -> np.ndarray:
 
 
 def one_of_each_kind(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The first layer of every kind in every part of the model: as good as all of them, and quick."""
+    """Return the first layer of each kind in each component: it stands for all of them and saves time."""
     shapes_by_kind: dict[str, tuple[int, ...]] = {}
     kinds = set()
     for name, shape in shapes.items():
@@ -112,7 +112,7 @@ def one_of_each_kind(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int,
 
 
 def pipeline_shapes(pipeline, *, conv: bool = True, text: bool = True) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> weight shape of every portable layer of a diffusers pipeline, as its modules tell."""
+    """Canonical name -> weight shape of every portable layer of a diffusers pipeline, from its modules."""
     shapes: dict[str, tuple[int, ...]] = {}
     blocks = ("attentions", "resnets", "downsamplers", "upsamplers") if conv else ("attentions",)
     for path, module in pipeline.unet.named_modules():
@@ -127,7 +127,7 @@ def pipeline_shapes(pipeline, *, conv: bool = True, text: bool = True) -> dict[s
 
 
 def applied_deltas(pipeline) -> dict[str, torch.Tensor]:
-    """Canonical name -> delta W that the PEFT layers of a pipeline really add, after a program has loaded a file."""
+    """Canonical name -> delta W that a pipeline's PEFT layers add after loading a file."""
     deltas: dict[str, torch.Tensor] = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
         for path, module in getattr(pipeline, part).named_modules() if getattr(pipeline, part, None) else ():
@@ -140,7 +140,7 @@ def applied_deltas(pipeline) -> dict[str, torch.Tensor]:
 
 
 def kohya_shapes(family: str, *, rank: int = 4, conv: bool = True, sgm: bool | None = None) -> dict[str, tuple]:
-    """Tensor name -> shape of a whole kohya file at true dimensions, from the frozen list alone."""
+    """Tensor name -> shape of a complete kohya file at true dimensions, from the frozen list alone."""
     shapes = {}
     for name, by_blocks, by_sgm, group, (out, into, *kernel) in frozen(family):
         if group.startswith("top") or "text_projection" in group or (group.startswith("conv") and not conv):

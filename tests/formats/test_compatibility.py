@@ -1,6 +1,6 @@
-"""What each program makes of a file: whole files are read by all of them, and each mutation is noticed by somebody.
+"""Tests of what each program reads: all programs read a complete file, and each change is reported.
 
-The counts are those measured by running each program's own loader.
+The counts were measured by running each program's own loader.
 """
 
 import pytest
@@ -50,7 +50,7 @@ def test_every_program_reads_a_complete_kohya_file(family, conv):
 
 
 def test_sdxl_with_diffusers_block_names():
-    """Read by all, but A1111 loses the first upsampler."""
+    """All programs read it, but A1111 loses the first upsampler."""
     assert complete(read_report(random_adapters.kohya_shapes("sdxl", conv=False, sgm=False), "sdxl")) == set(
         KOHYA_READERS
     )
@@ -92,7 +92,7 @@ def test_one_dropped_text_model_names_the_key():
     assert complete(report) == set()
     assert report["comfyui"].unmatched == ("lora_te_encoder_layers_0_self_attn_k_proj",)
     assert report["comfyui"].counts["text_encoder"] == (71, 72)
-    assert not report["forge"].refused  # up to 12 unknown tensors it only drops
+    assert not report["forge"].refused  # Forge only drops up to 12 unknown tensors
 
 
 def test_one_key_renamed():
@@ -105,7 +105,8 @@ def test_one_key_renamed():
 def test_one_alpha_missing():
     shapes = random_adapters.kohya_shapes("sd1")
     del shapes[f"{TO_K}.alpha"]
-    assert "a1111" in complete(read_report(shapes, "sd1"))  # another program's file: alpha = rank is what it means
+    # in files of other programs a missing alpha means alpha = rank
+    assert "a1111" in complete(read_report(shapes, "sd1"))
     report = read_report(shapes, "sd1", metadata={"lorakit.version": "0.1"})
     assert complete(report) == set()
     assert report["a1111"].wrong == {TO_K: "its alpha is missing, so it is applied with alpha = rank"}
@@ -140,7 +141,7 @@ def test_mixed_alphas_are_misread_by_diffusers_alone():
     assert complete(report) == set(KOHYA_READERS) - {"diffusers"}
     assert len(report["diffusers"].wrong) == 16
     assert set(report["diffusers"].wrong.values()) == {"applies alpha 4 instead of 1"}
-    # Text encoder and UNet may differ, and so may layers that diffusers does not rename.
+    # Text encoder and UNet may have different alphas, and so may layers that diffusers does not rename.
     alphas = {name: 1.0 if "lora_te_" in name or "_ff_" in name else 4.0 for name in alphas}
     assert complete(read_report(shapes, "sd1", alphas=alphas)) == set(KOHYA_READERS)
 

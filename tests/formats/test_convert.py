@@ -1,4 +1,4 @@
-"""Pickled weights become .safetensors to the bit; a pickle that would run code runs none and is named."""
+"""Tests that pickled weights become .safetensors with equal bits, and that no code in a pickle is run."""
 
 import os
 import pickle
@@ -24,7 +24,7 @@ CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
 
 @pytest.fixture
 def checkpoint(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
-    """What a training program of 2022 saved beside the weights: classes that are not installed, numbers of numpy."""
+    """A checkpoint of a training program from 2022: it contains classes that are not installed, and numpy numbers."""
     names = [CALLBACK.rsplit(".", n)[0] for n in range(3)]
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -52,7 +52,7 @@ def test_weights_are_read_whatever_a_training_program_left_beside_them(
 def test_the_command_writes_beside_and_never_over(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "my model.v1.ckpt"
     torch.save({"state_dict": WEIGHTS}, path)
-    # What lies in the folder of the command is not imported.
+    # Files in the current folder are not imported.
     (tmp_path / "torch.py").write_text("raise SystemExit('imported')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["convert", path.name]) == 0
@@ -69,7 +69,7 @@ def test_the_command_writes_beside_and_never_over(tmp_path: Path, capsys: Any, m
 
 
 class Runs:
-    """An object that a plain pickle.load makes by calling something."""
+    """An object that a plain pickle.load creates by calling a function."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.call = function, arguments
@@ -151,7 +151,7 @@ def test_a_folder_with_bin_alone_is_converted_part_by_part(tiny_sd1: Path, tmp_p
 
 @pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "diffusion_pytorch_model.fp16"])
 def test_shards_get_an_index(stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process: `_main` is what the other one runs."""
+    """Run in this process: `_main` is the function that the other process would run."""
     monkeypatch.setattr(convert, "_in_a_process", convert._main)
     part = tmp_path / "unet"
     part.mkdir()
@@ -170,6 +170,6 @@ def test_shards_get_an_index(stem: str, tmp_path: Path, monkeypatch: pytest.Monk
     paths, variant = weight_files.weight_files(part, "diffusion_pytorch_model")
     assert same({name: tensor for path in paths for name, tensor in load_file(path).items()})
     assert variant == (stem[24:] or None) and last.is_file()
-    # A conversion that was cut off before it wrote the index.
+    # The conversion was interrupted before it wrote the index.
     (part / index).unlink()
     assert list(convert.convert(tmp_path).values()) == [part / index]

@@ -1,4 +1,4 @@
-"""A trained word in files: as A1111 and ComfyUI read them, as diffusers reads them, and wrong ones noticed."""
+"""Tests of a trained word in files: as A1111, ComfyUI and diffusers read it, and that wrong files are reported."""
 
 from dataclasses import replace
 
@@ -86,7 +86,7 @@ def test_diffusers_draws_with_the_embedding_what_lorakit_draws(tiny_sd1, tmp_pat
     theirs = pipeline.encode_prompt("a photo of <sks> toy", "cpu", 1, False)[0]
     applied = adapters.apply(family, adapter)
     torch.testing.assert_close(family.encode_text(["a photo of sks toy"])["encoder_hidden_states"], theirs)
-    # The same through the pipeline that pictures are drawn with.
+    # The same with the pipeline that draws samples.
     ours = family.pipeline().encode_prompt("a photo of sks toy", "cpu", 1, False)[0]
     torch.testing.assert_close(ours, theirs)
     applied.detach()

@@ -1,4 +1,4 @@
-"""Methods that lorakit reads and does not train: the weight after a merge is that of the program that defines them."""
+"""Tests of methods that lorakit reads but does not train: merged weights equal those of the method's own program."""
 
 import pytest
 import random_adapters
@@ -90,7 +90,7 @@ def test_the_merged_weight_is_that_of_the_package(tmp_path, kind, conv):
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 def test_glora_of_the_older_form(tmp_path, kernel):
-    """LyCORIS before 2: `W a2 a1 + b2 b1`, and ComfyUI reads it so too; what is written has today's form."""
+    """LyCORIS before version 2, like ComfyUI, computes `W a2 a1 + b2 b1`. lorakit writes the present form."""
     draw, ones = torch.Generator().manual_seed(2), tuple(1 for _ in kernel)
     shapes = {"a1": (4, 24, *ones), "a2": (24, 4, *ones), "b1": (4, 24, *kernel), "b2": (24, 4, *ones)}
     tensors = {f"{name}.weight": 0.1 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
@@ -107,7 +107,7 @@ def test_glora_of_the_older_form(tmp_path, kernel):
 
 
 def test_oft_of_the_older_form(tmp_path):
-    """LyCORIS before 3 stores the rotations themselves, and A1111 takes them so."""
+    """LyCORIS before version 3 stores the rotations themselves, and A1111 reads them as rotations."""
     draw = 0.3 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(2))
     turns = torch.linalg.matrix_exp(draw - draw.mT)
     weight = torch.randn(32, 24, generator=torch.Generator().manual_seed(3))
@@ -119,7 +119,7 @@ def test_oft_of_the_older_form(tmp_path):
 
 
 def test_biases_beside_lora_are_carried_by_every_command(tmp_path):
-    """As ComfyUI's nodes write them."""
+    """ComfyUI's nodes write such biases."""
     draw = torch.Generator().manual_seed(1)
     down, up = torch.randn(4, 24, generator=draw), torch.randn(32, 4, generator=draw)
     bias = torch.randn(32, generator=draw)
@@ -149,7 +149,7 @@ def test_layers_at_the_top_and_norms_have_names(name):
 
 
 def test_a_style_and_lcm_become_one_file(tmp_path):
-    """LCM-LoRA adapts `conv_in` and the time embedding too."""
+    """LCM-LoRA also adapts `conv_in` and the time embedding."""
     style = random_adapters.adapter({LINEAR[1]: (32, 24)}, "sd1")
     lcm = random_adapters.adapter({LINEAR[1]: (32, 24), "unet.conv_in": (16, 4, 3, 3)}, "sd1", seed=1)
     messages = []
@@ -162,7 +162,7 @@ def test_a_style_and_lcm_become_one_file(tmp_path):
 
 
 def test_norms_are_merged_and_carried(tmp_path):
-    """As LyCORIS' `train_norm` writes them, in a file of LoCon."""
+    """LyCORIS' `train_norm` writes them into a LoCon file."""
     norm = NormModule(NORM[0], torch.nn.GroupNorm(4, 32), 1)
     with torch.no_grad():
         norm.w_norm.add_(torch.rand(32)), norm.b_norm.add_(torch.rand(32))

@@ -1,4 +1,4 @@
-"""What is written, and that diffusers and PEFT, who never saw this code, find the same delta W in it."""
+"""Tests of exported files, and that diffusers and PEFT apply the same delta W when they load them."""
 
 import json
 
@@ -23,14 +23,14 @@ PIPELINES = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
 def tiny(request):
-    """family, folder, and the shapes of all its portable layers."""
+    """Family, pipeline, and the shapes of all its portable layers."""
     folder = request.getfixturevalue(f"tiny_{request.param}")
     pipeline = PIPELINES[request.param].from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     return request.param, pipeline, random_adapters.pipeline_shapes(pipeline)
 
 
 def applied(pipeline, path):
-    """delta W of each layer after diffusers has loaded a file, and the pipeline as it was."""
+    """Return delta W of each layer after diffusers has loaded a file, and unload the file again."""
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
     deltas = random_adapters.applied_deltas(pipeline)
     pipeline.unload_lora_weights()
@@ -71,7 +71,7 @@ def test_kohya_tensors_equal_the_frozen_list(family, conv):
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", [kohya, diffusers])
 def test_diffusers_applies_what_was_trained(tiny, tmp_path, writer):
-    """In every layer there is; test_methods.py has the other methods and alphas."""
+    """This test has every layer of a model; test_methods.py tests the other methods and alphas."""
     family, pipeline, shapes = tiny
     weights = random_adapters.adapter(shapes, family, alpha=2)
     (path,) = writer.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
@@ -83,7 +83,8 @@ def test_diffusers_applies_what_was_trained(tiny, tmp_path, writer):
 @pytest.mark.parametrize(
     ("rank", "alpha"),
     [
-        ({"to_q": 3, "fc1": 2, "conv1": 8}, {"to_q": 1.5, "q_proj": 16, "conv1": 1}),  # everything mixed
+        # ranks and alphas both differ by layer
+        ({"to_q": 3, "fc1": 2, "conv1": 8}, {"to_q": 1.5, "q_proj": 16, "conv1": 1}),
         (4, {"to_k": 1, "k_proj": 8}),
         ({"to_q": 2, "v_proj": 6}, 4),
         (1, 0.5),
@@ -128,7 +129,7 @@ def test_peft_opens_the_folder(tiny, tmp_path):
 
 
 def unload(model):
-    """Put the layers back that PEFT wrapped."""
+    """Replace PEFT's wrappers by the original layers."""
     for path, module in list(model.named_modules()):
         if hasattr(module, "lora_A"):
             parent, _, name = path.rpartition(".")
@@ -207,7 +208,7 @@ def test_rank_one_is_padded_without_a_change_of_scale():
 
 @pytest.mark.parametrize("writer", [kohya, diffusers, peft])
 def test_rank_one_is_read_as_rank_one(tmp_path, writer):
-    """What was filled up for stable-diffusion.cpp is left out again: a run of rank 1 may start from it."""
+    """Padding for stable-diffusion.cpp is removed when a file is read, so that a run of rank 1 can start from it."""
     shapes = {"unet.mid_block.attentions.0.proj_in": (8, 8), "unet.mid_block.attentions.0.proj_out": (8, 8)}
     weights = random_adapters.adapter(shapes, "sd2", rank={"proj_in": 1, "proj_out": 3}, alpha=0.5)
     path = tmp_path / ("a" if writer is peft else "a.safetensors")
@@ -231,14 +232,14 @@ def test_peft_config_names_no_path(tmp_path):
     assert (peft_config["r"], peft_config["lora_alpha"], peft_config["base_model_name_or_path"]) == (4, 2, None)
     assert "encoder.layers.0.self_attn.q_proj" in peft_config["target_modules"]
     with safe_open(tmp_path / "p/text_encoder/adapter_model.safetensors", "pt") as file:
-        for path in ("encoder", "text_model.encoder"):  # as new and as old transformers call the module
+        for path in ("encoder", "text_model.encoder"):  # the module's name in new and in old transformers
             name = f"base_model.model.{path}.layers.0.self_attn.q_proj.lora_A.weight"
             assert torch.equal(file.get_tensor(name), file.get_tensor(name.replace("text_model.", "")))
 
 
 @pytest.mark.parametrize("shape", [(12, 16), (12, 8, 3, 3)])
 def test_lycoris_makes_the_same_of_a_dora_file(shape):
-    """LyCORIS' own module, magnitude in the input axis, which is what A1111 and ComfyUI share with it."""
+    """A1111 and ComfyUI share the convention of LyCORIS' module: the magnitude has one value per input."""
     layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
     name = "unet.mid_block.resnets.0.conv1" if len(shape) == 4 else "unet.mid_block.attentions.0.proj_in"
     tensors = kohya.tensors(AdapterWeights("sdxl", "dora", {name: layer}), "fp32")

@@ -1,7 +1,7 @@
-"""The tables in docs/formats.md are what a run gives: `read_report` on whole files at true dimensions, and adapters of
-every method and format on small bases in every kind of storage.
+"""Tests that the tables in docs/formats.md are current: `read_report` of complete files at true dimensions, and
+adapters of every method and format on small bases in every kind of storage.
 
-`python tests/formats/test_formats_page.py` prints them again.
+`python tests/formats/test_formats_page.py` prints the tables.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ FORMATS = ("kohya", "diffusers", "peft")
 
 
 def kohya(family: str, method: str, conv: bool) -> dict[str, tuple]:
-    """Names and shapes of a whole kohya file of rank 4, `dora_scale` per input column."""
+    """Names and shapes of a complete kohya file of rank 4; `dora_scale` has one value per input column."""
     shapes = random_adapters.kohya_shapes(family, conv=conv)
     if method == "lora":
         return shapes
@@ -48,14 +48,14 @@ def kohya(family: str, method: str, conv: bool) -> dict[str, tuple]:
 
 
 def _weights(shapes: dict[str, tuple]) -> dict[str, tuple[int, ...]]:
-    """Stem -> shape of the layer's weight."""
+    """Return stem -> shape of the layer's weight."""
     stems = {name.partition(".")[0] for name in shapes}
     downs = {stem: shapes[f"{stem}.lora_down.weight"] for stem in sorted(stems)}
     return {stem: (shapes[f"{stem}.lora_up.weight"][0], *down[1:]) for stem, down in downs.items()}
 
 
 def lycoris(method: str, out: int, into: int, kernel: list[int]) -> dict[str, tuple]:
-    """Parts of one LoHa or LoKr layer of rank 4, as LyCORIS makes them."""
+    """Return the parts of one LoHa or LoKr layer of rank 4 with LyCORIS' shapes."""
     if method == "loha":
         columns = into * math.prod(kernel)
         return {f"hada_w{n}_{side}": (out, 4) if side == "a" else (4, columns) for n in (1, 2) for side in "ab"}
@@ -64,7 +64,7 @@ def lycoris(method: str, out: int, into: int, kernel: list[int]) -> dict[str, tu
 
 
 def dotted(family: str, method: str, conv: bool) -> dict[str, tuple]:
-    """Names and shapes of a whole diffusers file or PEFT folder."""
+    """Names and shapes of a complete diffusers file or PEFT folder."""
     shapes = {}
     for name, _, _, group, (out, into, *kernel) in random_adapters.frozen(family):
         if group.startswith("top") or "text_projection" in group or (group.startswith("conv") and not conv):
@@ -78,7 +78,7 @@ def dotted(family: str, method: str, conv: bool) -> dict[str, tuple]:
 
 
 def cell(reading) -> str:
-    """How many modules are read rightly, or what happens to the file instead."""
+    """Return how many modules are read correctly, or what happens to the file instead."""
     read, total = (sum(count[i] for count in reading.counts.values()) for i in (0, 1))
     if reading.refused:
         return "refused"
@@ -88,7 +88,7 @@ def cell(reading) -> str:
 
 
 def table() -> str:
-    """Family x layers x method x format down, programs across."""
+    """Return a table with rows of family, layers, method and format, and a column for each program."""
     titles = [consumer.title for consumer in CONSUMERS.values()]
     lines = ["| For | Layers | Method | Format | " + " | ".join(titles) + " |", "| --- " * (4 + len(titles)) + "|"]
     for family, label in LABELS.items():
@@ -104,7 +104,7 @@ def table() -> str:
 
 
 def outputs(family) -> torch.Tensor:
-    """What a base says on fixed inputs: text embeddings and prediction."""
+    """Return a base's outputs for fixed inputs: text embeddings and prediction."""
     condition = family.encode_text(["a photo of sks toy"])
     condition = condition.with_sizes(family.size_conditions((64, 64), (0, 0), (64, 64)))
     noisy = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
@@ -118,13 +118,13 @@ def same(actual: torch.Tensor, base: torch.Tensor, expected: torch.Tensor) -> bo
 
 
 def storage_rows(family: str, room: Path) -> list[str]:
-    """The rows of one family: where a base is kept, and which files of which methods do there what was trained."""
+    """Return the rows of one family: each kind of storage, and the methods and formats that work there."""
     pipeline = small_models.small(family, room / family)
     file = small_models.write(room / f"{family}.safetensors", family, pipeline)
 
     def load(path: Path):
         section = ModelConfig(base=str(path), tokenizer=str(room / family) if path.is_file() else "")
-        # The width of SD2's text tells it from SD1; a small one has to be told.
+        # The width of SD2's texts identifies it, and the small replica lacks that width, so the test sets the family.
         info = dataclasses.replace(families.describe(section), family=family)
         return info, families.load(info, "cpu", torch.float32)
 
@@ -145,7 +145,7 @@ def storage_rows(family: str, room: Path) -> list[str]:
                 try:
                     path = formats.save(weights, room / f"{family}-{method}", "a", [fmt], "fp32", {})[fmt]
                 except LorakitError:
-                    continue  # refused before anything is written, as the page says
+                    continue  # the page states that this export is refused
                 applied = adapters.apply(loaded, formats.read(path))
                 good += [fmt] if same(outputs(loaded), before, after) else []
                 applied.detach()

@@ -1,4 +1,4 @@
-"""Adapters in the folders of other programs: whole, with what each shows beside them, and nothing replaced."""
+"""Tests of installing adapters into other programs' folders: complete, with side files, and without overwriting."""
 
 import json
 import os

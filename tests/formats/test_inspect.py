@@ -1,4 +1,4 @@
-"""`lorakit inspect`: what a file is, and every wrong file named for what it is."""
+"""Tests that `lorakit inspect` describes each file and identifies every wrong one."""
 
 import hashlib
 import json
@@ -123,7 +123,7 @@ def test_the_command_fails_where_a_target_does_not_read_all(tmp_path, capsys):
 
 
 def rewritten(change):
-    """A mutation of a file's tensors, its header left as it was."""
+    """Return a function that changes a file's tensors and keeps its header's metadata."""
 
     def apply(path):
         metadata = safetensors_header.read(path).metadata
@@ -170,7 +170,7 @@ def test_each_mutation_fails_every_target(tmp_path, capsys, name):
 
 
 def test_a_rank_stabilised_scale_that_was_folded_or_resized_is_not_missed(tmp_path):
-    """Through a format without alphas, and as plain LoRA of another rank, it is rank-stabilised no more."""
+    """After a format without alphas, or as plain LoRA of another rank, the adapter is no longer rank-stabilised."""
     metadata = METADATA | {"lorakit.config": json.dumps({"adapter": {"method": "rslora", "rank": 9}})}
     weights = random_adapters.adapter(SHAPES, "sd1", rank=9, alpha=27, method="rslora")
     assert inspect(save(weights, tmp_path, "one", ["peft"], "fp32", metadata)["peft"]).failures(["peft"]) == []
@@ -213,7 +213,7 @@ NOT_ADAPTERS = {
     },
     "not an adapter for Stable Diffusion": {"transformer.h.0.attn.weight": (8, 8)},
 }
-# What the refusal to read it adds.
+# Text that `read` adds to its refusal.
 ADVICE = {
     "a textual-inversion embedding, not an adapter": ", and has no layers to convert or merge: put it as it is into "
     "your program's folder of embeddings, or draw with it by lorakit sample"
@@ -334,7 +334,7 @@ def test_a_broken_peft_folder(tmp_path):
 
 
 def test_the_first_lines_and_the_hashes(tmp_path, capsys):
-    """AutoV2 and AutoV3 by A1111's definitions: the SHA-256 of the file, and of what follows its header."""
+    """A1111 defines AutoV2 as the SHA-256 of the file, and AutoV3 as the SHA-256 of all bytes after the header."""
     tags = {"ss_tag_frequency": json.dumps({"10_a": {"zib hat": 9, "red": 2}, "5_b": {"red": 1, "blue": 30}})}
     path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", tags)["kohya"]
     raw = path.read_bytes()

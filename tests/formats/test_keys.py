@@ -1,4 +1,4 @@
-"""Names: equal, to the last one, to lists made without this code (and equal to what sd-scripts writes)."""
+"""Tests of layer names against frozen lists that were made without lorakit and equal sd-scripts' names."""
 
 import pytest
 import random_adapters
@@ -66,7 +66,7 @@ def test_sgm_numbers_follow_the_depth_of_the_blocks(count):
     assert kohya_names["unet.down_blocks.1.attentions.0.proj_in"] == f"lora_unet_input_blocks_{count + 2}_1_proj_in"
     assert kohya_names["unet.down_blocks.0.downsamplers.0.conv"] == f"lora_unet_input_blocks_{count + 1}_0_op"
     assert kohya_names["unet.up_blocks.0.upsamplers.0.conv"] == f"lora_unet_output_blocks_{count}_2_conv"
-    # A block without attention has its upsampler one place earlier.
+    # In a block without attention, the upsampler's index is lower by one.
     assert kohya_names["unet.up_blocks.1.upsamplers.0.conv"] == f"lora_unet_output_blocks_{2 * count + 1}_1_conv"
     assert {keys.from_kohya(stem, count) for stem in kohya_names.values()} == set(names)
 

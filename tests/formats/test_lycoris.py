@@ -1,4 +1,4 @@
-"""LyCORIS' files, Tucker's variants too, read to the delta W that LyCORIS' own package makes of them."""
+"""Tests that LyCORIS' files, also with Tucker factors, are read to the delta W of LyCORIS' own package."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ CLASSES = {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}
 
 
 def theirs(method: str, conv: bool, **options: object) -> torch.nn.Module:
-    """One of LyCORIS' modules with no zeros in it."""
+    """Return one of LyCORIS' modules without zeros in it."""
     layer = torch.nn.Conv2d(24, 32, 3, padding=1) if conv else torch.nn.Linear(24, 32)
     module = CLASSES[method](STEM if conv else LINEAR, layer, lora_dim=2, alpha=3.0, **options)
     draw = torch.Generator().manual_seed(4)
@@ -46,7 +46,7 @@ def save_module(folder: Path, module: torch.nn.Module) -> Path:
 def test_delta_is_that_of_the_package(tmp_path: Path, method: str, tucker: bool, conv: bool) -> None:
     module = theirs(method, conv, use_tucker=tucker)
     layer = read(save_module(tmp_path, module)).layers[NAME if conv else TO_Q]
-    # What their forward adds to the layer's weight.
+    # The change that the module's forward pass adds to the layer's weight.
     weight = torch.zeros_like(module.org_module[0].weight)
     if method == "locon":
         delta = (module.get_merged_weight()[0] - module.org_module[0].weight).detach()
@@ -62,7 +62,7 @@ def test_a_scalar_multiplies_the_change(tmp_path: Path, method: str, conv: bool)
     module = theirs(method, conv, use_scalar=True)
     scalar = float(module.scalar.detach())
     assert abs(scalar) > 0.01
-    # Of LoCon's the package has it in already.
+    # For LoCon, the package's difference already includes the scalar.
     shape = module.org_module[0].weight.shape
     delta = module.get_diff_weight()[0] if method == "locon" else scalar * module.get_weight(shape)
     raw = {name: tensor for name, tensor in module.named_parameters() if not name.startswith("org_")}

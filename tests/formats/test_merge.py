@@ -1,4 +1,4 @@
-"""Merging where the base, or what comes out, is a single file: the same outputs as base and adapter."""
+"""Tests of merging from or into a single file: the model gives the outputs of base and adapter."""
 
 import dataclasses
 import re
@@ -44,12 +44,12 @@ def describe(family: str, layout: str, bases: Any) -> families.BaseInfo:
     folder, file = bases[family]
     if layout == "file":
         return families.describe(ModelConfig(base=str(file), tokenizer=str(folder)))
-    # The width of SD2's text tells it from SD1 in a folder; a small one has to be told.
+    # The width of SD2's texts identifies it, and the small replica lacks that width, so the test sets the family.
     return dataclasses.replace(families.describe(folder), family=family)
 
 
 def weights_for(info: families.BaseInfo, method: str = "lora", seed: int = 0) -> AdapterWeights:
-    """Rank 4 on the first layer of each kind in each part of the model."""
+    """Return random weights of rank 4 for the first layer of each kind in each component."""
     kinds = {re.sub(r"\d+", "", name): name for name in reversed(list(info.layers)) if keys.is_read_everywhere(name)}
     draw = torch.Generator().manual_seed(seed)
     layers = {name: random_adapters.layer(info.layers[name], 4, 2.0, draw, method == "dora") for name in kinds.values()}
@@ -109,7 +109,7 @@ def test_layouts_change_on_the_way_and_the_weights_are_the_same(
     if output == "merged":
         merged = families.describe(path)
         assert merged.layers == info.layers
-        # What a person does with such a folder.
+        # A user loads such a folder like this.
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
@@ -137,7 +137,7 @@ def test_layouts_change_on_the_way_and_the_weights_are_the_same(
 
 
 def test_an_autoencoder_under_its_old_names_is_written_all_the_same(bases: Any, tmp_path: Path) -> None:
-    """The VAE of SD1.5's own repository has query, key, value and proj_attn."""
+    """The VAE in SD1.5's own repository has query, key, value and proj_attn."""
     folder = shutil.copytree(bases["sd1"][0], tmp_path / "old")
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -1,4 +1,4 @@
-"""What a merge into low precision loses: measured against the arithmetic, said, and refused where nothing is left."""
+"""Tests of the loss in a merge into low precision: it is measured and reported, and refused if no change remains."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ FP8 = torch.float8_e4m3fn
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base as a folder and as a file, in float32 and with its UNet in fp8."""
+    """A base as a folder and as a file, each in float32 and with its UNet in fp8."""
     room = tmp_path_factory.mktemp("precision")
     pipeline = small_models.small("sd1", room / "folder")
     small_models.write(room / "file.safetensors", "sd1", pipeline)
@@ -50,7 +50,7 @@ def adapter(info: families.BaseInfo, size: float) -> tuple[str, AdapterWeights]:
 
 
 def weight(path: Path, name: str) -> torch.Tensor:
-    """Of the layer, in diffusers' folder or in the file."""
+    """Return the layer's weight from diffusers' folder or from the file."""
     if path.is_dir():
         return load_file(path / "unet" / "diffusion_pytorch_model.safetensors")[f"{name.removeprefix('unet.')}.weight"]
     place = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"

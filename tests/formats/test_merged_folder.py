@@ -1,4 +1,4 @@
-"""A folder that a merge writes holds what was merged and what is needed beside it, and no twin that was not merged."""
+"""Tests that a merge writes the merged weights and all other needed files, but no unmerged copy of the weights."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.formats.edit import merge, merge_folder
 
 UNET, TEXT = "unet/diffusion_pytorch_model", "text_encoder/model"
-# As clones of published repositories have them.
+# Clones of published repositories have these files.
 TWINS = [
     *("v1-5-pruned.safetensors", "v1-5-pruned-emaonly.ckpt", "model.onnx", "v1-inference.yaml", "README.md"),
     *("unet/diffusion_pytorch_model.bin", "unet/diffusion_flax_model.msgpack", "unet/model.onnx", "unet/weights.pb"),

@@ -1,4 +1,4 @@
-"""What a file says of itself: what programs look for is there, and nothing of the user's but the trigger."""
+"""Tests of a file's metadata: it has what programs look for, and of the user's data only the trigger."""
 
 import getpass
 import hashlib
@@ -115,7 +115,7 @@ def test_web_uis_file_it_under_the_right_family(tmp_path, family, prediction, ve
 
 
 def test_hashes_are_those_that_sd_scripts_computes(tmp_path):
-    """Over 1 MiB, so that the legacy hash covers real bytes."""
+    """The file is larger than 1 MiB, so that the legacy hash covers real bytes."""
     shapes = {f"unet.mid_block.attentions.0.{n}": (2048, 2048) for n in ("proj_in", "proj_out")}
     weights = random_adapters.adapter(shapes, "sdxl", rank=64)
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata=metadata_of(Info(family="sdxl")))
@@ -182,7 +182,7 @@ def test_without_a_trigger_none_is_claimed():
     assert "modelspec.trigger_phrase" not in entries and "ss_tag_frequency" not in entries
 
 
-# What sd-scripts, SwarmUI, Civitai's and A1111's tools write.
+# Written by sd-scripts, SwarmUI, Civitai's and A1111's tools.
 FOREIGN = {
     **{"ss_optimizer": "bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)", "ss_lr_scheduler": "cosine"},
     **{"ss_clip_skip": "2", "ss_min_snr_gamma": "5.0", "ss_training_comment": "my best", "ss_noise_offset": "0.05"},
@@ -205,7 +205,7 @@ BEHIND = {
 
 @pytest.fixture
 def foreign(tmp_path):
-    """A LoRA for SD1 with the header of another program, in part wrong."""
+    """A LoRA for SD1 with the header of another program; some of its entries are wrong."""
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     tensors = {f"{stem}.lora_down.weight": torch.ones(4, 768), f"{stem}.lora_up.weight": torch.ones(8, 4)}
     entries = FOREIGN | BEHIND | {"ss_vae_name": "/srv/ada/vae/kl.safetensors", "modelspec.trigger_phrase": "zib"}
@@ -251,7 +251,7 @@ def test_of_several_adapters_what_is_true_of_all(tmp_path, foreign):
 
 @pytest.mark.parametrize("command", ["export", "resize"])
 def test_what_lies_beside_goes_along(tmp_path, command, capsys):
-    """The preview, in whatever file A1111 keeps it, and what the person wrote into the `.json`."""
+    """A1111's preview, under each of its names, and the user's entries in the `.json` are copied."""
     adapter = random_adapters.adapter(SHAPES, "sd1")
     source = export_save(adapter, tmp_path, "one", ["kohya"], "fp16", {})["kohya"]
     (tmp_path / "one.preview.png").write_bytes(b"picture")

@@ -1,6 +1,7 @@
-"""Every method in every format that carries it: what other programs find in the files is what was trained.
+"""Tests of every method in every format that carries it: other programs apply the trained delta W.
 
-diffusers reads the kohya and diffusers formats, PEFT its folders, LyCORIS LoHa and LoKr. One layer of every kind.
+diffusers reads the kohya and diffusers formats, PEFT reads its folders, and LyCORIS reads LoHa and LoKr. Each kind
+of layer occurs once.
 """
 
 import copy
@@ -26,14 +27,14 @@ from lorakit.formats.verify import verify_file
 
 WRITERS = {"kohya": kohya, "diffusers": diffusers, "peft": peft}
 RANK = 3
-# alpha of 1, rank / 2, rank and 2 * rank; what is made of it does not depend on the family, whose names do not on it
+# alpha of 1, rank / 2, rank and 2 * rank; sd1 has all of them, because names, not alphas, depend on the family
 ALPHAS = [("sd1", 1.0), ("sd1", RANK / 2), ("sd1", float(RANK)), ("sd1", 2.0 * RANK), ("sd2", RANK / 2), ("sdxl", 1.0)]
 PLAIN, LYCORIS = ["lora", "rslora", "pissa"], ["loha", "lokr"]
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
 def base(request, tmp_path_factory):
-    """Family, its pipeline in small, and the shapes of one layer of every kind."""
+    """Family, its small pipeline, and the shapes of one layer of every kind."""
     cls = StableDiffusionXLPipeline if request.param == "sdxl" else StableDiffusionPipeline
     if request.param == "sd2":
         folder = tiny.save_sd2(tmp_path_factory.mktemp("sd2") / "sd2")
@@ -44,7 +45,7 @@ def base(request, tmp_path_factory):
 
 
 def adapter_of(family, shapes, method, alpha):
-    """Random weights as training with this method leaves them."""
+    """Return random weights with the rank and alpha that training with this method gives."""
     if method == "rslora":
         return random_adapters.adapter(shapes, family, rank=RANK, alpha=alpha * RANK**0.5, method=method)
     if method == "pissa":
@@ -146,7 +147,7 @@ def test_what_a_format_cannot_carry_is_reported(base, tmp_path, method):
 
 @pytest.mark.parametrize("method", LYCORIS)
 def test_plain_lora_of_the_same_delta(base, tmp_path, method):
-    """As `resize --energy 1`, which the refusal names, and as `combine` adds them up."""
+    """`resize --energy 1`, which the refusal recommends, and `combine` both keep the delta."""
     family, pipeline, shapes = base
     weights = adapter_of(family, shapes, method, 2.0)
     assert_equal({name: layer.delta() for name, layer in to_lora(weights).items()}, weights)
@@ -161,7 +162,7 @@ def test_plain_lora_of_the_same_delta(base, tmp_path, method):
 
 
 def test_a_lokr_that_peft_cannot_cut_is_refused(tmp_path):
-    """Cut by a factor of 2 where PEFT cuts into 4 * 4."""
+    """The layer is divided by 2, where PEFT divides 16 into 4 * 4."""
     layer = LokrLayer((torch.ones(2, 2),), (torch.ones(8, 8),), 1.0)
     weights = AdapterWeights("sd2", "lokr", {"unet.mid_block.attentions.0.proj_in": layer})
     with pytest.raises(LorakitError, match="PEFT cuts a LoKr in another way; export it as kohya"):

@@ -1,4 +1,4 @@
-"""What a file is for, by the names that each program gives to its layers (their own documentation and sources)."""
+"""Tests that a file's model is identified by layer names, as each program's documentation and source define them."""
 
 import json
 
@@ -16,7 +16,7 @@ JOINT = [f"{DIFFUSERS}transformer_blocks.0.attn.to_q", f"{DIFFUSERS}transformer_
 ONETRAINER = "lora_transformer_transformer_blocks_0_"
 ATTENTION = "input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 FLUX, SD3, XL = "FLUX.1", "Stable Diffusion 3", "Stable Diffusion XL"
-# stems, width, metadata, what it is for
+# stems, width, metadata, model
 FILES = [
     (["lora_unet_double_blocks_0_img_attn_qkv"], 3072, {"ss_base_model_version": "flux1"}, FLUX),
     (["lora_unet_double_blocks_0_img_attn_qkv"], 64, {}, FLUX),
@@ -136,7 +136,7 @@ def test_layers_that_sdxl_alone_has(tmp_path, stem):
 
 @pytest.mark.parametrize("parts", [KOHYA, OURS, ("lora.down.weight", "lora.up.weight")])
 def test_names_of_a_unet_alone(tmp_path, parts):
-    """As `get_peft_model_state_dict(unet)` gives them."""
+    """`get_peft_model_state_dict(unet)` gives such names."""
     path = save_tensors(tmp_path / "x.safetensors", [SAME.removeprefix("unet.")], 768, None, parts)
     assert list(read(path).layers) == [SAME] and inspect(path).family == "sd1"
 

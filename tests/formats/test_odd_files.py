@@ -1,4 +1,4 @@
-"""Files and folders that are not what they seem: each is named for what it is, with what can be done."""
+"""Tests of files and folders of unexpected kinds: each is identified and gets advice."""
 
 import json
 import re
@@ -115,7 +115,7 @@ def test_an_outlier_does_not_flatten_the_picture(tmp_path):
 
 
 def test_text_projection_among_its_encoder_is_read_by_diffusers():
-    """As a run of diffusers 0.42 showed: it refuses it alone, where nothing tells it the dialect."""
+    """diffusers 0.42 was seen to refuse the projection alone, because nothing then identifies the dialect."""
 
     def pair(stem):
         return {f"{stem}.lora_down.weight": (4, 32), f"{stem}.lora_up.weight": (32, 4), f"{stem}.alpha": ()}
@@ -162,7 +162,7 @@ def test_integers_are_no_factors(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "method", "words"),
     [
-        # As the package of LyCORIS writes it.
+        # Names as LyCORIS' package writes them.
         (("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha"), "T-LoRA", "3 tensors are of T-LoRA, which "),
         (("vera_lambda_b", "vera_lambda_d", "alpha"), "unknown", "2 tensors are of no method that lorakit reads"),
         (("lora_down.weight", "lora_up.weight", "gate"), "lora", "1 tensors are of no method that lorakit reads"),

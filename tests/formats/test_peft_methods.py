@@ -1,4 +1,4 @@
-"""PEFT's (IA)^3, OFT and BOFT: what is merged into a base is what PEFT's own layers compute."""
+"""Tests that merged (IA)^3, OFT and BOFT adapters equal the results of PEFT's own layers."""
 
 import json
 
@@ -20,7 +20,7 @@ CONV = "mid_block.resnets.0.conv1"
 
 
 def base() -> torch.nn.Module:
-    """Modules of a UNet's names, and no more."""
+    """Return a module that has only a few layers, with a UNet's names."""
     root = torch.nn.Module()
     leaves = {
         ATTENTION: torch.nn.Linear(24, 32, bias=False),
@@ -60,7 +60,7 @@ def as_merged(weights: AdapterWeights, module: torch.nn.Module) -> dict[str, tor
 @pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_merge_is_what_peft_merges(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: None)  # it compiles a kernel for CUDA
+    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: None)  # this function compiles a CUDA kernel
     torch.manual_seed(0)
     module = base()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -109,7 +109,7 @@ def test_ia3_without_a_bias_becomes_a_file_of_lycoris(tmp_path):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_oft_of_onetrainer(tmp_path, scaled):
-    """The same rotations of inputs, under kohya's names; `scaled_oft` divides by the root of their count."""
+    """The file has kohya's names for the same rotations; `scaled_oft` divides by the square root of their count."""
     numbers = 0.2 * torch.randn(3, 28, generator=torch.Generator().manual_seed(0))
     stem = f"lora_unet_{ATTENTION.replace('.', '_')}"
     tensors = {f"{stem}.oft_R.weight": numbers} | ({f"{stem}.oft_R.scaled_oft": torch.tensor(1)} if scaled else {})
@@ -127,8 +127,8 @@ def test_oft_of_onetrainer(tmp_path, scaled):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_older_oft_turns_outputs_and_becomes_a_file_of_lycoris(tmp_path, shared):
-    """Of PEFT 0.8 to 0.13: W^T R for each block of outputs, R = (1 - S)(1 + S)^-1, S = (B - B^T) / 2; with
-    `block_share` there is one block for all."""
+    """PEFT 0.8 to 0.13 computes W^T R for each block of outputs, with R = (1 - S)(1 + S)^-1 and S = (B - B^T) / 2. With
+    `block_share` all blocks share one rotation."""
     blocks = 0.2 * torch.randn(1 if shared else 4, 8, 8, generator=torch.Generator().manual_seed(0))
     config = {"peft_type": "OFT", "r": 4, "block_share": shared}
     save_folder(tmp_path / "unet", {f"{ATTENTION}.oft_r": blocks}, config)
@@ -144,7 +144,7 @@ def test_older_oft_turns_outputs_and_becomes_a_file_of_lycoris(tmp_path, shared)
 
 
 def test_boft_of_several_stages(tmp_path):
-    """As PEFT computes it where its CUDA extension is there: permutations from PEFT's own functions."""
+    """With its CUDA extension, PEFT applies several stages. The permutations come from PEFT's own functions."""
     draw = torch.Generator().manual_seed(0)
     turns, scales = 0.2 * torch.randn(3, 8, 4, 4, generator=draw), 1 + 0.1 * torch.randn(24, 1, generator=draw)
     save_folder(tmp_path / "unet", {f"{OUT}.boft_R": turns, f"{OUT}.boft_s": scales}, {"peft_type": "BOFT"})

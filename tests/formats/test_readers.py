@@ -1,5 +1,5 @@
-"""Who reads what of other programs' files. diffusers is its own witness: it loads each kind of file into a small model,
-and what it does is what `inspect` says. Each rule of the other programs has a file here; they were read in the loaders.
+"""Tests of which program reads which foreign file. diffusers loads each kind of file into a small model, and its result
+must agree with `inspect`. Each rule of another program comes from its loader's source and has a file here.
 """
 
 import copy
@@ -89,7 +89,7 @@ def save_tensors(folder, tensors, metadata=None):
 
 
 def loaded(pipeline, path):
-    """The model's weights with the file's adapter in them, as diffusers puts it there."""
+    """Return the model with the file's adapter fused into its weights by diffusers."""
     parts = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("unet", "text_encoder")}
     own = type(pipeline)(**{**pipeline.components, **parts})
     own.load_lora_weights(path.parent, weight_name=path.name)
@@ -99,7 +99,7 @@ def loaded(pipeline, path):
 
 
 def are_right(weights, before, after):
-    """Whether every weight is what `lorakit merge` makes of it."""
+    """Return whether every weight equals the result of `lorakit merge`."""
     merger = Merger(weights, 1.0)
     for part, prefix in (("unet", ""), ("text_encoder", "text_model.")):
         there = getattr(after, part).state_dict()
@@ -173,7 +173,7 @@ MANY_IA3 = {
     for n in range(7)
     for k, s in parts(QUERY.replace("mid_block", f"up_blocks_{n}"), weight=(64, 1), on_input=()).items()
 }
-# A kind of file -> program -> a word of what it does to it; of programs that are not named nothing is said.
+# Kind of file -> program -> a word of its expected report; other programs have no report.
 RULES = {
     "bias beside": (
         LORA | parts(diff_b=(64,)),
@@ -288,7 +288,7 @@ def test_a_rule_of_each_program(kind):
 
 
 DIT = "transformer.transformer_blocks.0."
-# The same of Stable Diffusion 3: A1111 maps diffusers' attention of the picture, Forge knows no names of diffusers.
+# The same for Stable Diffusion 3: A1111 maps diffusers' names of picture attention, Forge maps none of diffusers'.
 SD3_RULES = {
     "picture's attention": (
         [f"{DIT}attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")],
@@ -368,7 +368,7 @@ def test_factors_under_any_name_are_the_same_adapter(tmp_path):
 
 
 def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
-    """Its length begins with the two bytes of a pickle."""
+    """The header's length begins with the same two bytes as a pickle."""
     tensors = {f"{QUERY}.lora_down.weight": numbers(1, 2)}
     short = int.from_bytes(save_tensors(tmp_path, tensors, {"a": ""}).read_bytes()[:8], "little")
     path = save_tensors(tmp_path, tensors, {"a": "x" * (640 - short)})
@@ -424,7 +424,7 @@ NOTES = {
 
 @pytest.mark.parametrize("kind", NOTES)
 def test_how_invokeai_tells_a_model(tmp_path, kind):
-    """Its `lora_token_vector_length`; a file that has none of that is refused on import."""
+    """InvokeAI's `lora_token_vector_length` identifies the model; InvokeAI refuses a file without such layers."""
     stems, expected = NOTES[kind]
     tensors = {f"{stem}.lora_down.weight": numbers(4, 64) for stem in stems}
     tensors |= {f"{stem}.lora_up.weight": numbers(64, 4) for stem in stems}

@@ -1,4 +1,4 @@
-"""Files of other programs: every spelling that is about, with its strength, and refusals that name the layer."""
+"""Tests of other programs' files: every naming scheme in use, the right strength, and errors that name the layer."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def assert_same(actual, weights, factor=1.0):
 
 
 def test_training_script_spelling(tmp_path, weights):
-    """What diffusers' train_dreambooth_lora.py writes (by diffusers' own converter)."""
+    """diffusers' train_dreambooth_lora.py writes these names; the test uses diffusers' own converter."""
     tensors = convert_state_dict_to_diffusers(diffusers.tensors(weights, "fp32"))
     assert any(".lora.down.weight" in name or "lora_linear_layer" in name for name in tensors)
     assert_same(read(save_tensors(tmp_path, tensors)), weights)
@@ -70,7 +70,7 @@ def test_named_adapter(tmp_path, weights):
 
 @pytest.mark.parametrize(("extra", "factor"), [({}, 2.0), ({"unet.use_rslora": True}, 4.0)])
 def test_alpha_in_the_header(tmp_path, weights, extra, factor):
-    """diffusers' lora_adapter_metadata: alpha 8 at rank 4, and the same with use_rslora."""
+    """diffusers' lora_adapter_metadata has alpha 8 at rank 4, once with use_rslora."""
     numbers = {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 8} | extra
     if "unet.use_rslora" in extra:
         numbers["text_encoder.use_rslora"] = True

@@ -1,4 +1,4 @@
-"""Resize, combine and merge, against numpy and against diffusers' own base + adapter."""
+"""Tests of resize, combine and merge, against numpy and against diffusers' base with an adapter."""
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ def test_combine_refuses_what_adds_up_to_nothing(strengths):
 
 @pytest.mark.parametrize("shape", [(12, 16), (12, 8, 3, 3)])
 def test_dora_by_numpy(shape):
-    """Each input column of V is brought to the learned length; half strength goes half way."""
+    """Each input column of V is scaled to the learned length. Half strength gives the mean of W and the result."""
     layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     plain = weight.double().numpy()

@@ -1,4 +1,4 @@
-"""Saving: everything or nothing, and a good file is never replaced by a bad one."""
+"""Tests that all files are saved or none, and that a bad adapter never replaces a good file."""
 
 import json
 import math
@@ -151,7 +151,7 @@ def test_a_name_with_a_slash_is_refused(tmp_path, name):
     ],
 )
 def test_numbers_that_a_half_precision_loses_are_written_in_float32(tmp_path, scale, dtype, message):
-    """B about 2e-8: 87 % of it would be zero in fp16."""
+    """At this scale B is about 2e-8, so 87 % of it would be zero in fp16."""
     messages = []
     paths = save(weights(up=lambda t: t * scale), tmp_path, "toy", ["kohya"], dtype, {}, say=messages.append)
     dtypes = {t.dtype for n, t in load_file(paths["kohya"]).items() if not n.endswith(".alpha")}

@@ -1,4 +1,5 @@
-"""Adapters of Stable Diffusion 3 under kohya's names, where q, k and v are one layer: exact by the product of factors.
+"""Tests of Stable Diffusion 3 adapters with kohya's names, where q, k and v are one layer. The product of the factors
+is compared exactly.
 
 The names are those of sd-scripts' networks/lora_sd3.py (the Linear modules of SingleDiTBlock, and `emb_dims`).
 """
@@ -28,7 +29,7 @@ TAGS = {"ss_base_model_version": "sd3_medium", "modelspec.architecture": "stable
 
 
 def modules(blocks: int, dual: int) -> list[str]:
-    """What sd-scripts adapts of a transformer: the last block has no more of the text than its attention's inputs."""
+    """Return the transformer modules that sd-scripts adapts; in the last block, only two text modules."""
     result = []
     for n in range(blocks):
         text = [leaf for leaf in BLOCK if n < blocks - 1 or leaf in ("attn_qkv", "adaLN_modulation_1")]
@@ -39,7 +40,7 @@ def modules(blocks: int, dual: int) -> list[str]:
 
 
 def test_every_name_of_sd_scripts_has_a_layer_and_back() -> None:
-    """3.5 medium: 24 blocks, 13 of them with a second attention; 3.5 large: 38 and none."""
+    """3.5 medium has 24 blocks, 13 of them with a second attention; 3.5 large has 38 without."""
     for blocks, dual in ((24, 13), (38, 0)):
         stems = [*modules(blocks, dual), *(f"lora_unet_{name}" for name in TOP)]
         names = {stem: keys.from_kohya(stem) for stem in stems}
@@ -53,14 +54,14 @@ def test_every_name_of_sd_scripts_has_a_layer_and_back() -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], Any]:
-    """A base in one file, its tensors, and what is known of it."""
+    """A single-file base, its tensors, and its description."""
     room = tmp_path_factory.mktemp("sd3")
     path = sd3_files.write(room / "x.safetensors", sd3_files.small(room / "folder"), "clip_l", "clip_g")
     return path, load_file(path), families.describe(ModelConfig(base=str(path), tokenizer=str(room / "folder")))
 
 
 def factors(weights: dict[str, torch.Tensor], rank: int = 4, *, split: bool = False) -> dict[str, torch.Tensor]:
-    """An adapter of everything, as sd-scripts writes it; `split`: q, k and v have separate factors, in blocks."""
+    """Return an adapter of all modules as sd-scripts writes it; with `split`, q, k and v have separate factors."""
     draw, result = torch.Generator().manual_seed(3), {}
     stems = [*modules(2, 1), *(f"lora_unet_{name}" for name in TOP)]
     for stem, key in {**{stem: key_of(stem, weights) for stem in stems}, **TEXT}.items():
@@ -77,7 +78,7 @@ def factors(weights: dict[str, torch.Tensor], rank: int = 4, *, split: bool = Fa
 
 
 def key_of(stem: str, weights: dict[str, torch.Tensor]) -> str:
-    """The tensor of the base that a module of kohya's name is of: its name with underscores, and no other."""
+    """Return the base's tensor for a kohya name: exactly one tensor has that name with underscores."""
     (key,) = [k for k in weights if f"lora_unet_{k[22:].removesuffix('.weight').replace('.', '_')}" == stem]
     return key
 
@@ -89,7 +90,7 @@ TEXT = {
 
 
 def products(adapter: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensor of the base -> what the adapter adds: alpha / rank times the product."""
+    """Return base tensor -> change that the adapter adds: alpha / rank times the product."""
     result = {}
     for name, down in adapter.items():
         if name.endswith(".lora_down.weight"):
@@ -103,7 +104,7 @@ def products(adapter: dict[str, torch.Tensor], weights: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("split", [False, True])
 def test_a_file_of_sd_scripts_changes_each_weight_by_its_product(split: bool, base: Any, tmp_path: Path) -> None:
-    """Merged into a base in one file, tensor by tensor of that file; the exchanged halves of modulations too."""
+    """The merge is compared tensor by tensor with a single file, including modulations, whose halves are swapped."""
     _, weights, info = base
     adapter = factors(weights, split=split)
     save_file(adapter, tmp_path / "a.safetensors", TAGS)
@@ -134,7 +135,7 @@ def test_what_is_written_again_is_the_same_file(split: bool, base: Any, tmp_path
 @pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (1.0, 0.5, 2.0)])
 @pytest.mark.parametrize("absent", ["", "to_q", "to_k"])
 def test_three_layers_are_written_as_one(scales: tuple[float, ...], absent: str, base: Any, tmp_path: Path) -> None:
-    """As lorakit trains them: each with its own factors, and not always all three."""
+    """lorakit trains separate factors for each of the three layers, and not always all three."""
     _, weights, _ = base
     layers = {
         f"unet.transformer_blocks.0.attn.{name}": LoraLayer(torch.randn(2, 128), torch.randn(128, 2), 2 * scale)
@@ -162,7 +163,7 @@ def test_three_layers_are_written_as_one(scales: tuple[float, ...], absent: str,
     ["lora_transformer_transformer_blocks_0_attn_add_k_proj", "lycoris_transformer_blocks_0_attn_add_k_proj"],
 )
 def test_other_programs_names_are_read(spelling: str, tmp_path: Path) -> None:
-    """OneTrainer's and SimpleTuner's, as ComfyUI reads them; and ComfyUI's own with dots."""
+    """OneTrainer's and SimpleTuner's names, as ComfyUI reads them, and ComfyUI's own names with dots."""
     down, up = torch.randn(4, 128), torch.randn(128, 4)
     other = {f"{spelling}.lora_down.weight": down, f"{spelling}.lora_up.weight": up}
     save_file(other, tmp_path / "a.safetensors")
@@ -242,7 +243,7 @@ JOINT, TEXT_PART = "transformer.transformer_blocks.0.attn", "text_encoder.text_m
     ],
 )
 def test_what_stable_diffusion_cpp_reads(stems: list[str], factors: tuple[str, str], expected: str) -> None:
-    """By its conversion of names (src/name_conversion.cpp) and its loops over q, k and v (adapter/lora.hpp)."""
+    """The expectation follows src/name_conversion.cpp and the loops over q, k and v in adapter/lora.hpp."""
     down, up = factors
     shapes = {f"{stem}.{down}.weight": (4, 64) for stem in stems} | {f"{stem}.{up}.weight": (64, 4) for stem in stems}
     assert read_report(shapes, "sd3")["sd.cpp"].line().startswith(expected)

@@ -1,4 +1,4 @@
-"""What `inspect` says of an adapter's numbers and history, against torch and the tensors themselves."""
+"""Tests of the strength and history that `inspect` reports, against torch and the tensors themselves."""
 
 import json
 
@@ -50,8 +50,8 @@ def test_what_is_dead_or_stands_out_is_reported(tmp_path):
 
 
 def test_what_no_gradient_reaches_is_not_called_dead(tmp_path):
-    """SDXL reads its first text encoder before the last layer, and nobody reads what SD3's last block makes of the
-    text: adapters of every program are zero there."""
+    """SDXL does not use the last layer of its first text encoder, nor SD3 the text output of its last block. So these
+    layers stay zero in the adapters of all programs."""
     text = [f"lora_te1_text_model_encoder_layers_{n}_mlp_fc{k}" for n in range(3) for k in (1, 2)]
     joint = [f"transformer.transformer_blocks.{n}.attn.{end}" for n in range(2) for end in ("add_q_proj", "to_k")]
     for stems, factors, zero in ((text, "lora_down lora_up", text[4:]), (joint, "lora_A lora_B", joint[2:3])):

@@ -1,4 +1,4 @@
-"""The check at the end of a run: silent for a right file, and one finding or more for each way of being wrong."""
+"""Tests of the check at the end of a run: a right file has no findings, and each kind of fault has one or more."""
 
 import math
 
@@ -106,7 +106,7 @@ def test_half_precision_passes_and_an_error_of_a_tenth_does_not(tmp_path, dtype)
 
 
 def test_unscaled_rank_stabilised_adapter_is_found(tmp_path):
-    """rsLoRA's scale is alpha / sqrt(rank); a file that carries plain alpha is four times too weak at rank 16."""
+    """The scale of rsLoRA is alpha / sqrt(rank). At rank 16 a file with plain alpha is four times too weak."""
     weights = random_adapters.adapter(SHAPES, "sd1", rank=16, alpha=16 * math.sqrt(16), method="rslora")
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
     changed(path, lambda tensors: [t.fill_(16) for name, t in tensors.items() if name.endswith(".alpha")])
@@ -139,7 +139,7 @@ def test_dora_magnitudes_are_compared(tmp_path):
 
 
 def test_learning_rate_zero_is_found(tmp_path):
-    """An adapter as it is before training: `up` is zero everywhere."""
+    """An untrained adapter: `up` is zero everywhere."""
     layers = {
         name: LoraLayer(layer.down, torch.zeros_like(layer.up), layer.alpha)
         for name, layer in random_adapters.adapter(SHAPES, "sd1").layers.items()
