@@ -11,25 +11,25 @@ from pathlib import Path
 from lorakit.core.errors import LorakitError
 from lorakit.data import photo_folder
 
-# The search for folders of photos ends after this many folders, so that a suggestion never reads an entire disk.
+# Largest number of folders that the search for photo folders reads, because a root may be an entire disk.
 MAX_FOLDERS = 2000
 LEVELS = 3
 
 
 class Roots:
-    """The folders below which the front end may read and write. It treats all other paths as missing.
+    """The folders that the front end may read and write, with everything below them.
 
-    Hidden files and folders (`.ssh`, `.env`) are outside wherever they lie.
+    Hidden files and folders (`.ssh`, `.env`) below a root are not allowed.
     """
 
     def __init__(self, paths: Iterable[str | Path]):
         self.paths = tuple(dict.fromkeys(Path(path).expanduser().resolve() for path in paths))
 
     def resolve(self, text: str | Path) -> Path:
-        """The real path of a typed text. `~`, `..` and links are resolved before the check.
+        """Convert a typed text into an absolute path. `~`, `..` and links are resolved before the check.
 
         Raises:
-            LorakitError: it is outside of every root, or hidden.
+            LorakitError: the text is empty, or the path is outside of all roots, hidden or cannot be read.
         """
         typed = str(text).strip().strip("\"'")
         if not typed or "\0" in typed:
@@ -37,7 +37,7 @@ class Roots:
         try:
             path = Path(typed).expanduser()
             path = (path if path.is_absolute() else self._relative(path)).resolve()
-        except (OSError, RuntimeError):  # a loop of links; a home folder that cannot be found
+        except (OSError, RuntimeError):  # e.g. a loop of links, or an unknown home folder
             raise LorakitError("{path}: this path cannot be read; give another one", typed) from None
         for root in self.paths:
             if path.is_relative_to(root):
@@ -50,14 +50,14 @@ class Roots:
         )
 
     def _relative(self, path: Path) -> Path:
-        """A relative path starts at the first root where it exists, else at the first."""
+        """Join a relative path to the first root in which it exists, or else to the first root."""
         for root in self.paths:
             if (root / path).exists():
                 return root / path
         return self.paths[0] / path
 
     def photo_folders(self) -> list[Path]:
-        """Folders below the roots that hold pictures, to suggest; nearest first."""
+        """Folders with pictures to suggest: the roots and folders up to `LEVELS` below, the highest level first."""
         folders = []
         for number, path in enumerate(self._folders()):
             if number >= MAX_FOLDERS:
@@ -68,7 +68,7 @@ class Roots:
         return folders
 
     def _folders(self) -> Iterator[Path]:
-        """Readable folders, level by level."""
+        """The readable folders, level by level, without hidden folders and links."""
         level = list(self.paths)
         for _ in range(LEVELS + 1):
             below: list[Path] = []
@@ -93,10 +93,10 @@ def is_loopback(host: str) -> bool:
 
 
 def require_password(host: str, share: bool, password: str, public: str = "") -> None:
-    """Refuse an address that others can reach without a password.
+    """Require a password if other machines can reach the front end.
 
     Raises:
-        LorakitError: others could reach it, and there is no password or a short one.
+        LorakitError: the password is missing or has fewer than 8 characters, or `public` is not a URL.
     """
     if public and not re.fullmatch(r"https?://[^/]+(/.*)?", public):
         raise LorakitError("--public {public}: give the whole address, as https://box.example/lorakit", public)
@@ -110,7 +110,7 @@ def require_password(host: str, share: bool, password: str, public: str = "") ->
 
 
 def require_origin(embed: str) -> None:
-    """Refuse a value of `--embed` that is not one origin: more than that would let other pages in, or be no policy.
+    """Require that the value of `--embed` is empty or exactly one origin, because it goes into the content policy.
 
     Raises:
         LorakitError: it has a path, a wildcard, or no scheme.

@@ -1,4 +1,4 @@
-"""The address in the browser names the tab and the run on display: a reload comes back to them, and links work."""
+"""Scripts of the page. One stores the open tab and run in the page's address, for reloads and links."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl
 
 import gradio as gr
 
-# `?tab=`, in the order of the tabs. (`?page=` is Gradio's own.)
+# Values of `?tab=`, in the order of the tabs. Gradio itself uses `?page=`.
 TABS = ("photos", "train", "runs", "compare", "try", "adapter")
 # The script reads the requested tab and run before Gradio opens its first tab. Afterwards, the address follows the
 # display.
@@ -26,7 +26,8 @@ _TAB = """() => {
   const number = %(tabs)s.indexOf(window.lorakitAddress?.get('tab'));
   if (number > 0) document.querySelectorAll('#pages button[role=tab]')[number]?.click();
 }"""
-# An element that is redrawn gets its focus back. If it no longer exists, its tab gets the focus, for keyboard users.
+# If an element with the focus is redrawn, the new element gets the focus. If there is none, the open tab's button gets
+# it, so that keyboard users keep their place.
 _KEEP_FOCUS = """
 let last = '', holder = null;
 const PARTS = ['data-run', 'data-exclude', 'data-edit', 'data-file', 'data-picture'];
@@ -48,7 +49,7 @@ setInterval(() => {
   (node?.offsetParent && !node.disabled ? node : tab)?.focus({preventScroll: true});
 }, 300);
 """
-# Gradio gives its upload boxes a name in English that is not what they say; without it what they say is their name.
+# Gradio sets an English aria-label on its upload boxes. Without it, screen readers read the box's own text.
 _NAME_UPLOADS = """
 const nameUploads = () => {
   for (const box of document.querySelectorAll('button.upload-container[aria-label]')) box.removeAttribute('aria-label');
@@ -62,6 +63,6 @@ SCRIPTS = _FOLLOW_ADDRESS + _KEEP_FOCUS + _NAME_UPLOADS
 
 
 def run_in(request: gr.Request) -> str:
-    """The name of the run in the page's address, or ""."""
+    """The name of the run in the page's address, or "" if there is none."""
     query = str(request.headers.get("referer", "")).partition("?")[2]
     return dict(parse_qsl(query)).get("run", "")

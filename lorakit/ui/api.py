@@ -1,4 +1,4 @@
-"""What other programs may ask of the front end, by name: docs/front-end.md says how. All of it answers at once."""
+"""The endpoints of the front end for other programs; see docs/front-end.md. No endpoint waits for a run."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import form
 from lorakit.ui.workspace import Workspace
 
-# Lines of the log that `run` gives.
+# Number of log lines that `run` returns.
 LOG_LINES = 50
 Json = dict[str, object]
 JSON_TYPES = {str: "a text", int: "a whole number", dict: "an object"}
 
 
 class Api:
-    """One for a workspace; `offer` makes its methods endpoints of the page that is being built."""
+    """The endpoints of a workspace. Each public method except `offer` is an endpoint."""
 
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
 
     def offer(self) -> None:
-        """Name each endpoint as its method."""
+        """Add the endpoints to the page that is being built. Each has the name of its method."""
         for method in (self.start, self.stop, self.resume, self.runs, self.run, self.captions, self.samples):
             description = (method.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
             gr.api(_checked(method), api_name=method.__name__, api_description=description, queue=False)
@@ -48,12 +48,19 @@ class Api:
         quality: str = "balanced",
         options: Json | None = None,
     ) -> Json:
-        """Put a run into the queue: {"run": its name}.
+        """Add a run to the queue and return {"run": its name}.
 
-        The run checks the photos itself: one that is refused is "failed", and says why.
+        The run checks the photos when it starts. If it refuses them, its state becomes "failed" with a message.
 
         Args:
-            options: dotted names over what the answers suggest, as `lorakit train --set` takes them.
+            photos: folder of photos.
+            name: trigger and class, e.g. "sks toy".
+            base: base model: a file, a folder or a hub id; "pocket" is the bundled one.
+            quality: a key of `quickstart.LENGTH_FACTORS`.
+            options: dotted key -> value, as for `lorakit train --set`. They override the options above.
+
+        Raises:
+            LorakitError: an argument is invalid, or the folder has no photos.
         """
         if quality not in quickstart.LENGTH_FACTORS:
             raise LorakitError(
@@ -74,7 +81,7 @@ class Api:
         return {"run": Path(job.folder).name}
 
     def stop(self, run: str) -> Json:
-        """Ask a run to save, export and end, or take it out of the queue if it has not begun."""
+        """Ask a run to save, export and end. If it has not begun, remove it from the queue."""
         folder = self.workspace.run(run)
         for job in self.workspace.queue.waiting():
             if Path(job.folder) == folder and self.workspace.queue.cancel(job.number):
@@ -85,7 +92,7 @@ class Api:
         return {"run": run, "state": state}
 
     def resume(self, run: str, steps: int = 0) -> Json:
-        """Go on with a run from its last checkpoint, to so many steps in all unless 0."""
+        """Continue a run from its last checkpoint. `steps` is the new length of the whole run; 0 keeps the length."""
         folder = self.workspace.run(run)
         state = run_folder.read(folder)
         if state.state == "done" and steps <= state.step:
@@ -95,11 +102,11 @@ class Api:
         return {"run": run, "state": "waiting"}
 
     def runs(self) -> list[Json]:
-        """Every run with its state, step and loss, those that wait or begin first, then the newest."""
+        """Every run with its state, step and loss. Waiting and starting runs come first, then the newest."""
         return [{"run": name, **asdict(state)} for name, state in self.workspace.runs_and_jobs()]
 
     def run(self, run: str) -> Json:
-        """A run's state, its config, the end of its log, what its self-check found, and the steps that have a file."""
+        """A run's state, config, last log lines and report, and the steps of its checkpoints."""
         states = dict(self.workspace.runs_and_jobs())
         if run not in states:
             raise LorakitError("{name!r} is no run", run)
@@ -117,7 +124,7 @@ class Api:
         }
 
     def captions(self, photos: str, captions: Json | None = None) -> Json:
-        """The caption of each photo in a folder by its name; first writes those that are given."""
+        """Write the given captions, then return all captions of a folder: name of the photo -> caption."""
         folder = self.workspace.roots.resolve(photos)
         paths = {photo.relative: photo.path for photo in photo_folder.scan(folder).photos}
         captions = captions or {}
@@ -131,7 +138,7 @@ class Api:
         return {photo.relative: photo.caption or "" for photo in photo_folder.scan(folder).photos}
 
     def samples(self, run: str, step: int = -1) -> Json:
-        """The steps at which a run drew pictures; with a step, its pictures as PNG in base64, with their recipes."""
+        """The steps at which a run drew pictures, and the pictures of `step` as base64 PNG with their recipes."""
         folder = RunFolder(self.workspace.run(run))
         run_folder.read(folder.path)
         pictures = []
@@ -149,7 +156,10 @@ def _json_of(file: Path) -> object:
 
 
 def _checked(method: Callable[..., object]) -> Callable[..., object]:
-    """The method, which refuses arguments of other types than it names; its result as plain JSON values."""
+    """Wrap a method so that it checks the types of its arguments and returns only JSON values.
+
+    The wrapper raises LorakitError if an argument has a wrong type.
+    """
     hints = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(method).items()}
     types = {name: typing.get_origin(hint) or hint for name, hint in hints.items()}
 

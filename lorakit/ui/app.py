@@ -1,4 +1,4 @@
-"""The front end's command, and the functions that events of the page call. `lorakit ui --help` lists the options."""
+"""The command `lorakit ui`, and the functions that the events of the page call."""
 
 from __future__ import annotations
 
@@ -129,13 +129,14 @@ def default_roots() -> list[Path]:
 
 
 def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True) -> Server:
-    """Serve the front end until it is interrupted, or, where it does not block, until the server is closed.
+    """Start the server. With `block`, serve until it is interrupted; without it, return the running server.
 
     Raises:
-        LorakitError: it cannot listen, or has no public address.
+        LorakitError: the server cannot listen at the address, or `--share` gets no public address.
     """
     t = language.Translations()
-    os.environ["GRADIO_TEMP_DIR"] = str(workspace.private("gradio"))  # Gradio's default is shared and is never deleted
+    # Gradio's default folder is shared by all users and is never deleted.
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.private("gradio"))
     server = Server(
         build(workspace, t),
         args.host,
@@ -164,7 +165,7 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
 
 
 def _guard(args: argparse.Namespace) -> list[Middleware]:
-    """Keeps out a page from elsewhere that gives its own name this machine's address (DNS rebinding), and others."""
+    """The middleware. On a loopback address it accepts only this machine's names, against DNS rebinding."""
     only_here = access.is_loopback(args.host) and not args.share
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if only_here else set()
     guard = Middleware(Guard, hosts=hosts, public=args.public, max_upload=args.max_upload << 20, embed=args.embed)
@@ -172,7 +173,7 @@ def _guard(args: argparse.Namespace) -> list[Middleware]:
 
 
 def _theme() -> gr.themes.Base:
-    """The system's own fonts: nothing is fetched."""
+    """The theme. It uses the system's fonts, so that the browser downloads none."""
     return gr.themes.Base(
         primary_hue="teal",
         neutral_hue="stone",
@@ -180,10 +181,10 @@ def _theme() -> gr.themes.Base:
         font=["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK TC", "PingFang TC", "sans-serif"],
         font_mono=["ui-monospace", "Cascadia Mono", "Menlo", "monospace"],
     ).set(
-        # Gradio's own grey is too faint to read on white (2.6 to 1; 4.5 is wanted).
+        # Gradio's grey has a contrast of 2.6 to 1 on white; text needs 4.5.
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
-        # White on its teal is 2.5 to 1, and so is that teal on white.
+        # Gradio's teal has a contrast of 2.5 to 1 with white.
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
@@ -203,8 +204,8 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
         head = f"<header class=lk-head><h1>lorakit</h1>{language.buttons()}</header>"
         widgets.html(head, js_on_load=address.SCRIPTS + language.SWITCH)
         gr.Markdown(t("app.tagline"), elem_classes="lk-tagline")
-        # Stored in the browser, so that a reload or a restart of the program keeps both. Inside a tab, the values would
-        # be read when the tab is first opened, and would overwrite the current values of the page.
+        # The browser stores both, so that a reload or a restart of the program keeps them. They are outside of the
+        # tabs, because Gradio would read them again when a tab first opens and overwrite the values on the page.
         draft = gr.BrowserState(None, storage_key="lorakit-draft", secret="lorakit")
         run_name = gr.BrowserState(None, storage_key="lorakit-run", secret="lorakit")
         viewer.build(workspace)
@@ -232,8 +233,8 @@ def build(workspace: Workspace, t: gr.I18n) -> gr.Blocks:
     return page
 
 
-# -- wiring of what several pages have a part in: each handler takes one dict, component -> value, so that the number of
-# -- options is nobody's business
+# -- events that involve several pages. Each handler takes one dict (component -> value), so that its signature does not
+# -- depend on the number of options.
 
 
 def _values(train: TrainPage, data: Values) -> list[Any]:
@@ -241,7 +242,7 @@ def _values(train: TrainPage, data: Values) -> list[Any]:
 
 
 def _wire_reuse(tools: RunTools, train: TrainPage, folder: gr.Dropdown, tabs: gr.Tabs) -> list[Callable[..., object]]:
-    """Wire what fills the form with a run's settings; what listens to its end."""
+    """Wire the events that fill the form with a run's settings. Return the listeners to the end of each."""
 
     def fill(name: str, settings: str, say: Say) -> list[object]:
         try:
@@ -268,7 +269,12 @@ def _wire_reuse(tools: RunTools, train: TrainPage, folder: gr.Dropdown, tabs: gr
 def _wire_train(
     train: TrainPage, visits: list[Any], reuses: list[Callable[..., object]], tabs: gr.Tabs, runs: RunsPage
 ) -> None:
-    """`visits` are the events that bring somebody to the page, `reuses` listen to what fills it."""
+    """Wire the events of the training page.
+
+    Args:
+        visits: events that open the page.
+        reuses: listeners to the end of the events that fill the form, see `_wire_reuse`.
+    """
 
     def answer(data: Values, request: gr.Request) -> list[Any]:
         data[train.requests].count_request()
@@ -289,14 +295,13 @@ def _wire_train(
         message, name = train.begin(_values(train, data), say, progress)
         if name is None:
             return message, gr.skip(), gr.skip(), gr.skip()
-        # The button is enabled again with the next answer or visit, so that the same run is not started twice by
+        # The button stays disabled until the next answer or visit, so that nobody starts the same run twice by
         # mistake.
         return message, name, gr.Tabs(selected="runs"), gr.update(interactive=False)
 
     every = [train.widgets[key] for key in train.keys]
     inputs = {*train.inputs, train.requests}
-    # One listener for all events: a later answer waits for an earlier one, so an earlier result cannot overwrite a
-    # later one.
+    # All events have one listener, so that a later answer waits for an earlier one and its result is shown last.
     answer_events = [widgets.answer_event(widget) for widget in every] + [train.quality.input, *visits]
     tasks = train.workspace.tasks
 
@@ -318,7 +323,7 @@ def _wire_train(
 
 
 def _wire_presets(train: TrainPage) -> None:
-    """Wire the presets of one's own."""
+    """Wire the buttons that save, import and export the user's own presets."""
     outputs = [train.preset_message, train.preset]
 
     def keep(data: Values, request: gr.Request) -> tuple[str, object]:
@@ -368,10 +373,10 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
 
     # The choices come first, because a value stored in the browser may be one of them.
     loaded = page.load(presets, None, train.preset, **FOLLOW).then(train.restore, train.draft, restored, **FOLLOW)
-    # Until then the page accepts no answers, because the answers stored in the browser would overwrite them.
+    # The page accepts no answers before this, because the stored answers would overwrite them.
     ready = loaded.then(None, js="() => { document.body.dataset.ready = 'yes'; }")
     ready.then(None, js=address.OPEN_TAB)
-    # The folder is shown, and again with what the check says.
+    # Each event shows the folder first, and shows it again with the findings when the check ends.
     edits = photos.captions.wire(photos.folder, inputs, config_of)
     shows: list[Event] = [
         (listen, show) for listen in (*_wire_folder(photos, train, inputs, config_of), *edits, tab.select, loaded.then)
@@ -379,7 +384,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
     shows += [(photos.previous.click, turn_back), (photos.next.click, turn)]
     look = polled(tasks, shows, inputs, photos.outputs)
     polled(tasks, [(look, checked)], inputs, photos.checked_outputs)
-    # Only this event writes here, so no other event clears the message of a saved or refused caption.
+    # The message about a caption has its own component, so that no other event clears it.
     photos.cards.submit(save_caption, None, photos.caption_message, **EACH)
     photos.next_page.click(lambda: gr.Tabs(selected="train"), None, tabs, **ACT)
 
@@ -434,7 +439,7 @@ def _wire_folder(
 def _wire_concepts(
     photos: PhotosPage, train: TrainPage, inputs: set[gr.components.Component]
 ) -> list[Callable[..., object]]:
-    """Wire what adds and takes away folders; what listens to the end of both."""
+    """Wire the events that add and remove folders. Return the listeners to the end of both."""
     part = photos.concepts
     more_folders, concepts = train.widgets[quickstart.MORE_FOLDERS], train.widgets[quickstart.CONCEPTS]
 
@@ -458,7 +463,7 @@ def _wire_concepts(
         concepts,
         more_folders,
         train.draft,
-    ]  # in this order: a text reports its change
+    ]  # In this order, because the change of a text triggers an event.
     added = part.add_button.click(add_folder, inputs | {part.place, part.name, part.weight}, of_part, **ACT)
     removed = part.list.select(remove_folder, inputs, of_part[3:], **ACT)
     return [added.then, removed.then]

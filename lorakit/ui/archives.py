@@ -1,4 +1,4 @@
-"""Unpack photos, captions and caption tables from a zip: no other files, into one folder, within fixed limits."""
+"""Unpack photos, captions and caption tables from a zip file into one folder, within fixed limits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lorakit.data.caption_files import TABLES
 from lorakit.data.decode import Unreadable, decode
 from lorakit.data.photo_folder import CAPTIONS, FORMATS, MASK
 
-# Maximum number of files in an archive, and maximum bytes of them unpacked. Without these limits, a small archive could
-# fill the disk.
+# Maximum number of files in an archive, and maximum total size of the unpacked files in bytes. Without these limits, a
+# small archive could fill the disk.
 MAX_FILES, MAX_BYTES = 20_000, 4 << 30
 USEFUL = (*(f".{kind}" for kind in FORMATS), *CAPTIONS, *TABLES)
 
@@ -25,13 +25,19 @@ USEFUL = (*(f".{kind}" for kind in FORMATS), *CAPTIONS, *TABLES)
 def unpack(
     file: Path, place: Path, progress: Callable[[int, int], object] = lambda count, total: None
 ) -> tuple[int, list[str]]:
-    """Unpack the usable files into `place`, a new folder, with the archive's folders. Return the number of photos, and
-    a line for each other file.
+    """Unpack the photos, captions and caption tables of a zip file into the new folder `place`.
 
-    Folders that hold everything are left out; links and hidden files are passed over.
+    The subfolders are kept, except top folders that contain all files. Links, hidden files and other kinds of files are
+    skipped.
+
+    Args:
+        progress: called with the number of unpacked files and the number of all.
+
+    Returns:
+        The number of photos, and a message for each photo that cannot be decoded.
 
     Raises:
-        Unreadable: it is no zip, is locked by a password, or is too large; nothing is left behind.
+        Unreadable: the file is no zip, has a password, or is too large. `place` is removed.
     """
     name = printable(file.name)
     try:
@@ -54,7 +60,11 @@ def unpack(
 
 
 def _entries(archive: zipfile.ZipFile, name: str) -> dict[PurePosixPath, zipfile.ZipInfo]:
-    """The files that can be used, by where they go."""
+    """The usable entries by their paths in the archive.
+
+    Raises:
+        Unreadable: they are too many or too large.
+    """
     entries = {}
     for entry in archive.infolist():
         path = PurePosixPath(entry.filename.replace("\\", "/"))
@@ -71,7 +81,7 @@ def _entries(archive: zipfile.ZipFile, name: str) -> dict[PurePosixPath, zipfile
 
 
 def _common_folders(paths: list[PurePosixPath]) -> int:
-    """How many folders above hold all of them; one as "20_sks dog" says what is in it and stays."""
+    """Number of top folders that contain all paths. A folder such as "20_sks dog" is not one: it names a concept."""
     folders = [path.parts[:-1] for path in paths]
     depth = 0
     while folders and all(len(parts) > depth and parts[depth] == folders[0][depth] for parts in folders):
@@ -83,13 +93,13 @@ def _common_folders(paths: list[PurePosixPath]) -> int:
 
 def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    # ZipFile reads no more of an entry than its header says.
+    # ZipFile reads at most the size in the entry's header.
     with archive.open(entry) as source, target.open("xb") as file:
         shutil.copyfileobj(source, file)
 
 
 def _checked(place: Path) -> tuple[int, list[str]]:
-    """Take away what cannot be decoded: the number of photos that stay, and a line for each that does not."""
+    """Delete photos that cannot be decoded. Return the number of the others, and a message for each deleted photo."""
     count, refused = 0, []
     for path in sorted(place.rglob("*")) if place.is_dir() else []:
         if path.is_file() and path.name.lower().endswith(tuple(f".{kind}" for kind in FORMATS)):

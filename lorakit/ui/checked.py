@@ -1,4 +1,4 @@
-"""The page as Gradio's Blocks, with a one-line message for each invalid request."""
+"""A subclass of Gradio's Blocks that answers each invalid request with a one-line message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.ui.guard import STATUS
 from lorakit.ui.widgets import say_for
 
 NUMBER, TEXT = (int, float), (str,)
-# Types that a browser sends for each kind of component; None is always accepted.
+# Types that the page sends for each kind of component. None is always accepted.
 TYPES: dict[type, tuple[type, ...]] = {
     gr.Textbox: TEXT,
     gr.HTML: TEXT,
@@ -28,7 +28,7 @@ TYPES: dict[type, tuple[type, ...]] = {
 
 
 def fits(component: object, value: object) -> bool:
-    """Whether a value is of a type that the component's widget sends."""
+    """Whether the value has a type that the page sends for this component."""
     types = TYPES.get(type(component))
     if value is None or types is None:
         return True
@@ -38,11 +38,11 @@ def fits(component: object, value: object) -> bool:
 
 
 class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
-    """Blocks that take a request only with values of the types that the page sends, and that send one language."""
+    """Blocks that check the types of a request's values, and send the texts of one language."""
 
     @property
     def config(self) -> dict[str, object]:
-        """The description from which the browser builds the page, with texts in the language of the request."""
+        """The description from which the browser builds the page. Its texts are in the language of the request."""
         translations = getattr(self, "i18n_instance", None)
         return {**self.__dict__["config"], "i18n_translations": translations and translations.translations_dict}
 
@@ -53,15 +53,15 @@ class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
     async def process_api(
         self, block_fn: BlockFunction | int, inputs: list[object], *args: object, **kwargs: object
     ) -> dict[str, object]:
-        """As in Gradio.
+        """See `gr.Blocks.process_api`.
 
         Raises:
-            Error: a value of another type, or anything that went wrong: one line, in the language of the request.
+            Error: a value has a wrong type, or the function failed. The message is in the language of the request.
         """
         request = kwargs.get("request")
         say = say_for(request)
         function = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
-        # Missing values have their defaults.
+        # Use a component's default for a missing value.
         inputs = [*inputs, *(getattr(component, "value", None) for component in function.inputs[len(inputs) :])]
         wrong = [
             f"{type(component).__name__} {number + 1}"
@@ -84,7 +84,7 @@ class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
 
 
 def _refusal(request: object, text: str) -> Error:
-    """The error of a request that is wrong itself."""
+    """An error for an invalid request: the guard answers it with status 422."""
     http_request = getattr(request, "request", None)
     if http_request is not None:
         http_request.scope[STATUS] = 422

@@ -1,4 +1,4 @@
-"""Commands of lorakit that a page waits for. Each runs in its own process: torch never enters the front end."""
+"""Commands of lorakit that a page waits for. Each runs in its own process: torch never runs in the front end."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.messages import KEYS, Message, from_lines, join, to_lines
 from lorakit.runs import quickstart
 
-# Timeout of a conversion in seconds; the largest adapters take a fraction of it.
+# Timeout of a conversion in seconds. The largest adapters need a fraction of it.
 PATIENCE = 600
-# app.py sets HF_HUB_OFFLINE for the front end. The user's own value, read here before that, applies to `fetch`.
+# app.py sets HF_HUB_OFFLINE to OFFLINE for the front end. `fetch` and `caption` use the user's own value, which is read
+# before that.
 OFFLINE, USERS = "1", os.environ.get("HF_HUB_OFFLINE", "0")
 
 
 @contextlib.contextmanager
 def without_proxies() -> Iterator[None]:
-    """Remove proxies from the environment while Gradio is imported, because Gradio opens a client that fails with a
-    SOCKS proxy. The commands that use the network get the variables unchanged."""
+    """Remove the proxy variables from the environment while Gradio is imported, and restore them afterwards.
+
+    At import, Gradio opens an HTTP client that fails with a SOCKS proxy.
+    """
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     for name in proxies:
         del os.environ[name]
@@ -36,10 +39,10 @@ def without_proxies() -> Iterator[None]:
 
 
 def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> list[Path]:
-    """Write an adapter in another format. Return the written files and folders.
+    """Run `lorakit export`. Return the paths of the written files and folders.
 
     Raises:
-        LorakitError: what the command complained of.
+        LorakitError: the command failed, with its message, or took longer than `PATIENCE`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["export", str(source), "--to", kind, "--output", str(folder), "--json"]
@@ -66,14 +69,15 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
 
 
 def fetch(base: str, progress: Callable[[int, int], object] = lambda count, total: None, *, vae: bool = False) -> None:
-    """Fetch a base that is on the hub into the cache, where it takes no second time; as long as that takes.
+    """Download a base from the hub into the cache, without a timeout.
 
     Args:
-        vae: it is an autoencoder.
-        progress: called each second with the MiB that came so far, and 0.
+        base: hub id.
+        progress: called each second with the downloaded MiB, and 0 because the total is unknown.
+        vae: whether the base is a VAE.
 
     Raises:
-        LorakitError: why it cannot be had.
+        LorakitError: the download failed, with its message.
     """
     before = _cache_size()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
@@ -102,14 +106,14 @@ def caption(
     progress: Callable[[int, int], object],
     begin: Callable[[subprocess.Popen[str]], object] = lambda process: None,
 ) -> dict[str, Any]:
-    """Caption photos by a model. Return the last event of `lorakit caption --json`.
+    """Run `lorakit caption --json` and return its last event.
 
     Args:
-        progress: called with the number of photos that are through, and of all.
-        begin: gets the process, which ends after the photo at work when it is terminated.
+        progress: called with the number of captioned photos and the number of all.
+        begin: called with the process. If the process is terminated, it ends after the current photo.
 
     Raises:
-        LorakitError: what the command complained of.
+        LorakitError: the command failed without a result, with its message.
     """
     result: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
@@ -139,12 +143,12 @@ def caption(
 
 
 def _cache_size() -> int:
-    """Bytes in the hub's cache, files that are being fetched included."""
+    """Bytes in the hub's cache, with unfinished downloads."""
     from huggingface_hub import constants
 
     total = 0
     for blob in Path(constants.HF_HUB_CACHE).glob("*/blobs/*"):
-        with contextlib.suppress(OSError):  # renamed just now
+        with contextlib.suppress(OSError):  # a finished download is renamed
             total += blob.stat().st_size
     return total
 

@@ -1,7 +1,7 @@
-"""From options to widgets' values and back. All of it follows from `config.options()`; no option has a name here.
+"""Convert the values of options to the values of widgets and back. The fields follow from `config.every_option()`.
 
-Options that are `local_only` have no field. Otherwise anyone who sees the page could start commands on this machine, or
-make it send requests to addresses that only it reaches.
+Options that are `local_only` have no field. Otherwise every user of the page could start commands on this machine, or
+make it send requests to addresses that only this machine can reach.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorakit.core.messages import Message
 from lorakit.runs import quickstart
 from lorakit.ui.access import Roots
 
-# Represents an empty text in a list of texts, as in `train.prior_prompts`, because empty lines are ignored.
+# The line for an empty text in a list of texts, e.g. in `train.prior_prompts`. Empty lines are ignored.
 NO_TEXT = '""'
 
 
@@ -45,11 +45,11 @@ class Field:
 
     @property
     def in_words(self) -> bool:
-        """A number that may be left out is a text field: a browser's number field has no empty."""
+        """Whether the widget of a number is a text field: a number field in a browser cannot be empty."""
         return self.optional and self.kind in ("number", "whole")
 
     def to_widget(self, value: Any) -> Any:
-        """The option's value as its widget holds it."""
+        """Convert the option's value to the widget's."""
         if self.kind == "lines":
             return value if isinstance(value, str) else "\n".join(str(line) or NO_TEXT for line in value)
         if self.kind == "table":
@@ -59,7 +59,7 @@ class Field:
         return list(value) if self.kind == "choices" else value
 
     def read(self, value: Any) -> Any:
-        """The widget's value as the option's; what does not fit is left as it is, for the config to name."""
+        """Convert the widget's value to the option's. An invalid value is returned unchanged: the config reports it."""
         if self.kind == "lines":
             lines = [line.strip() for line in str(value or "").splitlines()]
             return tuple("" if line == NO_TEXT else line for line in lines if line)
@@ -76,7 +76,7 @@ class Field:
         return value
 
     def bounds(self) -> str:
-        """Its bounds as signs that need no language: `1 … 1024`, `≥ 0`, `> 0`."""
+        """The bounds as symbols without words: `1 … 1024`, `≥ 0`, `> 0`."""
         low, high, above = self.option.low, self.option.high, self.option.above
         if above is not None:
             return f"> {above:g}"
@@ -86,7 +86,7 @@ class Field:
 
 
 def _number(text: str) -> float | str | None:
-    """A number, None for nothing, or the text itself where it is neither."""
+    """The text as a number, None if it is empty, or the text itself if it is not a number."""
     try:
         return float(text) if text else None
     except ValueError:
@@ -94,10 +94,10 @@ def _number(text: str) -> float | str | None:
 
 
 def fields() -> dict[str, Field]:
-    """Every option of every adapter method, by key, in the order of the config."""
+    """The options of all adapter methods by key, in the order of the config's sections."""
     by_key = {option.key: _field(option) for option in configuration.every_option() if not option.local_only}
     order = list(configuration.SECTIONS)
-    # The adapter's method says which other options there are.
+    # `adapter.method` is the first of its section, because the others depend on it.
     return dict(
         sorted(by_key.items(), key=lambda item: (order.index(item[1].option.section), item[0] != "adapter.method"))
     )
@@ -121,7 +121,7 @@ def _field(option: Option) -> Field:
 
 
 def values(config: Config) -> dict[str, Any]:
-    """The value of every option for its widget. An option that this method lacks has its default."""
+    """Key of each option -> its widget's value. An option of another adapter method has its default."""
     of_method = {option.key for option in configuration.options(config.adapter.method)}
     return {
         key: field.to_widget(
@@ -134,9 +134,12 @@ def values(config: Config) -> dict[str, Any]:
 
 
 def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[str, list[str]]]:
-    """The config that a filled-in form means, or None and every problem by the key of its field ("" for none).
+    """Convert the values of the form to a config.
 
-    Paths are resolved below the roots. An option of another adapter method is left out.
+    Paths are resolved below the roots. Options of other adapter methods are ignored.
+
+    Returns:
+        The config or None, and the problems by the key of their field ("" if a problem belongs to no field).
     """
     by_key = fields()
     method = answers.get("adapter.method", "lora")
@@ -162,10 +165,10 @@ def read(answers: Mapping[str, Any], roots: Roots) -> tuple[Config | None, dict[
 
 
 def refuse_local(options: Mapping[str, object]) -> None:
-    """Refuse values of options that only the command which starts the front end may set.
+    """Refuse values of `local_only` options. Only the command line of the front end may set them.
 
     Raises:
-        LorakitError: there is one.
+        LorakitError: `options` contains one.
     """
     for option in configuration.every_option():
         if option.local_only and options.get(option.key):
@@ -174,34 +177,35 @@ def refuse_local(options: Mapping[str, object]) -> None:
 
 
 def without_local(toml: str) -> str:
-    """The text of a config without secrets, for example an address with a token."""
+    """Remove the `local_only` options from the TOML text of a config, because they may contain secrets."""
     names = "|".join(option.name for option in configuration.every_option() if option.local_only)
     return re.sub(rf"^({names}) = .+\n", "", toml, flags=re.MULTILINE)
 
 
 def _resolve(key: str, value: object, roots: Roots) -> object:
-    """A path, or each path of a table, below the roots; what is neither is left for the config to name."""
+    """Resolve a path, or each path of a table, below the roots. Other values are returned unchanged."""
     if isinstance(value, dict):
         return {name: _resolve(key, item, roots) for name, item in value.items()}
     return resolve_path(key, value, roots) if isinstance(value, str) and value.strip() else value
 
 
 def table_of(key: str, text: str) -> dict[str, str]:
-    """The table that a widget's text means; none where it means no table of texts."""
+    """Convert the widget's text to a table. Values that are not texts are dropped."""
     table = fields()[key].read(text)
     return {k: v for k, v in table.items() if isinstance(v, str)} if isinstance(table, dict) else {}
 
 
 def table_text(table: Mapping[str, str]) -> str:
-    """A table as its widget holds it."""
+    """Convert a table to the widget's text."""
     return configuration.toml_value(table) if table else ""
 
 
 def resolve_path(key: str, text: str, roots: Roots) -> str:
-    """The path below the roots that somebody typed; a base's hub id as it is, unless a file there has that name.
+    """Resolve a typed path below the roots. The hub id of a base or a VAE is returned unchanged, unless such a path
+    exists.
 
     Raises:
-        LorakitError: it is outside of the roots.
+        LorakitError: the path is outside of the roots.
     """
     path = roots.resolve(text)
     return (
@@ -212,12 +216,12 @@ def resolve_path(key: str, text: str, roots: Roots) -> str:
 
 
 def field_of(problem: str, by_key: Mapping[str, Any]) -> str:
-    """The key of the option that a message speaks of first, or ""."""
+    """The first key of an option in a message, or ""."""
     return next((key for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", problem) if key in by_key), "")
 
 
 def changed(current: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (the preset's value, the form's) where they differ."""
+    """Key -> (the preset's value, the form's value) for each option with different values."""
     by_key = fields()
     return {
         key: (preset[key], current[key])

@@ -1,5 +1,4 @@
-"""Checks of every request before a page sees it: the host name, the origin, the upload size, and the number of wrong
-passwords."""
+"""Check the host name, the origin, the upload size and the number of wrong passwords of every request."""
 
 from __future__ import annotations
 
@@ -16,11 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorakit.core import messages
 from lorakit.ui import texts
 
-# Key in a request's scope for the status to send where Gradio would answer 500.
+# Key in a request's scope for the HTTP status to send instead of Gradio's 500.
 STATUS = "lorakit.status"
-# Number of wrong passwords from one address before it must wait, and the longest wait in seconds.
+# Number of wrong passwords from one address after which it must wait, and the longest wait in seconds.
 FREE_TRIES, LONGEST = 5, 300.0
-# Uploads of one request, as a multiple of the largest file.
+# Largest size of one upload request, as a multiple of the largest file.
 FILES = 20
 SAFE = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
@@ -32,27 +31,27 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI middleware.
+    """An ASGI middleware that refuses invalid requests and sets the security headers.
 
     Args:
-        hosts: the names that the front end may be reached by; none: any, as it asks for a password.
-        public: its address behind a reverse proxy, or "".
+        hosts: accepted names in the Host header. If empty, all are accepted, because a password is required then.
+        public: URL of the front end behind a reverse proxy, or "".
         max_upload: largest file, in bytes.
-        embed: the one other origin whose pages may frame the front end, or "".
+        embed: another origin whose pages may show the front end in a frame, or "".
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], public: str, max_upload: int, embed: str = ""):
         self.app, self.hosts, self.max_bytes = app, {host.lower() for host in hosts}, FILES * max_upload
         self.public = urlsplit(public).netloc.lower()
         self.headers = dict(HEADERS)
-        if embed:  # X-Frame-Options knows no other origin; where it is absent the policy alone counts
+        if embed:  # X-Frame-Options cannot name another origin; without it, only the content policy applies
             self.headers["Content-Security-Policy"] += f" {embed}"
             del self.headers["X-Frame-Options"]
-        # address -> (wrong passwords, when the next try is taken)
+        # Client's address -> (number of wrong passwords, monotonic time of the next accepted try).
         self.tries: dict[str, tuple[int, float]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse the request, or pass it on."""
+        """Refuse the request, or pass it to the app."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -62,7 +61,7 @@ class Guard:
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if message["status"] == 500:  # all that Gradio knows
+                if message["status"] == 500:  # Gradio's status for every error
                     message["status"] = scope.get(STATUS, 500)
                 MutableHeaders(scope=message).update(self.headers)
                 if is_login:
@@ -77,7 +76,7 @@ class Guard:
         await self.app(scope, receive, send_marked)
 
     def _refusal(self, scope: Scope, headers: Headers, login_from: str) -> tuple[int, str] | None:
-        """Code and reason, or None."""
+        """The HTTP status and the reason of a refusal, or None."""
         host = headers.get("host", "").lower()
         if self.hosts and host != self.public and _name(host) not in self.hosts:
             return 400, messages.Message(
@@ -105,7 +104,7 @@ class Guard:
         return None
 
     def _count(self, client: str, status: int) -> None:
-        """A wrong password makes the next ones wait, a right one does not."""
+        """Count wrong passwords and set the wait before the next try. A right password resets the count."""
         if status != 400:
             self.tries.pop(client, None)
             return
@@ -120,5 +119,5 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """The name of a Host header without its port; `[::1]` keeps its brackets."""
+    """The Host header without its port. An IPv6 address such as `[::1]` keeps its brackets."""
     return host if host.endswith("]") else host.rpartition(":")[0] or host

@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorakit.ui import texts
 
 COOKIE = "lorakit-language"
-# Language of the current request.
+# Language of the current request, set by the middleware.
 REQUEST_LANGUAGE = ContextVar("REQUEST_LANGUAGE", default="en")
-# Gradio reads its translations by the browser's language when its script begins.
+# When Gradio's script starts, it chooses its translations by `navigator.language`.
 SCRIPT = '<script>Object.defineProperty(navigator, "language", {{value: "{0}"}});</script>'
 SWITCH = (
     "element.querySelector(`[lang=\"${navigator.language}\"]`)?.setAttribute('aria-current', 'true');"
@@ -26,7 +26,7 @@ SWITCH = (
 
 
 class Translations(gr.I18n):  # type: ignore[misc]  # Gradio has no types
-    """The texts of the page for Gradio, only in the requested language."""
+    """The texts of the page as Gradio's translations, only in the language of the request."""
 
     @property
     def translations_dict(self) -> dict[str, dict[str, str]]:
@@ -36,7 +36,7 @@ class Translations(gr.I18n):  # type: ignore[misc]  # Gradio has no types
 
 
 def buttons() -> str:
-    """A button for each language, which `SWITCH` listens to."""
+    """HTML with a button for each language. The script `SWITCH` handles their clicks."""
     every = [texts.source(language).about for language in texts.LANGUAGES]
     choices = "".join(
         f'<button type=button data-language="{one.locale}" lang="{one.locale}">{escape(one.name)}</button>'
@@ -46,13 +46,13 @@ def buttons() -> str:
 
 
 class Language:
-    """An ASGI middleware: puts the choice into the request's headers, and the language into the page."""
+    """An ASGI middleware that writes the user's language into the request's headers and into the page."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
+        """Pass the request to the app with its language, and add the script to a page that it returns."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -81,7 +81,12 @@ class Language:
 
 
 async def _send_page(messages: list[Message], name: str, send: Send) -> None:
-    """Send a page with the script in its head."""
+    """Send an HTML page after adding `SCRIPT` and the language.
+
+    Args:
+        messages: ASGI messages of the response.
+        name: locale, e.g. "zh-Hant".
+    """
     start, *parts = messages
     body = b"".join(part.get("body", b"") for part in parts)
     body = body.replace(b"<head>", b"<head>" + SCRIPT.format(name).encode(), 1)

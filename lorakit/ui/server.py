@@ -1,5 +1,8 @@
-"""The server of the front end: its socket, its thread and its end. It starts without a request to its own address, so
-neither a proxy of the environment nor a busy machine keeps it from starting, as they do with Gradio's `launch`."""
+"""The HTTP server of the front end.
+
+Gradio's `launch` sends a request to its own address, which fails with a proxy or on a busy machine. This server sends
+none.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,21 @@ from lorakit.core.errors import LorakitError
 from lorakit.runs import run_folder
 
 FIRST_PORT, PORTS = 7860, 100
-# Seconds that open connections are given at the end.
+# Seconds that open connections have to finish when the server stops.
 GRACE = 1
 IN_USE = (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE))
 
 
 class Server(uvicorn.Server):
-    """Serves one page from a separate thread, at `address`."""
+    """Serves one page at `address` in a separate thread."""
 
     def __init__(
         self, page: gr.Blocks, host: str, port: int | None, middleware: Sequence[Middleware] = (), **options: object
     ):
-        """`options` are those of `gradio.mount_gradio_app`.
+        """Open the socket. `options` are passed to `gradio.mount_gradio_app`.
 
         Raises:
-            LorakitError: nothing can listen there.
+            LorakitError: see `listen`.
         """
         self.socket = listen(host, port)
         self.port: int = self.socket.getsockname()[1]
@@ -51,10 +54,10 @@ class Server(uvicorn.Server):
         self.thread = threading.Thread(target=self.run, args=([self.socket],), name="server", daemon=True)
 
     def start(self) -> None:
-        """Return once it serves, however long that takes.
+        """Start the thread and return when the server accepts requests. There is no timeout.
 
         Raises:
-            LorakitError: it ended before it served.
+            LorakitError: the server ended before that.
         """
         self.thread.start()
         while not self.started:
@@ -62,12 +65,12 @@ class Server(uvicorn.Server):
                 self.close()
                 raise LorakitError("the server at {address} ended before it could serve", self.address)
             time.sleep(0.01)
-        with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
+        with contextlib.suppress(OSError, ValueError):  # stdout is closed
             print(f"* Running on local URL:  {self.address}", flush=True)
 
     def wait(self, parent: int = 0) -> None:
-        """Serve until Ctrl-C, a request to end, or the end of the process `parent`, if one is named."""
-        with contextlib.suppress(ValueError):  # not the main thread
+        """Serve until SIGINT (Ctrl-C), SIGTERM, or the end of the process `parent` unless 0."""
+        with contextlib.suppress(ValueError):  # raised outside the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         begin = _start_of(parent)
         try:
@@ -77,19 +80,23 @@ class Server(uvicorn.Server):
             self.close()
 
     def close(self) -> None:
-        """Stop serving. The page is closed when this returns."""
+        """Stop the server and close its socket."""
         self.should_exit = True
         if self.thread.is_alive():
             self.thread.join(5 * GRACE)
         self.socket.close()
 
     def share(self, host: str) -> None:
-        """Offer it at a public address of Gradio's, as long as it lives."""
+        """Open a public address through Gradio's tunnel. It works as long as this process runs.
+
+        Raises:
+            LorakitError: the tunnel cannot be opened.
+        """
         try:
             public = networking.setup_tunnel(host, self.port, secrets.token_urlsafe(32), None, None)
         except Exception as error:
             raise LorakitError("no public address: {problem}; check the network, or leave out --share", error) from None
-        with contextlib.suppress(OSError, ValueError):  # nobody reads the terminal
+        with contextlib.suppress(OSError, ValueError):  # stdout is closed
             print(f"* Running on public URL: {public}", flush=True)
 
     def open_browser(self) -> None:
@@ -98,7 +105,7 @@ class Server(uvicorn.Server):
 
 
 def _start_of(pid: int) -> float:
-    """When a process began, seconds since the epoch; 0 where there is none."""
+    """Start time of a process in seconds since the epoch, or 0 if there is no such process."""
     try:
         return psutil.Process(pid).create_time() if pid else 0.0
     except psutil.Error:
@@ -106,10 +113,10 @@ def _start_of(pid: int) -> float:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens on the port, or on the first free one.
+    """Open a socket that listens on the port, or on the first free one from `FIRST_PORT` if `port` is None.
 
     Raises:
-        LorakitError: the port is taken, or the address is none of this machine's.
+        LorakitError: the port is invalid, taken or reserved, or the address does not belong to this machine.
     """
     if port and not 0 < port < 2**16:
         raise LorakitError("--port {port}: must be between 1 and 65535", port)

@@ -1,5 +1,7 @@
-"""Events that take longer than a request may: each returns at once, and the page asks how far it is. Between a browser
-and this program there may be a proxy that closes a silent request after some seconds."""
+"""Run long events in threads. The request returns at once, and the page polls for the progress and the result.
+
+A proxy between the browser and this program may close a request after some seconds without data.
+"""
 
 from __future__ import annotations
 
@@ -20,31 +22,31 @@ from lorakit.ui import widgets
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import FOLLOW, say_for
 
-# Seconds that a request waits for its work, seconds between polls, maximum number of running tasks, and number of
-# remembered tasks.
+# Seconds that a request waits for its task, seconds between polls, maximum number of running tasks, and maximum number
+# of stored tasks.
 PATIENCE, EVERY, WORKERS, MAX_TASKS = 0.7, 1.0, 8, 50
 Progress = Callable[[int, int], object]
 # Values of an event: component -> value.
 Values = dict[Any, Any]
 # Arguments: component -> value, the texts, the progress callback. Result: the values of the outputs.
 Work = Callable[[Values, Say, Progress], Sequence[Any]]
-# The listener and its work.
+# A listener of Gradio, such as `button.click`, and the work to do on its event.
 Event = tuple[Callable[..., Any], Work]
 
 
 class Task:
-    """Work in a thread, with its progress."""
+    """Work that runs in a thread, and its progress."""
 
     def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Progress], Sequence[Any]]):
         self.count, self.total, self.begin = 0, 0, time.monotonic()
         self.future: Future[Sequence[Any]] = pool.submit(work, self.progress)
 
     def progress(self, count: int, total: int) -> None:
-        """So much is done, of so much (0: nobody knows)."""
+        """Set the progress. `total` is 0 if it is unknown."""
         self.count, self.total = count, total
 
     def line(self, say: Say) -> str:
-        """How far it is, for the person."""
+        """The progress as HTML."""
         seconds = widgets.duration(time.monotonic() - self.begin, say)
         if not self.count:
             return widgets.quiet(say("task.working", time=seconds))
@@ -54,7 +56,7 @@ class Task:
 
 
 class Tasks:
-    """The tasks of a front end by number. Several threads may use it."""
+    """The tasks of a front end by number. Thread-safe."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="task")
@@ -62,7 +64,7 @@ class Tasks:
         self._numbers, self._lock = itertools.count(1), threading.Lock()
 
     def start(self, work: Callable[[Progress], Sequence[Any]]) -> int:
-        """Begin a task. Return its number."""
+        """Start a task and return its number. The oldest tasks are dropped if there are more than `MAX_TASKS`."""
         task = Task(self._pool, work)
         with self._lock:
             number = next(self._numbers)
@@ -72,7 +74,11 @@ class Tasks:
         return number
 
     def look(self, number: int, say: Say) -> tuple[Sequence[Any] | None, str, bool]:
-        """The result or None, the progress or an error message, and whether to poll again."""
+        """Wait up to `PATIENCE` seconds for a task.
+
+        Returns:
+            The result or None, the progress or an error message as HTML, and whether to poll again.
+        """
         task = self._tasks.get(number)
         if task is None:
             return None, widgets.problem(say("task.lost")), False
@@ -89,7 +95,7 @@ class Tasks:
 
 @dataclass
 class Ticket:
-    """The task that a page waits for, and the last whose result it got."""
+    """The number of the task that a page waits for, and of the last task whose result the page has received."""
 
     number: int = 0
     last: int = 0
@@ -102,17 +108,21 @@ def polled(
     outputs: Sequence[Any],
     **more: Any,
 ) -> Callable[..., Any]:
-    """On each event do its work in a thread, and show how far it is in the first output, which is HTML. An event that
-    comes while another of them is under way takes its place.
+    """On each event, do its work in a thread and show the progress in the first output, which is an HTML component.
+
+    If an event arrives during the work of an earlier one, only the later result is shown.
 
     Args:
-        events: what listens, and the work.
-        more: how the events are sent, where it is not as `FOLLOW` says.
+        events: listeners with their work.
+        inputs: components whose values the work gets.
+        outputs: components that show the result.
+        more: options of the events that override `FOLLOW`.
 
     Returns:
-        Listens for the end of the work.
+        A listener to the end of the work.
     """
-    # A state's change is not reported to a plain request; that of HTML is, and a comment takes no room on the page.
+    # Without Gradio's queue, the change of a State triggers no event. The change of an HTML component does, so the end
+    # is a comment in `ends`, which is invisible.
     ticket, ends, timer = gr.State(Ticket()), widgets.html(), gr.Timer(EVERY, active=False)
     everything = [*outputs, ends, timer]
 
@@ -131,7 +141,7 @@ def polled(
         number = holder.number
         result, line, more = tasks.look(number, say)
         if number != holder.number or number == holder.last != 0:
-            return [gr.skip()] * len(everything)  # something newer is under way, or another look brought it
+            return [gr.skip()] * len(everything)  # a newer task runs, or an earlier poll has returned this result
         if result is None:
             return [line, *[gr.skip()] * len(outputs), gr.Timer(active=more)]
         holder.last = number

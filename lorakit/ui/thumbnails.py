@@ -1,4 +1,4 @@
-"""Thumbnails for the browser, made once and cached in memory. The photos themselves are never sent."""
+"""Thumbnails of photos for the browser, cached in memory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from lorakit.data.decode import Unreadable, decode, measure, painted_mask
 from lorakit.data.photo_folder import Photo
 
 SIDE = 256
-# About 15 KiB each.
+# Number of cached thumbnails, of about 15 KiB each.
 MAX_THUMBNAILS = 4000
 QUALITY = 80
-# How dark a photo is where its painted mask leaves it out.
+# Share of black that is blended over the parts of a photo outside its painted mask.
 UNLEARNED = 0.75
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture as a `data:` address, or what keeps it from being read. `size` is the photo's own, upright."""
+    """A thumbnail as a `data:` URL, or the reason why the photo cannot be read.
+
+    Attributes:
+        size: (width, height) of the photo in pixels, after its rotation.
+    """
 
     address: str = ""
     problem: str = ""
@@ -36,7 +40,7 @@ class Thumbnail:
 
 
 class Thumbnails:
-    """Makes and keeps thumbnails; safe to use from several threads."""
+    """Creates and caches thumbnails. Thread-safe."""
 
     def __init__(self, workers: int = 4):
         self._cache: OrderedDict[tuple[Path, int, int, int, PhotoEdit], Thumbnail] = OrderedDict()
@@ -44,7 +48,7 @@ class Thumbnails:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="thumbnail")
 
     def get(self, path: Path, side: int = SIDE, edit: PhotoEdit = NO_EDIT) -> Thumbnail:
-        """The thumbnail of a file as it is now; longest side `side` pixels."""
+        """The thumbnail of a photo's current file. Its longer side has `side` pixels."""
         try:
             status = path.stat()
         except OSError as error:
@@ -64,7 +68,11 @@ class Thumbnails:
     def several(
         self, photos: Sequence[Photo], progress: Callable[[int, int], object] = lambda count, total: None
     ) -> list[Thumbnail]:
-        """Several at once; decoding leaves Python's lock, so it runs on every core."""
+        """The thumbnails of several photos, created in parallel: decoding releases Python's global lock.
+
+        Args:
+            progress: called with the number of created thumbnails and the number of all.
+        """
         thumbnails = []
         for thumbnail in self._pool.map(lambda photo: self.get(photo.path, edit=photo.edit), photos):
             thumbnails.append(thumbnail)
@@ -80,14 +88,14 @@ def _make(path: Path, side: int, edit: PhotoEdit) -> Thumbnail:
     except Unreadable as problem:
         return Thumbnail(problem=problem.reason)
     image = image_grid.thumbnail(photo.image, side)
-    if edit.strokes:  # what is not learned is dark
+    if edit.strokes:  # darken the parts that are not trained
         mask = Image.fromarray(painted_mask(edit, measure(raw, path.name))).resize(image.size)
         image = Image.composite(image, Image.blend(image, Image.new("RGB", image.size), UNLEARNED), mask)
     return Thumbnail(address(image), size=size)
 
 
 def address(image: Image.Image) -> str:
-    """A picture as a `data:` address, which needs no second request and no path that a browser could ask for."""
+    """Encode a picture as a `data:` URL, so that the browser needs no second request and no file path."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,5 +1,7 @@
-"""Take uploaded photos and captions into a folder of their own. A browser sends names without folders, so a caption
-goes only to a photo that it can belong to alone."""
+"""Move uploaded photos and captions into one folder.
+
+A browser sends file names without folders. A caption is accepted only if exactly one photo has its name.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,12 @@ class Upload:
 def take_in(
     files: Sequence[Path], place: Path, progress: Callable[[int, int], object] = lambda count, total: None
 ) -> Upload:
-    """Move the usable ones of `files` into `place`, which is created for the first. No file is replaced.
+    """Move the usable files into the folder `place`, which is created if needed. No existing file is replaced.
 
-    Each archive gets a subfolder, unless it is the only file.
+    Each archive is unpacked into its own subfolder, unless it is the only file and `place` is new.
 
     Args:
-        progress: called with the number of files that were looked at, and of all.
+        progress: called with the number of examined files and the number of all.
     """
     result = Upload()
     groups: dict[str, list[Path]] = {}
@@ -89,12 +91,12 @@ def take_in(
 
 
 def _name(file: Path) -> str:
-    """Its name, not hidden."""
+    """The file's name without leading dots, which would hide it."""
     return file.name.lstrip(".") or "photo"
 
 
 def _stem(file: Path) -> str:
-    """The name that a photo, its caption (`photo.txt`, `photo.jpg.txt`) and its mask have in common."""
+    """The part of the name that a photo, its caption (`photo.txt`, `photo.jpg.txt`) and its mask share."""
     stem = Path(Path(_name(file)).stem)
     return stem.stem if stem.suffix.lower() == ".mask" or stem.suffix.lower()[1:] in FORMATS else str(stem)
 
@@ -104,7 +106,7 @@ def _is_caption(file: Path) -> bool:
 
 
 def _is_missing_in(place: Path, caption: Path) -> bool:
-    """Whether the folder has one photo of the caption's name, and no caption of it."""
+    """Whether the folder has exactly one photo with the caption's name, and no caption for it."""
     there = [file for file in place.iterdir() if _stem(file) == _stem(caption)] if place.is_dir() else []
     photos = [file for file in there if not file.name.lower().endswith(MASK)]
     return len(photos) == 1 and not _is_caption(photos[0])
@@ -115,7 +117,7 @@ def _is_table(file: Path) -> bool:
 
 
 def _distinct(files: Sequence[Path]) -> list[Path]:
-    """Without those of the same name and content."""
+    """The files without duplicates of the same name and content."""
     distinct: list[Path] = []
     for file in files:
         if not any(_name(one) == _name(file) and filecmp.cmp(one, file, shallow=False) for one in distinct):
@@ -124,13 +126,13 @@ def _distinct(files: Sequence[Path]) -> list[Path]:
 
 
 def _twin(files: Sequence[Path]) -> str:
-    """A name that several of them have, or ""."""
+    """A name that several files share, or ""."""
     names = [_name(file).casefold() for file in files]
     return next((_name(file) for file in files if names.count(_name(file).casefold()) > 1), "")
 
 
 def _unused(place: Path, stem: str) -> str:
-    """The stem, numbered where a file in the folder has it."""
+    """The stem, with a number appended if a file in the folder has this stem."""
     stems = {_stem(file).casefold() for file in place.iterdir()} if place.is_dir() else set()
     number, name = 1, stem
     while name.casefold() in stems:

@@ -1,4 +1,4 @@
-"""Small pieces of HTML, and the widget that belongs to an option."""
+"""Small pieces of HTML, and the widget of an option."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lorakit.ui import texts
 from lorakit.ui.form import Field
 from lorakit.ui.texts import Say
 
-# How events are sent: each is one plain request with one answer. Gradio's own queue answers over streams that it opens
-# and closes. An event that is sent while a stream closes can be lost, and a page that polls its run every second
-# eventually loses one. While an event of a kind is running, a second event of this kind waits for it and is sent with
-# the page's newest values (FOLLOW), is dropped, as for a second press of a button (ACT), or is sent too (EACH). None of
-# these events is for other programs; api.py has the endpoints for them.
+# Options of Gradio's events. Each event is one plain request with one answer. Gradio's own queue answers over streams
+# that it opens and closes, and an event can be lost while a stream closes. A page that polls its run every second
+# eventually loses one. A second event during the first one waits and is sent with the page's newest values (FOLLOW), is
+# dropped, as for a second click (ACT), or is sent at once (EACH). These events are private; api.py has the endpoints
+# for other programs.
 FOLLOW: dict[str, Any] = {
     "queue": False,
     "show_progress": "hidden",
@@ -29,55 +29,57 @@ EACH: dict[str, Any] = FOLLOW | {"trigger_mode": "multiple"}
 
 
 def clear_at(event: Callable[..., object], place: gr.HTML) -> None:
-    """Empty a place when something happens, in the browser at once: an answer of the server could take away what a
-    later event wrote there meanwhile."""
+    """Empty an HTML component on an event, in the browser and at once.
+
+    If the server did it, its answer could arrive late and clear the text of a later event.
+    """
     event(None, None, place, js="() => ''", **FOLLOW)
 
 
 class RequestCounter:
-    """Counts the requests of a browser, so that a slow answer knows whether a newer request exists."""
+    """Counts the requests of a browser, so that a slow answer can be dropped after a newer request."""
 
     def __init__(self) -> None:
         self.number = 0
 
     def count_request(self) -> None:
-        """Count a new request, which makes older ones obsolete."""
+        """Count a new request."""
         self.number += 1
 
 
 def say_for(request: gr.Request | None) -> Say:
-    """The texts in the language of whoever asks."""
+    """The texts in the language of the request."""
     accepted = request.headers.get("accept-language", "") if request is not None else ""
     return texts.sayer(texts.language_of(accepted))
 
 
 def html(value: str = "", *, elem_id: str | None = None, js_on_load: str | None = None) -> gr.HTML:
-    """A place for HTML of ours, under no style but ours."""
+    """An HTML component without Gradio's CSS."""
     return gr.HTML(value, elem_id=elem_id, js_on_load=js_on_load, apply_default_css=False)
 
 
 def quiet(text: str) -> str:
-    """A line in a low voice."""
+    """A paragraph in a subdued style."""
     return f"<p class=lk-quiet>{escape(text)}</p>"
 
 
 def problem(text: str) -> str:
-    """A line that says what is wrong; screen readers read it at once."""
+    """A paragraph with an error message. Screen readers read it at once."""
     return f"<p class=lk-problem role=alert>{escape(text)}</p>"
 
 
 def good(text: str) -> str:
-    """A line that says that something was done."""
+    """A paragraph with a message of success. Screen readers read it when they are idle."""
     return f"<p class=lk-good role=status>✓ {escape(text)}</p>"
 
 
 def badge(state: str, say: Say) -> str:
-    """The state of a run as a word on a coloured ground."""
+    """The state of a run as a word on a coloured background."""
     return f'<span class="lk-badge lk-is-{state}">{escape(say(f"state.{state}"))}</span>'
 
 
 def facts(pairs: list[tuple[str, str, str]]) -> str:
-    """Name, value and remark of several numbers, side by side."""
+    """A list of facts side by side. Each is (name, value, remark); one with an empty value is left out."""
     items = []
     for name, value, remark in pairs:
         small = f"<small>{escape(remark)}</small>" if remark else ""
@@ -87,7 +89,7 @@ def facts(pairs: list[tuple[str, str, str]]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of texts."""
+    """An HTML table of texts."""
     top = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -96,14 +98,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def memory(size: float, say: Say) -> str:
-    """Bytes for people."""
+    """A number of bytes in MiB or GiB, as text."""
     if size >= 1e3 * 2**20:
         return say("unit.gib", value=f"{size / 2**30:.1f}")
     return say("unit.mib", value=f"{size / 2**20:.0f}")
 
 
 def duration(seconds: float, say: Say) -> str:
-    """Seconds for people."""
+    """A number of seconds in seconds, minutes or hours, as text."""
     if seconds < 100:
         return say("unit.seconds", value=round(seconds))
     if seconds < 6000:
@@ -112,12 +114,18 @@ def duration(seconds: float, say: Say) -> str:
 
 
 def ago(moment: float, say: Say) -> str:
-    """How long ago that was."""
+    """The time since `moment`, in seconds since the epoch, as text."""
     return duration(max(0.0, time.time() - moment), say)
 
 
 def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
-    """The widget for an option. Bounds are in its help, and are judged by the config alone."""
+    """The widget of an option. Its help shows the bounds, but only the config checks them.
+
+    Args:
+        field: the option.
+        value: the option's value.
+        more: arguments of the Gradio component that override the defaults.
+    """
     common = {
         "label": t(f"option.{field.key}"),
         "info": t(f"help.{field.key}"),
@@ -146,8 +154,11 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
 
 
 def answer_event(component: Any) -> Any:
-    """The event of a widget that somebody changed. A text field's `input` comes with a key that prints and with nothing
-    else: not with what is pasted, deleted, or written by an input method, as Chinese is."""
+    """The event that a change of a widget triggers.
+
+    For a text field it is `change`, because Gradio triggers `input` only for keys that print a character. Pasting,
+    deleting and input methods, e.g. for Chinese, do not trigger `input`.
+    """
     return component.change if isinstance(component, gr.Textbox) else component.input
 
 

@@ -32,27 +32,27 @@ from lorakit.ui.tasks import Progress, Tasks
 from lorakit.ui.thumbnails import Thumbnails
 from lorakit.ui.uploads import Upload
 
-# Folder of the runs that somebody put aside.
+# Folder of the runs that the user has put aside.
 TRASH = ".trash"
-# Number of cached reports; each is small.
+# Number of cached reports. Each is small.
 MAX_REPORTS = 20
-# Seconds in which a file is linked.
+# Seconds that `staged_soon` waits. A hard link takes less; a copy of a large file takes more.
 LINK_SECONDS = 0.3
-# Base models that are suggested.
+# Largest number of suggested base models.
 MAX_BASES = 500
 
 
 class Workspace:
-    """The workspace of a front end; safe to use from several threads.
+    """The workspace of a front end. Thread-safe.
 
     Args:
-        runs: parent folder of the run folders; it is created if missing, and is always readable.
-        roots: other folders that may be read.
-        base_folders: folders of base models, which may be read too.
-        notify: `output.notify` of the runs that are started here.
+        runs: parent folder of the run folders. It is created if missing, and the front end may always read it.
+        roots: other folders that the front end may read.
+        base_folders: folders of base models. The front end may read them too.
+        notify: `output.notify` of the runs that the front end starts.
 
     Raises:
-        LorakitError: notifications cannot be sent in this way.
+        LorakitError: `notify` is invalid.
     """
 
     def __init__(self, runs: Path, roots: Sequence[Path], base_folders: Sequence[Path] = (), notify: str = ""):
@@ -66,8 +66,7 @@ class Workspace:
         self.queue = Queue(self.runs)
         self.thumbnails = Thumbnails()
         self.cards = nvidia.Monitor()
-        # Cached measurements of each photo, so that a changed word in the form does not decode five hundred photos
-        # again.
+        # Cached measurements of each photo, so that a changed option does not decode all photos again.
         self._measurements: checks.MeasurementCache = {}
         self._reports: OrderedDict[Any, tuple[Future[checks.Report], list[Progress]]] = OrderedDict()
         self.tasks = Tasks()
@@ -76,34 +75,37 @@ class Workspace:
         self._copy_pool = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._staging = Path(tempfile.mkdtemp(prefix="lorakit-"))
         weakref.finalize(self, shutil.rmtree, self._staging, ignore_errors=True)
-        # One at a time: a check uses every core already.
+        # One worker, because a check uses all cores.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="check")
 
     def bases(self) -> list[Path]:
-        """Possible base models in the folders of bases: single files, and folders in diffusers layout."""
+        """Possible base models in `base_folders`: single files, and folders in diffusers layout."""
         files = [path for folder in self.base_folders for path in folder.glob("**/*.safetensors")]
         folders = {path.parent for folder in self.base_folders for path in folder.glob("**/model_index.json")}
         single = [path for path in files if folders.isdisjoint(path.parents) and ".vae" not in path.name]
         return sorted([*single, *folders])[:MAX_BASES]
 
     def adapters(self) -> list[Path]:
-        """Adapters of all runs, newest first, without whole models."""
+        """The adapter files of all runs, newest first. Whole models are left out."""
         files = [path for path in self.runs.glob("*/*.safetensors") if is_adapter(path)]
         return sorted(files, key=lambda path: -path.stat().st_mtime)
 
     def photos(self, folder: str, data: DataConfig | None = None) -> list[Photo]:
-        """All photos that a page shows, those that are left out too; with the edits and other folders of a config.
+        """All photos of a folder and of `data.more_folders`, with the edits of `data`. Excluded photos are included.
 
         Raises:
-            LorakitError: a folder is outside of the roots, or as `photo_folder.scan`.
+            LorakitError: a folder is outside of the roots, or `photo_folder.scan` raises it.
         """
         place, data = self.roots.resolve(folder), data or DataConfig()
         more = {name: str(self.roots.resolve(path)) for name, path in data.more_folders.items()}
         return photo_folder.scan(place, more_folders=more, edits=data.edits).photos
 
     def report(self, config: Config, progress: Progress | None = None) -> Future[checks.Report]:
-        """The report of `lorakit check` on the config's photos. The photos are read once for several calls, unless a
-        file changed. A call during a running check gets its progress too."""
+        """The report of `lorakit check` on the config's photos, from a thread.
+
+        The report is cached until a file or an option changes. A call during a running check shares this check and its
+        progress.
+        """
         info = families.describe(config.model)
         folders = [Path(folder) for folder in (config.data.folder, *config.data.more_folders.values())]
         key = (config.data, config.model, info.path, info.downscale, *map(_fingerprint, folders))
@@ -127,13 +129,13 @@ class Workspace:
         return self._pool.submit(checks.check, config.data, info, cache=self._measurements, progress=progress), watchers
 
     def train(self, config: Config) -> Job:
-        """Put a run into the queue, and see that it is worked off."""
+        """Add a run to the queue, and start the process of the queue if necessary."""
         job = self.queue.train(replace(config, output=replace(config.output, notify=self.notify)))
         self.queue.start()
         return job
 
     def preflight(self, config: Config, progress: Progress | None = None) -> Preflight:
-        """The preflight of a run that the queue would start. The call waits until the photos are checked."""
+        """The preflight of a run that the queue would start. Waits until the photos are checked."""
         folder = str(self.queue.new_folder(config))
         result = preflight(
             replace(config, output=replace(config.output, folder=folder)),
@@ -144,12 +146,14 @@ class Workspace:
     def take_in(
         self, files: Sequence[Path], folder: str = "", progress: Progress = lambda count, total: None
     ) -> tuple[Path | None, Upload]:
-        """Move uploaded photos that can be decoded into a folder: that folder (None if nothing could be used), and what
-        came of each file.
+        """Move the usable uploaded files into a folder, see `uploads.take_in`.
 
         Args:
-            folder: the folder on the page. If it is an earlier upload, the photos are added to it; else they get a new
-                one.
+            folder: the folder on the page. If it is an earlier upload, the files are added to it. Otherwise they get a
+                new folder.
+
+        Returns:
+            The folder, or None if no file is usable, and the result of the upload.
         """
         is_upload = bool(folder) and Path(folder).resolve().parent == self.runs / "uploads" and Path(folder).is_dir()
         place = Path(folder).resolve() if is_upload else self.unused("uploads")
@@ -157,13 +161,13 @@ class Workspace:
         return place if place.is_dir() else None, upload
 
     def save_caption(self, photo: Path, text: str) -> Path:
-        """Write a photo's caption beside it, as `name.txt`, which goes before every other source. A photo that is a
-        link gets it beside the link.
+        """Write a photo's caption into the file `name.txt` beside it, and return the file's path.
 
-        A text that was there before stays beside it, as `name.txt.bak`, `name.txt.2.bak` and so on.
+        `name.txt` has priority over all other sources of captions. For a photo that is a link, the file is beside the
+        link. An older text is copied to `name.txt.bak`, `name.txt.2.bak` and so on.
 
         Raises:
-            LorakitError: there is no such photo below the roots, or the folder cannot be written to.
+            LorakitError: there is no such photo below the roots, or the file cannot be written.
         """
         place = self.roots.resolve(photo.parent)
         if not self.roots.resolve(photo).is_file() or not photo.name.lower().endswith(photo_folder.FORMATS):
@@ -185,10 +189,10 @@ class Workspace:
         return target
 
     def run(self, name: str) -> Path:
-        """The run folder of that name. It need not exist yet.
+        """The path of a run folder by its name. The folder need not exist.
 
         Raises:
-            LorakitError: the name is not that of a folder directly below the runs.
+            LorakitError: the name is empty, hidden or a path.
         """
         path = self.runs / name
         if not name or Path(name).name != name or name.startswith("."):
@@ -196,7 +200,7 @@ class Workspace:
         return path
 
     def staged(self, path: Path) -> Path:
-        """The same file where the browser may download it from: only what is staged can be."""
+        """Link or copy a file into the staging folder, from which the browser may download it. Return the new path."""
         status = path.stat()
         target = self._staging / f"{status.st_mtime_ns}-{status.st_size}" / path.name
         with self._staging_lock:
@@ -204,14 +208,14 @@ class Workspace:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     os.link(path, target)
-                except OSError:  # another disk, or a system without links
+                except OSError:  # the file is on another disk, or the system has no hard links
                     part = target.with_name(f"{target.name}.part")
                     shutil.copyfile(path, part)
                     part.rename(target)
         return target
 
     def staged_soon(self, path: Path) -> Path | None:
-        """As `staged`, but at once: None while a large file is copied to another disk."""
+        """As `staged`, but returns None after `LINK_SECONDS` while the file is being copied, or if that failed."""
         key = path, path.stat().st_mtime_ns
         with self._lock:
             if key not in self._copies:
@@ -221,17 +225,17 @@ class Workspace:
         return future.result() if future.done() and not future.exception() else None
 
     def private(self, name: str) -> Path:
-        """A folder that nobody else on this machine reads, and that goes when this process ends."""
+        """Create a folder that no other user can read. It is deleted when this process ends."""
         path = self._staging / name
         path.mkdir(mode=0o700, exist_ok=True)
         return path
 
     def unused(self, name: str) -> Path:
-        """A new folder below the runs, for files that belong to no run."""
+        """The path of a new folder below the runs, for files that belong to no run."""
         return self.runs / name / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}"
 
     def runs_and_jobs(self) -> list[tuple[str, run_folder.State]]:
-        """Every run by name, and runs that wait in the queue or are about to begin: those first, then the newest."""
+        """The names and states of all runs. Waiting and starting runs come first, then the newest."""
         states = {path.name: state for path, state in run_folder.list_runs(self.runs)}
         waiting: list[tuple[str, run_folder.State]] = []
         for job in sorted(self.queue.jobs(), key=lambda job: (job.rank, job.number)):
@@ -242,18 +246,18 @@ class Workspace:
                 states.pop(name, None)
                 waiting.append((name, _as_state(job.state, job.added)))
             elif name not in states and not (self.runs / TRASH / name).is_dir():
-                # The run has no folder: it ended before it created one, or is about to start. The log gives the reason.
+                # The run has no folder yet, or ended before it created one. The job's log has the reason.
                 state = "preparing" if job.state == "running" else job.state
                 waiting.append((name, _as_state(state, job.ended or job.added, self.why(job.number))))
         order = {"waiting": 0, "preparing": 1}
-        waiting.sort(key=lambda run: order.get(run[1].state, 2))  # those that wait: in the order in which they begin
+        waiting.sort(key=lambda run: order.get(run[1].state, 2))  # stable: waiting runs stay in the queue's order
         begun = [run for run in waiting if run[1].state in order]
         ended = [run for run in waiting if run[1].state not in order]
         others = sorted([*states.items(), *ended], key=lambda run: -run[1].updated)
         return begun + others
 
     def why(self, number: int) -> str:
-        """The last thing that a job complained of."""
+        """The last error messages in a job's log."""
         return join("\n", from_lines(self.queue.log(number))[-3:])
 
 
@@ -262,8 +266,10 @@ def _as_state(state: str, updated: float, message: str = "") -> run_folder.State
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a run's file is an adapter and not a whole model. Only the header is read, and only if the name may be
-    that of a whole model."""
+    """Whether a run's file is an adapter and not a whole model.
+
+    The file's header is read only if the file's name ends like that of a whole model.
+    """
     if not path.stem.endswith("-model"):
         return True
     try:
@@ -273,7 +279,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def _fingerprint(path: Path) -> tuple[Any, ...]:
-    """Changes when a photo or a caption does."""
+    """Names, sizes and times of the files in a folder and its subfolders. It changes with each photo or caption."""
     try:
         files = [file for level in (path, *(p for p in path.iterdir() if p.is_dir())) for file in level.iterdir()]
         return tuple(sorted((str(f), s.st_size, s.st_mtime_ns) for f in files if (s := f.stat())))

@@ -1,4 +1,4 @@
-"""All texts of the front end: a file for each language in this folder, chosen from what the browser asks for."""
+"""The texts of the front end. This folder has a file for each language."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from lorakit.ui import form
 from lorakit.ui.texts.sentences import Sentences
 
 FOLDER = Path(__file__).parent
-# An option's dotted key in a message, but not in a command or a file name.
+# Matches an option's dotted key in a message, but not in a command or a file name.
 OPTION_KEY = re.compile(r"(?<![\w`./-])(?<!--set )[a-z]+\.[a-z_0-9]+(?![\w/]|\.\w)")
 
 
 @dataclass(frozen=True)
 class Say:
-    """All that a page says, in one language: its own texts by key, and what it passes on from other rooms."""
+    """The texts of the pages and the translations of messages, in one language."""
 
     language: str
 
     def __call__(self, key: str, **facts: object) -> str:
-        """The text of that key, its gaps filled."""
+        """The text of a key, formatted with `facts`."""
         text = table(self.language)[key]
         return text.format(**facts) if facts else text
 
     def translate(self, text: str) -> str:
-        """Translate a message of another room line by line. A line without a translation stays unchanged."""
+        """Translate a message of another package as a whole or line by line. Lines without a translation stay."""
         table = sentences(self.language)
         if not table.lines:
             return text
@@ -40,7 +40,7 @@ class Say:
         return table.translated(text) or "\n".join(table.translated(line) or line for line in lines)
 
     def explain(self, text: str) -> str:
-        """As `translate`, with options by the names that they have on the page; in a command they stay as they are."""
+        """Translate a message and replace keys of options with their labels, except in commands."""
         names, say = table(self.language), self
         return OPTION_KEY.sub(
             lambda match: say("train.quoted", name=names[key]) if (key := f"option.{match[0]}") in names else match[0],
@@ -50,7 +50,15 @@ class Say:
 
 @dataclass(frozen=True)
 class About:
-    """Who reads a language: its name for itself, the browser's name of it, and the beginnings of those it serves."""
+    """The head of a language's file.
+
+    Attributes:
+        name: the language's name in that language.
+        locale: its code in browsers, e.g. "zh-Hant".
+        serves: codes of browser languages that get this language, with all codes that begin with them.
+        by_machine: whether a program wrote the translation.
+        note: a text after the page's first line, or "".
+    """
 
     name: str
     locale: str
@@ -61,7 +69,7 @@ class About:
 
 @dataclass(frozen=True)
 class Source:
-    """The file of a language, see docs/adding.md. What it lacks is in English."""
+    """The content of a language's file, see docs/adding.md. Missing texts are shown in English."""
 
     about: About
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -73,10 +81,13 @@ class Source:
 
 
 def read_all(folder: Path) -> tuple[dict[str, Source], list[str]]:
-    """The languages of a folder by name, and a line for each file of which something cannot be used.
+    """Read the languages of a folder.
+
+    Returns:
+        Name -> language, and a message for each file that is invalid or contains invalid texts.
 
     Raises:
-        LorakitError: English is one of them.
+        LorakitError: the file of English is invalid.
     """
     languages, problems = {"en": _read(folder / "en.json")}, list[str]()
     for file in sorted(set(folder.glob("*.json")) - {folder / "en.json"}):
@@ -96,10 +107,10 @@ def read_all(folder: Path) -> tuple[dict[str, Source], list[str]]:
 
 
 def _read(file: Path) -> Source:
-    """The file of a language.
+    """Read the file of a language.
 
     Raises:
-        LorakitError: it is none.
+        LorakitError: the file cannot be read, or its content is invalid.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -117,7 +128,7 @@ def _read(file: Path) -> Source:
 
 
 def _is_right(name: str, part: object) -> bool:
-    """Whether a part of a language's file, or of its `about`, has the type that `Source` or `About` says."""
+    """Whether a value in a language's file, or in its `about`, has the type of its field in `Source` or `About`."""
     if name in ("about", "by_machine"):
         return isinstance(part, About if name == "about" else bool)
     if name == "serves":
@@ -135,7 +146,7 @@ def _is_right(name: str, part: object) -> bool:
 
 
 def _places(text: str) -> set[str]:
-    """The names in braces; a text that cannot be filled in has one that no other has."""
+    """The names in braces. For a text that cannot be formatted, the text itself, which matches no name."""
     try:
         return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
     except ValueError:
@@ -147,21 +158,21 @@ LANGUAGES = tuple(SOURCES)
 
 
 def source(language: str) -> Source:
-    """The file of a language."""
+    """The content of a language's file."""
     return SOURCES[language]
 
 
 @cache
 def sentences(language: str) -> Sentences:
-    """The table of messages from other rooms in that language. These rooms write English."""
+    """The translations of the messages of other packages, which are in English."""
     return Sentences(source(language).sentences, source(language).joints)
 
 
 @cache
 def table(language: str) -> dict[str, str]:
-    """Every text of a language by its key: `help.<option>`, `option.<option>` and `section.<section>` among them.
+    """The texts of a language by key, with `help.<option>`, `option.<option>`, `section.<section>` and `choice.<name>`.
 
-    What its file lacks is there in English.
+    Texts that its file lacks are in English.
     """
     content = source(language)
     texts = dict(table("en")) if language != "en" else {}
@@ -169,7 +180,7 @@ def table(language: str) -> dict[str, str]:
     texts |= {f"section.{name}": title for name, title in content.sections.items()}
     texts |= {f"choice.{name}": words for name, words in content.choices.items()}
     for key, one in form.fields().items():
-        # Where a file gives no name or no help, these are from config/schema.py.
+        # The name and the help of an option come from config/schema.py if the file does not have them.
         default = [texts.get(f"option.{key}", one.option.name.replace("_", " ").capitalize()), one.option.help]
         pair = content.options.get(key, [])
         name, help = pair + default[len(pair) :]
@@ -180,7 +191,7 @@ def table(language: str) -> dict[str, str]:
 
 
 def language_of(accept_language: str) -> str:
-    """The language of ours that a browser's Accept-Language header likes best; English where it names none."""
+    """The available language with the highest weight in an Accept-Language header, or "en" if there is none."""
     weighted = []
     for part in (accept_language or "").split(","):
         name, *parameters = (piece.strip().lower() for piece in part.split(";"))
@@ -198,5 +209,5 @@ def language_of(accept_language: str) -> str:
 
 
 def sayer(language: str) -> Say:
-    """Whoever speaks that language."""
+    """The texts in a language."""
     return Say(language)

@@ -1,8 +1,7 @@
-"""Translate messages for the front end. The other rooms write English and know no language.
+"""Translate messages for the front end. All other packages write their messages in English.
 
-A table has a line for each template: `"{photo}: its caption in {file} is empty"`, and the translation with the same
-names in any order. A value that is a message itself, or a text of the table, is translated too. What has no line stays
-in English.
+A table maps each template, e.g. `"{photo}: its caption in {file} is empty"`, to its translation with the same names in
+any order. A value that is a message, or a text of the table, is translated too. Other texts stay in English.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ class Sentences:
 
     Args:
         lines: template -> translation.
-        joints: what stands between messages in a row -> what stands there in the language.
+        joints: separator between joined messages -> separator in the language.
     """
 
     def __init__(self, lines: Mapping[str, str], joints: Mapping[str, str]):
         self.lines, self.joints = lines, joints
 
     def translated(self, text: str) -> str | None:
-        """Translate a message by its template, or a text by itself. Return None if the table does not contain it."""
+        """Translate a message by its template, or a plain text as a whole. Return None if the table lacks it."""
         if isinstance(text, Joined):
             joint = self.joints.get(text.template, text.template)
             return joint.join(self.translated(part) or part for part in text.parts)
@@ -36,5 +35,5 @@ class Sentences:
         values = {name: self.translated(str(value)) or value for name, value in text.values.items()}
         try:
             return template.format(**values)
-        except (KeyError, IndexError, ValueError):  # a log that somebody else wrote
+        except (KeyError, IndexError, ValueError):  # the values come from a log file, which may have been changed
             return None
