@@ -1,4 +1,4 @@
-"""Pages of the docs that are made when the site is built: the commands, and the pages that lie beside README.
+"""Generate pages when MkDocs builds the site: the commands, and copies of the pages beside README.
 
 MkDocs calls `on_files` and `on_page_markdown` (`hooks` in mkdocs.yml).
 """
@@ -21,7 +21,7 @@ BESIDE = ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md"
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
-    """Add the pages."""
+    """Add the generated pages."""
     files.append(File.generated(config, "commands.md", content=commands_page()))
     for name in BESIDE:
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def from_root(text: str) -> str:
-    """A page of README's folder, with its links relative to docs/."""
+    """Rewrite the links in a page beside README so that they are relative to docs/."""
     text = text.replace("](docs/", "](")
     return re.sub(r"\]\(([A-Z_]+\.md)\)", lambda match: f"]({match[1].lower()})", text).replace(
         "](LICENSE)", "](index.md)"
@@ -43,7 +43,7 @@ def from_root(text: str) -> str:
 
 
 def commands_page() -> str:
-    """Every command with its arguments, as `lorakit COMMAND --help` has them."""
+    """The page of commands, with the text of `lorakit COMMAND --help` for each."""
     lines = ["# Commands", "", "`lorakit --help` lists them, `lorakit COMMAND --help` has this page's text for one."]
     os.environ["COLUMNS"] = "100"
     seen: set[int] = set()

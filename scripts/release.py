@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def problems(root: Path, tags: list[str], status: str) -> list[str]:
-    """The reasons why a checkout cannot be released, one message each.
+    """A message for each reason why the checkout cannot be released.
 
     Args:
+        root: folder of the checkout.
         tags: tags of the commit.
         status: output of `git status --porcelain`.
     """
@@ -45,7 +46,7 @@ def problems(root: Path, tags: list[str], status: str) -> list[str]:
 
 
 def build(folder: Path) -> list[Path]:
-    """Wheel and sdist, after the wheel was installed into a fresh environment and ran there."""
+    """Build wheel and sdist into `folder`, then install the wheel into a fresh environment and run it there."""
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True)
     files = sorted(folder.iterdir())
     (wheel,) = (file for file in files if file.suffix == ".whl")
@@ -59,7 +60,7 @@ def build(folder: Path) -> list[Path]:
 
 
 def main() -> int:
-    """Check, build, print."""
+    """Check the commit, build, and print the hashes. Return the exit code."""
     git = [
         subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for words in (["tag", "--points-at", "HEAD"], ["status", "--porcelain"])

@@ -1,4 +1,4 @@
-"""Renew zh-Hans.json from zh-Hant.json by OpenCC: `pip install opencc`, then `python scripts/zh_hans.py`."""
+"""Convert zh-Hant.json to zh-Hans.json with OpenCC: `pip install opencc`, then `python scripts/zh_hans.py`."""
 
 import json
 import re
@@ -12,7 +12,7 @@ ABOUT = {
     "by_machine": True,
     "note": "（简体中文由机器从繁体转换，欢迎指正。）",
 }
-# Words that differ in mainland Chinese and that OpenCC does not convert, and its quotation marks.
+# Replacements after OpenCC: words that differ in mainland Chinese and that OpenCC keeps, and the quotation marks.
 WORDS = """
 「=“ 」=” 纪录=记录 预设组合=预设 杂讯=噪声 万用字=通配符 矢量=向量 图片档=图片文件 单档=单文件 说明档=说明文件
 模型档=模型文件 空档=空文件 设置档=配置文件 描述档=配置文件 程式=程序
@@ -23,7 +23,7 @@ WORDS = """
 
 
 def dump(content: dict[str, dict[str, object]]) -> str:
-    """A language's file, a line for each text."""
+    """Format the content of a language's file as JSON with one line for each text."""
     parts = []
     for part, texts in content.items():
         lines = [
@@ -35,7 +35,7 @@ def dump(content: dict[str, dict[str, object]]) -> str:
 
 
 def main() -> None:
-    """Convert words as well as characters; a file's keys stay."""
+    """Convert the characters and words of the texts, but not their keys."""
     from opencc import OpenCC
 
     convert = OpenCC("tw2sp").convert
@@ -46,7 +46,7 @@ def main() -> None:
         text = convert(text)
         for pair in WORDS.split():
             text = text.replace(*pair.split("="))
-        # Rows and columns have each other's word.
+        # A row is 列 in Taiwan and 行 in mainland China. A column is 欄 in Taiwan and 列 in mainland China.
         text = re.sub(r"(?<![队系并排序])列(?![出入表举])", "行", text).replace("栏", "列")
         text = re.sub(r"(?<=[ a-z])档", "文件", text)
         return text

@@ -1,4 +1,4 @@
-"""The page that says what a file is and who can read it, and writes it in another format."""
+"""The page that describes a file, lists the programs that can read it, and converts it to another format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorakit.ui.workspace import Workspace
 
 
 class AdapterPage:
-    """Builds and wires the page."""
+    """Builds the page and handles its events."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n):
         self.workspace = workspace
@@ -42,7 +42,7 @@ class AdapterPage:
                     label=t("adapter.upload"), file_count="single", height=150, elem_id="adapter-upload"
                 )
         self.report = widgets.html(elem_id="adapter-report")
-        # The file that was last inspected: an upload lies outside of the roots, and its path comes from here alone.
+        # The path of the last inspected file. An upload is outside of the roots, so a request may not give its path.
         self.inspected = gr.State("")
         with gr.Row(equal_height=False, visible=False) as self.converting:
             self.format = gr.Radio(
@@ -55,7 +55,7 @@ class AdapterPage:
         self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="adapter-file")
 
     def wire(self, tab: gr.Tab) -> None:
-        """Which event calls what."""
+        """Connect the events to the handlers."""
 
         def look(data: Values, say: Say, progress: Progress) -> list[Any]:
             return self.look(data[self.path] or "", None, say)
@@ -74,11 +74,11 @@ class AdapterPage:
         tab.select(lambda: gr.update(choices=self.adapters()), None, self.path, **FOLLOW)
 
     def adapters(self) -> list[str]:
-        """Adapters of all runs, newest first."""
+        """The adapter files of all runs, newest first."""
         return [str(path) for path in self.workspace.adapters()]
 
     def look(self, path: str, upload: str | None, say: Say) -> list[Any]:
-        """Describe a file below the roots, or an uploaded file."""
+        """Describe a file below the roots, or an uploaded file. Return the outputs of the page."""
         hidden = gr.update(visible=False)
         if not path and not upload:
             return [widgets.problem(say("adapter.none")), "", hidden, "", hidden]
@@ -91,7 +91,7 @@ class AdapterPage:
         return [report_card(report, say), str(file), convertible, "", hidden]
 
     def write(self, inspected: str, kind: str, dtype: str, say: Say) -> tuple[str, Any]:
-        """Convert the file that was inspected: (message, the file to download)."""
+        """Convert the inspected file. Return a message, and an update of the download component."""
         hidden = gr.update(visible=False)
         if not inspected:
             return widgets.problem(say("adapter.none")), hidden
@@ -105,7 +105,7 @@ class AdapterPage:
 
 
 def report_card(report: inspect.Report, say: Say) -> str:
-    """The kind of the file, then the programs that can read it, then the complete report of the command line."""
+    """HTML with the kind of the file, the programs that can read it, and the text of `lorakit inspect`."""
     size = widgets.memory(report.bytes, say)
     rank = ", ".join(sorted({f"{r:g}" for component in report.components.values() for r in component.ranks}))
     trigger, noun = health.trigger_and_class(report.trigger, report.metadata)
@@ -138,5 +138,5 @@ def report_card(report: inspect.Report, say: Say) -> str:
 
 
 def _without_place(problem: str, upload: str | None) -> str:
-    """An uploaded file's place on the server is nobody's business."""
+    """Replace the path of an uploaded file by its name, because a page must not show folders of the server."""
     return problem.replace(upload, Path(upload).name) if upload else problem

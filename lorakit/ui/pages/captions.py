@@ -1,4 +1,4 @@
-"""The part of the page of photos that changes many captions, by a model or all in one way, and undoes that."""
+"""The part of the photo page that writes captions with a model, edits many captions at once, and undoes changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW
 from lorakit.ui.workspace import Workspace
 
-# Suggested; any other may be named too. See docs/captions.md.
+# Suggested captioners. The user may type another one. See docs/captions.md.
 MODELS = [
     "Salesforce/blip-image-captioning-base",
     "florence-community/Florence-2-base",
@@ -30,22 +30,22 @@ MODELS = [
     "SmilingWolf/wd-vit-tagger-v3",
 ]
 TOOLS = ("trigger", "front", "behind", "replace")
-# Changes that the preview shows.
+# Number of changes that the preview shows.
 ROWS = 30
 # component -> value
 Values = dict[Any, Any]
-# The options that a captioner gets.
+# The options of the section `data` that `lorakit caption` gets.
 OPTIONS = ("name", "kind", "concepts", "exclude", "edits", "class_folder")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change of all captions.
+    """One edit of all captions.
 
     Attributes:
         tool: one of TOOLS.
-        words: what is added, or looked for.
-        replacement: what comes in its place.
+        words: text to add, or to search for.
+        replacement: text that replaces `words`.
     """
 
     tool: str
@@ -53,7 +53,7 @@ class Change:
     replacement: str = ""
 
     def text(self, text: str, photo: Photo, config: Config) -> str:
-        """A caption, or a line of one, after the change."""
+        """Apply the edit to a caption, or to a line of a caption."""
         words = " ".join(self.words.split())
         if self.tool == "trigger":
             return caption_edits.trigger_first(text, concepts.of_photo(photo, config.data))
@@ -63,7 +63,7 @@ class Change:
 
 
 class CaptionTools:
-    """Builds the part, and has its handlers."""
+    """Builds this part of the page and handles its events."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n):
         self.workspace = workspace
@@ -116,16 +116,16 @@ class CaptionTools:
         return fields | {self.tool, self.words, self.replacement, self.previewed}
 
     def plan(self, path: str, change: Change, config: Config) -> list[tuple[Photo, str]]:
-        """The photos with captions that a change changes, with the new ones.
+        """The photos whose captions the edit changes, with their new captions.
 
         Raises:
-            LorakitError: as `photo_folder.scan`.
+            LorakitError: the folder is outside of the roots, or `photo_folder.scan` raises it.
         """
         folder = photo_folder.scan(self.workspace.roots.resolve(path), config.data.class_folder, config.data.exclude)
         return caption_edits.plan(folder.photos, lambda text, photo: change.text(text, photo, config))
 
     def preview(self, path: str, change: Change, config: Config | None, say: Say) -> tuple[str, str, Any]:
-        """(message, what changes as a table, the button that does it)."""
+        """Show the effect of an edit. Return a message, a table of the changes, and an update of the apply button."""
         off = gr.update(interactive=False)
         if problem := self._problem(path, change, config, say):
             return widgets.problem(problem), "", off
@@ -144,7 +144,7 @@ class CaptionTools:
     def change_all(
         self, path: str, change: Change, config: Config | None, say: Say, progress: Progress = lambda count, total: None
     ) -> str:
-        """Change the captions; the line that says so."""
+        """Edit the captions. Return a message."""
         if problem := self._problem(path, change, config, say):
             return widgets.problem(problem)
         try:
@@ -168,7 +168,7 @@ class CaptionTools:
         return "" if change.words.strip() else say("captions.no_words")
 
     def undo_last(self, path: str, say: Say) -> str:
-        """Undo the last change of the folder's captions; the line that says so."""
+        """Undo the last change of the folder's captions. Return a message."""
         if not path:
             return widgets.problem(say("photos.empty"))
         try:
@@ -184,10 +184,10 @@ class CaptionTools:
     def write_all(
         self, path: str, wishes: dict[str, Any], config: Config | None, say: Say, progress: Progress = lambda c, t: None
     ) -> str:
-        """Let a model caption the folder's photos; the line that says what came of it.
+        """Caption the folder's photos with a model. Return messages about the result.
 
         Args:
-            wishes: model, prompt, without, overwrite and fetch, as the page has them.
+            wishes: values of the widgets model, prompt, without, overwrite and fetch.
         """
         if not path:
             return widgets.problem(say("photos.empty"))
@@ -232,7 +232,7 @@ class CaptionTools:
         return arguments
 
     def end(self, path: str) -> None:
-        """Ask the model at work on the folder to stop; what is written stays."""
+        """Ask the captioner of the folder to stop. Captions that it has written are kept."""
         for folder, process in list(self._processes.items()):
             if path and folder == str(self.workspace.roots.resolve(path)):
                 process.terminate()
@@ -240,11 +240,12 @@ class CaptionTools:
     def wire(
         self, folder: gr.Dropdown, inputs: set[Any], config_of: Callable[[Values], Config | None]
     ) -> list[Callable[..., Any]]:
-        """Wire the part; what listens to the end of each event that changed captions.
+        """Connect the events to the handlers. Return the listeners to the end of each event that changes captions.
 
         Args:
-            folder: the field that has the folder of photos.
-            inputs: what `config_of` reads.
+            folder: the field with the folder of photos.
+            inputs: the components that `config_of` reads.
+            config_of: returns the config for the values of the components, or None if it is invalid.
         """
         tasks, every = self.workspace.tasks, self.inputs | inputs | {folder}
 

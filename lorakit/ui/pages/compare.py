@@ -1,4 +1,4 @@
-"""The page that compares: prompt by checkpoint as it was drawn, and prompt by strength, drawn on request."""
+"""The page that compares the pictures of a run's checkpoints, and draws grids of prompts and strengths on request."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace, is_adapter
 
 CELL = 320
-# Photos among which the nearest is looked for, and the side (pixels) at which they are compared.
+# Largest number of photos in the search for the nearest one, and the side in pixels at which pictures are compared.
 MAX_PHOTOS, LOOK = 200, 16
 CHOICE = "choice.json"
-# Folder of a run for the requested grids, and seconds between polls for them.
+# Folder for the requested grids in a run folder, and seconds between polls for them.
 GRIDS, EVERY = "compare", 1.0
 
 TAKE = """
@@ -49,7 +49,7 @@ element.addEventListener('click', ({target}) => {
 
 
 class ComparePage:
-    """Builds and wires the page."""
+    """Builds the page and handles its events."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n):
         self.workspace = workspace
@@ -75,7 +75,10 @@ class ComparePage:
         self.grids = widgets.html(elem_id="compare-grids")
 
     def wire(self, tab: gr.Tab) -> None:
-        """Which event calls what. A timer inside of a tab would tick only while that is open."""
+        """Connect the events to the handlers.
+
+        Call it outside of the tab, because a timer in a tab ticks only while the tab is open.
+        """
         timer = gr.Timer(EVERY, active=False)
         grid_outputs = [self.drawing, self.grids, timer]
         outputs = [self.table, self.choice, self.step, self.files, self.prompts, self.message, self.file]
@@ -118,18 +121,18 @@ class ComparePage:
         polled(tasks, [(self.draw.click, draw)], draw_inputs, [self.drawing, timer], **ACT)
 
     def runs(self) -> list[str]:
-        """Runs that have pictures, newest first."""
+        """The names of the runs with pictures, newest first."""
         return [path.name for path, _ in run_folder.list_runs(self.workspace.runs) if RunFolder(path).sample_grids()]
 
     def show(self, name: str | None, say: Say) -> list[Any]:
-        """Everything of one run."""
+        """The outputs of the page for one run."""
         if not name:
             hidden = gr.update(visible=False)
             none = gr.update(choices=[], value=None)
             unknown = gr.update(choices=[], value=[])
             return [widgets.quiet(say("compare.none")), hidden, none, unknown, "", "", hidden]
         run = RunFolder(self.workspace.run(name))
-        if not run.sample_grids():  # deleted while the page was open
+        if not run.sample_grids():  # the run was deleted while the page was open
             hidden = gr.update(visible=False)
             return [widgets.problem(say("error.gone")), hidden, gr.skip(), gr.skip(), "", "", hidden]
         steps = [step for step in run.sample_grids() if step and file_of_step(run, step)]
@@ -152,7 +155,7 @@ class ComparePage:
         ]
 
     def table_of(self, name: str, say: Say) -> str:
-        """A row for each checkpoint, a column for each prompt, the base model first."""
+        """An HTML table of pictures with a row for each checkpoint and a column for each prompt. The base is first."""
         run = RunFolder(self.workspace.run(name))
         grids = run.sample_grids()
         if not grids:
@@ -188,7 +191,7 @@ class ComparePage:
         return f"<td>{content}</td>"
 
     def mark_best(self, name: str, step: int | None, say: Say) -> str:
-        """Remember which checkpoint the person likes best."""
+        """Store the step that the user has marked as the best. Return a message."""
         if step is None:
             return widgets.problem(say("compare.none"))
         run = RunFolder(self.workspace.run(name))
@@ -202,7 +205,7 @@ class ComparePage:
     def draw_grids(
         self, name: str | None, files: Sequence[str], prompts: str, strengths: str, say: Say
     ) -> tuple[str, gr.Timer]:
-        """Put a grid for each adapter into the queue; (message, the timer that looks for them)."""
+        """Add a job for each adapter to the queue. Return a message, and the timer that polls for the grids."""
         if not name:
             return widgets.problem(say("compare.none")), gr.skip()
         run = RunFolder(self.workspace.run(name))
@@ -226,7 +229,7 @@ class ComparePage:
         return widgets.quiet(say("compare.drawing", state=say("state.waiting"))), gr.Timer(active=True)
 
     def grid_status(self, name: str | None, say: Say) -> list[Any]:
-        """How the drawing of grids stands, the grids so far, and whether to look again."""
+        """The progress of the drawing as HTML, the finished grids as HTML, and the timer that polls again."""
         if not name:
             return ["", "", gr.Timer(active=False)]
         folder = self.workspace.run(name) / GRIDS
@@ -242,7 +245,11 @@ class ComparePage:
         return [text, self.grids_of(name, say), gr.Timer(active=bool(going))]
 
     def _adapter(self, run: RunFolder, name: str) -> Path:
-        """The adapter file of that name; a checkpoint's is exported first, once."""
+        """The adapter file for the name of a file or a checkpoint. A checkpoint is exported the first time.
+
+        Raises:
+            LorakitError: there is no such checkpoint, or the export failed.
+        """
         if name.endswith(".safetensors"):
             return self.workspace.roots.resolve(run.path / Path(name).name)
         if not re.fullmatch(r"step-\d+", name):
@@ -254,7 +261,7 @@ class ComparePage:
         return files[0]
 
     def grids_of(self, name: str, say: Say) -> str:
-        """Every grid that was drawn of a run, newest first."""
+        """HTML with all requested grids of a run, newest first."""
         files = sorted((self.workspace.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
         figures = "".join(
             f"<figure>{viewer.button(self.workspace, path, path.parent.name, row, 0, side=1024)}"
@@ -266,7 +273,7 @@ class ComparePage:
 
 
 def marked_step(run: RunFolder) -> int | None:
-    """The checkpoint that the person marked, or None."""
+    """The step that the user has marked, or None."""
     try:
         return int(foreign_json.loads((run.path / CHOICE).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -274,7 +281,7 @@ def marked_step(run: RunFolder) -> int | None:
 
 
 def file_of_step(run: RunFolder, step: int) -> Path | None:
-    """The adapter of a step: the exported file of the last, else its checkpoint."""
+    """The exported adapter if the step is the run's last one, else the step's checkpoint, or None if there is none."""
     state = run_folder.read(run.path)
     exported = run.path / Path(state.adapter).name
     if state.adapter and step == state.step and exported.exists():
@@ -284,7 +291,11 @@ def file_of_step(run: RunFolder, step: int) -> Path | None:
 
 
 def export_step(workspace: Workspace, name: str | None, step: int | None, kind: str, say: Say) -> tuple[str, Any]:
-    """Export the adapter of a step in a format, "": as the run does: (message, the file to download)."""
+    """Export the adapter of a step. Return a message, and an update of the download component.
+
+    Args:
+        kind: format; "" keeps the format of the run's file, and exports a checkpoint in the first of `FORMATS`.
+    """
     hidden = gr.update(visible=False)
     if not name:
         return widgets.problem(say("compare.none")), hidden
@@ -305,7 +316,7 @@ def export_step(workspace: Workspace, name: str | None, step: int | None, kind: 
 
 
 def take_button(run: RunFolder, step: int, say: Say) -> str:
-    """The button that takes a step's file, see `TAKE`; why there is none where the run keeps it no more."""
+    """HTML with the button that downloads a step's adapter (see `TAKE`), or with the reason if it no longer exists."""
     if not step:
         return ""
     if file_of_step(run, step):
@@ -315,7 +326,7 @@ def take_button(run: RunFolder, step: int, say: Say) -> str:
 
 
 def _recipes(run: RunFolder, step: int) -> list[Mapping[str, object]]:
-    """The recipe of each picture of a step, read from its file; empty if the file has none."""
+    """The recipe in the metadata of each picture of a step. It is empty if the file has none."""
     recipes: list[Mapping[str, object]] = []
     for path in run.sample_pictures(step):
         try:
@@ -327,13 +338,15 @@ def _recipes(run: RunFolder, step: int) -> list[Mapping[str, object]]:
 
 
 def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndarray]]:
-    """The run's training photos that are as they were, and how each looks; none where they are not below the roots any
-    more."""
+    """The run's training photos with the vectors of `_look`, up to `MAX_PHOTOS`.
+
+    Photos that have changed since the training are left out. The list is empty if the folder is outside of the roots.
+    """
     try:
         config = configuration.load(run.config_file)
         photos = workspace.photos(str(quickstart.photo_folder(config)), config.data)
         files = foreign_json.loads_table(run.plan_file.read_text(encoding="utf-8")).get("files")
-        if isinstance(files, dict):  # a run of before has none
+        if isinstance(files, dict):  # runs of older versions have no table
             photos = [
                 photo for photo in photos if photo_folder.versions([photo])[photo.relative] == files.get(photo.relative)
             ]
@@ -347,7 +360,14 @@ def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndar
 
 @functools.lru_cache(maxsize=2048)
 def _look(path: Path, changed: int, edit: PhotoEdit = NO_EDIT) -> np.ndarray | None:
-    """The middle square of a picture as a unit vector without its mean: a product of two is their correlation."""
+    """A vector of the picture's middle square, with mean 0 and length 1. The dot product of two is their correlation.
+
+    Args:
+        changed: time of the file's last change, as a key of the cache.
+
+    Returns:
+        A float32 array of shape (3 * LOOK**2,), or None if the picture has one colour or cannot be read.
+    """
     try:
         pixels = decode(path, at_least=4 * LOOK, edit=edit).pixels
     except Unreadable:

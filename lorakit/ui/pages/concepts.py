@@ -1,4 +1,4 @@
-"""The part of the page of photos that reads several folders, each as a concept with its name and weight."""
+"""The part of the photo page that adds further folders, each as a concept with a name and a weight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ element.addEventListener('click', ({target}) => {
 
 
 class ConceptFolders:
-    """Builds the part. What it changes is the text of `data.more_folders`, so that every program reads the same."""
+    """Builds this part of the page. Its handlers edit the text of the option `data.more_folders`."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n):
         self.workspace = workspace
@@ -57,7 +57,7 @@ class ConceptFolders:
             self.message = widgets.html(elem_id="concepts-message")
 
     def add(self, lines: str, path: str, name: str, weight: float | None, say: Say) -> tuple[str, str]:
-        """(message, the text of `data.more_folders` with a further folder in it)."""
+        """Add a folder. Return a message and the new text of `data.more_folders`, which is unchanged after an error."""
         folders = dict(form.table_of("data.more_folders", lines))
         name = " ".join(name.split())
         if not name or not path:
@@ -74,12 +74,12 @@ class ConceptFolders:
         return widgets.good(say("concepts.added", name=name, count=count)), form.table_text(folders)
 
     def remove(self, lines: str, name: str) -> str:
-        """The text of `data.more_folders` without a folder."""
+        """Remove a folder. Return the new text of `data.more_folders`."""
         folders = form.table_of("data.more_folders", lines)
         return form.table_text({key: path for key, path in folders.items() if key != name})
 
     def rows(self, photos: Sequence[Photo], config: DataConfig, say: Say) -> str:
-        """The folders with their names, weights and photos; nothing where there is one alone."""
+        """An HTML table of the folders with names, weights and numbers of photos, or "" if there is only one folder."""
         if not config.more_folders:
             return ""
         rows = [_row(config.name or "—", 1, config.folder, len(photos) - _count(photos, *config.more_folders), "")]

@@ -1,4 +1,4 @@
-"""The page of photos: a folder's pictures with what is trained of each, what is wrong with it, and its caption."""
+"""The page of photos: each photo of a folder with its trained part, its problems and its caption."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lorakit.ui.thumbnails import Thumbnail
 from lorakit.ui.uploads import SUFFIXES
 from lorakit.ui.workspace import Workspace
 
-# Photos on a page.
+# Number of photos on a page.
 PAGE = 48
-# A caption is sent at its button, or at Ctrl-Enter, and at nothing else. What is not saved yet outlives new cards:
-# the check of many photos may end at any moment, and takes the fields away. Gradio may also give a field, with what
-# is written in it, to another photo: `owner` is the photo, and its caption, that a field was for when it was last
-# looked at. New cards may hide a button in place, so `hidden` is watched too.
+# The script of the cards. It sends a caption only on its button or on Ctrl-Enter. It keeps unsaved text when new cards
+# replace the fields, which may happen whenever a check ends. Gradio may also reuse a field, with its text, for another
+# photo. `owner` maps each field to its photo and saved caption at the last call of `settle`, so that the script can
+# tell. New cards may hide a button without replacing it, so the observer watches `hidden` too.
 CAPTIONS = """
 const unsaved = new Map();
 const owner = new WeakMap();
@@ -181,10 +181,10 @@ def cards(
     left_out: set[str],
     say: Say,
 ) -> str:
-    """One page of photos as HTML.
+    """HTML with a card for each photo.
 
     Args:
-        left_out: photos that `data.exclude` leaves out.
+        left_out: relative paths of the photos that `data.exclude` excludes.
     """
     items = {item.relative: item for item in report.items} if report else {}
     thumbnails = workspace.thumbnails.several(photos)
@@ -235,7 +235,7 @@ def _card(
 
 
 def _edit_buttons(photo: Photo, say: Say) -> str:
-    """Buttons that turn, crop and mask a photo, and those that undo that."""
+    """HTML of the buttons that rotate, crop and mask a photo, and that undo these edits."""
     has_room = len(photo.edit.strokes) < photo_edits.MAX_STROKES
     signs = {"left": "↺", "right": "↻", "crop": say("edit.crop")}
     signs |= {act: say(f"edit.{act}") for act in ("paint", "erase")} if has_room else {}
@@ -256,7 +256,7 @@ def _edit_buttons(photo: Photo, say: Say) -> str:
 
 
 def _crop(thumbnail: Thumbnail, item: checks.Item, report: checks.Report, config: Config, say: Say) -> str:
-    """The part that is trained, as a frame over the picture, in percent of its sides."""
+    """HTML of a frame over the picture around the trained part, or "" if that is more than 99.5 % of the picture."""
     width, height = thumbnail.size
     box = buckets.placements(thumbnail.size, config.data, report.multiple, item.relative)[0].box
     left, top, right, bottom = box[0] / width, box[1] / height, box[2] / width, box[3] / height
@@ -268,7 +268,7 @@ def _crop(thumbnail: Thumbnail, item: checks.Item, report: checks.Report, config
 
 
 def summary(report: checks.Report | None, count: int, say: Say) -> str:
-    """The findings of the check, the worst first."""
+    """HTML with the findings of the check: errors, warnings, then notes."""
     head = f"<p class=lk-count><strong>{escape(say('photos.count', count=count))}</strong></p>"
     if report is None:
         return head + f"<p class='lk-quiet lk-working'>{escape(say('photos.checking'))}</p>"
@@ -289,7 +289,7 @@ def _left_out(photos: list[Photo], config: Config | None) -> set[str]:
 
 
 class PhotosPage:
-    """Builds the page; `folder` is the field that the rest of the front end reads."""
+    """Builds the page and handles its events. Other pages read its field `folder`."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n):
         self.workspace = workspace
@@ -341,8 +341,7 @@ class PhotosPage:
     def show(
         self, path: str, first: int, config: Config | None, say: Say, progress: Progress = lambda count, total: None
     ) -> list[Any]:
-        """A page of a folder's photos, returned immediately, with the findings of the check if these are known
-        already."""
+        """The outputs for one page of photos, without waiting for the check. Findings appear only if it has ended."""
         hidden = gr.update(visible=False)
         nothing = ["", hidden, gr.skip(), "", gr.skip(), hidden, 0, ""]
         if not path:
@@ -352,7 +351,7 @@ class PhotosPage:
             count = len(photos)
             first = min(max(0, first), (count - 1) // PAGE * PAGE)
             last = min(first + PAGE, count)
-            # Before the check begins, which takes every core.
+            # The thumbnails are made before the check starts, because the check uses all cores.
             self.workspace.thumbnails.several(photos[first:last], progress)
             report = self._report(config)
         except LorakitError as problem:
@@ -372,7 +371,7 @@ class PhotosPage:
     def checked(
         self, path: str, first: int, config: Config | None, say: Say, progress: Progress | None = None
     ) -> list[Any]:
-        """Summary and cards with what the check says, once it is through."""
+        """Wait for the check. Return the summary and the cards with its findings."""
         if not path:
             return [gr.skip(), gr.skip()]
         try:
@@ -385,7 +384,7 @@ class PhotosPage:
         return [summary(report, len(photos), say), cards(self.workspace, page, report, config, left_out, say)]
 
     def _report(self, config: Config | None) -> checks.Report | None:
-        """The report of the check; None if there is nothing to check yet, or the check is not finished."""
+        """Start the check if needed. Return its report, or None if it has not ended or there is no config."""
         if config is None:
             return None
         future = self.workspace.report(config)
@@ -394,8 +393,7 @@ class PhotosPage:
     def take_in(
         self, files: list[str] | None, folder: str, say: Say, progress: Progress = lambda count, total: None
     ) -> tuple[str, str | None]:
-        """Uploaded files into the folder on the page if it is an upload, else into a new one; (message, the folder or
-        None)."""
+        """Move uploaded files into a folder, see `Workspace.take_in`. Return messages, and the folder or None."""
         place, upload = self.workspace.take_in([Path(file) for file in files or []], folder, progress)
         parts = [widgets.good(say("photos.uploaded", count=upload.photo_count))] if upload.photo_count else []
         if upload.refused:
@@ -403,7 +401,10 @@ class PhotosPage:
         return "".join(parts), str(place) if place else None
 
     def exclude(self, path: str, lines: str, name: str, config: Config | None = None) -> str:
-        """The lines of `data.exclude` with a photo left out, or brought back if it was."""
+        """Exclude a photo, or include it if it is excluded. Return the new lines of `data.exclude`.
+
+        To include a photo, all patterns that match it are removed.
+        """
         patterns = [line for line in lines.splitlines() if line.strip()]
         try:
             photos = self.workspace.photos(path, config.data if config else None)
@@ -417,12 +418,14 @@ class PhotosPage:
     def edit(
         lines: str, name: str, act: str, numbers: Sequence[float] | None = None, brush: tuple[float, float] = (0, 1)
     ) -> str:
-        """The text of `data.edits` with a photo turned, cropped further, with one stroke more, or as its file is.
+        """Edit a photo. Return the new text of `data.edits`.
 
         Args:
-            act: left, right, crop, paint, erase, unpaint or reset.
-            numbers: of a crop: left, top, right and bottom in percent of what the page shows; of a stroke: its points.
-            brush: its width in percent of the longer side on the page, and that picture's width by its height.
+            act: left, right (rotate), crop, paint, erase, unpaint (undo the last stroke) or reset.
+            numbers: left, top, right and bottom of a crop, or x and y of each point of a stroke, in percent of the
+                picture on the page.
+            brush: the stroke's width in percent of the longer side of the picture on the page, and this picture's
+                aspect ratio (width / height).
         """
         edits = form.table_of(quickstart.EDITS, lines)
         try:
@@ -442,8 +445,10 @@ class PhotosPage:
         return form.table_text({k: v for k, v in (edits | {name: str(edit)}).items() if v})
 
     def uses_masks(self, before: str, after: str, current: bool, config: Config | None) -> bool:
-        """The value of `train.masked_loss` after new edits: on with the first stroke, off when the last one is undone
-        and no photo has a mask file."""
+        """The value of `train.masked_loss` after an edit, with `before` and `after` as texts of `data.edits`.
+
+        The first stroke switches it on. Undoing the last stroke switches it off, unless a photo has a mask file.
+        """
         had, has = (
             any("paint" in edit or "erase" in edit for edit in form.table_of(quickstart.EDITS, lines).values())
             for lines in (before, after)
@@ -454,13 +459,13 @@ class PhotosPage:
 
     @staticmethod
     def edits_elsewhere(lines: str, more_folders: str) -> str:
-        """The text of `data.edits` without the photos of the folder that the page had before."""
+        """The text of `data.edits` with only the photos of `more_folders`. Used when the folder on the page changes."""
         names = tuple(f"{key}/" for key in form.table_of(quickstart.MORE_FOLDERS, more_folders))
         edits = form.table_of(quickstart.EDITS, lines)
         return form.table_text({name: edit for name, edit in edits.items() if name.startswith(names)})
 
     def save_caption(self, file: str, text: str, say: Say) -> str:
-        """Save the caption of a photo, whichever folder is on the page by now; the line that says so."""
+        """Save the caption of a photo, even if the page now shows another folder. Return a message."""
         try:
             target = self.workspace.save_caption(Path(file), text)
         except LorakitError as problem:

@@ -1,5 +1,4 @@
-"""Actions on a run: show and reuse its settings, rename it, add a note, compare its loss with another run's, and put it
-aside."""
+"""Actions on a run: show and reuse its settings, name it, add a note, compare its loss, and put it aside."""
 
 from __future__ import annotations
 
@@ -24,19 +23,19 @@ from lorakit.ui.workspace import TRASH, Workspace
 
 NOTE = "note.json"
 MAX_TEXT = 2000
-# One setting in the advice about memory: `memory.base_storage = 'nf4'`.
+# Matches one setting in the advice about memory, e.g. `memory.base_storage = 'nf4'`.
 SETTING = re.compile(r"\b([a-z]+\.[a-z_]+) = ('[^']*'|true|false|\d+)")
 REMEDY = """
 element.addEventListener('click', ({target}) => {
   if (target.dataset.remedy) trigger('select', {settings: target.dataset.remedy});
 });
 """
-# The list of runs sends the notifications; a browser lets a page ask only when somebody presses a button.
+# Asks for permission to show notifications, which browsers allow only on a click. runs.py sends the notifications.
 NOTIFY = "() => { window.Notification?.requestPermission(); }"
 
 
 class RunTools:
-    """Builds this part of the page of runs. `reuse` and `remedies` are wired together with the form."""
+    """Builds this part of the run page and handles its events, except those of `reuse` and `remedies` (see app.py)."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n, run_name: gr.BrowserState):
         self.workspace, self.run_name = workspace, run_name
@@ -62,7 +61,7 @@ class RunTools:
             self.settings = widgets.html(elem_id="run-settings")
 
     def wire(self, page: gr.Blocks) -> None:
-        """Which event calls what."""
+        """Connect the events to the handlers."""
 
         def show(name: str, request: gr.Request) -> list[object]:
             return self.show(name or "", say_for(request))
@@ -91,7 +90,7 @@ class RunTools:
             button.click(with_words(act), self.run_name, self.message, **ACT)
 
     def show(self, name: str, say: Say) -> list[object]:
-        """Everything of one run: title, note, no message, other runs, no chart, settings, remedies."""
+        """The outputs for one run: title, note, empty message, other runs, empty chart, settings, remedies."""
         others = [other for other, _ in self.workspace.runs_and_jobs() if other != name]
         choices = gr.update(choices=["", *others], value="")
         try:
@@ -105,7 +104,7 @@ class RunTools:
         return [note["title"], note["note"], "", choices, "", text, self.remedies_of(run, say)]
 
     def remedies_of(self, run: RunFolder, say: Say) -> str:
-        """A button for each way out that a run without enough memory names, the cheapest first."""
+        """HTML with a button for each of the first three remedies in a run's message about too little memory."""
         try:
             message = read(run.path).message
         except LorakitError:
@@ -120,7 +119,10 @@ class RunTools:
         return f"<p class=lk-remedies>{head} {' '.join(buttons)}</p>" if buttons else ""
 
     def answers_of(self, name: str, settings: str = "{}") -> dict[str, object]:
-        """The widgets' values for a run's settings, with overrides (JSON, option -> TOML value).
+        """The values of the form's widgets for a run's settings.
+
+        Args:
+            settings: overrides as a JSON object (option -> TOML value).
 
         Raises:
             LorakitError: there is no such run, or its settings cannot be read.
@@ -133,12 +135,12 @@ class RunTools:
         return form.values(configuration.load(file, overrides))
 
     def has_own_notify(self, name: str) -> bool:
-        """Whether a run notified otherwise than the runs that are started here."""
+        """Whether a run has its own `output.notify`, different from that of the front end."""
         file = RunFolder(self.workspace.run(name)).config_file
         return configuration.load(file).output.notify not in ("", self.workspace.notify)
 
     def overlay_of(self, name: str, other: str, say: Say) -> str:
-        """The smoothed loss of two runs in one chart."""
+        """HTML of a chart with the smoothed loss of two runs, or "" if no second run is chosen."""
         lines = []
         for run_name, colour in ((name, "accent"), (other, "ink")):
             if not run_name:
@@ -151,7 +153,7 @@ class RunTools:
         return f"<style>{charts.STYLE}</style><div class=lk-charts tabindex=0>{figure}</div>" if figure else ""
 
     def keep_note(self, name: str, title: str, note: str, say: Say) -> str:
-        """Keep the name and the note of a run; its folder stays as it is."""
+        """Save the name and the note of a run. Its folder keeps its name. Return a message."""
         try:
             path = self.workspace.run(name)
             if not path.is_dir():
@@ -163,11 +165,11 @@ class RunTools:
         return widgets.good(say("tools.kept"))
 
     def ask_save(self, name: str, say: Say) -> str:
-        """Ask a run for a checkpoint."""
+        """Ask a run to save a checkpoint. Return a message."""
         return self._ask(name, "save", say)
 
     def ask_samples(self, name: str, say: Say) -> str:
-        """Ask a run for pictures."""
+        """Ask a run to draw sample pictures. Return a message."""
         return self._ask(name, "sample", say)
 
     def _ask(self, name: str, what: str, say: Say) -> str:
@@ -181,15 +183,15 @@ class RunTools:
         return widgets.good(say("tools.soon"))
 
     def put_first(self, name: str, say: Say) -> str:
-        """Let a waiting run be the next one."""
+        """Move a waiting run to the front of the queue. Return a message."""
         return self._move(name, -len(self.workspace.queue.waiting()), say)
 
     def put_earlier(self, name: str, say: Say) -> str:
-        """Move a waiting run one place forward in the queue."""
+        """Move a waiting run one place forward in the queue. Return a message."""
         return self._move(name, -1, say)
 
     def put_later(self, name: str, say: Say) -> str:
-        """Move a waiting run one place back in the queue."""
+        """Move a waiting run one place back in the queue. Return a message."""
         return self._move(name, 1, say)
 
     def _move(self, name: str, places: int, say: Say) -> str:
@@ -201,7 +203,7 @@ class RunTools:
         return widgets.problem(say("tools.not_waiting"))
 
     def put_aside(self, name: str, say: Say) -> str:
-        """Move a run that is over into the hidden folder of runs that are out of sight; nothing of it is deleted."""
+        """Move an ended run into the hidden folder `TRASH` without deleting anything. Return a message."""
         try:
             path = self.workspace.run(name)
             state = dict(self.workspace.runs_and_jobs()).get(name)
@@ -213,7 +215,7 @@ class RunTools:
             target.parent.mkdir(exist_ok=True)
             if path.is_dir():
                 path.rename(target)
-            else:  # it ended before it created its folder
+            else:  # the run ended before it created its folder
                 target.mkdir()
         except (LorakitError, OSError) as problem:
             return widgets.problem(say.translate(str(problem)))
@@ -221,7 +223,7 @@ class RunTools:
 
 
 def note_of(path: Path) -> dict[str, str]:
-    """Name and note that somebody gave to a run."""
+    """The name and the note that the user gave to a run, each "" if there is none."""
     try:
         words = foreign_json.loads_table((path / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The page of runs: the state of each, its curves, its pictures, its log, and the buttons that stop and resume it."""
+"""The page of runs: the state, charts, pictures and log of each run, and the buttons that stop and resume it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
 
-# Seconds between looks at the run folder.
+# Seconds between two reads of the run folders.
 EVERY = 1.0
-# Lines of the log that are shown, and lines of the process's own output.
+# Number of log lines on the page, and number of lines of the process's output.
 LOG_LINES, OUTPUT_LINES = 200, 60
-# A run that has written nothing for so many seconds says so.
+# Seconds without a write after which the page shows the time of a run's last write.
 SILENT = 20
 SAMPLE_SIDE, RESULT_SIDE = 640, 320
-# Of a run whose process is gone, and left no word.
+# Message for a run whose process ended without a message.
 ENDED_SILENTLY = (
     "its process ended without a message: it was killed, the machine was restarted, or its memory ran "
     "out; Resume continues from the last checkpoint"
 )
-# Checks of the self-check on an exported file.
+# Names of the checks of an exported file in the run's report.
 CHECKS = ("{format} file", "{format} in diffusers", "{format} unet", "{format} text encoder", "{format} weights")
 RESUMABLE = ("interrupted", "stopped", "failed", "done")
 CHOOSE = """
@@ -58,7 +58,7 @@ const tell = () => {
 new MutationObserver(tell).observe(element, {childList: true, subtree: true});
 """
 
-# The log stays at its end, unless the person has scrolled up.
+# Scrolls the log to its end after each change, unless the user has scrolled up.
 FOLLOW_LOG = """
 let follows = true;
 const isAtEnd = (log) => log.scrollHeight - log.scrollTop - log.clientHeight < 8;
@@ -73,11 +73,11 @@ new ResizeObserver(scroll).observe(element);  // while its tab is hidden a log h
 
 
 class RunsPage:
-    """Builds the page. `run_name` holds the name of the run on display, in the browser."""
+    """Builds the page and handles its events. `run_name` is the name of the run on display, stored in the browser."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n, run_name: gr.BrowserState):
         self.workspace, self.run_name = workspace, run_name
-        # The content of the screen, so that only changes are sent.
+        # Hash of each part of the page in the browser, so that only changes are sent.
         self.screen_hashes = gr.State({})
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
@@ -113,22 +113,25 @@ class RunsPage:
                 self.log = widgets.html(elem_id="run-log", js_on_load=FOLLOW_LOG)
 
     def wire(self, page: gr.Blocks) -> None:
-        """Connect the events. After every action the same listener reads the files, because two overlapping listeners
-        could each assume the other's content on the screen."""
+        """Connect the events to the handlers.
+
+        After every action the same listener reads the files. With two listeners, the answers could overlap, and
+        `screen_hashes` would not match the page.
+        """
 
         self.tools.wire(page)
 
         def poll(
             run_name: str, screen_hashes: dict[str, Any], smoothing: float, start: float, request: gr.Request
         ) -> list[Any]:
-            linked_name = "" if screen_hashes else address.run_in(request)  # before anything was on the screen
+            linked_name = "" if screen_hashes else address.run_in(request)  # only for the first answer
             name, *others = self.poll(
                 linked_name or run_name or "", screen_hashes, say_for(request), (smoothing or 0.0, start or 0.0)
             )
             return [name if isinstance(name, str) or not linked_name else linked_name, *others]
 
         def choose(event: gr.EventData) -> tuple[str, str, int]:
-            return event.run, "", 0  # the number of steps was meant for the run before
+            return event.run, "", 0  # reset the number of steps, which belongs to the previous run
 
         def with_words(act: Callable[[str, Say], str]) -> Callable[[str, gr.Request], str]:
             def handler(run_name: str, request: gr.Request) -> str:
@@ -151,7 +154,7 @@ class RunsPage:
         self.work.click(lambda: self.workspace.queue.start(), None, None, **ACT)
 
     def _wire_files(self) -> None:
-        """Wire the buttons that take a checkpoint's file."""
+        """Connect the buttons that download a checkpoint's file."""
         step = gr.State(0)
 
         def choose(event: gr.EventData) -> int:
@@ -176,10 +179,12 @@ class RunsPage:
     def poll(
         self, run_name: str, screen_hashes: dict[str, Any], say: Say, view: tuple[float, float] = (0.0, 0.0)
     ) -> list[Any]:
-        """The page as the files have it now; a part with the hash of `screen_hashes` is not sent again.
+        """Read the files and return the outputs. A part with the same hash as in `screen_hashes` is not sent again.
 
         Args:
-            view: of the curves: smoothing and start, see `charts.run_charts`.
+            run_name: run on display. If it does not exist, a running one or the first one is shown.
+            screen_hashes: part of the page -> hash of its content in the browser.
+            view: smoothing and start of the charts, see `charts.run_charts`.
         """
         runs = self.workspace.runs_and_jobs()
         names = [name for name, _ in runs]
@@ -205,7 +210,7 @@ class RunsPage:
             part: gr.update(visible=updates[part]) if isinstance(updates[part], bool) else updates[part]
             for part in ("work", "stop", "steps", "cancel")
         }
-        if isinstance(updates["resume"], str):  # what a run that has ended needs least is no great button
+        if isinstance(updates["resume"], str):  # the button's variant, or "" to hide it
             variant = updates["resume"]
             updates["resume"] = gr.update(visible=bool(variant), variant=variant or "primary")
         if isinstance(updates["download"], str):
@@ -219,7 +224,7 @@ class RunsPage:
         ]  # fmt: skip
 
     def _cards(self, say: Say) -> str:
-        """The current load of each card; empty if no card reports it."""
+        """HTML with the memory, load and temperature of each card, or "" if no card reports them."""
         lines = []
         for card in self.workspace.cards.latest():
             has_memory = card.used is not None and card.total is not None
@@ -252,7 +257,7 @@ class RunsPage:
         }
 
     def _reason(self, name: str, state: State) -> str:
-        """Why the run is in a state in which it was not meant to be, where its own message does not say so."""
+        """The run's message. For a failed or interrupted run without one, the errors of its job."""
         if state.message or state.state not in ("failed", "interrupted"):
             return state.message
         jobs = [job for job in self.workspace.queue.jobs() if Path(job.folder).name == name]
@@ -265,7 +270,7 @@ class RunsPage:
         return "\n".join([line for line in lines if not line.startswith(KEY_LINE)][-OUTPUT_LINES:])
 
     def ask_stop(self, name: str, say: Say) -> str:
-        """Ask the run to stop. Return a message for the person."""
+        """Ask the run to stop. Return a message."""
         try:
             path = self.workspace.run(name)
             read(path)
@@ -275,7 +280,11 @@ class RunsPage:
         return widgets.good(say("run.stop_asked"))
 
     def go_on(self, name: str, say: Say, steps: int = 0) -> str:
-        """Put the continuation of a run into the queue, with another length unless `steps` is 0."""
+        """Add the continuation of a run to the queue. Return a message.
+
+        Args:
+            steps: new number of steps of the whole run; 0 keeps the number.
+        """
         try:
             path = self.workspace.run(name)
             if read(path).state == "done" and steps <= read(path).step:
@@ -287,7 +296,7 @@ class RunsPage:
         return widgets.good(say("run.resumed", name=name))
 
     def take_out(self, name: str, say: Say) -> str:
-        """Take a waiting run out of the queue."""
+        """Remove a waiting run from the queue. Return a message."""
         for job in self.workspace.queue.waiting():
             if Path(job.folder).name == name and self.workspace.queue.cancel(job.number):
                 return widgets.good(say("run.cancelled", name=name))
@@ -352,13 +361,13 @@ def _status(name: str, state: State, run: RunFolder, say: Say) -> str:
 
 
 def _doing(state: State, say: Say) -> str:
-    """The phase of the run before training, and its progress."""
+    """The current work of the run before training, with its progress."""
     doing = say.translate(state.doing)
     return say("run.doing", doing=doing, position=state.position, total=state.total) if state.total else doing
 
 
 def _findings(run: RunFolder, say: Say) -> str:
-    """The findings of the run's self-check on the exported file."""
+    """HTML with the findings of the run's report on the exported files, or ""."""
     try:
         findings = foreign_json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
         items = "".join(
@@ -372,7 +381,7 @@ def _findings(run: RunFolder, say: Say) -> str:
 
 
 def _finding(name: str, detail: str, say: Say) -> str:
-    """A line of the self-check, in the language of the page."""
+    """Translate a finding of the report."""
     export, _, part = name.partition(" ")
     template = next((template for template in CHECKS if part and template.endswith(f" {part}")), "")
     return say.translate(Message("{name}: {detail}", Message(template, export) if template else name, detail))
@@ -394,7 +403,7 @@ def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> st
 
 
 def _result(workspace: Workspace, run: RunFolder, last: int, say: Say) -> str:
-    """The last pictures above those of the base, prompt by prompt; empty where the base drew none."""
+    """HTML with the last pictures above those of the base, or "" if one of them is missing."""
     rows = []
     for row, step in enumerate((last, 0)):
         title = say("compare.step", step=step) if step else say("compare.base")
@@ -425,7 +434,7 @@ def _curves(run: RunFolder, state: State, say: Say, view: tuple[float, float]) -
 
 
 class _Drawing:
-    """The charts of a log that grows, drawn as often as takes a twentieth of the time."""
+    """The charts of a growing log. They are redrawn so rarely that drawing takes at most a twentieth of the time."""
 
     def __init__(self, log: Path, labels: tuple[str, ...], view: tuple[float, float]):
         self.smoothing, self.start = view
@@ -433,7 +442,12 @@ class _Drawing:
         self.log, self.size, self.due, self.figures = _reader(log, "step", "validation"), -1, 0.0, list[str]()
 
     def charts(self, size: int, grows: bool) -> list[str]:
-        """The charts of the log, which has so many bytes now."""
+        """The charts as SVG.
+
+        Args:
+            size: current size of the log in bytes.
+            grows: whether the run is live. If not, the charts are redrawn at once.
+        """
         start = time.monotonic()
         if size != self.size and (start >= self.due or not grows):
             self.size, self.figures = (
@@ -453,7 +467,7 @@ def _reader(log: Path, *kinds: str) -> LogReader:
 
 
 def _messages(log: Path) -> list[tuple[str, str]]:
-    """The last lines that were meant for people, warnings and errors marked."""
+    """The last messages in the log as (mark, message). The mark of warnings and errors is "! "."""
     events = _reader(log, "message", "warning", "error", "done").events()[-LOG_LINES:]
     marks = {"warning": "! ", "error": "! "}
     return [(marks.get(e["event"], ""), from_json(str(e.get("message", e["event"])), e)) for e in events]

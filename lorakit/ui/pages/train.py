@@ -1,4 +1,4 @@
-"""The page on which a run is planned and started: five answers, and every other option derived from the config."""
+"""The page that plans and starts a run: a few basic questions, and a widget for each other option of the config."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from lorakit.ui.texts import Say
 from lorakit.ui.workspace import Workspace
 
 AUTOMATIC = ""
-# Folder below the runs for presets of one's own.
+# Folder below the runs for the user's own presets.
 PRESETS = "presets"
 
 
 class TrainPage:
-    """Builds the page. `widgets` holds every option's widget by key, `draft` the answers, in the browser.
+    """Builds the page and handles its events.
 
-    `marks` is what the page remembers between events:
+    `widgets` maps the key of each option to its widget. `draft` is the answers in the browser's storage. `marks` is the
+    state of the page between events:
 
-    - "preset": its name or "";
+    - "preset": name of the preset, or "" for the automatic one;
     - "values": option's key -> the preset's value;
-    - "moved": option's key -> a value that another, changed by hand, has replaced;
-    - "shown": option's key -> "changed", a problem or "".
+    - "moved": option's key -> its value, if a change of another option by hand made it differ from the preset's;
+    - "shown": option's key -> "changed" or a problem.
     """
 
     def __init__(self, workspace: Workspace, t: gr.I18n, draft: gr.BrowserState):
@@ -116,7 +117,7 @@ class TrainPage:
 
     @property
     def inputs(self) -> list[Any]:
-        """The inputs of an answer, in order: quality, marks, every widget."""
+        """The inputs of `answer`, in order: quality, marks, every widget."""
         return [self.quality, self.marks, *(self.widgets[key] for key in self.keys)]
 
     @property
@@ -126,18 +127,21 @@ class TrainPage:
         return [self.plan_card, self.changed, self.start, self.fetch, self.marks, self.draft, *every]
 
     def form_values(self, values: Sequence[Any]) -> dict[str, Any]:
-        """Key -> value of the widget."""
+        """Option's key -> value of its widget."""
         return dict(zip(self.keys, values, strict=True))
 
     def answer(self, quality: str, marks: dict[str, Any], values: Sequence[Any], say: Say) -> list[Any]:
-        """Follow an answer, at once: options that were not changed by hand go with the preset, problems go to their
-        fields. The plan follows in `plan`: the photos may not have been looked at yet."""
+        """Update the page after an answer. Return the `outputs`.
+
+        Options that the user has not changed get the preset's values, and problems appear at their fields. `plan`
+        updates the plan later, because it waits for the check of the photos.
+        """
         answers = self.form_values(values)
         marks, adjustments = self._follow(quality, marks, answers)
         answers |= adjustments
         config, problems = self.read(answers, say)
         changed = form.changed(answers, {k: v for k, v in marks["values"].items() if k not in quickstart.BASIC_OPTIONS})
-        unanswered = [say("train.required")]  # nothing is wrong yet
+        unanswered = [say("train.required")]  # not marked as an error
         wrong = {key: join("\n", lines) for key, lines in problems.items() if lines != unanswered}
         new_marks = {key: wrong.get(key, "changed" if key in changed else "") for key in self.keys}
         updates = [
@@ -153,8 +157,7 @@ class TrainPage:
         return [plan, _changes(changed, say), gr.update(interactive=False), fetch, marks, draft, *updates]
 
     def plan(self, values: Sequence[Any], say: Say, progress: Progress | None = None) -> tuple[str, Any]:
-        """The plan or the problems that prevent it, and whether the run may start. The call waits until the photos are
-        checked."""
+        """The plan or the problems as HTML, and an update of the start button. Waits until the photos are checked."""
         config, problems = self.read(self.form_values(values), say)
         refused = gr.update(interactive=False)
         if config is None:
@@ -165,7 +168,7 @@ class TrainPage:
         return plan_card(result.plan, result.warnings, say), gr.update(interactive=True)
 
     def _by_field(self, result: Preflight, say: Say) -> dict[str, list[str]]:
-        """The problems of a preflight by the key of the option that each names first, those of the photos by theirs."""
+        """The problems of a preflight by key: the first option in the message, or the folder for problems of photos."""
         photos = result.report.errors if result.report else []
         problems: dict[str, list[str]] = {}
         for line in result.problems:
@@ -176,10 +179,10 @@ class TrainPage:
     def _follow(
         self, quality: str, marks: dict[str, Any], answers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The preset that the answers suggest now, and the new values of options that were not changed by hand.
+        """Compute the new marks, and the values of options to update because the suggested preset has changed.
 
-        These values are the preset's. Options that a change by hand excludes are omitted, for example the preset's
-        length if another length was set.
+        Options that the user has changed are not updated. The values consider these changes: for example, if the user
+        has set another option of the length, the preset's length is unset.
         """
         adjustments = marks["moved"]
         by_hand = {
@@ -193,7 +196,7 @@ class TrainPage:
             return marks, {}
         try:
             combination = self._suggest(answers, quality, marks["preset"], by_hand)
-        except LorakitError:  # the field itself shows this problem
+        except LorakitError:  # the option's field shows this problem
             combination = suggestion
         follows = {
             key: value
@@ -205,21 +208,23 @@ class TrainPage:
         return marks, {key: value for key, value in follows.items() if answers.get(key) != value}
 
     def own_presets(self) -> dict[str, str]:
-        """Presets that somebody saved here: path -> name."""
+        """Path -> name of the presets that the user has saved."""
         return {str(path): path.stem for path in sorted((self.workspace.runs / PRESETS).glob("*.toml"))}
 
     def preset_choices(self, say: Say) -> list[tuple[str, str]]:
-        """The presets to choose from as (name, value), the user's own last."""
+        """The choices of presets as (name, value). The user's own presets are last."""
         shipped = [(name, name) for name in configuration.preset_names()]
         own = [(f"★ {name}", path) for path, name in self.own_presets().items()]
         return [(say("train.automatic"), AUTOMATIC), *shipped, *own]
 
     def keep_preset(self, name: str, values: Sequence[Any], say: Say) -> tuple[str, object]:
-        """Save the form as a preset of that name. Return a message and the dropdown. An existing preset is not
-        overwritten."""
+        """Save the form as a preset. Return a message, and an update of the dropdown.
+
+        The preset contains neither the folder nor the name of the photos. No existing preset is overwritten.
+        """
         config, problems = form.read(self.form_values(values), self.workspace.roots)
         lines = [line for key, texts in problems.items() if key not in quickstart.BASIC_OPTIONS for line in texts]
-        if config is None and not lines:  # what is not answered is no part of a preset
+        if config is None and not lines:  # only basic questions are unanswered, which a preset does not need
             start = form.values(quickstart.config_for_answers({}, "balanced"))
             basic = {key: start[key] for key in quickstart.BASIC_OPTIONS}
             config, problems = form.read(self.form_values(values) | basic, self.workspace.roots)
@@ -230,7 +235,7 @@ class TrainPage:
         return self._write_preset(name, configuration.to_toml(replace(config, data=data)), say)
 
     def take_preset(self, file: str, say: Say) -> tuple[str, object]:
-        """Keep an uploaded preset, if it is one: (message, the dropdown)."""
+        """Save an uploaded preset if it is valid. Return a message, and an update of the dropdown."""
         try:
             config = configuration.load(Path(file))
             tables = configuration.as_tables(config)
@@ -254,17 +259,17 @@ class TrainPage:
         return message, gr.update(choices=self.preset_choices(say), value=str(path))
 
     def export_of(self, preset: str) -> object:
-        """The button that downloads a preset of one's own."""
+        """An update of the download button, which is visible for the user's own presets."""
         path = Path(preset) if preset in self.own_presets() else None
         return gr.update(visible=path is not None, value=str(self.workspace.staged(path)) if path else None)
 
     def _suggest(
         self, answers: Mapping[str, Any], quality: str, preset: str, by_hand: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The values that preset and answers suggest for every field. A base outside the roots is not read.
+        """The widget's value of every option for a preset, the answers and the options changed by hand.
 
         Raises:
-            LorakitError: as `quickstart.config_for_answers`, or the base is outside the roots.
+            LorakitError: `quickstart.config_for_answers` raises it, or the base is outside of the roots.
         """
         base = answers.get(quickstart.BASE) or ""
         bundled = base == self.fields[quickstart.BASE].option.default
@@ -275,7 +280,7 @@ class TrainPage:
         )
 
     def read(self, answers: Mapping[str, Any], say: Say) -> tuple[Config | None, dict[str, list[str]]]:
-        """The config of a filled-in form, or every problem by field; an unanswered question is one."""
+        """The config of the form or None, and the problems by key. An unanswered question is a problem."""
         config, problems = form.read(answers, self.workspace.roots)
         for key in quickstart.BASIC_OPTIONS:
             if not str(answers.get(key) or "").strip():
@@ -292,7 +297,7 @@ class TrainPage:
         return (None if problems else config), text
 
     def lacking(self, answers: Mapping[str, Any]) -> tuple[str, str] | None:
-        """The option and the hub id of a base, or of its VAE, that must be downloaded. The network is not used."""
+        """The option and the hub id of a base or a VAE that must be downloaded, or None. Does not use the network."""
         for key in (quickstart.BASE, quickstart.VAE):
             try:
                 name = form.resolve_path(key, str(answers.get(key) or "").strip(), self.workspace.roots)
@@ -303,7 +308,7 @@ class TrainPage:
         return None
 
     def fetch_base(self, values: Sequence[Any], say: Say, progress: Progress = lambda count, total: None) -> str:
-        """Download the base or its VAE from the hub, at the user's request. Return a message about the result."""
+        """Download the base or its VAE from the hub, at the user's request. Return a message."""
         lacking = self.lacking(self.form_values(values))
         if lacking is None:
             return ""
@@ -315,23 +320,23 @@ class TrainPage:
         return widgets.good(say("train.fetched", name=name))
 
     def config_of_photos(self, answers: Mapping[str, Any]) -> Config | None:
-        """A config that suffices to read the photos, even if other answers are missing or wrong."""
+        """A config for reading the photos, even if other answers are missing or invalid."""
         config, _ = form.read(answers, self.workspace.roots)
         try:
             if config is not None and quickstart.describe(config.model):
                 return config
-        except LorakitError:  # the base's own field shows this problem
+        except LorakitError:  # the field of the base shows this problem
             pass
         start = form.values(quickstart.config_for_answers({}, "balanced"))
         answered = {key: answers[key] for key in (quickstart.PHOTOS, *quickstart.OF_PHOTOS)}
         return form.read(start | answered, self.workspace.roots)[0]
 
     def draft_of(self, quality: str, marks: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str, Any]:
-        """The answers as the browser keeps them, for `restore`."""
+        """The answers to store in the browser. `restore` reads them."""
         return {"quality": quality, "preset": marks["preset"], "moved": marks["moved"], "values": dict(answers)}
 
     def restore(self, draft: Mapping[str, Any]) -> list[Any]:
-        """The answers that the browser stored: folder of photos, quality, marks, preset, then each widget."""
+        """Read answers from the browser's storage. Return folder of photos, quality, marks, preset and every widget."""
         if not isinstance(draft, dict) or not isinstance(draft.get("values"), dict):
             return [gr.skip()] * (4 + len(self.keys))
         start = form.values(quickstart.config_for_answers({}, "balanced"))
@@ -356,7 +361,7 @@ class TrainPage:
         if mark != before:
             wrong = mark not in ("", "changed")
             help = say(f"help.{key}")
-            problem = mark.replace("*", "\N{ASTERISK OPERATOR}")  # two asterisks were read as emphasis
+            problem = mark.replace("*", "\N{ASTERISK OPERATOR}")  # Gradio renders * as Markdown emphasis
             change["info"] = (
                 f"✕ {problem} — {help}" if wrong else f"● {say('train.changed')} — {help}" if mark else help
             )
@@ -364,7 +369,7 @@ class TrainPage:
         return gr.update(**change) if change else gr.skip()
 
     def difference_of(self, preset: str, quality: str, values: Sequence[Any], say: Say) -> str:
-        """The changes that the preset would make, as a table."""
+        """An HTML table of the changes that the preset would make."""
         answers = self.form_values(values)
         try:
             suggestion = self._suggest(answers, quality, preset)
@@ -383,7 +388,7 @@ class TrainPage:
         )
 
     def apply_preset(self, preset: str, quality: str, marks: dict[str, Any], values: Sequence[Any]) -> list[Any]:
-        """Every option as the preset has it: the new `marks`, then an update for each widget."""
+        """Set every option to the preset's value. Return the new `marks`, then an update for each widget."""
         answers = self.form_values(values)
         try:
             suggestion = self._suggest(answers, quality, preset)
@@ -398,7 +403,7 @@ class TrainPage:
         return [marks | {"preset": preset, "values": suggestion, "moved": {}}, *updates]
 
     def begin(self, values: Sequence[Any], say: Say, progress: Progress | None = None) -> tuple[str, str | None]:
-        """Put the run into the queue. Return a message, and the name of the run folder or None."""
+        """Add the run to the queue. Return a message, and the name of the run folder or None."""
         config, problems = self.read(self.form_values(values), say)
         if config is None:
             return widgets.problem(
@@ -413,7 +418,7 @@ class TrainPage:
 
 
 def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
-    """The plan's figures, and below them its lines as the command line has them."""
+    """HTML with the plan's figures, warnings, and lines as in `lorakit check`."""
     memory = widgets.memory(max(plan.peaks.values()), say)
     run_time = say("plan.measured") if plan.seconds is None else widgets.duration(plan.seconds, say)
     validation = say("plan.held", count=plan.holdout_count) if plan.holdout_count else ""

@@ -1,4 +1,4 @@
-"""The page that tries an adapter: the user's prompts, the strength, a seed, and the base model for comparison."""
+"""The page that draws pictures with an adapter: prompts, strength, seed, and the base model for comparison."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
 
-# Folder below the runs for what is drawn, seconds between looks, and sets of pictures that the page shows.
+# Folder below the runs for the pictures, seconds between polls, and largest number of sets of pictures on the page.
 TRIES, EVERY, MAX_TRIES = "tries", 1.0, 20
 CELL = 320
 
 
 class TryPage:
-    """Builds and wires the page."""
+    """Builds the page and handles its events."""
 
     def __init__(self, workspace: Workspace, t: gr.I18n):
         self.workspace = workspace
@@ -49,7 +49,10 @@ class TryPage:
         self.pictures = widgets.html(elem_id="try-pictures")
 
     def wire(self, tab: gr.Tab) -> None:
-        """Which event calls what. A timer inside of a tab would tick only while that is open."""
+        """Connect the events to the handlers.
+
+        Call it outside of the tab, because a timer in a tab ticks only while the tab is open.
+        """
         timer = gr.Timer(EVERY, active=False)
         inputs = {self.adapter, self.prompts, self.base, self.strength, self.with_base, self.seed, self.steps}
 
@@ -73,7 +76,7 @@ class TryPage:
         timer.tick(look, None, [self.message, self.pictures, timer], **FOLLOW)
 
     def adapters(self) -> list[str]:
-        """Adapters of all runs, newest first, then their checkpoints."""
+        """The adapter files of all runs, newest first, then their checkpoints, as paths below the runs."""
         checkpoints = [path.parent for path in self.workspace.runs.glob("*/checkpoints/step-*/complete")]
         newest = sorted(checkpoints, key=lambda path: -path.stat().st_mtime)
         return [path.relative_to(self.workspace.runs).as_posix() for path in (*self.workspace.adapters(), *newest)]
@@ -81,7 +84,7 @@ class TryPage:
     def start(
         self, name: str, prompts: str, strengths: Sequence[float], base: str, settings: dict[str, int | None], say: Say
     ) -> str:
-        """Put the drawing into the queue. Return the problem, or ""."""
+        """Add a job that draws the pictures to the queue. Return an error message as HTML, or ""."""
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not name:
             return widgets.problem(say("adapter.none"))
@@ -102,7 +105,11 @@ class TryPage:
         return ""
 
     def _file(self, name: str) -> tuple[Path, str]:
-        """The adapter that is meant, a checkpoint's written first, and the base of its run or ""."""
+        """The adapter file, and the base of its run or "". A checkpoint is exported the first time.
+
+        Raises:
+            LorakitError: there is no such file, or the export failed.
+        """
         path = self.workspace.roots.resolve(self.workspace.runs / name)
         if not path.exists():
             raise LorakitError("{name}: there is no such file", name)
@@ -117,12 +124,12 @@ class TryPage:
         return files[0], base
 
     def look(self, say: Say) -> list[object]:
-        """How the drawing stands, what was drawn, and whether to look again."""
+        """The state of the last job, the pictures as HTML, and the timer that polls again."""
         line, going = self.status(say)
         return [line, self.drawings(say), gr.Timer(active=going)]
 
     def status(self, say: Say) -> tuple[str, bool]:
-        """How the last drawing stands, in words, and whether it is under way."""
+        """The state of the last job as HTML, and whether it waits or runs."""
         jobs = self.workspace.queue.jobs()
         own = [job for job in jobs if Path(job.folder).parent == self.workspace.runs / TRIES]
         if not own:
@@ -139,7 +146,7 @@ class TryPage:
         return "", False
 
     def drawings(self, say: Say) -> str:
-        """The newest sets of pictures: a row for each strength, a column for each prompt."""
+        """HTML with the newest sets of pictures. A set has a row for each strength and a column for each prompt."""
         folders = sorted((self.workspace.runs / TRIES).glob("*/grid.png"), reverse=True)[:MAX_TRIES]
         return "".join(self._drawing(grid.parent, say) for grid in folders)
 
@@ -162,7 +169,7 @@ class TryPage:
 
 
 def drawing_line(workspace: Workspace, job: Job, say: Say) -> str:
-    """How far a job is that draws."""
+    """The progress of a running job that draws pictures, as HTML."""
     seconds = widgets.ago(job.pid_start or time.time(), say)
     count, total = workspace.queue.pictures(job.number)
     if not total:

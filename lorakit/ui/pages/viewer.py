@@ -1,4 +1,4 @@
-"""Pictures as they were drawn: enlarged over the page, with arrow keys from one to the next, and saved as files."""
+"""The picture viewer: shows a picture in full size over the page, moves to others by arrow keys, and saves files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lorakit.ui.texts import Say
 from lorakit.ui.widgets import say_for
 from lorakit.ui.workspace import Workspace
 
-# Shows what a button with `data-picture` names. Buttons below one element with `data-pictures` are a table: `data-row`
-# and `data-column` say where each is, and the arrow keys go through it.
+# Opens the picture that a button names in `data-picture`. The buttons in one element with `data-pictures` form a table.
+# `data-row` and `data-column` are a button's place in it, and the arrow keys move between places.
 SCRIPT = """
 const dialog = document.createElement('dialog');
 dialog.className = 'lk-viewer';
@@ -76,7 +76,7 @@ document.addEventListener('click', ({target}) => {
 
 
 def build(workspace: Workspace) -> gr.HTML:
-    """The viewer of a page; once, outside of its tabs."""
+    """Build the viewer. Call it once for a page, outside of the tabs."""
 
     def picture(name: object, request: gr.Request) -> dict[str, str]:
         return original(workspace, name, say_for(request))
@@ -85,7 +85,15 @@ def build(workspace: Workspace) -> gr.HTML:
 
 
 def original(workspace: Workspace, name: object, say: Say) -> dict[str, str]:
-    """A picture below the runs as it was saved, with its recipe, and the words around it."""
+    """The original file of a picture and the viewer's texts.
+
+    Args:
+        name: path below the runs.
+
+    Returns:
+        `address` (a `data:` URL), `name` (for saving), `recipe`, `text` and the labels of the buttons. If the picture
+        cannot be read, `address` is "" and `text` is the error message.
+    """
     words = {key: say(f"viewer.{key}") for key in ("save", "original", "close")}
     try:
         path = workspace.roots.resolve(workspace.runs / str(name))
@@ -104,7 +112,7 @@ def original(workspace: Workspace, name: object, say: Say) -> dict[str, str]:
 
 
 def _prompt(info: Mapping[str | tuple[int, int], object]) -> str:
-    """The prompt in a picture's recipe, or ""."""
+    """The prompt in the metadata of a picture, or ""."""
     try:
         return str(foreign_json.loads_table(str(info.get("lorakit", "{}"))).get("prompt", ""))
     except ValueError:
@@ -112,7 +120,13 @@ def _prompt(info: Mapping[str | tuple[int, int], object]) -> str:
 
 
 def button(workspace: Workspace, path: Path, title: str, row: int, column: int, *, side: int) -> str:
-    """A small picture that opens the viewer."""
+    """HTML of a button with a thumbnail that opens the viewer.
+
+    Args:
+        path: picture below the runs.
+        row, column: place of the picture in its table, for the arrow keys.
+        side: longer side of the thumbnail in pixels.
+    """
     small = workspace.thumbnails.get(path, side)
     name = path.relative_to(workspace.runs).as_posix()
     return (
