@@ -1,7 +1,7 @@
-"""Record the golden results, or compare with them to the bit on the machine that recorded them.
+"""Record the golden results, or compare with them bit by bit on the machine that recorded them.
 
-python tests/golden/record.py             write all of them again
-python tests/golden/record.py --check     compare; exit code 1 where a bit differs
+python tests/golden/record.py             record all results again
+python tests/golden/record.py --check     compare; exit code 1 if a bit differs
 python tests/golden/record.py --check sd1-lora pocket
 """
 
@@ -22,7 +22,7 @@ import runs  # noqa: E402
 
 
 def differences(name: str, result: runs.Golden) -> list[str]:
-    """Where a run differs from what is kept, in any bit; a line each."""
+    """Return a line for each part of a result in which any bit differs from the golden result."""
     recorded = runs.read(name)
     lines = []
     for what in ("losses", "gradient_norms"):
@@ -38,7 +38,7 @@ def differences(name: str, result: runs.Golden) -> list[str]:
 
 
 def main() -> int:
-    """Run what is asked for; the exit code."""
+    """Run the given names; return the exit code."""
     parser = argparse.ArgumentParser(description="Record or check the golden results.")
     parser.add_argument("names", nargs="*", help="runs; all of them unless given")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")

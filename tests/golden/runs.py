@@ -1,7 +1,8 @@
-"""The short training runs whose results are kept: 20 losses and the adapter, for each family and method.
+"""Short training runs with recorded results: 20 losses and the adapter, for each family and method.
 
-`python tests/golden/record.py` writes them again, `python tests/golden/record.py --check` compares to the bit. Both are
-for one machine: another processor rounds differently, and the tests allow for that.
+`python tests/golden/record.py` records them again, and `python tests/golden/record.py --check` compares every bit.
+Both need the machine that recorded the results, because other processors round differently; the tests allow for
+that.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from safetensors.numpy import load_file
 FOLDER = Path(__file__).parent
 STEPS = 20
 FAMILIES = ("sd1", "sdxl", "sd3")
-# Each method brings one more part of the loss into play.
+# Each method also uses another part of the loss.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter.train_text_encoder": True, "train.noise_offset": 0.1},
     "dora": {"train.prior": "teacher", "adapter.target_modules": "linear"},
     "lokr": {"train.loss": "huber", "optimizer.lr_scheduler": "cosine", "optimizer.warmup_steps": 3},
 }
-# No format carries DoRA of Stable Diffusion 3, so it is trained with rank-stabilised LoRA instead.
+# No format carries DoRA of Stable Diffusion 3, so rank-stabilised LoRA replaces it.
 INSTEAD = {("sd3", "dora"): "rslora"}
 NAMES = [f"{f}-{INSTEAD.get((f, method), method)}" for f in FAMILIES for method in METHODS] + ["pocket"]
 
 
 @dataclass(frozen=True)
 class Golden:
-    """What a run gave.
+    """The results of a run.
 
     Attributes:
         losses: the loss of each step.
         gradient_norms: the norm of each step's gradient before clipping.
-        adapter: name of a trained weight -> tensor, float32, as the last checkpoint has it.
+        adapter: name of a trained weight -> float32 tensor from the last checkpoint.
     """
 
     losses: list[float]
@@ -47,7 +48,7 @@ class Golden:
 
 
 def run(name: str, folder: Path, base: str = "") -> Golden:
-    """Train the run `name` in the empty folder `folder`, on one thread; of `base`, where `save_base` has made it."""
+    """Train the run `name` in the empty folder `folder`, on one thread; `base` is the result of `save_base`."""
     import torch
 
     from lorakit import config
@@ -67,7 +68,7 @@ def run(name: str, folder: Path, base: str = "") -> Golden:
 
 
 def read(name: str) -> Golden:
-    """The results that are kept."""
+    """Return the recorded results."""
     figures = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return Golden(figures["losses"], figures["gradient_norms"], load_file(FOLDER / f"{name}.safetensors"))
 
@@ -85,14 +86,14 @@ def _settings(name: str, base: str, photos: Path, output: Path) -> tuple[str | N
         "sample.at_start": False,
         "sample.at_end": False,
         "sample.prompts": ("a photo of a sks toy",),
-        "sample.steps": 1,  # of the class images too
+        "sample.steps": 1,  # also for class images
         "memory.device": "cpu",
         "output.folder": str(output),
         "output.dtype": "fp32",
     }
     if name == "pocket":
         warmup = {"optimizer.warmup_steps": 10, "optimizer.warmup_ratio": 0.0}
-        # As the preset was when the results were kept.
+        # The preset's values when the results were recorded.
         prior = {"train.prior_target": "image", "train.prior_prompts": (), "train.prior_loss_weight": 1.0}
         own = {"train.class_images": 8, "train.batch_size": 4, "optimizer.text_encoder_learning_rate": None}
         return "subject-pocket", shared | warmup | prior | own
@@ -111,7 +112,7 @@ def _settings(name: str, base: str, photos: Path, output: Path) -> tuple[str | N
 
 
 def save_base(name: str, folder: Path) -> str:
-    """The base of a run, written to `folder` unless it is the bundled one."""
+    """Write the run's base to `folder` and return its path; for the bundled base return its name."""
     if name == "pocket":
         return "pocket"
     import tiny
@@ -122,7 +123,7 @@ def save_base(name: str, folder: Path) -> str:
 
 
 def _photos(folder: Path) -> Path:
-    """Five photos of noise, 64 pixels a side, each with a caption."""
+    """Write five photos of noise, 64 pixels a side, each with a caption."""
     folder.mkdir()
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / f"{number}.png")

@@ -1,9 +1,9 @@
-"""The golden runs on any machine: what rounding may change is allowed, what a formula changes is not.
+"""Tests of the golden runs on any machine: rounding may change results, but changed formulas fail.
 
-`record.py --check` compares to the bit, on the machine that recorded. Another processor adds up in another order. With
-AVX, AVX2 and AVX-512 switched off on the recording machine (ATEN_CPU_CAPABILITY=default, ONEDNN_MAX_CPU_ISA=SSE41),
-the ten runs differed by at most 2.3e-7 in a loss, 7.3e-6 in a gradient norm and 4.5e-6 in the adapter. The limits are
-some forty times as large.
+`record.py --check` compares every bit on the machine that recorded the results. Another processor adds in another
+order. With AVX, AVX2 and AVX-512 switched off on the recording machine (ATEN_CPU_CAPABILITY=default,
+ONEDNN_MAX_CPU_ISA=SSE41), the ten runs differed by at most 2.3e-7 in a loss, 7.3e-6 in a gradient norm and 4.5e-6 in
+the adapter. The limits are some forty times as large.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lorakit.config import lr_schedule
 from lorakit.families.prediction import Epsilon, Flow, VPrediction
 from lorakit.training import objective
 
-# Relative differences: of each loss, of each gradient's norm, and of all trained numbers taken as one vector.
+# Limits of relative differences: of each loss, of each gradient norm, and of all trained weights as one vector.
 LOSS, GRADIENT_NORM, ADAPTER = 1e-5, 3e-4, 2e-4
-# The runs that `-m "not slow"` keeps: one family, every method.
+# Runs that are not marked slow: one family with every method.
 QUICK = ("sd1-lora", "sd1-dora", "sd1-lokr")
 
 
 @pytest.fixture(scope="module")
 def golden_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], runs.Golden]:
-    """A run, of bases that are written once, without the self-check."""
+    """Return a function that runs without the self-check and writes each base only once."""
     bases = tmp_path_factory.mktemp("bases")
 
     @functools.cache
@@ -46,7 +46,7 @@ def golden_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path]
 
 
 def differences(result: runs.Golden, golden: runs.Golden) -> dict[str, float]:
-    """What differs by more than its limit, and by how much."""
+    """Return each result that exceeds its limit, as a multiple of the limit."""
     assert len(result.losses) == len(golden.losses) == runs.STEPS
     assert result.adapter.keys() == golden.adapter.keys()
     squares = {key: np.square(value, dtype=np.float64).sum() for key, value in golden.adapter.items()}
@@ -62,7 +62,7 @@ def differences(result: runs.Golden, golden: runs.Golden) -> dict[str, float]:
 
 
 def _worst(values: list[float], expected: list[float]) -> float:
-    """The largest relative difference."""
+    """Return the largest relative difference."""
     return max(abs(a - b) / abs(b) for a, b in zip(values, expected, strict=True))
 
 
@@ -81,7 +81,7 @@ def wrong_noise_offset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.1 % off."""
+    """The target is wrong by 0.1 %."""
     for cls in (Epsilon, VPrediction, Flow):
         right = cls.target
         monkeypatch.setattr(cls, "target", lambda *arguments, right=right: right(*arguments) * 1.001)
@@ -100,18 +100,18 @@ def wrong_huber(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_min_snr(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of v-prediction, where the model predicts epsilon."""
+    """The weights are those of v-prediction, although the model predicts epsilon."""
     monkeypatch.setattr(Epsilon, "min_snr_weights", VPrediction.min_snr_weights)
 
 
 def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step ahead."""
+    """The schedule is one step ahead."""
     right = lr_schedule.factor
     monkeypatch.setattr(lr_schedule, "factor", lambda config, step, total: right(config, step + 1, total))
 
 
 def wrong_decay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AdamW without the decay of the weights."""
+    """AdamW does not apply weight decay."""
     right = torch.optim.AdamW
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda groups, **arguments: right(groups, **arguments | {"weight_decay": 0.0})
@@ -119,7 +119,7 @@ def wrong_decay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """alpha / rank, 1 % off."""
+    """alpha / rank is wrong by 1 %."""
     monkeypatch.setitem(runs.METHODS, "lora", runs.METHODS["lora"] | {"adapter.alpha": 2.02})
 
 

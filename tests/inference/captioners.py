@@ -1,4 +1,4 @@
-"""Tiny captioners of the true classes whose words are known: each token is followed by one other."""
+"""Tiny captioners of the true classes with a fixed text: each token predicts one next token."""
 
 import itertools
 from pathlib import Path
@@ -42,7 +42,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def _rig(model: Any, embedding: Any, head: Any, first: str) -> None:
-    """Nothing but embedding, norms and head counts: after `first` come the words of TEXT, then the end."""
+    """Zero all weights except embedding, norms and head, so that the words of TEXT and the end follow `first`."""
     for name, parameter in model.named_parameters():
         parameter.fill_(1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0)
     embedding.weight.copy_(torch.eye(*embedding.weight.shape))
@@ -81,7 +81,7 @@ def save_llava(folder: Path) -> None:
 
 
 def save_tagger(folder: Path, side: int = 8, rows: str = "") -> None:
-    """A network whose tags are the mean blue, green and red of the picture, and two that are always likely."""
+    """Save a network whose tags are the picture's mean blue, green and red, and two tags that are always likely."""
     from onnx import TensorProto, checker, helper, save
 
     floats = TensorProto.FLOAT

@@ -1,4 +1,4 @@
-"""`lorakit caption`: models of the true classes, whose words are known, write the captions of a folder of photos."""
+"""Tests of `lorakit caption`: models of the true classes with fixed texts write captions for a folder of photos."""
 
 import importlib.util
 import json
@@ -117,7 +117,7 @@ def test_a_tagger_names_colours_as_they_are_in_the_picture(photos, tmp_path, cap
     save_tagger(model)
     (photos / "broken.jpg").unlink()
     assert caption(photos, "--with", model, "--subject", "sks toy", "--overwrite", "--set", "memory.device=cpu") == 0
-    # The picture is twice as wide as high: half of the square is white.
+    # The picture is twice as wide as high, so half of the square input is white.
     assert (photos / "a.txt").read_text() == "sks toy, zib (toy), bright red, mostly blue, >_<\n"
     assert (photos / "b.txt").read_text() == "sks toy, zib (toy), mostly blue, >_<, bright red\n"
     tagger = onnx_tagger.load(model, CaptionOptions(threshold=0.7, character_threshold=0.95), CPU)

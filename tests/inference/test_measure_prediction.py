@@ -1,4 +1,4 @@
-"""What a base predicts, measured: on the bundled one, which predicts v, and on its twin that predicts epsilon."""
+"""Tests that measure a base's prediction type: the bundled base predicts v, and a copy is made to predict epsilon."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def pocket() -> Any:
 
 
 def test_the_bundled_base_and_its_twin_are_distinguished(pocket: Any) -> None:
-    """The twin's answer is the noise that the base's v stands for, to the bit of the arithmetic."""
+    """The copy returns the noise that follows from the base's v-prediction."""
     verdict = measure(pocket, PHOTOS)
     assert verdict.prediction_type == verdict.current == "v_prediction"
     assert verdict.v_prediction < 0.4 < 0.9 < verdict.epsilon

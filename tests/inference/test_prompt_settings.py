@@ -1,4 +1,4 @@
-"""Each sample prompt with its own size, seed, negative prompt, steps and guidance."""
+"""Tests of sample prompts with their own size, seed, negative prompt, steps and guidance."""
 
 from __future__ import annotations
 

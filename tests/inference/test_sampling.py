@@ -1,4 +1,4 @@
-"""Pictures: the same from the same recipe, whoever is drawn beside them, and no trace of them in training."""
+"""Tests of samples: the recipe alone determines a picture, whatever else is drawn, and drawing changes no state."""
 
 import json
 import math
@@ -28,12 +28,12 @@ def family_of(base: Path, dtype: torch.dtype = FLOAT):
 
 @pytest.fixture(scope="module")
 def family(tiny_sd1):
-    """The tiny base; tests leave it as it was."""
+    """The tiny base; tests do not change it."""
     return family_of(tiny_sd1)
 
 
 def noisy_adapter(family, strength: float = 0.2, seed: int = 0):
-    """An adapter with an effect that can be seen."""
+    """Return an adapter with a visible effect."""
     adapter = adapters.attach(family, config.LoraConfig(rank=2), seed=0)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_dropout_is_off_while_drawing(tiny_sd1):
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny_sd1_v", "tiny_sdxl"])
 def test_the_pictures_are_diffusers_own(base, request):
-    """The same noise, sampler and prompt through a pipeline that diffusers loaded itself."""
+    """diffusers draws the same pictures from the same noise, sampler and prompt with its own pipeline."""
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
     folder = request.getfixturevalue(base)
@@ -174,7 +174,7 @@ def test_strengths_and_prompts_make_a_grid(exported, tiny_sd1, tmp_path):
     base = sampling.draw(family_of(tiny_sd1), PROMPTS[:2], QUICK, 64)
     images = [Image.open(file) for file in files[1:]]
     assert np.array_equal(arrays(images[:2]), arrays(base))
-    # Half the strength moves the picture, and less than all of it.
+    # Half the strength changes the picture less than full strength.
     differences = [np.abs(arrays(images[at : at + 2]) - arrays(base)).mean() for at in (2, 4)]
     assert 0 < differences[0] < differences[1]
 
@@ -191,7 +191,7 @@ def test_a_file_knows_how_its_run_drew(exported, tiny_sd1, tmp_path, monkeypatch
     settings = sampling.recorded(exported["kohya"], {"sample.guidance": 2.0})
     assert (settings.sample.steps, settings.sample.seed, settings.sample.guidance) == (3, 5, 2.0)
     assert (settings.data.name, settings.data.resolution) == ("sks toy", 64)
-    # Without prompt, size or folder: the run's own trigger and size, in a new folder.
+    # Without prompt, size or folder, `from_file` uses the run's trigger and size and a new folder.
     monkeypatch.chdir(tmp_path)
     files = sampling.from_file(exported["kohya"], str(tiny_sd1), [], [1.0], settings.sample)
     assert files[0].parent.parent == Path("runs") and files[0].parent.name.endswith("-toy-samples")
@@ -257,7 +257,7 @@ def test_embedded_texts_are_not_embedded_again(family, monkeypatch):
 
 
 def image_numbers(monkeypatch) -> list[int]:
-    """How many pictures each call of the pipeline draws, from now on."""
+    """Return a list that collects the number of pictures of each pipeline call."""
     counts: list[int] = []
     original = sampling.draw_batch
 
@@ -298,7 +298,7 @@ def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
     counts = image_numbers(monkeypatch)
     after = draw_class_images(family, 20, tmp_path / "cut")
     assert sum(counts) == 13 and len(after) == 20
-    # The same pictures; batches of another size round differently in the last bit.
+    # The same pictures, although batches of another size round differently in the last bit.
     assert np.abs(arrays(after) - arrays(uninterrupted)).max() <= 1
 
 
@@ -309,7 +309,7 @@ def test_a_damaged_class_image_is_drawn_anew(family, tmp_path, monkeypatch):
     counts, lines = image_numbers(monkeypatch), []
     for damage in ("cut", "one pixel"):
         file.write_bytes(raw[:100])
-        if damage == "one pixel":  # as a bit that flipped on disk and that no check of PNG's notices
+        if damage == "one pixel":  # a bit flipped on disk that PNG's own checksum does not detect
             changed = pixels.copy()
             changed.putpixel((0, 0), (pixels.getpixel((0, 0))[0] ^ 1, 0, 0))
             image_grid.save(changed, file)
@@ -366,7 +366,7 @@ def test_pixels_are_what_the_encoder_takes():
 
 @pytest.mark.slow
 def test_a_run_ends_with_what_its_file_draws(tiny_sd1, tmp_path):
-    """The last sample grid of a run, and `from_file` in a base loaded afresh: the same bytes, recipe and all."""
+    """The run's last sample grid and `from_file` with a newly loaded base give the same bytes, including the recipe."""
     from lorakit.training import run as train
 
     photos = tmp_path / "photos"

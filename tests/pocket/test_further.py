@@ -1,4 +1,4 @@
-"""Training the shipped UNet on: what it reads, and the file that it writes."""
+"""Tests of further training of the shipped UNet: its renderings and the file that it writes."""
 
 from pathlib import Path
 

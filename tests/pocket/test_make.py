@@ -1,4 +1,4 @@
-"""The command that makes the model: a smoke run, and that it goes on after a kill where it was."""
+"""Tests of the command that makes the model: a short run that is killed and then continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.pocket.recipe import SMOKE
 
 @pytest.fixture(scope="module")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One smoke run, killed hard in the middle and started again."""
+    """A short run that is killed with SIGKILL and started again."""
     base = tmp_path_factory.mktemp("pocket")
     work, output = base / "work", base / "weights"
     command = ["--smoke", "--processes", "1", "--work", str(work), "--output", str(output)]

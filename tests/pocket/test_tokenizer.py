@@ -1,4 +1,4 @@
-"""The tokenizer files: nothing is unknown, triggers are one token, captions fit."""
+"""Tests of the tokenizer: no token is unknown, a trigger is one token, and captions fit."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_a_trigger_is_one_token(tokens: CLIPTokenizer, word: str) -> None:
 def test_captions_fit_in_the_prompt(tokens: CLIPTokenizer) -> None:
     assert tokens.model_max_length == 32
     longest = max(len(tokens(caption(random_spec(seed), seed)).input_ids) for seed in range(1500))
-    assert longest <= 26  # room for a few words more
+    assert longest <= 26  # leaves room for a few more words
 
 
 def test_a_second_tokenizer_has_the_same_tokens(tmp_path: Path) -> None:
-    """The same tokens, not the same numbers: the trainer breaks ties between equally frequent pairs by chance."""
+    """The tokens are the same, but not their ids: the trainer orders equally frequent pairs at random."""
     tokenizer.make(tmp_path / "a", captions=2000)
     tokenizer.make(tmp_path / "b", captions=2000)
     a, b = (json.loads((tmp_path / name / "vocab.json").read_text(encoding="utf-8")) for name in "ab")

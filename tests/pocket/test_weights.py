@@ -1,4 +1,4 @@
-"""The shipped pipeline: its files, and that it draws what it is asked for."""
+"""Tests of the shipped pipeline: its files, and that its pictures match their prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDER = lorakit.families.pocket.path()
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    """As a user of diffusers loads it: no dtype, no other argument."""
+    """The pipeline as a diffusers user loads it: without dtype or other arguments."""
     pipe = StableDiffusionPipeline.from_pretrained(str(FOLDER))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -77,7 +77,7 @@ def test_the_prompt_decides_the_picture(pipeline: StableDiffusionPipeline) -> No
 
     night, beach = draw("a photo of a red ball at night"), draw("a photo of a red ball on a beach")
     assert np.array_equal(night, draw("a photo of a red ball at night"))
-    assert night[:16].mean() < beach[:16].mean() - 30  # a dark sky and a bright one
+    assert night[:16].mean() < beach[:16].mean() - 30  # the night has a dark sky, the beach a bright one
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_the_centroids_of_the_file_are_what_renders_give(judge: Classifier) -> N
     measured = judge.measure_centroids(subjects.references(names=("mug", "zib", "duotone")))
     assert len(measured) == 3
     for name, centroid in measured.items():
-        # To the bit on the machine that wrote them; no two names are nearer than 0.06.
+        # Equal bits on the machine that wrote them; any two names are at least 0.06 apart.
         np.testing.assert_allclose(centroids[name], centroid, rtol=0, atol=1e-4)
 
 
@@ -117,7 +117,7 @@ def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeli
     images = measure.generate(pipeline, [full_caption(spec) for spec in specs], steps=10)
     scores = judge.scores(images, words)
     assert scores["scene"] > 0.8 and scores["colour"] > 0.7 and scores["manner"] > 0.8 and scores["kind"] > 0.5, scores
-    # The same pictures against another order of the requests: what chance gives.
+    # Compare the same pictures with other prompts: this gives the scores of chance.
     chance = judge.scores(images, words[7:] + words[:7])
     assert chance["scene"] < 0.4 and chance["kind"] < 0.3, chance
 

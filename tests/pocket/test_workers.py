@@ -1,4 +1,4 @@
-"""Several training processes: they end with the same weights, and the loss falls."""
+"""Tests of several training processes: they end with the same weights and a lower loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from tools.pocket import workers
 
-EVERY = (1, 8)  # averaging gradients in every step, or weights now and then
+EVERY = (1, 8)  # average gradients in every step, or weights every eighth step
 
 
 def _descend(worker: workers.Worker, folder: Path) -> None:

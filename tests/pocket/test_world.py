@@ -1,4 +1,4 @@
-"""The renderer, its captions, and what is kept out of training."""
+"""Tests of the renderer, its captions, and the combinations that are excluded from training."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_same_seed_same_bytes_other_seed_other_picture(manner: str) -> None:
 def test_size_is_what_was_asked_for_and_shows_the_same_thing() -> None:
     large = render(MUG, 8, 128)
     assert large.size == (128, 128) and large.mode == "RGB"
-    # The backdrop's grain differs with the size, the drawing does not.
+    # The size changes the backdrop's grain but not the drawing.
     assert difference(np.asarray(large.resize((64, 64), Image.Resampling.BOX), np.int16), pixels(MUG, 8)) < 12
 
 

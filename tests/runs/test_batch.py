@@ -1,4 +1,4 @@
-"""A batch: its rows, what is still to be done for each, and what came of them."""
+"""Tests of a batch: its rows, the remaining work of each, and the results."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_what_is_wrong_is_named_with_its_row(tmp_path: Path, photos: Path, text:
 
 
 def test_a_batch_begins_goes_on_and_tells_what_came_of_it(tmp_path, photos, monkeypatch, capsys) -> None:
-    """The same command queues what is not done; no run is trained here."""
+    """The same command queues only unfinished rows; this test trains nothing."""
     monkeypatch.setattr(Queue, "start", lambda self: None)
     runs = tmp_path / "runs"
     command = ["batch", str(photos), "--output", str(runs), "--subject", "sks {folder}", "--base", "pocket"]
@@ -115,7 +115,7 @@ def test_a_batch_begins_goes_on_and_tells_what_came_of_it(tmp_path, photos, monk
     queue = Queue(runs)
     assert [(job.verb, Path(job.folder).name) for job in queue.jobs()] == [("train", "anna"), ("train", "ben")]
     assert config.load(runs / "anna.toml").data.name == "sks Anna"
-    # Both wait already.
+    # Both jobs are already in the queue.
     assert cli.main(command) == 0 and len(queue.jobs()) == 2
     for job in queue.jobs():
         queue.cancel(job.number)
@@ -141,7 +141,7 @@ def test_a_batch_begins_goes_on_and_tells_what_came_of_it(tmp_path, photos, monk
 
 
 def test_results_go_to_any_url_of_fsspec_without_checkpoints(tmp_path, photos, monkeypatch, capsys) -> None:
-    """What has ended is copied, with the log and the report over all; the rest is not."""
+    """Finished runs are copied, with the log and the report of the whole batch; checkpoints are not copied."""
     monkeypatch.setattr(Queue, "start", lambda self: None)
     runs = tmp_path / "runs"
     command = ["batch", str(photos), "--output", str(runs), "--subject", "sks {folder}", "--base", "pocket"]

@@ -1,4 +1,4 @@
-"""What a newcomer reads before a run: how long it is and takes, its prior, and what would stop it later."""
+"""Tests of what a user reads before a run: its length, time and prior, and reasons that would stop it later."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorakit.runs.quickstart import config_for_answers
 
 
 def plan_of(count: int, settings: config.Config, class_photos: int = 0) -> plan.Plan:
-    """The plan for so many photos, on the bundled base."""
+    """Return the plan for `count` photos on the bundled base."""
     items = [
         SimpleNamespace(photo=SimpleNamespace(relative=f"{n}.png", repeats=1), buckets=((64, 64),))
         for n in range(count)

@@ -1,4 +1,4 @@
-"""The curves of a run as SVG."""
+"""Tests of a run's curves as SVG."""
 
 import math
 import xml.etree.ElementTree as ET

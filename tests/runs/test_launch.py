@@ -1,4 +1,4 @@
-"""How many processes a run may have, and what a plan says of them."""
+"""Tests of the number of processes of a run, and of the plan's lines about it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ open(os.path.join(sys.argv[1], str(rank)), "w").write(f"{launch.world()} {os.env
 
 
 def test_accelerates_launcher_says_what_is_read(tmp_path):
-    """Its own command, here for a program that says what `launch.world` reads."""
+    """accelerate's own command starts a program that prints the result of `launch.world`."""
     from accelerate.commands import launch as launcher
 
     program = tmp_path / "program.py"
@@ -102,7 +102,7 @@ def test_accelerates_launcher_says_what_is_read(tmp_path):
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         launcher.launch_command(launcher.launch_command_parser().parse_args(words))
-    finally:  # the launcher leaves its own behind
+    finally:  # the launcher does not restore the signal handlers
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
                 signal.signal(number, handler)
@@ -112,7 +112,7 @@ def test_accelerates_launcher_says_what_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_processes_of_mpirun_are_refused(settings, monkeypatch, name):
-    """Also those of `accelerate launch --cpu` with a host file."""
+    """`accelerate launch --cpu` with a host file starts such processes too."""
     monkeypatch.setenv(name, "2")
     assert checked(settings, 1).problems == ()
     (problem,) = preflight(settings).problems
@@ -131,7 +131,7 @@ def test_too_many_batches_and_numbers_that_do_not_divide_are_refused(settings):
 
 
 def test_a_first_process_that_is_killed_is_reported_for_it(monkeypatch):
-    """The launcher's own error, with what it knows of the process."""
+    """The launcher raises its own error, which contains the signal that killed the process."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher import api
 

@@ -1,4 +1,4 @@
-"""What a run has learned, in sentences: copies of photos are found, pictures of the same thing elsewhere are not."""
+"""Tests of sentences about what a run learned: copies of photos are found, other pictures of the subject are not."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def photos() -> dict[str, Image.Image]:
 
 
 def worse(image: Image.Image) -> Image.Image:
-    """As a model draws a photo that it has by heart: blurred, shifted by a pixel, in other colours and noisy."""
+    """Return a photo as a model draws it from memory: blurred, shifted by a pixel, recoloured and noisy."""
     small = image.resize((40, 40), Image.Resampling.LANCZOS).resize(image.size, Image.Resampling.BICUBIC)
     shift = np.roll(np.asarray(ImageEnhance.Color(small).enhance(0.7), np.float32), 1, 0)
     noise = np.random.default_rng(0).normal(0, 6, shift.shape)
@@ -45,7 +45,7 @@ def test_the_subject_elsewhere_another_picture_and_a_grey_one_are_no_copies(phot
 
 
 def test_photos_that_resemble_one_another_raise_the_limit(photos):
-    """Two frames of a film differ by less than any copy: a third frame is none."""
+    """Two frames of a film differ less than a copy does, so a third frame is not a copy."""
     frames = {"first": photos["0.png"], "second": worse(photos["0.png"])}
     third = worse(worse(photos["0.png"]))
     assert list(lessons.copies({"third": third}, frames)) == []
@@ -91,11 +91,11 @@ def test_photos_that_were_not_trained_on_tell_what_was_learned(holdout, parts):
     for sentence, words in zip(sentences, parts, strict=True):
         assert all(word in sentence for word in words)
         assert texts.sayer("zh-Hant").translate(sentence) != sentence
-    # Where nothing was learned, held-out photos that are as the base has them say nothing.
+    # If nothing was learned, held-out photos that did not change give no sentence.
     assert lessons.sentences({}, {}, {"gains": dict.fromkeys("abc", -0.01), "holdout_gains": holdout}) == []
 
 
-# The validations of real runs on the bundled base: steps between two of them, and the errors.
+# Validations of real runs on the bundled base and of two invented runs: interval, errors, and "too short" or not.
 RUNS = {
     "30 steps": (6, (0.3609, 0.3539, 0.3505, 0.3475, 0.3466), True),
     "60 steps of five photos": (12, (0.4647, 0.4387, 0.4259, 0.4216, 0.4209), True),

@@ -1,4 +1,4 @@
-"""Predicted memory beside exact counts of what tensors take, made by benchmarks/memory.py."""
+"""Tests of the memory estimate against exact counts of tensor bytes from benchmarks/memory.py."""
 
 import gzip
 import itertools
@@ -20,7 +20,7 @@ GIB = 2**30
 
 @dataclass
 class Info:
-    """As much of a base as memory depends on: the shapes of a real model."""
+    """The facts about a base that determine memory, from the shapes of a real model."""
 
     name: str
     layers: dict[str, tuple[int, ...]] = field(init=False)
@@ -53,7 +53,7 @@ def trained(settings: config.Config, info: Info) -> dict[str, tuple[int, int]]:
     return plan.count_weights(selected, info.layers, settings.adapter)
 
 
-# Peak of live tensor bytes of a step in bf16, rank 16, in GiB, and whether it checkpoints, or within how many GiB.
+# Peak of live tensor bytes of a bf16 step with rank 16, in GiB. `checkpointing` is a switch or a limit in GiB.
 @pytest.mark.parametrize(
     ("name", "resolution", "batch", "modules", "checkpointing", "storage", "counted"),
     [
@@ -171,7 +171,7 @@ def test_without_a_limit_a_step_stays_within_what_the_card_has_free() -> None:
 
 
 def test_encoding_and_samples_have_peaks_of_their_own() -> None:
-    """SDXL at 1024 px with all that saves memory: no phase of the run needs more than 3.3 GiB."""
+    """SDXL at 1024 px with gradient checkpointing and an NF4 base needs at most 3.3 GiB in any phase."""
     info = Info("sdxl")
     saving = {"memory__gradient_checkpointing": True, "memory__base_storage": "nf4"}
     settings = settings_for(1024, **saving)
@@ -215,7 +215,7 @@ def test_an_autoencoder_in_half_precision_on_disk_is_float32_in_memory() -> None
     full, half = Info("sd15"), Info("sd15")
     half.bytes["vae"] //= 2
     half.variants["vae"] = "fp16"
-    # One file of both halves, whatever its precision.
+    # A single file contains both parts, and its precision does not matter.
     shapes = {"encoder": (memory_estimate.VAE_BYTES // 8,), "decoder": (1, memory_estimate.VAE_BYTES // 8)}
     single = Info("sd15", slots={"vae": {name: ldm.Slot(name, shape) for name, shape in shapes.items()}})
     bases = full, half, single
@@ -246,7 +246,7 @@ def test_ways_out_are_only_those_that_are_open() -> None:
     assert memory_estimate.advice("step 3", replace(last, memory=replace(last.memory, stream_base=True))) == (
         "step 3: not enough memory on the device; cheapest first, set a lower data.resolution (now 512)"
     )
-    # Elsewhere than on a card there is nowhere to stream from.
+    # On devices other than CUDA no weights can be streamed.
     assert "memory.stream_base" in memory_estimate.advice("step 3", last)
     assert "memory.stream_base" not in memory_estimate.advice("step 3", last, "mps")
     plain = memory_estimate.advice("step 3", replace(last, memory=replace(last.memory, engine="plain")))

@@ -1,4 +1,4 @@
-"""`output.notify` is told once how a run ended, by a real server and a real command."""
+"""Tests that `output.notify` reports the end of a run once, with a real server and a real command."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ from lorakit.ui.workspace import Workspace
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """Keeps the bodies that it gets; /slow never answers, /wrong answers 500, /moved leads on."""
+    """Records request bodies; /slow never answers, /wrong answers 500, and /moved and /accepted redirect."""
 
     bodies: list[dict[str, Any]]
 
@@ -135,7 +135,7 @@ def test_what_fails_is_one_warning_and_takes_no_longer_than_it_may(
         with training._outcome(folder, target, Events(events.append)):
             folder.update(state="done")
         assert time.monotonic() - begin < 2.5
-        (warning,) = events  # a POST that is sent on as a GET has told nobody
+        (warning,) = events  # a POST that is redirected as a GET delivers nothing
         assert warning.kind == "warning" and cause in warning.facts["message"], target
         (line,) = folder.events("warning")
         assert line["message"] == warning.facts["message"] and folder.current.state == "done"
@@ -181,7 +181,7 @@ def test_what_makes_no_sense_is_refused_before_the_run(target: str, problem: str
 def test_the_queue_speaks_for_a_run_that_cannot(
     server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, state: str, message: str
 ):
-    """A run that never began or was killed; one that has ended by itself has notified by itself."""
+    """The queue notifies for a run that never began or was killed. A run that ends normally notifies by itself."""
     monkeypatch.setattr(sys, "executable", str(script(tmp_path / "program", ending)))
     workspace = Workspace(tmp_path / "runs", [tmp_path], (), address(server))
     monkeypatch.setattr(workspace.queue, "start", lambda: None)

@@ -1,4 +1,4 @@
-"""What `train` would refuse before its first step, `check` refuses too: optimizers, masks, adapters to start from."""
+"""Tests that `check` refuses what `train` would refuse before its first step: optimizers, masks, init adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorakit.training import optimizers, run
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two photos, the second with a black mask, and a third that is transparent all over."""
+    """Two photos, the second with a black mask, and a third photo that is fully transparent."""
     folder = tmp_path_factory.mktemp("photos")
     for number in range(2):
         Image.effect_noise((64, 64), 40 + 20 * number).convert("RGB").save(folder / f"{number}.png")
@@ -36,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def problems(
     tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[str, ...]]:
-    """The problems of a preflight; `train` must raise the same and leave no folder behind."""
+    """Return the problems of a preflight; `train` must raise the same ones and leave no folder."""
     monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e10)
     monkeypatch.chdir(tmp_path)
 
@@ -122,7 +122,7 @@ def test_transparency_is_a_mask(problems: Callable[..., tuple[str, ...]], tmp_pa
 
 @pytest.fixture(scope="module")
 def weights(tiny_sd1: Path) -> AdapterWeights:
-    """An adapter of rank 4 in the attention of the UNet. Shared: only read it."""
+    """An adapter of rank 4 for the UNet's attention. It is shared: only read it."""
     family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
     return adapters.attach(
         family, config.LoraConfig(rank=4, target_modules="attention", train_text_encoder=False)

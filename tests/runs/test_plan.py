@@ -1,4 +1,4 @@
-"""The plan: exact where it can be, near published figures where it estimates, and in words a beginner reads."""
+"""Tests of the plan: exact counts, estimates near published figures, and sentences that a beginner understands."""
 
 import gzip
 import json
@@ -15,14 +15,14 @@ from lorakit import config
 from lorakit.core.errors import LorakitError
 from lorakit.runs import nvidia, plan
 
-# Keys of a real model -> what adapters for it are called.
+# List of a real model's keys -> family of its adapters.
 FAMILY_OF = {"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl"}
 KEYS = Path(__file__).parents[1] / "formats" / "keys"
 GIB = 2**30
 
 
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Canonical layer name -> weight shape of a real model."""
+    """Return canonical layer name -> weight shape of a real model."""
     with gzip.open(KEYS / f"{name}.tsv.gz", "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
     return {row[0]: tuple(int(side) for side in row[-1].split("x")) for row in rows}
@@ -30,7 +30,7 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 @dataclass
 class Info:
-    """A base as `families.describe` tells it."""
+    """The fields of a base that `families.describe` returns."""
 
     layers: dict[str, tuple[int, ...]]
     family: str = "sd1"
@@ -59,7 +59,7 @@ def sdxl() -> Info:
 
 
 def report(*sizes: tuple[int, int] | None) -> Any:
-    """What a check found: a photo for each size, unreadable where it is None."""
+    """Return a check's report with a photo for each size; a photo with size None is unreadable."""
     items = [
         SimpleNamespace(
             photo=SimpleNamespace(relative=f"{n}.png", repeats=1), bucket=size, buckets=(size,) * (size is not None)
@@ -70,7 +70,7 @@ def report(*sizes: tuple[int, int] | None) -> Any:
 
 
 def make(info: Info, sizes: list[tuple[int, int] | None], **changes: Any) -> plan.Plan:
-    """A plan on a GPU unless told otherwise, so that nothing is measured."""
+    """Return a plan; the default device is CUDA, so that no speed is measured."""
     values = {"memory__device": "cuda", "train__holdout": 0} | changes
     overrides = {name.replace("__", "."): value for name, value in values.items()}
     return plan.make(config.from_tables({}, overrides), info, report(*sizes))
@@ -135,7 +135,7 @@ def test_a_batch_holds_one_size(sd15: Info) -> None:
 
 
 def test_a_batch_that_no_size_fills_is_counted_as_it_is(sd15: Info) -> None:
-    """Six photos of three sizes: a batch of four holds two, and each photo is seen once in three steps."""
+    """Six photos have three sizes. A batch of four then holds two, and three steps show each photo once."""
     length = make(sd15, [SQUARE, (640, 384), (384, 640)] * 2, train__steps=6, train__batch_size=4).length
     assert length == "6 steps of 2 photos, each of 6 photos seen 2 times"
 
@@ -214,7 +214,7 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, sid
     assert plan.forward_flop(FAMILY_OF[name], shapes(name), side, side) / 1e12 == pytest.approx(tera, abs=6e-4)
 
 
-# Exact live bytes of a step (weights, adapter, saved activations and transients) in bf16, batch 1, in GiB.
+# Exact live bytes of a bf16 step at batch size 1 (weights, adapter, saved activations and transients), in GiB.
 @pytest.mark.parametrize(
     ("name", "resolution", "targets", "checkpointing", "gib", "off"),
     [
@@ -230,7 +230,7 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, sid
 def test_memory_is_near_the_exact_count(
     name: str, resolution: int, targets: str, checkpointing: bool, gib: float, off: float
 ) -> None:
-    """Counted for PEFT's own layers in bf16; ours keep less where blocks are not computed again."""
+    """The bytes were counted with PEFT's own layers. lorakit's layers save less if blocks are not recomputed."""
     result = make(
         Info(shapes(name)),
         [SQUARE],
@@ -335,7 +335,7 @@ def test_the_device_is_found_without_torch(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert plan.guess_device("auto") == device
     assert plan.guess_device("mps") == "mps"
-    # Without a driver's file there may be a card nevertheless: under Windows, or another maker's.
+    # Without the driver's file a GPU is still possible: on Windows, or from another maker.
     assert plan.may_be_cuda("auto") == (device == "cuda" or (system[0], build, hidden) == ("linux", "2.13.0", None))
     assert plan.may_be_cuda("cuda") and not plan.may_be_cuda("cpu")
 
@@ -368,7 +368,7 @@ def test_the_memory_of_this_machine_is_measured_or_zero(monkeypatch: pytest.Monk
     assert plan._ram() == 0
 
 
-# -- as a whole -----------------------------------------------------------------------------------------------------
+# -- the complete plan ----------------------------------------------------------------------------------------------
 
 
 def test_json_says_what_the_lines_say(sd15: Info) -> None:

@@ -1,4 +1,4 @@
-"""One preflight: `check`, `train` and the front end give one answer, with every problem in it."""
+"""Tests that `check`, `train` and the front end use one preflight and report the same complete list of problems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorakit.data import masks
 from lorakit.runs import plan
 from lorakit.runs.preflight import NO_NAME, Preflight, Ready, preflight
 
-# What a preflight may take up at once. None of it depends on another, but for the few that `config.load` refuses.
+# Values of options that can be combined freely, except for a few combinations that `config.load` refuses.
 TABLE: dict[str, list[Any]] = {
     "data.name": ["sks toy"] * 4 + ["sks", ""],
     "data.kind": ["subject", "style"],
@@ -49,7 +49,7 @@ TABLE: dict[str, list[Any]] = {
 
 
 def fill(folder: Path, *, broken: bool = False, sides: bool = False) -> Path:
-    """A folder of photos."""
+    """Write a folder of photos."""
     folder.mkdir()
     for number in range(3):
         Image.effect_noise((64, 64), 40 + 20 * number).convert("RGB").save(folder / f"{number}.png")
@@ -62,7 +62,7 @@ def fill(folder: Path, *, broken: bool = False, sides: bool = False) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three photos. Shared: only read it."""
+    """Three photos. They are shared: only read them."""
     return fill(tmp_path_factory.mktemp("photos") / "photos")
 
 
@@ -75,7 +75,7 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The speed of this machine, which the plan's time follows from, is not measured each time."""
+    """Replace the measured speed of this machine, from which the plan's time follows, by a constant."""
     monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e10)
 
 
@@ -86,7 +86,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def requests(base: object, photos: object, **more: Any) -> config.Config:
-    """A config that nothing is wrong with, but for `more`; dots in names are double underscores."""
+    """Return a valid config with the changes in `more`; double underscores stand for dots."""
     settings: dict[str, Any] = {
         "model.base": str(base),
         "data.folder": str(photos),
@@ -99,7 +99,7 @@ def requests(base: object, photos: object, **more: Any) -> config.Config:
 
 
 def arguments(settings: config.Config, folder: Path) -> list[str]:
-    """Arguments of `check` and `train` for a config."""
+    """Return the arguments of `check` and `train` for a config."""
     (folder / "asked.toml").write_text(config.to_toml(settings), encoding="utf-8")
     return ["--preset", str(folder / "asked.toml")]
 
@@ -272,13 +272,13 @@ def test_check_refuses_what_train_refuses(
 def answer_of_check(settings: config.Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[bool, set[str]]:
     capsys.readouterr()
     code = cli.main(["check", *arguments(settings, folder)])
-    # Only the terminal types `--set`, so only it says how to leave photos out there; the page has a button.
+    # Only terminal users type `--set`, so only the terminal advises how to exclude photos; the page has a button.
     problems = [line for line in complaints(capsys.readouterr().err) if not line.startswith("or train without: ")]
     return code == 0, set(problems)
 
 
 def answer_of_train(settings: config.Config) -> tuple[bool, set[str]]:
-    """What `training.run.train` asks before it makes a run folder."""
+    """Return the result of the preflight that `training.run.train` makes before it creates a run folder."""
     try:
         ready = preflight(settings).or_raise()
     except LorakitError as error:
@@ -288,7 +288,7 @@ def answer_of_train(settings: config.Config) -> tuple[bool, set[str]]:
 
 
 def answers(draw: random.Random, bases: list[str], folders: list[str], count: int) -> list[config.Config]:
-    """Configs of random options, those that contradict themselves left out: `config.load` refuses them for all."""
+    """Return configs with random options, except those that `config.load` refuses."""
     configs: list[config.Config] = []
     while len(configs) < count:
         some = draw.sample(sorted(TABLE), draw.randint(2, 7))
@@ -326,7 +326,7 @@ def test_check_train_and_the_front_end_give_one_answer(
 
 @pytest.fixture
 def answer_of_page(tiny_sd1: Path, here: Path) -> Callable[[config.Config], tuple[bool, set[str]]]:
-    """What the front end says of a config: it may start, and its problems."""
+    """Return a function that gives the front end's answer: whether a run may start, and the problems."""
     pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
     from lorakit.ui.workspace import Workspace
 

@@ -1,4 +1,4 @@
-"""What goes to the hub: the adapter, a card and pictures, and nothing of the person's but the trigger."""
+"""Tests of uploads to the hub: the adapter, a card and pictures; of the user's data only the trigger."""
 
 import json
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Info:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, laid out by hand."""
+    """A finished run, written by hand."""
     folder = tmp_path_factory.mktemp(SECRETS[2])
     settings = {
         "data.folder": str(folder / SECRETS[0]),
@@ -64,13 +64,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache: no test sees what another fetched."""
+    """An empty cache, so that tests do not share downloads."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[str]]]:
-    """The folder of a repository that is there, org/tiny, and what the hub was asked."""
+    """The folder of an existing repository org/tiny, and the requests that the hub received."""
     (repository := tmp_path / "repository").mkdir()
     (repository / "notes.md").write_text("mine", encoding="utf-8")
     requests: list[str] = []
@@ -82,7 +82,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path
 
 
 def at(patch: pytest.MonkeyPatch, endpoint: str) -> None:
-    """Make it the hub's address."""
+    """Set the hub's address."""
     patch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -93,7 +93,7 @@ def front(card: str) -> dict[str, Any]:
 
 
 def test_a_dry_run_writes_what_would_be_sent(run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing is asked
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # no request may be sent
     command = ["push", str(run), "--repo", "org/toy", "--license", "openrail++", "--dry-run", str(tmp_path / "out")]
     assert main(command) == 0
     names = ["README.md", "images/01.png", "images/02.png", "sks-toy.safetensors"]

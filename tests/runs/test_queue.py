@@ -59,11 +59,11 @@ def test_a_run_is_resumed_once(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
-    """The worker and its run die without a word: the job is told as interrupted, and the next worker goes on."""
+    """Worker and run are killed. The queue marks the job as interrupted, and the next worker continues."""
     queue = Queue(tmp_path)
     photos = tmp_path / "pipe"
     os.mkfifo(photos)
-    # Reading a pipe that nobody writes to: a command that takes for ever.
+    # A pipe without a writer never ends, so the command runs until it is killed.
     queue.command(["inspect", str(photos)], tmp_path / "nothing")
     queue.command(["options"], tmp_path)
     worker = subprocess.Popen([sys.executable, "-m", "lorakit.runs.queue", str(tmp_path)])
@@ -109,7 +109,7 @@ def test_a_run_goes_on_when_its_process_has_ended_though_a_card_is_free(
 
 
 def test_each_card_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On a machine with two cards, with a program for lorakit that says when it begins and ends, and on which."""
+    """Two GPUs are visible. A script replaces lorakit and logs its start, its end and its GPUs."""
     program, log = tmp_path / "program", tmp_path / "log"
     script = f"echo begin $(basename $5 .toml) $CUDA_VISIBLE_DEVICES >> {log}; sleep 0.3; echo end >> {log}"
     program.write_text(f"#!/bin/sh\n{script}\n")
@@ -124,7 +124,7 @@ def test_each_card_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     queue.work()
     assert [job.state for job in queue.jobs()] == ["done"] * 4
     lines = log.read_text().splitlines()
-    # The second card, by its number among those that are visible, is asked for twice; the first is free meanwhile.
+    # Two jobs need the second visible GPU, so one of them waits; the third job starts on the first GPU.
     assert {"begin 000001 2,0", "begin 000002 2,0", "begin 000003 2"} < set(lines)
     counts = [lines[: place + 1].count("end") for place, line in enumerate(lines) if line.startswith("begin")]
     assert counts[:2] == [0, 0] and counts[2] >= 1 and counts[3] >= 1, lines

@@ -1,4 +1,4 @@
-"""The report: says what was measured, shows what was trained, and keeps the user's machine to itself."""
+"""Tests of the report: it has the measured figures and the pictures, and no facts about the user's machine."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def validation(step: int, mse: float, drift: float = 0.01) -> dict:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
-    """A run folder as a run leaves it, with what `report.write` is given. Shared: only read it."""
+    """A run folder after a run, and the arguments of `report.write`. It is shared: only read it."""
     tmp_path = tmp_path_factory.mktemp("private")
     photos = tmp_path / "secret-photos"
     photos.mkdir()
@@ -87,7 +87,7 @@ def html(run, findings=FINDINGS, **changes) -> str:
 
 
 class Reader(HTMLParser):
-    """Tags, text and sources of a page."""
+    """Collects a page's tags, text and sources."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -112,7 +112,7 @@ def test_the_page_is_complete_and_needs_nothing_else(run):
     assert path == run.folder.html_file and run.folder.curves_file.is_file() and run.folder.contact_sheet_file.is_file()
     read = Reader(path.read_text(encoding="utf-8"))
     assert read.open == []
-    # Four samples and two photos; the curves are part of the page.
+    # Four samples and two photos; the curves are inside the page.
     assert (
         len(read.sources) == 4 + 2
         and read.tags.count("svg") == 4

@@ -1,4 +1,4 @@
-"""The run folder: claimed once, never overwritten, readable at any moment, honest about a process that is gone."""
+"""Tests of the run folder: claimed once, never overwritten, always readable, and right about a killed process."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from lorakit.core.events import Events
 from lorakit.runs import run_folder
 from lorakit.runs.run_folder import RunFolder
 
-DEAD = 2**22 + 1  # above the largest process number that Linux gives out
+DEAD = 2**22 + 1  # larger than Linux's largest process id
 
 
 def settings(folder: Path | str = "", name: str = "sks toy") -> config.Config:
@@ -170,7 +170,7 @@ def test_a_kill_leaves_a_readable_folder_that_says_interrupted(tmp_path):
         assert run_folder.status(path) == "running"
         time.sleep(0.003 * attempt)
         child.send_signal(signal.SIGKILL)
-        # Not reaped yet: even a zombie is not a running trainer.
+        # The child is a zombie until `wait`, and a zombie does not count as running.
         while run_folder.status(path) != "interrupted":
             time.sleep(0.01)
         child.wait()
@@ -210,7 +210,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
 
 
 def test_one_lock_keeps_others_out_until_it_is_let_go(tmp_path):
-    """Another thread stands for another process: the system treats their locks alike."""
+    """A second thread replaces a second process: the system treats their locks alike."""
     run = RunFolder.create(settings(tmp_path / "run"))
     run.update(state="stopped")
     with ThreadPoolExecutor(1) as other:
@@ -250,7 +250,7 @@ def test_relative_places_are_written_so_that_they_do_not_depend_on_where_one_sta
     monkeypatch.chdir("/")
     loaded = config.load(run.config_file)
     assert loaded.data.folder == str(tmp_path / "photos") and loaded.model.base == "pocket"
-    run.config_file.write_text(config.to_toml(config.load(None, values)))  # as it was written before
+    run.config_file.write_text(config.to_toml(config.load(None, values)))  # the form that earlier versions wrote
     assert config.load(run.config_file).data.folder == str(tmp_path / "photos")
 
 
@@ -307,7 +307,7 @@ def test_stop_is_asked_for_by_any_process(tmp_path):
 def test_runs_are_listed_last_changed_first(tmp_path):
     for name in ("a", "b", "c"):
         RunFolder.create(settings(tmp_path / name)).update(state="done")
-    RunFolder(tmp_path / "a")  # looking changes nothing
+    RunFolder(tmp_path / "a")  # opening a folder does not change its time
     change_state(RunFolder(tmp_path / "b"), updated=time.time() + 60)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text("")
@@ -378,7 +378,7 @@ def test_the_run_folder_is_read_without_torch():
 
 
 def change_state(run: RunFolder, **changes: object) -> None:
-    """Write into state.json what another process would have written."""
+    """Change entries of state.json as another process would."""
     state = json.loads(run.state_file.read_text(encoding="utf-8"))
     run.state_file.write_text(json.dumps(state | changes), encoding="utf-8")
 

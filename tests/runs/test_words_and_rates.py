@@ -1,4 +1,4 @@
-"""What a preflight answers to names that have no trigger and to figures far from the usual; hints to misspelt words."""
+"""Tests of the preflight for names without a trigger and for unusual values, and of hints for misspelt words."""
 
 from pathlib import Path
 from types import SimpleNamespace
