@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, that it is exported, drawn and examined, and that a resumed run keeps it."""
+"""Tests of the average of the weights: its formula, its use in export, samples and validation, and resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DECAY, STEPS, LIMIT = 0.5, 4, 0.05
 
 
 def recursion(weights: list[torch.Tensor], decay: float) -> torch.Tensor:
-    """The formula, in float64: m <- d m + (1 - d) w, d at most (1 + n) / (10 + n)."""
+    """Return the formula's result in float64: m <- d m + (1 - d) w, with d at most (1 + n) / (10 + n)."""
     mean = weights[0].double()
     for number, weight in enumerate(weights[1:]):
         share = min(decay, (1 + number) / (10 + number))
@@ -112,7 +112,7 @@ def test_the_average_is_exported_drawn_and_examined_and_goes_on(
 
 
 def check_norms(folder: Path, state: dict[str, torch.Tensor], last: set[str]) -> None:
-    """No layer is above the limit, and the log has how many were."""
+    """No layer exceeds the limit, and the log counts the layers that were scaled."""
     norms = [
         delta_norm({factor: state[f"{layer}.{factor}"] for factor in ("down", "up")}, 1.0)
         for layer in {name.rpartition(".")[0] for name in last}

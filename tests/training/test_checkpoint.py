@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back to the bit, half a one never counts, and a changed run is refused by name."""
+"""Tests of checkpoints: all bits are restored, an incomplete checkpoint never counts, changed runs are refused."""
 
 import errno
 import hashlib
@@ -22,7 +22,7 @@ EMPTY = {"state": {}, "param_groups": []}
 
 
 def trained(build) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-    """Two parameters after three steps of an optimizer that `build` makes."""
+    """Return two parameters and their optimizer from `build`, after three steps."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(64, 128)), torch.nn.Parameter(torch.randn(7))]
     optimizer = build(parameters)
@@ -154,7 +154,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 
 
 def reseal(path: Path) -> None:
-    """Make the marker agree with files that were tampered with."""
+    """Write a marker that matches files which a test has changed."""
     digests = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in checkpoint.FILES}
     (path / checkpoint.MARKER).write_text(json.dumps(digests))
 
@@ -215,7 +215,7 @@ def settings(**changes) -> config.Config:
 def test_a_changed_config_is_refused_with_what_changed(tmp_path):
     path = checkpoint.save(tmp_path, 1, ADAPTER, EMPTY, {}, config=settings())
     assert checkpoint.load(path, config=settings()).step == 1
-    # A place on the machine may change; what a run depends on there is its identity.
+    # Paths may change; for files that affect a run, their identity is compared instead.
     assert checkpoint.load(path, config=settings(data__folder="/elsewhere", output__folder="/x")).step == 1
     with pytest.raises(LorakitError) as message:
         checkpoint.load(path, config=settings(train__seed=3, adapter__alpha=4.0, sample__prompts=("x",)))
@@ -249,12 +249,12 @@ def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path, monkeypa
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
 def test_a_kill_at_any_moment_leaves_the_last_complete_one(tmp_path):
-    """Twenty kills of one folder: whatever is visible is whole, and nothing that was reported saved is lost."""
+    """A folder is killed twenty times: every visible checkpoint is complete, and no reported save is lost."""
     moments = random.Random(0)
     for attempt in range(20):
         folder = tmp_path / str(attempt)
         child = os.fork()
-        if child == 0:  # the child has torch loaded already: twenty fresh interpreters would take a minute
+        if child == 0:  # the child has torch loaded; twenty new interpreters would take a minute
             save_for_ever(folder)
         while checkpoint.latest(folder) is None:
             time.sleep(0.001)
@@ -272,7 +272,7 @@ def test_a_kill_at_any_moment_leaves_the_last_complete_one(tmp_path):
 
 
 def save_for_ever(folder: Path) -> None:
-    """Save, rotate and report until killed; steps repeat, so that replacing is killed too."""
+    """Save, rotate and report until killed; steps repeat, so that some kills interrupt a replacement."""
     number = 0
     while True:
         number += 1

@@ -16,7 +16,7 @@ LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 @pytest.fixture
 def checkpoint_folder(tmp_path: Path, tiny_sd1: Path) -> Path:
-    """A checkpoint of one layer in a run folder, without a run."""
+    """A checkpoint of one layer in a run folder, written without training."""
     options = {
         "model.base": str(tiny_sd1),
         "data.name": "sks toy",

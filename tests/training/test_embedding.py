@@ -1,4 +1,4 @@
-"""Textual inversion alone: a word is all that learns, and its file is read by lorakit and by diffusers."""
+"""Tests of textual inversion alone: only a word is trained, and lorakit and diffusers read its file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that fills: what a run can do without is a warning, what it cannot do without stops it and says what to do."""
+"""Tests of a full disk: a failed optional file is a warning, and a failed required file stops the run with advice."""
 
 import errno
 import re

@@ -1,4 +1,4 @@
-"""Training a base's own weights: the sums are those of a plain loop, and every file is what was trained."""
+"""Tests of training a base's own weights: results equal a plain loop's, and every file has the trained weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model_weights(family: Any, **options: Any) -> ModelWeights:
 
 
 def loss_step(family: Any, adapter: ModelWeights) -> Any:
-    """A stand-in for `LossStep` with the same loss for both loops."""
+    """Return a replacement of `LossStep` with the same loss for both loops."""
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(family.dtype)
 
     def loss(index: int) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_a_step_is_that_of_a_plain_loop_with_all_gradients(tiny_sd1: Path, parts
     update = step.LayerwiseStep(settings, loss_step(ours, adapter), 3, print)
     reference = model_weights(theirs)
     weights = list(reference.parameters().values())
-    rate = torch.tensor(1e-3).item()  # as the schedule rounds it
+    rate = torch.tensor(1e-3).item()  # the schedule rounds the rate to float32
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01, fused=True)
     for number in range(3):
         _, norm = update(number)
@@ -113,7 +113,7 @@ def test_rounding_at_random_is_right_on_average_and_leaves_bf16_alone() -> None:
 
 
 def test_small_steps_are_not_lost_in_bf16(tiny_sd1: Path) -> None:
-    """A step of 1e-5 is below half a unit of most weights: rounded to the nearest, they would all stay as they are."""
+    """A step of 1e-5 is below half a unit of most bf16 weights: rounded to nearest, these weights would not change."""
     family = plain(tiny_sd1, torch.bfloat16)
     adapter = model_weights(family)
     before = {name: weight.detach().clone() for name, weight in adapter.parameters().items()}

@@ -1,4 +1,4 @@
-"""Gradients that overflow in fp16 cost a step, and nothing else."""
+"""Tests that an overflow of gradients in fp16 skips a step and changes nothing else but the scale."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ OPTIMIZERS = {
 
 
 def trained(name: str, order: list[int]) -> tuple[torch.Tensor, list[Any], float]:
-    """Weights, state and scale after steps with these gradients."""
+    """Return weights, state and scale after steps with the gradients at these indices."""
     weights = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = OPTIMIZERS[name](weights)
     scale = LossScale(SimpleNamespace(gradient_scale=2.0**13, device=torch.device("cpu")))

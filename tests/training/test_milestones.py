@@ -1,4 +1,4 @@
-"""What is due between steps, and what is left out where an option says so."""
+"""Tests of samples, validations and checkpoints between steps, and of the options that disable them."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lorakit.training import run as train
 
 
 def run(base: Path, room: Path, **changes: object) -> train.Result:
-    """Three steps on two photos."""
+    """Train three steps on two photos."""
     (room / "photos").mkdir()
     photos = short_run.noise(room / "photos", 2)
     return train.train(

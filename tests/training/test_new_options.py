@@ -1,4 +1,4 @@
-"""A checkpoint of a program with fewer options, and the commands that messages end in: each is complete."""
+"""Tests of checkpoints from versions with fewer options, and that commands in messages are complete."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def settings(**changes: Any) -> config.Config:
 
 
 def save(run: Path, *without: str, **changes: Any) -> Path:
-    """A checkpoint in a run folder, of a program without some options."""
+    """Write a checkpoint in a run folder as a version without the options in `without` would."""
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.toml").write_text(to_toml(settings(**changes)), encoding="utf-8")
     path = checkpoint.save(
@@ -43,7 +43,7 @@ def save(run: Path, *without: str, **changes: Any) -> Path:
 
 
 def commands(message: str) -> list[argparse.Namespace]:
-    """Each `lorakit ...` of a message, as the command line reads it."""
+    """Return each `lorakit ...` command of a message, parsed by lorakit's own parser."""
     line = message[re.search(r"\blorakit [a-z-]+ ", message).start() :]  # type: ignore[union-attr]
     return [main.parser().parse_args(shlex.split(part)[1:]) for part in line.split(" && ")]
 

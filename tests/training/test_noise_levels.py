@@ -1,4 +1,4 @@
-"""Loss weights by noise level, ranges and distributions of timesteps, and coarse noise, against their formulas."""
+"""Tests of loss weights by noise level, timestep ranges and distributions, and coarse noise, against formulas."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def test_timesteps_stay_in_their_range_and_crowd_in_the_middle() -> None:
 
 
 def test_uniform_levels_of_a_flow_are_all_alike_or_shifted() -> None:
-    """Stable Diffusion 3's own are logit-normal and shifted by 3; the shift is then the one that is asked for."""
+    """The default of Stable Diffusion 3 is logit-normal with shift 3. With uniform sampling only the given shift
+    applies."""
     of = prediction.Flow(3.0)
 
     def draw(**how: object) -> torch.Tensor:

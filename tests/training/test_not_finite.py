@@ -1,4 +1,4 @@
-"""What is not finite ends the run in words, or is gone back from: losses, gradients, weights, the optimizer's state."""
+"""Tests that NaN or infinity in loss, gradients, weights or optimizer state ends a run or triggers a rollback."""
 
 import re
 import shutil
@@ -27,13 +27,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     base: Path, photos: Path, folder: Path, listener: Callable[[Event], object] = print, **changes: object
 ) -> train.Result:
-    """Six steps, with a checkpoint after each three."""
+    """Train six steps with a checkpoint every three steps."""
     config = run_config(base, photos, folder, 6, train__save_every=3, train__prior="none", **changes)
     return train.train(config, listeners=[listener])
 
 
 def not_finite_at(index: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of one batch is NaN, so many times."""
+    """Make the loss of one batch NaN the first `times` times."""
     loss, left = LossStep.loss, [times]
 
     def poisoned(self, at):
@@ -71,7 +71,7 @@ def test_a_base_with_nan_is_named_as_the_cause(tiny_sd1, photos, tmp_path):
 
 
 def overflow_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimizer's state has infinity after that step, once, while loss and gradients are finite."""
+    """Once, after step `step`, put infinity into the optimizer's state; loss and gradients stay finite."""
     call, left = OptimizerStep.__call__, [1]
 
     def poisoned(self, at):

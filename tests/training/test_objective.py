@@ -1,4 +1,4 @@
-"""The objective against references written from the papers' formulas in numpy, in float64."""
+"""Tests of the objective against the papers' formulas in numpy and float64."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
 
 
 def reference_target(prediction_type: str, latents: np.ndarray, noise: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """Target by the definition of each type; a is alpha_bar `[B, 1, 1, 1]`."""
+    """Return the target by each type's definition; a is alpha_bar `[B, 1, 1, 1]`."""
     return {
         "epsilon": noise,
         "v_prediction": np.sqrt(a) * noise - np.sqrt(1 - a) * latents,
@@ -29,7 +29,7 @@ def reference_target(prediction_type: str, latents: np.ndarray, noise: np.ndarra
 
 
 def reference_weight(prediction_type: str, a: np.ndarray, gamma: float) -> np.ndarray:
-    """min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v."""
+    """Return min(SNR, gamma) / SNR for epsilon, and min(SNR, gamma) / (SNR + 1) for v."""
     snr = a / (1 - a)
     return np.minimum(snr, gamma) / (snr if prediction_type == "epsilon" else snr + 1)
 
@@ -48,7 +48,7 @@ def test_noise_target_and_snr_are_those_of_the_formulas(prediction_type: str) ->
     expected = reference_target(prediction_type, LATENTS, NOISE, a)
     np.testing.assert_allclose(target.numpy(), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(of.snr(timesteps).numpy(), (a / (1 - a)).reshape(-1), rtol=2e-4)
-    # A right prediction gives picture and noise back; at the most noise, epsilon loses them in rounding.
+    # From the exact prediction, picture and noise follow; at the highest noise, epsilon loses the picture to rounding.
     for actual, original in zip(of.to_x0_noise(noisy, target, timesteps), (latents, noise), strict=True):
         torch.testing.assert_close(actual[:3], original[:3], rtol=1e-3, atol=1e-3)
 
@@ -105,7 +105,7 @@ def test_min_snr_weights(prediction_type: str, gamma: float) -> None:
 def test_min_snr_is_finite_where_the_schedule_ends_in_zero() -> None:
     schedule = torch.tensor([0.9, 0.5, 0.0])
     timesteps = torch.arange(3)
-    # The limits: SNR / SNR = 1 for epsilon, 0 / 1 = 0 for v.
+    # The limits at SNR 0: SNR / SNR = 1 for epsilon, 0 / 1 = 0 for v.
     assert prediction.Epsilon(schedule).min_snr_weights(timesteps, 5.0).tolist() == pytest.approx([5 / 9, 1, 1])
     assert prediction.VPrediction(schedule).min_snr_weights(timesteps, 5.0).tolist() == pytest.approx([0.5, 0.5, 0])
 

@@ -1,4 +1,4 @@
-"""Optimizers that keep an average of the weights themselves, and show it in their eval mode."""
+"""Tests of optimizers that average the weights themselves and set the average in eval mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lorakit.adapters.average import OptimizerAverage
 from lorakit.config import OptimizerConfig, optimizer_builder
 
-# Gradient descent whose eval mode has the mean of all weights; like schedule-free ones, it steps in train mode only.
+# Gradient descent whose eval mode sets the mean of all weights. Like schedule-free optimizers, it needs train mode.
 MODULE = """
 import torch
 

@@ -1,4 +1,4 @@
-"""An optimizer step is what the plainest loop does over separate parameters."""
+"""Tests that an optimizer step equals a plain loop over separate parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,11 @@ def prepared(settings: config.Config, dtype: torch.dtype = torch.float32) -> tup
 
 
 def plainly(settings: config.Config, dtype: torch.dtype = torch.float32) -> tuple[Any, list[float]]:
-    """The adapter after a loop over parameters that nothing was done to, and the norms on the way."""
+    """Train with a plain loop over unchanged parameters; return the adapter and the gradient norms."""
     adapter, step = prepared(settings, dtype)
     optimizer = optimizers.build(settings.optimizer, adapter.groups())
     parameters = list(adapter.parameters().values())
-    for parameter in parameters:  # a layer that has no part in the loss has a gradient of 0 in a run, not none
+    for parameter in parameters:  # in a run, the gradient of a layer without a part in the loss is 0, not None
         parameter.grad = torch.zeros_like(parameter)
     norms = []
     for number in range(STEPS):

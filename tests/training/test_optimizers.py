@@ -1,4 +1,4 @@
-"""Optimizers do what their names say; the learning rate is a closed form of the optimizer step."""
+"""Tests that optimizers follow their papers, and that the learning rate is a closed form of the step."""
 
 import math
 import sys
@@ -31,7 +31,7 @@ def test_every_optimizer_comes_nearer_to_the_goal(name: str) -> None:
     mine = parameters(size=64)
     optimizer = optimizers.build(config, [("unet", mine)])
     first = sum(goal(p) for p in mine).item()
-    # Prodigy begins at a millionth and finds its rate in a few hundred steps.
+    # Prodigy starts at a rate of 1e-6 and finds its rate in a few hundred steps.
     total = 300 if name == "prodigy" else 60
     for step in range(total):
         optimizers.set_learning_rate(optimizer, config, step, total)
@@ -158,7 +158,7 @@ def test_the_rate_is_the_closed_form(scheduler: str, warmup: int) -> None:
 
 
 def test_the_rate_knows_only_the_step_and_the_plan() -> None:
-    # Accumulation and batch size are not among its arguments: nothing can multiply them in.
+    # Accumulation and batch size are not arguments, so they cannot change the rate.
     config = OptimizerConfig(lr_scheduler="cosine", warmup_steps=3)
     forward = [optimizers.learning_rate(config, step, 20) for step in range(20)]
     assert [optimizers.learning_rate(config, step, 20) for step in reversed(range(20))] == forward[::-1]
@@ -172,7 +172,7 @@ def test_a_warm_up_longer_than_the_run_and_steps_past_its_end_are_harmless() -> 
     assert optimizers.learning_rate(replace(config, lr_scheduler="cosine"), 99, 20) == pytest.approx(0, abs=1e-15)
 
 
-# -- what is missing --------------------------------------------------------------------------------------------
+# -- missing packages -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_warm_up_longer_than_the_run_and_steps_past_its_end_are_harmless() -> 
 def test_a_missing_package_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str
 ) -> None:
-    # None in sys.modules is how Python itself marks a module that must not be imported.
+    # None in sys.modules lets an import fail as if the package were missing.
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(LorakitError) as caught:
         optimizers.build(OptimizerConfig(name=name), [("unet", parameters(1))])

@@ -1,4 +1,4 @@
-"""One run in several processes: the training that one process gives, and one end for all of them."""
+"""Tests of one run in several processes: it trains as one process does, and all processes end together."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def fork(job: Callable[[], int], rank: int, port: int, log: Path) -> program.Fork:
-    """One of two processes, forked: a new one takes seven seconds to import."""
+    """Fork one of two processes; a new interpreter would take seven seconds to import."""
 
     def begin() -> int:
         os.environ.update(environment(rank, 2, port))
-        PartialState._reset_state()  # what another test may have left
+        PartialState._reset_state()  # state that another test may have left
         return job()
 
     return program.Fork(begin, log)
@@ -64,7 +64,7 @@ def end(*processes: program.Fork) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """What two processes saw of each other, see `two_processes.py`; and where."""
+    """Run `two_processes.py` in two processes; return their folder and their results."""
     folder, port = tmp_path_factory.mktemp("pair"), free_port()
     (folder / "sd1").symlink_to(tiny_sd1)
     (folder / "photos").mkdir()
@@ -93,7 +93,7 @@ def test_two_processes_train_as_one_that_accumulates_twice_as_often(pair):
 
 @pytest.mark.slow
 def test_photos_class_images_and_samples_are_shared_out_and_the_same_to_the_bit(pair):
-    """Three photos and 19 class images; batches of eight of these are drawn; three samples before the first step."""
+    """A run has three photos, 19 class images in batches of eight, and three samples before the first step."""
     folder, (first, second) = pair
     assert first["shared"]["encode"] > 8 and second["shared"]["encode"] > 8, (first["shared"], second["shared"])
     for kind, batches in (("draw class images", 3), ("draw samples", 3)):
@@ -141,7 +141,7 @@ def test_all_end_together_and_only_the_first_says_why(pair):
 
 @pytest.mark.slow
 def test_one_process_goes_on_where_two_have_stopped(pair, tmp_path, monkeypatch):
-    """The run's config has the batches of both."""
+    """The run's config has the batches of both processes, so one process trains all of them."""
     unchecked(monkeypatch)
     folder, _ = pair
     options = {"train__validate_every": 2, "train__save_every": 2}
@@ -163,7 +163,7 @@ def test_one_process_goes_on_where_two_have_stopped(pair, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run_with_one_line(tiny_sd1, tmp_path):
-    """`--gpus` on a CPU; the run goes on from its last checkpoint."""
+    """With `--gpus` on a CPU, one error names the lost process and the last checkpoint."""
     (tmp_path / "photos").mkdir()
     folder, photos = tmp_path / "run", noise(tmp_path / "photos", 3)
     preset = tmp_path / "preset.toml"
@@ -175,7 +175,8 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tiny_sd1, tmp_path)
             time.sleep(0.05)
         victim = next(child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
         victim.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=SECONDS)  # where no process notices, the others wait for days
+        # if no process noticed the loss, the others would wait for days
+        _, errors = process.communicate(timeout=SECONDS)
     lines = [line for line in errors.splitlines() if line.startswith("lorakit: ")]
     assert process.returncode == 1 and len(lines) == 1, errors
     assert "process 1 of 2 was lost" in lines[0] and "is intact, continue with: lorakit resume" in lines[0]
@@ -184,7 +185,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tiny_sd1, tmp_path)
 
 @pytest.mark.slow
 def test_the_others_end_where_the_first_process_is_killed(tiny_sd1, tmp_path, monkeypatch):
-    """By SIGKILL, without a launcher that would end the other."""
+    """The first process gets SIGKILL, and no launcher ends the second one."""
     unchecked(monkeypatch)
     (tmp_path / "photos").mkdir()
     folder, photos, preset = tmp_path / "run", noise(tmp_path / "photos", 3), tmp_path / "preset.toml"
@@ -213,7 +214,7 @@ def test_the_others_end_where_the_first_process_is_killed(tiny_sd1, tmp_path, mo
 
 @contextmanager
 def lorakit(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A `lorakit` that is ended, with its children, where a test fails."""
+    """Start `lorakit`, and kill it and its children if the test fails."""
     process = subprocess.Popen(
         [sys.executable, "-m", "lorakit", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -230,8 +231,8 @@ def lorakit(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 @given(strategies.integers(1, 8), strategies.integers(1, 6), strategies.integers(0, 5))
 def test_every_process_has_as_many_batches_and_together_they_have_all(count: int, own: int, step: int) -> None:
-    """Whatever the sizes of the photos: a step is a run of consecutive batches of the plan, and the number of passes
-    and of sums over the processes is the same in each of them."""
+    """A step is a run of consecutive batches of the plan, whatever the photos' sizes. Every process has the same number
+    of passes and of sums over the processes."""
     parts = own * count
     shares = [parallel.share(parts, rank, count) for rank in range(count)]
     assert {len(share) for share in shares} == {own}
@@ -240,7 +241,7 @@ def test_every_process_has_as_many_batches_and_together_they_have_all(count: int
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):
-    PartialState._reset_state()  # what another test may have left
+    PartialState._reset_state()  # state that another test may have left
     with socket.socket() as other:
         other.bind(("localhost", 0))
         other.listen()

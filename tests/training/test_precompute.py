@@ -1,4 +1,4 @@
-"""Before the first step: what is on the device while photos, texts and class images are encoded."""
+"""Tests of the encoding before the first step: which components are on the device meanwhile."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +19,9 @@ from lorakit.training.precompute import TEXTS, embed, precompute
 
 
 class Watched:
-    """A family that remembers which of its parts were on the device whenever one of them was used.
+    """A family that records which of its components were on the device at each use.
 
-    On a CPU nothing moves, so who is where is kept here, by the rules of `families.Family`.
+    On a CPU nothing moves, so this class tracks the components by the rules of `families.Family`.
     """
 
     def __init__(self, family: Any):
@@ -112,7 +112,7 @@ def test_each_part_of_the_base_has_the_device_to_itself(
     assert family.on_device["encode_image"] == {frozenset({"vae"})} | drawing
     assert "vae" not in family.there and "text_encoders" not in family.there
     assert (encoded.class_latents is None) == (prior == "none")
-    if prior == "images":  # the second time they are in the cache
+    if prior == "images":  # the second time all images are in the cache
         work.clear()
         second = Watched(families.load(info, "cpu", torch.float32))
         precompute(run_config, second, None, checks.check(run_config.data, info), Events(count))
@@ -150,7 +150,7 @@ def test_many_texts_do_not_need_more_memory_than_a_few(tiny_sdxl: Path, monkeypa
 
 
 class Somewhere:
-    """A module as `components.move` sees it: it says where it is and counts how often it was sent."""
+    """A replacement for a module in `components.move`: it knows its device and counts its moves."""
 
     def __init__(self, device: str, trained: bool = False):
         self.device, self.trained, self.moves = torch.device(device), trained, 0
@@ -171,7 +171,7 @@ def test_what_is_trained_stays_where_the_optimizer_knows_it() -> None:
 
 
 def test_what_lies_beside_something_trained_stays_too() -> None:
-    """Else a CUDA graph of both would read where it was."""
+    """A CUDA graph of both modules would otherwise read the old address."""
     frozen, trained = Somewhere("cuda:0"), Somewhere("cuda:0", trained=True)
     loading.move({"text_encoders": [frozen, trained]}, ("text_encoders",), torch.device("cpu"))
     assert (frozen.moves, trained.moves) == (0, 0)

@@ -1,4 +1,4 @@
-"""What the prior asks for: nothing of an adapter that changes nothing, where the base gives its target."""
+"""Tests of the prior: targets, prompts and class images; an unchanged model has zero loss against the base."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""LoRA+: the factor B learns at a multiple of the rate of A, in one long tensor as in many small ones."""
+"""Tests of LoRA+: factor B learns at a multiple of A's rate, in flat tensors as in separate parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def expected_multiple(name: str, rates: OptimizerConfig) -> float:
 
 
 def compare_with_torch(base: Any, dtype: torch.dtype, rates: OptimizerConfig, adapter_config: LoraConfig) -> None:
-    """Two steps in long tensors are those of torch's own AdamW over each parameter with its rate written out."""
+    """Two steps on flat tensors equal torch's AdamW over separate parameters with explicit rates."""
 
     def attached() -> tuple[Any, Any]:
         family = families.load(families.describe(base), "cpu", dtype)
@@ -59,7 +59,7 @@ def compare_with_torch(base: Any, dtype: torch.dtype, rates: OptimizerConfig, ad
         optimizers.step(optimizer)
         torch_optimizer.step()
         torch_optimizer.zero_grad()
-    mine, allowed = adapter.state(), 1e-3 if dtype is torch.float32 else 0.3  # small gradients change their sign
+    mine, allowed = adapter.state(), 1e-3 if dtype is torch.float32 else 0.3  # gradients near 0 may change their sign
     for name, tensor in reference.state().items():
         assert (mine[name] - tensor).norm() <= allowed * (tensor - start[name]).norm(), name
 
@@ -93,6 +93,6 @@ def test_methods_without_such_factors_refuse(method: str, why: str) -> None:
 def test_optimizers_that_find_one_rate_refuse(name: str) -> None:
     lines = preflight._optimizer_problems(settings(optimizer__name=name, optimizer__loraplus_lr_ratio=4.0))
     assert [line for line in lines if "has one rate" in line and "loraplus_lr_ratio" in line]
-    # A package that is not installed is what is said first.
+    # The missing package is reported first.
     assert registry.unmet_needs("dadaptation:DAdaptAdam", has_cuda=False, one_rate=False)
     assert not registry.optimizer("torch.optim:Adadelta").single_rate

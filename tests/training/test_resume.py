@@ -1,4 +1,4 @@
-"""Resume where something was lost: state, a checkpoint, or the place where one stands."""
+"""Tests of resume after the loss of state or of a checkpoint, and from another current folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, 
     monkeypatch.chdir("/")
     folder, before = result.folder, load_file(result.adapter)
 
-    # A resume that cannot begin leaves a finished run as it was.
+    # If a resume fails before it starts, a finished run stays unchanged.
     state = (folder / "state.json").read_bytes()
     shutil.move(tmp_path / "photos", tmp_path / "away")
     with pytest.raises(LorakitError, match="photos"):
@@ -47,7 +47,7 @@ def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, 
     assert any("optimizer.safetensors has changed since it was saved" in line for line in lines)
     assert any("renamed and unused" in line and "unused-step-000003" in line for line in lines)
     assert "continuing from step-000002" in lines
-    # A finished run is not written again; a change of what is written does so.
+    # A resume without changes writes nothing; a change of output formats writes the files again.
     content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(LorakitError, match=r"is finished: all 3 steps are done .* lorakit resume .* --steps 4"):
         train.resume(folder)

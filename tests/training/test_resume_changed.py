@@ -1,4 +1,4 @@
-"""Resume with other options: what is free changes, what would make another run is named and refused."""
+"""Tests of resume with other options: some may change; those that would change the run are refused by name."""
 
 from __future__ import annotations
 

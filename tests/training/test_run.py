@@ -1,4 +1,4 @@
-"""The main job end to end on a tiny model: what is promised of a run, a resume, a stop and a failure."""
+"""Tests of complete runs on a tiny model: training, resume, stop and failure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("short_validation")
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures of three shapes, two of them with captions. Shared: only read them."""
+    """Five pictures of three shapes, two of them with captions. They are shared: only read them."""
     folder = tmp_path_factory.mktemp("photos")
     draw = np.random.default_rng(0)
     for number, (width, height) in enumerate([(64, 64), (80, 64), (64, 96), (64, 64), (70, 70)]):
@@ -45,7 +45,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[str, object]:
-    """A short run without validation and samples; dots in option names are written as double underscores."""
+    """Return options of a short run without validation and samples; double underscores stand for dots."""
     short = {
         "model.base": str(base),
         "data.folder": str(photos),
@@ -72,25 +72,25 @@ def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[s
 
 
 def run(base: Path, photos: Path, folder: Path, **changes: object) -> train.Result:
-    """Train as asked."""
+    """Train with `options` and the given changes."""
     return train.train(config.load(None, options(base, photos, folder, **changes)))
 
 
 def events(folder: Path, kind: str) -> list[dict[str, object]]:
-    """The events of one kind in a run's log."""
+    """Return the events of one kind from a run's log."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder."""
+    """Return the SHA-256 of every file below a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
-    """A run as `options` has it, in every format and followed by TensorBoard. Shared: only read its folder."""
+    """A run with `options` in every format and with TensorBoard. It is shared: only read its folder."""
     before = hashes(photos)
     everything = {"output__formats": ("kohya", "diffusers", "peft"), "output__trackers": ["tensorboard"]}
     everything |= {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
@@ -100,7 +100,7 @@ def plain(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def same_adapter(result: train.Result, other: train.Result) -> bool:
-    """Whether the files of two runs are equal to the bit."""
+    """Return whether the files of two runs are equal bit by bit."""
     one, two = load_file(result.adapter), load_file(other.adapter)
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -179,7 +179,7 @@ def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolut
 
 @pytest.mark.slow
 def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
-    """Pivotal tuning on the bundled base: files for A1111, ComfyUI and diffusers, which the self-check has opened."""
+    """Pivotal tuning on the bundled base writes files for A1111, ComfyUI and diffusers; the self-check opens them."""
     result = run(
         "pocket",
         photos,
@@ -290,7 +290,7 @@ EVERYTHING_RANDOM = {
 
 @pytest.fixture(scope="module")
 def straight(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
-    """A run with schedule, accumulation and dropout that nothing cuts short."""
+    """An uninterrupted run with schedule, accumulation and dropout."""
     with pytest.MonkeyPatch.context() as patch:
         unchecked(patch)
         return run(tiny_sd1, photos, tmp_path_factory.mktemp("straight") / "run", **EVERYTHING_RANDOM)
@@ -344,7 +344,7 @@ def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path,
 
     monkeypatch.setattr(families, "load", counted)
     settings = {"output__formats": ("kohya", "diffusers", "peft"), "memory__gradient_checkpointing": checkpointing}
-    gc.disable()  # nothing is let go of by chance
+    gc.disable()  # so that no object is freed by chance
     try:
         run(tiny_sd1, photos, tmp_path / "run", **settings)
     finally:
@@ -362,7 +362,7 @@ def test_sampling_and_validation_do_not_disturb_training(plain, tiny_sd1, photos
 
 
 def updates_in(precision: str, base: Path, photos: Path, folder: Path) -> torch.Tensor:
-    """What the up factors learn in twelve steps."""
+    """Return the up factors after twelve steps."""
     result = run(base, photos, folder, train__steps=12, train__save_every=12, memory__mixed_precision=precision)
     tensors = load_file(result.adapter)
     return torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_up" in name])

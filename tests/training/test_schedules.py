@@ -1,4 +1,4 @@
-"""Schedules of the learning rate, against those of transformers and the papers' formulas."""
+"""Tests of learning rate schedules against transformers and the papers' formulas."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_warm_up_that_leaves_too_little_is_pointed_out() -> None:
         "constant"
     )
     actual = rates(lr_scheduler="wsd", warmup_steps=20, lr_decay_ratio=0.75)
-    assert actual[19:22] == pytest.approx([1, 1, 0.95])  # from the peak, without a jump
+    assert actual[19:22] == pytest.approx([1, 1, 0.95])  # the rate falls from the peak without a jump
     assert problem(lr_scheduler="wsd", warmup_steps=20, lr_decay_ratio=0.5) is None
     assert problem(lr_scheduler="wsd", lr_decay_ratio=1.0) is None
     assert problem(warmup_steps=80) == (

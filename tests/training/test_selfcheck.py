@@ -1,4 +1,4 @@
-"""The end of a run looks at what it wrote: a right file passes every look, and each way of being wrong fails one."""
+"""Tests of the self-check at the end of a run: a right file passes every check, each wrong one fails at least one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def unscaled(tensors: Tensors) -> None:
-    """alpha as it was set, where alpha * sqrt(rank) belongs."""
+    """Set alpha to the configured value, where alpha * sqrt(rank) is right."""
     for name in [name for name in tensors if name.endswith(".alpha")]:
         tensors[name] = tensors[name] / 2
 
@@ -39,7 +39,7 @@ MUTATIONS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_sd1: Path) -> dict[str, Any]:
-    """A rank-stabilised adapter of rank 4 in a base, and what the end of a run knows of it."""
+    """A rank-stabilised adapter of rank 4 in a base, and the facts that the end of a run passes to the self-check."""
     info = families.describe(tiny_sd1)
     family = families.load(info, "cpu", torch.float32)
     adapter = adapters.attach(family, config.LoraConfig(method="rslora", rank=4, train_text_encoder=True))
@@ -59,7 +59,7 @@ def trained(tiny_sd1: Path) -> dict[str, Any]:
 
 
 def findings(trained: dict[str, Any], folder: Path, change: Callable[[Tensors], Any]) -> list[selfcheck.Finding]:
-    """What the self-check says of a kohya file whose tensors were changed after it was written."""
+    """Return the self-check's findings for a kohya file whose tensors were changed after saving."""
     path = formats.save(trained["weights"], folder, "toy", ["kohya"], "fp32", {})["kohya"]
     metadata, tensors = safetensors_header.read(path).metadata, load_file(path)
     change(tensors)
@@ -88,7 +88,7 @@ def test_each_mutation_fails_the_check(trained: dict[str, Any], tmp_path: Path, 
 
 
 def test_what_only_a_reader_detects_is_detected_by_diffusers_too(trained: dict[str, Any], tmp_path: Path) -> None:
-    """The second look shares no code with the exporter: it notices a wrong scale by itself."""
+    """The check with diffusers shares no code with the exporter, so it detects a wrong scale alone."""
     path = formats.save(trained["weights"], tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
     tensors = load_file(path)
     unscaled(tensors)

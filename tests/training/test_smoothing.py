@@ -1,4 +1,4 @@
-"""The smoothed loss."""
+"""Tests of the smoothed loss."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A stop is heard in every part of a run, at once, and loses nothing that was complete."""
+"""Tests that every part of a run stops promptly and loses no finished work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 6
 
 
 class StopAt:
-    """A listener and a stop function in one: asks for a stop from the event on that `condition` is true of."""
+    """A listener and stop function that requests a stop from the first event that satisfies `condition`."""
 
     def __init__(self, condition: Callable[[Event], bool]):
         self.condition, self.is_requested, self.events = condition, False, list[Event]()
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("short_validation")
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four photos, and a cache of this test's own."""
+    """Four photos, with a separate cache for each test."""
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     (folder := tmp_path / "photos").mkdir()
     return noise(folder, 4)
@@ -64,7 +64,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> run.Result:
-    """The run that nobody stops."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("straight")
     (photos := folder / "photos").mkdir()
     return run.train(settings(tiny_sd1, noise(photos, 4), folder / "run"))
@@ -77,7 +77,7 @@ def settings(base: Path, photos: Path, folder: Path, **changes: Any) -> config.C
 
 
 def stopped(run_config: config.Config, condition: Callable[[Event], bool]) -> tuple[Stopped, StopAt]:
-    """Train until the stop is heard; the last event of the run is then the line that says so, or what it led to."""
+    """Train until the run stops; check its state and its one message; return the error and the listener."""
     listener = StopAt(condition)
     with pytest.raises(Stopped) as caught:
         run.train(run_config, listeners=[listener], stop=listener.stop)
@@ -101,7 +101,7 @@ def resumed(folder: Path) -> tuple[run.Result, list[str]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
-    """The photos encoded so far are in the cache, and the run begins where it was."""
+    """The photos encoded so far are in the cache, and the resumed run encodes only the rest."""
     run_config = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk")
     encoded = []
 
@@ -130,7 +130,7 @@ def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
-    """Pictures of the first text are in the cache; those of the second are not waited for."""
+    """Pictures of the first text are in the cache, and the run stops without drawing those of the second."""
     (photos / "0.txt").write_text("a sks toy in the snow", encoding="utf-8")
     run_config = settings(tiny_sd1, photos, tmp_path / "run", train__prior="images", train__class_images=6)
     cache = tmp_path / "cache" / "class-images"
@@ -160,7 +160,7 @@ def test_while_samples_are_drawn_before_the_first_step(tiny_sd1, photos, tmp_pat
     ids=["step", "validation", "samples", "last validation"],
 )
 def test_while_it_trains(tiny_sd1, straight, photos, tmp_path, condition, step):
-    """Weights and validations of a stopped and resumed run are those of a straight one, to the bit."""
+    """A stopped and resumed run has the weights and validations of an uninterrupted one, bit by bit."""
     stop, _ = stopped(settings(tiny_sd1, photos, tmp_path / "run"), condition)
     assert stop.step == step and str(stop).startswith(f"stopped after step {step}; go on with: ")
     assert checkpoint.step_of(checkpoint.latest(tmp_path / "run" / "checkpoints")) == step
@@ -235,7 +235,7 @@ def test_the_second_ctrl_c_interrupts_at_once(capfd):
 
 @pytest.mark.slow
 def test_ctrl_c_while_class_images_are_drawn_ends_the_process(photos, tmp_path):
-    """The bundled base would draw these 2,000 pictures for minutes."""
+    """The bundled base would draw for minutes to make these 2,000 pictures."""
     folder = tmp_path / "run"
     command = ["train", str(photos), "--output", str(folder), "--subject", "sks toy"]
     command += ["--set=train.prior=images", "--set=train.class_images=2000", "--set=memory.device=cpu"]
@@ -263,7 +263,7 @@ def test_a_closed_terminal_is_a_request_to_stop_unless_it_is_ignored() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop()
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup does this
         with stop_on_signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop()

@@ -1,4 +1,4 @@
-"""Text encoders: a rate each, and an end before that of the run. A file for each of some steps."""
+"""Tests of text encoders with their own rates and an earlier end, and of adapter files every few steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trackers get what the run's events say, only where they are asked for, and nothing of what is private."""
+"""Tests that trackers get the run's figures, only if configured, and no private data."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ accelerate_tracking = pytest.importorskip("accelerate.tracking")
 
 
 class Memory(accelerate_tracking.GeneralTracker):  # type: ignore[misc]
-    """A tracker of somebody's own, which keeps what it gets."""
+    """A user's own tracker that records its calls."""
 
     name = "memory"
     requires_logging_directory = False
@@ -50,7 +50,7 @@ class Memory(accelerate_tracking.GeneralTracker):  # type: ignore[misc]
 
 
 class Offline(Memory):
-    """A tracker whose service is away."""
+    """A tracker whose service cannot be reached."""
 
     def start(self) -> None:
         if self.run_name == "nobody":
@@ -82,7 +82,7 @@ def emit(events: Events) -> None:
 
 @pytest.fixture(autouse=True)
 def new_accelerate_state() -> None:
-    """Accelerate's state as in a new process: a test of processes that cannot connect leaves half of it."""
+    """Reset accelerate's state, because a test of failed connections leaves half of it."""
     PartialState._reset_state()
 
 
@@ -150,7 +150,7 @@ def test_a_missing_package_is_refused_with_the_way(name: str, monkeypatch: pytes
         assert line == "output.trackers = 'my_boards.live:Board': the package my_boards is not installed"
     else:
         package = name.replace("_", "-")
-        version = r'"{0}>=[0-9.]+"' if name == "tensorboard" else "{0}"  # lorakit's own extra says which
+        version = r'"{0}>=[0-9.]+"' if name == "tensorboard" else "{0}"  # lorakit's own extra has the version
         command = rf"\S+ -m pip install {version.format(package)}"
         assert re.fullmatch(f"output.trackers = {name!r} needs {name}; install it with: {command}", line)
 

@@ -1,4 +1,4 @@
-"""Validation: figures against formulas done by hand, equal to the bit twice, and without a trace in training."""
+"""Tests of validation: figures follow the formulas, repeats give equal bits, and training state does not change."""
 
 import math
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ CHANNELS, SIDE = 4, 8
 
 
 class Family:
-    """Says for every pixel `factor * noisy + what the text says + what the adapter adds`; epsilon prediction."""
+    """A family that predicts `factor * noisy + text value + adapter's shift` for every pixel; epsilon prediction."""
 
     device = torch.device("cpu")
 
@@ -56,7 +56,7 @@ class Adapter:
 
 
 def dataset(count: int = 3, variants: int = 1, seed: int = 0):
-    """Photos of normal noise, each with `variants` rows, the plain one last, and a text of its own."""
+    """Photos of normal noise, each with a text and `variants` rows, of which the last is the plain photo."""
     rows = count * variants
     bucket = SimpleNamespace(
         mean=torch.randn(rows, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)),
@@ -77,7 +77,7 @@ CLASS = Conditioning(values=torch.tensor([0.2]))
 
 
 def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, np.ndarray]:
-    """Predictions and targets of each band in float64, from the documented recipe alone."""
+    """Return predictions and targets of each band in float64, computed from the documented procedure alone."""
     predictions, targets, steps = [[] for _ in range(4)], [[] for _ in range(4)], []
     number = 0
     for _ in range(math.ceil(8 / 3)):
@@ -121,10 +121,10 @@ def test_figures_are_those_of_the_formulas():
 def test_drift_is_the_relative_change_on_the_class_prompt():
     family, data = Family(factor=0.0), dataset()
     validation = evaluate.Validation(family, data, conditions(), CLASS, 0)
-    # Without the adapter every value is 0.2, with it 0.3: (0.1 / 0.2)^2.
+    # Every value is 0.2 without the adapter and 0.3 with it: (0.1 / 0.2)^2.
     assert validation.run(Adapter(family, 0.1))["prior_drift"] == pytest.approx(0.25, rel=1e-5)
     assert validation.run(Adapter(family, 0.0))["prior_drift"] == 0.0
-    # A trained text encoder moves the class prompt itself; the base's part stays that of the base.
+    # A trained text encoder changes the class prompt; the base's prediction still uses the base's own.
     shifted = validation.run(Adapter(family, 0.0), class_condition=Conditioning(values=torch.tensor([0.4])))
     assert shifted["prior_drift"] == pytest.approx(1.0, rel=1e-5)
     assert validation.source == "training photos"
@@ -132,7 +132,7 @@ def test_drift_is_the_relative_change_on_the_class_prompt():
 
 @pytest.mark.slow
 def test_the_base_is_followed_as_ddim_does(tiny_sd1, tiny_sd1_v):
-    """What the drift is measured on, beside diffusers' DDIM over the same timesteps."""
+    """Drift is measured at points of the base's trajectory, which must equal diffusers' DDIM at the same timesteps."""
     from diffusers import DDIMScheduler
 
     for base in (tiny_sd1, tiny_sd1_v):
@@ -159,7 +159,7 @@ def test_the_base_is_asked_once():
     adapter = Adapter(family, 0.1)
     first, calls = validation.run(adapter), family.calls
     assert validation.run(adapter) == first
-    # 9 photos and 8 class points an evaluation; the base is followed in two batches of 8 steps, once.
+    # An evaluation has 9 photos and 8 class points. The base's trajectory takes two batches of 8 steps, once.
     assert calls == 9 + 2 * 8 + 8 and family.calls - calls == 9 + 8
 
 
@@ -215,7 +215,7 @@ def test_a_real_family_is_examined_to_the_bit_twice(base, request):
 
 
 def test_gains_are_the_share_of_the_bases_error_that_is_gone():
-    """The adapter makes the text's part right for one photo and worse for another."""
+    """The trained text value stays right for one photo and becomes wrong for the other."""
     data, family = dataset(2), Family(factor=0.0)
     data.names = lambda bucket: ["good.png", "bad.png"]
     validation = evaluate.Validation(family, data, conditions(2), CLASS, seed=0)

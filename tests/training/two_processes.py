@@ -1,4 +1,4 @@
-"""What test_parallel.py does in two processes, for all that needs two: what came of each thing, as JSON.
+"""The part of test_parallel.py that needs two processes; it writes the results as JSON.
 
 RANK, WORLD_SIZE, ... are set as torchrun sets them.
 """
@@ -31,7 +31,7 @@ from lorakit.training.precompute import precompute
 from lorakit.training.trainable import trainable
 
 STEPS = 2
-# Every method, and every part of the loss; the photos are three, so that batches of two are uneven.
+# Adapter methods combined with parts of the loss. There are three photos, so that batches of two are uneven.
 CASES: dict[str, dict[str, Any]] = {
     "lora and text encoder": {"adapter__train_text_encoder": True, "train__noise_offset": 0.1},
     "rslora, accumulated": {"adapter__method": "rslora", "train__gradient_accumulation_steps": 2},
@@ -44,9 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def steps(settings: config.Config, group: parallel.Processes) -> dict[str, torch.Tensor]:
-    """The adapter after `STEPS` steps, with the losses and norms on the way."""
+    """Return the adapter after `STEPS` steps, with the losses and gradient norms."""
     ready = group.first(lambda: preflight(settings).or_raise())
-    settings = ready.config  # with the batches of both processes in a step
+    settings = ready.config  # a step has the batches of both processes
     family = families.load(ready.info, "cpu", torch.float32, plain=settings.memory.engine == "plain")
     inputs = group.first(lambda: precompute(settings, family, None, ready.report, Events()))
     model = trainable(family, inputs, ready, str, group)
@@ -56,8 +56,8 @@ def steps(settings: config.Config, group: parallel.Processes) -> dict[str, torch
 
 
 def shared(folder: Path, group: parallel.Processes) -> dict[str, Any]:
-    """A run whose photos, class images and samples several processes share out: what this one computed, and in the
-    first whether it is what one process computes, to the bit."""
+    """Train with photos, class images and samples divided among the processes; return this process's counts. The first
+    process then trains alone, so that the test can compare the files."""
     counts = Counter[str]()
     encode, draw = LoadedFamily.encode_image, sampling.draw_batch
 
@@ -74,7 +74,7 @@ def shared(folder: Path, group: parallel.Processes) -> dict[str, Any]:
 
     def train(name: str) -> None:
         os.environ["LORAKIT_CACHE"] = str(folder / f"cache of {name}")
-        # The weights of the first step, so that no rounding of sums over processes is in the samples.
+        # Samples precede the first step, so that they do not depend on the rounding of sums over processes.
         changes = {"train__prior": "images", "train__class_images": 19, "sample__at_start": True, "data__cache": "disk"}
         prompts = ["a photo of sks toy", "sks toy on a beach", "a toy"]
         run.train(run_config(folder / "sd1", folder / "photos", folder / name, 1, sample__prompts=prompts, **changes))
@@ -94,7 +94,7 @@ TASK_ERRORS = (None, ValueError("no"), torch.OutOfMemoryError("full"))
 
 
 def tasks(group: parallel.Processes, error: Exception | None) -> None:
-    """Share five numbers out; the second process fails at 4 where there is an error."""
+    """Divide five numbers among the processes; with `error`, the second process fails at 4."""
 
     def half(number: int) -> float:
         if error and number == 4:
@@ -106,25 +106,25 @@ def tasks(group: parallel.Processes, error: Exception | None) -> None:
 
 
 def difference(together: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> float:
-    """How far two results are apart, relative to their size."""
+    """Return the norm of the difference between two results, relative to the second."""
     assert together.keys() == alone.keys()
     off = torch.cat([(together[key] - alone[key]).flatten() for key in alone])
     return float(off.norm() / torch.cat([tensor.flatten() for tensor in alone.values()]).norm())
 
 
 def compare(folder: Path, group: parallel.Processes) -> dict[str, float]:
-    """Case -> the difference between two processes and one that accumulates twice as often."""
+    """Return case -> difference between two processes and one process that accumulates twice as many batches."""
     differences = {}
     for number, (name, changes) in enumerate(CASES.items()):
         settings = run_config(folder / "sd1", folder / "photos", folder / "unused", STEPS, **changes)
         together = steps(settings, group)
-        if number % group.count == group.rank:  # each process computes half of them alone too
+        if number % group.count == group.rank:  # each process computes half of the cases alone too
             differences[name] = difference(together, steps(settings, parallel.SINGLE))
     return differences
 
 
 def outcome(function: Callable[[], object]) -> str:
-    """What a function returns or raises, in words."""
+    """Return a text that states what a function returns or raises."""
     try:
         return f"returned {type(function()).__name__}"
     except Exception as error:
@@ -132,7 +132,7 @@ def outcome(function: Callable[[], object]) -> str:
 
 
 def break_once(index: int) -> None:
-    """Let the loss of that batch be NaN in this process, until the run has gone back to a checkpoint."""
+    """Make the loss of one batch NaN in this process until the run has gone back to a checkpoint."""
     loss = LossStep.loss
 
     def broken(self: LossStep, number: int) -> torch.Tensor:
@@ -151,7 +151,7 @@ def lose_base() -> None:
 
 
 def main(folder: Path) -> None:
-    """Write what this process saw to FOLDER/<rank>.json."""
+    """Write this process's results to FOLDER/<rank>.json."""
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
 
@@ -179,4 +179,4 @@ def main(folder: Path) -> None:
             lose_base()
         results["base"] = outcome(lambda: run.train(settings("base")))
         (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-        os._exit(0)  # as a process ends that has failed
+        os._exit(0)  # a failed process ends like this
