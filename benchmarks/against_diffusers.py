@@ -1,17 +1,17 @@
-"""lorakit's preset beside the recipe of diffusers' `train_dreambooth_lora.py`, judged by the same code.
+"""Compare lorakit's preset with the recipe of diffusers' `train_dreambooth_lora.py`, with one classifier for both.
 
     python benchmarks/against_diffusers.py RESULTS.jsonl [--names lulu ...] [--seeds 0 1] [--recipes readme ...]
 
-The script's loop, written plainly after it: each step encodes its photos and texts again, draws noise and timesteps,
-and adds the loss on class images where there is a prior; LoRA by PEFT on the layers that the script names; AdamW,
-gradients clipped to 1; the file by `save_lora_weights`. One prompt for all photos, as the script has it.
+This file contains the script's training loop in short form. Each step encodes its photos and texts, draws noise and
+timesteps, and adds the loss on class images if there are any. PEFT adds LoRA to the layers that the script adapts. The
+optimizer is AdamW, gradients are clipped to 1, and `save_lora_weights` writes the file. As in the script, all photos
+have the same prompt.
 
-    readme   what its README gives: rank 4, 1e-4, 500 steps of one photo, the UNet alone, no prior
-    tuned    rank 8, 1e-3 on a cosine, text encoder too, 64 class images, 210 steps of 2 + 2
-    preset   lorakit's, the length of the presets for renders (see benchmarks/teach.py)
+    readme   the values of the script's README: rank 4, 1e-4, 500 steps of one photo, UNet only, no prior
+    tuned    rank 8, 1e-3 with cosine decay, text encoder too, 64 class images, 210 steps of 2 photos + 2 class images
+    preset   lorakit's preset without `train.min_steps` (see benchmarks/teach.py)
 
-RESULTS.jsonl and the table are those of benchmarks/recipes.py, with "cpu": seconds of CPU time to train, drawing class
-images included.
+RESULTS.jsonl and the table have the format of benchmarks/recipes.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 @dataclass(frozen=True)
 class Script:
-    """The script's arguments that differ."""
+    """The arguments of the script in which the recipes differ."""
 
     rank: int
     learning_rate: float
@@ -62,7 +62,7 @@ SCRIPTS = {
 
 
 def main() -> None:
-    """Train what is missing, then print the table."""
+    """Train the runs that are not in the results yet, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--names", nargs="+", default=list(subjects.SUBJECTS))
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def trainer(script: Script) -> teach.Trainer:
-    """A trainer for `teach.teach` that does what the script does with these arguments."""
+    """Return a trainer for `teach.teach` that trains like the script with these arguments."""
 
     def train(settings: config.Config) -> Path:
         folder = Path(settings.output.folder)
@@ -104,7 +104,7 @@ def trainer(script: Script) -> teach.Trainer:
         text = pipeline.text_encoder if script.train_text_encoder else None
         pipeline.save_lora_weights(folder, _weights(pipeline.unet), _weights(text) if text else None)
         file = folder / "pytorch_lora_weights.safetensors"
-        # Nothing in its names and widths tells that it is for the bundled base.
+        # Names and widths of the layers do not tell that the adapter is for the bundled base.
         save_file(load_file(file), file, {"lorakit.family": "sd1"})
         return file
 

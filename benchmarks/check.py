@@ -1,9 +1,10 @@
-"""What `lorakit check` takes for tens of thousands of photos: processor time, and the share of the system in it.
+"""Measure time and memory of `lorakit check` with tens of thousands of photos.
 
     python benchmarks/check.py [--photos 20000] [--megapixels 1] [--like FOLDER] [--keep FOLDER] [--json FILE]
 
-The photos are JPEG files of about `--megapixels` in six aspect ratios: crops of the pictures in `--like`, or of clouds
-with edges, mirrored, brightened and with noise. One in fifty is a file twice, one in twenty is saved a second time.
+The photos are JPEG files of about `--megapixels` in six aspect ratios. They are crops of the pictures in `--like`, or
+of generated clouds with edges, some of them mirrored, with random brightness and noise. About 2 % are exact copies of
+another file, and about 5 % are another photo at a lower JPEG quality.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ASPECTS = ((1, 1), (3, 2), (2, 3), (4, 3), (3, 4), (16, 9))
 
 
 def main() -> None:
-    """Make the photos, check them, print, write."""
+    """Create the photos, run the check, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=int, default=20_000)
     parser.add_argument("--megapixels", type=float, default=1.0)
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def make(folder: Path, count: int, megapixels: float, like: Path | None) -> None:
-    """Write so many photos."""
+    """Write `count` photos to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with multiprocessing.Pool() as pool:
         pool.starmap(write, [(folder, number, megapixels, like) for number in range(count)], chunksize=50)
@@ -61,7 +62,7 @@ def make(folder: Path, count: int, megapixels: float, like: Path | None) -> None
 
 @cache
 def source(number: int, like: Path | None) -> Image.Image:
-    """One of the pictures that photos are cut from."""
+    """Return one of the pictures from which photos are cropped."""
     if like is not None:
         files = sorted(path for path in like.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
         return Image.open(files[number % len(files)]).convert("RGB")
@@ -76,7 +77,7 @@ def source(number: int, like: Path | None) -> Image.Image:
 
 
 def write(folder: Path, number: int, megapixels: float, like: Path | None) -> None:
-    """Write photo `number`."""
+    """Write the photo with this number."""
     draw, path = random.Random(number), folder / f"{number:06d}.jpg"
     original = draw.randrange(number) if number and draw.random() < 0.07 else number
     copy = random.Random(original)

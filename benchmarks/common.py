@@ -1,11 +1,12 @@
-"""What the benchmarks share: true architectures with random weights, the loops that are compared, tables and rows.
+"""Shared code of the benchmarks: true architectures with random weights, the loops to compare, tables and rows.
 
-All loops train the same: LoRA on a UNet's attention, from photos and texts of the right shapes.
+All loops train LoRA on a UNet's attention, from random latents and texts of the right shapes.
 
     lorakit   this project's step (`lorakit.training.optimizer_step`)
-    peft      the best plain loop that we could write with peft: latents and texts cached, autocast in bf16, fused
-              AdamW, SDPA, nothing read back
-    script    as the training scripts of diffusers do it: VAE and text encoders in the loop, the loss read each step
+    peft      the fastest plain loop that we could write with PEFT: cached latents and texts, autocast in bf16, fused
+              AdamW, SDPA, no synchronization with the host
+    script    the loop of diffusers' training scripts: VAE and text encoders run in each step, and each step reads the
+              loss
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ Row = dict[str, Any]
 
 
 def unet_config(kind: str, width: int | None = None) -> dict[str, Any]:
-    """The UNet's configuration of SD1.5 ("sd15"), SD2.1 ("sd21") or SDXL, or "mid", one of 38 million weights.
+    """Return the UNet's configuration: SD1.5 ("sd15"), SD2.1 ("sd21"), SDXL ("sdxl"), or 38 million weights ("mid").
 
     Args:
-        width: in the place of the first block's 320 channels: depth and layers stay, the arithmetic becomes little.
+        width: replaces the 320 channels of the first block. The UNet has the same layers with less arithmetic.
     """
     one = width or 320
     shared = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": min(32, one)}
@@ -75,13 +76,12 @@ def unet_config(kind: str, width: int | None = None) -> dict[str, Any]:
 
 
 def pooled_width(width: int | None) -> int:
-    """Width of SDXL's pooled text."""
+    """Return the width of SDXL's pooled text embedding."""
     return 16 if width else 1280
 
 
 def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None) -> Any:
-    """A `families.Family` with random weights, complete enough for a training step, created on the device in
-    `dtype`."""
+    """Create a `families.Family` with random weights on the device in `dtype`, with all that a training step needs."""
     from diffusers import UNet2DConditionModel
 
     from lorakit.families.prediction import Epsilon
@@ -108,7 +108,7 @@ def base(kind: str, device: torch.device, dtype: torch.dtype, *, width: int | No
 
 
 def encoded(family: Any, side: int, width: int | None = None) -> Any:
-    """Latents `[8, 4, side, side]` and texts at random, on the device, as `lorakit.training.precompute` leaves them."""
+    """Return random latents `[8, 4, side, side]` and texts on the device, as `lorakit.training.precompute` does."""
     from lorakit.data.dataset import Dataset, LatentBucket
     from lorakit.families.conditioning import Conditioning
     from lorakit.training.precompute import Precomputed, SampleInputs
@@ -144,7 +144,7 @@ def encoded(family: Any, side: int, width: int | None = None) -> Any:
 
 
 def settings(batch: int, rank: int, **changes: Any) -> config.Config:
-    """The config of the runs that are compared."""
+    """Return the config of a run in a comparison."""
     options = {"train.steps": 1000, "train.batch_size": batch, "adapter.rank": rank, "train.holdout": 0.0}
     return config.load(None, options | changes)
 
@@ -152,7 +152,10 @@ def settings(batch: int, rank: int, **changes: Any) -> config.Config:
 def lorakit_loop(
     family: Any, data: Any, run_config: config.Config, say: Callable[[str], Any] = print, *, device: str = ""
 ) -> Loop:
-    """A function that runs so many of lorakit's optimizer steps; as on a `device` of that kind, where one is given."""
+    """Return a function that runs a number of lorakit's optimizer steps.
+
+    `device` is the device type for which activation saving is chosen, by default the family's own.
+    """
     adapter = adapters.attach(family, run_config.adapter, seed=0)
     save_less = memory_estimate.use_save_less(run_config, device or family.device.type)
     channels_last = devices.channels_last(run_config.memory, family.device, family.dtype)
@@ -165,7 +168,7 @@ def lorakit_loop(
 
 
 def steps_of(update: OptimizerStep) -> Loop:
-    """A function that goes on with so many of an update's steps."""
+    """Return a function that runs the next `count` steps of `update`."""
     numbers = itertools.count()
 
     def run(count: int) -> None:
@@ -178,8 +181,11 @@ def steps_of(update: OptimizerStep) -> Loop:
 def peft_loop(
     family: Any, data: Any, batch: int, rank: int, *, autocast: bool = True, encode: Callable[[int], Any] | None = None
 ) -> Loop:
-    """A function that runs so many steps of a plain loop; with `encode`, which gives latents and texts again for each
-    batch, and the loss read each time, it is the loop of diffusers' scripts."""
+    """Return a function that runs a number of steps of a plain PEFT loop.
+
+    With `encode` it is the loop of diffusers' scripts: `encode` returns new latents and texts for each batch, and each
+    step reads the loss.
+    """
     from diffusers import DDPMScheduler
     from peft import LoraConfig
 
@@ -189,7 +195,7 @@ def peft_loop(
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
-    # The scripts leave AdamW as it comes.
+    # The scripts use AdamW's default, which is not fused.
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=encode is None)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     bucket, texts = data.dataset.buckets[0], data.conditions
@@ -229,7 +235,7 @@ def peft_loop(
 
 
 def torchs_own(unet: torch.nn.Module) -> None:
-    """Linear layers as torch has them: `families.load` has quicker ones, which a plain loop would not."""
+    """Replace lorakit's faster linear layers by torch's, which a plain loop would use."""
     for layer in unet.modules():
         if isinstance(layer, onednn_linear.FrozenLinear):
             layer.__class__ = torch.nn.Linear
@@ -237,7 +243,7 @@ def torchs_own(unet: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def attention_as_on_a_card() -> Iterator[None]:
-    """On a CPU it is computed in float32 where the sequence is short."""
+    """Compute attention in the tensors' dtype. On a CPU, lorakit uses float32 for short sequences."""
     here, fused_blocks._attention = fused_blocks._attention, torch.nn.functional.scaled_dot_product_attention
     try:
         yield
@@ -246,7 +252,7 @@ def attention_as_on_a_card() -> Iterator[None]:
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that are a kernel or a copy on a card: all but those that only look at memory another way."""
+    """Counts the operations that run a kernel or a copy on a card: all except views and allocations."""
 
     VIEWS = (
         *("view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "unsqueeze"),
@@ -271,7 +277,7 @@ class Launches(TorchDispatchMode):
         self.names: dict[str, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, and do it."""
+        """Count the operation and run it."""
         name = function.overloadpacket.__name__
         if name not in self.VIEWS:
             self.names[name] = self.names.get(name, 0) + 1
@@ -279,14 +285,14 @@ class Launches(TorchDispatchMode):
 
     @property
     def count(self) -> int:
-        """All of them."""
+        """Number of all operations."""
         return sum(self.names.values())
 
 
 def alternate(
     loops: dict[str, Loop], rounds: int, steps: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds a step in each round; the loops take turns, so that the machine's moods fall on all of them."""
+    """Return each loop's seconds per step in each round. The loops take turns, so changes of clock rate affect all."""
     times: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
     for turn in range(rounds):
@@ -300,12 +306,12 @@ def alternate(
 
 
 def row(name: str, value: float, unit: str, ratio: float | None = None) -> Row:
-    """One measured figure; `ratio` is to the first of its kind, above 1 where this one is better."""
+    """Return one measured figure. `ratio` compares it with a reference; above 1 is better."""
     return {"name": name, "value": value, "unit": unit, "ratio": ratio}
 
 
 def timing_rows(title: str, times: dict[str, list[float]], batch: int, against: str) -> list[Row]:
-    """Median, spread and rate of each loop; ratios are medians of the rounds' own, to `against`."""
+    """Return median, spread and rate of each loop. Ratios to the loop `against` are medians over the rounds."""
     rows = []
     for name, values in times.items():
         ratio = statistics.median(a / b for a, b in zip(times[against], values, strict=True))
@@ -318,7 +324,7 @@ def timing_rows(title: str, times: dict[str, list[float]], batch: int, against: 
 
 
 def finish(rows: Iterable[Row], file: Path | None) -> None:
-    """Print the table, and write the rows if requested."""
+    """Print the table, and write the rows if there is a file for them."""
     rows = list(rows)
     wide = max(len(r["name"]) for r in rows)
     for r in rows:

@@ -1,11 +1,12 @@
-"""Do older releases of diffusers, transformers and PEFT find the same delta W in the files as the installed ones?
+"""Test whether older releases of diffusers, transformers and PEFT read the right delta W from lorakit's files.
 
     python benchmarks/compat.py                  # diffusers 0.32.1, transformers 4.54.1, PEFT 0.14
     python benchmarks/compat.py diffusers==0.33.1 transformers==4.56.2 peft==0.15.2
 
-The files are written here; a second virtual environment, which takes torch from this one and the packages named from
-pip's index, opens them and compares. It needs some minutes and an index, which is why it is not among the tests: those
-do the same with what is installed. Prints the table of docs/formats.md; exit code 1 where anything differs.
+This process writes the files. The installed releases read them first. Then a second virtual environment reads them: it
+has the older packages from pip's index, and torch from this environment. This takes some minutes and needs the index,
+so the tests do not run it; they read the same files with the installed releases. The output is the table of
+docs/formats.md. The exit code is 1 if a delta W differs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TOLERANCE = 1e-5
 
 
 def main(arguments: list[str]) -> int:
-    """Write, read in both environments, print."""
+    """Write the files, read them in both environments and print the table."""
     with tempfile.TemporaryDirectory() as room:
         cases = write(Path(room) / "files")
         results = {"installed": read_with(Path(sys.executable), Path(room) / "files")}
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def write(folder: Path) -> list[str]:
-    """Bases in small, adapters of every method, format and alpha, and the delta W that a reader must find."""
+    """Write small bases, adapters of each method, format and alpha, and the delta W that a reader must find."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "export")]
     import random_adapters
     import tiny
@@ -57,15 +58,15 @@ def write(folder: Path) -> list[str]:
         shapes = random_adapters.pipeline_shapes(DiffusionPipeline.from_pretrained(base))
         for method in METHODS:
             for alpha in ALPHAS:
-                # The form of adapters after training: rank-stabilised scales in alpha, PiSSA as plain LoRA of twice the
-                # rank.
+                # As training writes them: alpha contains the scale of rank-stabilized LoRA, and PiSSA is plain LoRA of
+                # twice the rank.
                 times = {"rslora": RANK**0.5, "pissa": 2}.get(method, 1)
                 rank = 2 * RANK if method == "pissa" else RANK
                 weights = random_adapters.adapter(shapes, family, rank=rank, alpha=alpha * times, method=method)
                 truth = {n: torch.from_numpy(random_adapters.reference_delta(x)) for n, x in weights.layers.items()}
                 for fmt in FORMATS:
                     if writers[fmt].check(method, family) or (fmt == "kohya" and method in ("loha", "lokr")):
-                        continue  # diffusers does not read them; LyCORIS does, in the tests
+                        continue  # diffusers does not read LoHa and LoKr; the tests read them with LyCORIS
                     case = f"{family} {method} {fmt} {alpha:g}"
                     place = folder / case.replace(" ", "-")
                     place.mkdir()
@@ -78,7 +79,7 @@ def write(folder: Path) -> list[str]:
 
 
 def environment(folder: Path, packages: list[str]) -> Path:
-    """A virtual environment on top of this one with other releases of some packages; its Python."""
+    """Create a virtual environment on top of this one with other releases of some packages; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     here = subprocess.run(
         [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -87,7 +88,7 @@ def environment(folder: Path, packages: list[str]) -> Path:
         text=True,
     ).stdout.strip()
     python = folder / "bin" / "python"
-    # Packages installed here are also found there, after the paths that pip adds.
+    # The new environment also finds the packages of this one, after its own.
     inside = next((folder / "lib").glob("python*/site-packages"))
     (inside / "behind.pth").write_text(here + "\n")
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", *packages], check=True)
@@ -95,7 +96,7 @@ def environment(folder: Path, packages: list[str]) -> Path:
 
 
 def read_with(python: Path, folder: Path) -> dict[str, Any]:
-    """The report of `reader` in another interpreter."""
+    """Run compat_reader.py with another interpreter and return its report."""
     command = [str(python), str(Path(__file__).with_name("compat_reader.py")), str(folder)]
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
@@ -103,7 +104,7 @@ def read_with(python: Path, folder: Path) -> dict[str, Any]:
 
 
 def report(results: dict[str, dict[str, Any]], cases: list[str]) -> int:
-    """The table, and how far off the worst is."""
+    """Print the table and the largest error; return the exit code."""
     wrong = 0
     print("| For | Method | Format | " + " | ".join(result["versions"] for result in results.values()) + " |")
     print("| --- | --- | --- | " + " | ".join("---" for _ in results) + " |")

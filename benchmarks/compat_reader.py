@@ -1,4 +1,4 @@
-"""The other half of compat.py: opens its files with whatever diffusers and PEFT are installed, and knows no lorakit."""
+"""The second half of compat.py: read its files with the installed diffusers and PEFT, without lorakit."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 def deltas(parts: dict) -> dict[str, torch.Tensor]:
-    """Canonical name -> what each of PEFT's layers adds to its weight."""
+    """Return canonical name -> delta W of each of PEFT's layers."""
     result = {}
     for part, model in parts.items():
         for path, layer in model.named_modules():
@@ -27,7 +27,7 @@ def deltas(parts: dict) -> dict[str, torch.Tensor]:
 
 
 def read(pipeline, folder: Path, fmt: str) -> dict[str, torch.Tensor]:
-    """Load one case and take it out again."""
+    """Load one adapter, return its deltas and remove it from the pipeline."""
     parts = {part: getattr(pipeline, part) for part in PARTS if getattr(pipeline, part, None) is not None}
     if fmt == "peft":
         loaded = {p: peft.PeftModel.from_pretrained(copy.deepcopy(m), folder / "a" / p) for p, m in parts.items()}
@@ -39,7 +39,7 @@ def read(pipeline, folder: Path, fmt: str) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    """Print the versions and, for each case, the largest error or what was raised."""
+    """Print the versions and, for each case, the largest error or the exception."""
     errors: dict[str, float | str] = {}
     pipelines = {}
     for case in json.loads((folder / "cases.json").read_text()):
@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
         truth = {name: tensor.flatten(1) for name, tensor in load_file(place / "truth.safetensors").items()}
         try:
             deltas_in_file = read(pipelines[family], place, fmt)
-        except Exception as error:  # the exception of a release is its result
+        except Exception as error:  # an exception is a result of the comparison
             errors[case] = f"{type(error).__name__}: {str(error)[:80]}"
             continue
         deltas_in_file = {name: delta for name, delta in deltas_in_file.items() if delta.any()}

@@ -1,11 +1,11 @@
-"""Training steps on a CPU: the bundled model, and a UNet of middle size in float32 and bf16.
+"""Time training steps on a CPU: the bundled model, and a UNet of middle size in float32 and bf16.
 
     python benchmarks/cpu.py [--threads 1] [--quick] [--json FILE]
 
-The bundled model is trained as benchmarks/step.py has it (which takes any base and photos): ours beside a plain loop
-with peft and accelerate; and as its preset has it, with the prior, which is what the demo does. The middle UNet has 38
-million weights and 32x32 latents, batch 4, rank 16; there both loops have their latents and texts ready. Time is this
-process's own CPU time.
+The bundled model runs two comparisons. The first is that of benchmarks/step.py: lorakit and a plain loop with PEFT and
+accelerate. The second runs the preset with its prior, as the demo does, and has no plain loop. The middle UNet has 38
+million weights, 32x32 latents, batch 4 and rank 16; both of its loops use cached latents and texts. Times are CPU
+times of this process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorakit import config
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two short rounds")
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def pocket(args: Any) -> list[common.Row]:
-    """The bundled model, rank 8 on the attention, batch 4; and the preset's own step, as the demo runs it."""
+    """Time the bundled model with rank 8 on the attention and batch 4, then with its preset, as the demo runs it."""
     with tempfile.TemporaryDirectory() as scratch:
         photos = step_benchmark.random_photos(Path(scratch), 64)
         shared = {"data.folder": str(photos), "data.name": "sks toy", "train.holdout": 0.0}
@@ -46,7 +46,7 @@ def pocket(args: Any) -> list[common.Row]:
         run_config = config.load(None, shared | plain)
         loops = {"plain": step_benchmark.plain(run_config), "lorakit": step_benchmark.ours(run_config)}
         rows = measured("pocket batch 4", loops, 4, "plain", args, 4)
-        # A few quick class images are enough to be trained on.
+        # The benchmark needs few class images, and their quality does not matter.
         quick = {"train.class_images": 16, "sample.steps": 2}
         with mock.patch.dict(os.environ, LORAKIT_CACHE=scratch):
             preset = config.load("subject-pocket", shared | quick)
@@ -55,7 +55,7 @@ def pocket(args: Any) -> list[common.Row]:
 
 
 def middle(args: Any) -> list[common.Row]:
-    """The UNet of middle size."""
+    """Time the UNet of middle size."""
     rows = []
     for dtype, title in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         families = [common.base("mid", torch.device("cpu"), dtype) for _ in range(2)]
@@ -71,7 +71,7 @@ def middle(args: Any) -> list[common.Row]:
 def measured(
     title: str, loops: dict[str, common.Loop], batch: int, against: str, args: Any, steps: int
 ) -> list[common.Row]:
-    """Alternate and make rows."""
+    """Warm up the loops, run them in turns and return the rows."""
     for loop in loops.values():
         loop(1)
     rounds, steps = (2, 1) if args.quick else (9, steps)

@@ -1,14 +1,14 @@
-"""What the front end takes with much to show: time and processor time of its pages, and what axe-core says of them.
+"""Measure the front end with many runs and photos: time of its pages, and axe-core's violations.
 
     python benchmarks/front_end.py [--runs 500] [--photos 5000] [--steps 50000] [--axe axe.min.js] [--json FILE]
 
-The photos are small JPEG files; the runs have a state and a log, and the one that is on display is under way. `--axe`
-is the script of axe-core (`npm pack axe-core`); each page is then opened in Chromium at 1280 and 390 pixels.
+The photos are small JPEG files. Each run has a state and a log; the page shows the newest run, which is still running.
+`--axe` is the script of axe-core (`npm pack axe-core`). With it, Chromium also opens each page at 1280 and 390 pixels.
 
     python benchmarks/front_end.py --journey
 
-is what somebody does who comes with five photos and leaves with an adapter that has drawn a picture: clicks, fields to
-fill in, and seconds until each is there, the shortest training on the bundled base included.
+counts the clicks, fields and seconds from five photos to an adapter and a picture drawn with it. It trains the bundled
+base with the shortest training that the page offers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SAY = texts.sayer("en")
 
 
 def main() -> None:
-    """Make the runs and photos, look at the pages, print, write."""
+    """Create runs and photos, measure the pages, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--photos", type=int, default=5000)
@@ -72,24 +72,24 @@ def main() -> None:
 
 
 class Journey:
-    """Somebody at the page, who counts clicks, fields and seconds."""
+    """A user's path through the page, with the count of clicks and fields, and the seconds of each part."""
 
     def __init__(self, page: Page):
         self.page, self.clicks, self.fields, self.rows = page, 0, 0, list[tuple[str, float, str]]()
         self.start = self.last = time.perf_counter()
 
     def click(self, selector: str) -> None:
-        """Press what is there once it may be pressed."""
+        """Click an element as soon as it is enabled."""
         self.page.locator(selector).click()
         self.clicks += 1
 
     def fill(self, selector: str, text: str) -> None:
-        """Type into a field."""
+        """Fill a field with text."""
         self.page.locator(selector).fill(text)
         self.fields += 1
 
     def arrive(self, what: str, selector: str) -> None:
-        """Wait for what the person waits for."""
+        """Wait for an element and record the seconds since the last one."""
         self.page.locator(selector).first.wait_for()
         now = time.perf_counter()
         self.rows.append((f"journey: {what}", now - self.last, "s"))
@@ -97,7 +97,7 @@ class Journey:
 
 
 def journey() -> list[tuple[str, float, str]]:
-    """From five photos to an adapter that was tried."""
+    """Go from five photos to an adapter and a picture drawn with it."""
     with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
         room = Path(place)
         demo.write_photos("zib", room / "all")
@@ -110,7 +110,7 @@ def journey() -> list[tuple[str, float, str]]:
         page.goto(server.address)
         person.arrive("the page", "body[data-ready]")
         page.locator("#photos-upload input[type=file]").set_input_files(photos)
-        person.clicks += 2  # the box, and the system's dialog
+        person.clicks += 2  # one on the upload box and one in the system's file dialog
         person.arrive("cards of the photos", ".lk-card:nth-child(5) img")
         person.click("#photos-next")
         person.fill("#option-data-name :is(input, textarea)", "sks toy")
@@ -120,7 +120,7 @@ def journey() -> list[tuple[str, float, str]]:
         person.arrive("the first step", "#run-status section:not([data-step='0'])")
         person.arrive("the adapter, checked", "#run-status section[data-state=done]")
         person.click("#pages button[role=tab]:nth-of-type(5)")
-        page.wait_for_timeout(1500)  # the choices come
+        page.wait_for_timeout(1500)  # the page loads the choices
         person.click("#try-adapter input")
         person.click("#try-adapter [role=option][data-index='0']")
         person.fill("#try-prompts textarea", "a photo of sks toy in the snow")
@@ -133,7 +133,7 @@ def journey() -> list[tuple[str, float, str]]:
 
 
 def make_photos(folder: Path, count: int) -> Path:
-    """So many small photos, no two alike."""
+    """Write `count` small photos, all different."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     for number in range(count):
@@ -143,7 +143,7 @@ def make_photos(folder: Path, count: int) -> Path:
 
 
 def make_runs(folder: Path, count: int, steps: int) -> None:
-    """So many runs with a log of 100 steps; the newest is under way and has `steps`."""
+    """Write `count` runs with a log of 100 steps. The last one is still running and has `steps` steps."""
     folder.mkdir()
     config = load("subject-pocket", {"data.folder": str(folder.parent / "photos"), "data.name": "sks toy"})
     for number in range(count):
@@ -164,14 +164,14 @@ def make_runs(folder: Path, count: int, steps: int) -> None:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds and seconds of the processor."""
+    """Return wall time and CPU time of a call in seconds."""
     wall, processor = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - processor
 
 
 def of_runs(workspace: Workspace) -> list[tuple[str, float, str]]:
-    """The page of runs: opened first, and looked at again each second."""
+    """Time the page of runs: its first state, and the update of each second."""
     with gr.Blocks():
         page = RunsPage(workspace, language.Translations(), gr.BrowserState())
     name = sorted(path.name for path in workspace.runs.glob("run-*"))[-1]
@@ -188,7 +188,7 @@ def of_runs(workspace: Workspace) -> list[tuple[str, float, str]]:
 
 
 def of_photos(workspace: Workspace, photos: Path) -> list[tuple[str, float, str]]:
-    """The page of photos: the first cards, and all of it with the check."""
+    """Time the page of photos: the first cards, the check of all photos, and the next cards."""
     with gr.Blocks():
         page = PhotosPage(workspace, language.Translations())
     config: Config = load("subject-pocket", {"data.folder": str(photos), "data.name": "sks toy"})
@@ -199,7 +199,7 @@ def of_photos(workspace: Workspace, photos: Path) -> list[tuple[str, float, str]
 
 
 def of_page(address: str) -> list[tuple[str, float, str]]:
-    """The page itself, as a browser asks for it."""
+    """Time the request of the page, and measure its size."""
     request = urllib.request.Request(address, headers={"Accept-Encoding": "gzip"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     start = time.perf_counter()
@@ -214,7 +214,7 @@ def of_page(address: str) -> list[tuple[str, float, str]]:
 
 
 def of_axe(address: str, script: str) -> list[tuple[str, float, str]]:
-    """Elements that break each of axe-core's rules, over all pages and both widths."""
+    """Count the elements that violate each of axe-core's rules, over all pages and both widths."""
     counts: Counter[str] = Counter()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])

@@ -1,12 +1,12 @@
-"""lorakit on a graphics card: is it right, how fast is it, and does it take the memory that it predicts?
+"""Check lorakit on a GPU: correctness, speed, and measured memory against the prediction.
 
-    python benchmarks/gpu.py                 # right first, then times: within 8 minutes
-    python benchmarks/gpu.py --second        # whole runs, memory beside predictions, variants, compiling: within 10
-    python benchmarks/gpu.py --rehearse      # all of it on a CPU, with narrow models: proves that it runs, nothing else
+    python benchmarks/gpu.py                 # correctness, then times; at most 8 minutes
+    python benchmarks/gpu.py --second        # complete runs, memory, variants and compiled blocks; at most 10 minutes
+    python benchmarks/gpu.py --rehearse      # all parts on a CPU with narrow models; shows only that they run
 
-Each part is a process of its own with a limit of time: one that fails or hangs spoils no other. Every figure is written
-at once, as a line of JSON in `results.jsonl` of the output folder, which is small enough for an issue; `log.txt` has
-what the parts print, `table.txt` the figures as a table, and `step-times.png` those of steps.
+Each part runs in its own process with a time limit, so a part that fails or hangs does not affect the others. Each
+figure is written at once, as a line of JSON in `results.jsonl`. The output folder also contains `log.txt` (the output
+of the parts), `table.txt` (the figures as a table) and `step-times.png`. It is small enough to attach to an issue.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Part -> seconds at most. In order of what is most worth knowing.
+# Part -> time limit in seconds. The most important parts are first.
 FIRST = {"card": 60, "tests": 150, "bits": 100, "sd15": 80, "sdxl": 120, "profile": 60}
 SECOND = {"runs-sd15": 100, "runs-sdxl": 240, "memory": 120, "variants": 90, "compile": 150}
 MARK = "ROW "
 
 
 class Results:
-    """`results.jsonl` and `log.txt` in a folder, each line written at once."""
+    """The files `results.jsonl` and `log.txt` of a folder. Each line is written at once."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.start = folder, time.monotonic()
 
     def row(self, part: str, name: str, value: Any, **more: Any) -> None:
-        """Add a figure."""
+        """Write a figure to `results.jsonl` and print it."""
         line = {"part": part, "name": name, "value": value, **more, "at_s": round(time.monotonic() - self.start, 1)}
         with (self.folder / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"[{part}] {name}: {value} {more.get('unit', '')}", flush=True)
 
     def log(self, part: str, line: str) -> None:
-        """Add a line that a part printed."""
+        """Write a line of a part's output to `log.txt`."""
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"[{part}] {line.rstrip()[:2000]}\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All figures so far."""
+        """Return all figures so far."""
         file = self.folder / "results.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def run_part(part: str, limit: float, command: list[str], results: Results) -> None:
-    """Run a part until it ends or reaches its time limit. Results written until then are kept in both cases."""
+    """Run a part until it ends or reaches its time limit. Figures that it printed before are never lost."""
     began = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
@@ -87,7 +87,7 @@ def run_part(part: str, limit: float, command: list[str], results: Results) -> N
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The figures, a line each."""
+    """Return the figures as text, one per line."""
     lines = []
     for row in rows:
         more = {key: value for key, value in row.items() if key not in ("part", "name", "value", "unit", "at_s")}
@@ -99,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Times of steps as bars, if there are any."""
+    """Draw the step times as bars, if there are any."""
     import plot
 
     steps = [row for row in rows if row.get("unit") == "ms a step" and row["value"] > 0]

@@ -1,16 +1,19 @@
-"""A training step on a GPU, beside a plain loop and beside the scripts': one call, under 8 minutes, no network.
+"""Compare lorakit's training step on a GPU with a plain PEFT loop and the loop of diffusers' scripts.
 
     python benchmarks/gpu_loops.py [--quick] [--json FILE] [--device cuda|cpu] [--only sd15|sdxl]
                                    [--stream | --compile | --convolutions]
 
-SD1.5 at 512 px and SDXL at 1024 px in their true architecture with random weights, batch 1 and 4, rank-16 LoRA on the
-attention, base in bf16. The loops (see common.py) take turns in one process. Beside milliseconds and images a second
-it says what share of the card's bf16 matrix speed, measured in the same minutes, a step's arithmetic comes to, how far
-the step is from the time floor of its matrix products alone, and the peak of memory. With `--device cpu` the same runs
-on narrow models of the same depth: it proves that the script works, and its figures mean nothing else. With `--compile`
-ours runs once more, its blocks compiled; a second call finds them in the cache, and its first step shows by how much.
-Two options ask another question: `--stream`, our step with gradient checkpointing, the base's weights on the card and
-in the host's memory; `--convolutions`, our step as it is, with cuDNN trying its algorithms, and with channels first.
+One call takes less than 8 minutes and needs no network. The models are SD1.5 at 512 px and SDXL at 1024 px with their
+true architecture, random weights in bf16, and rank-16 LoRA on the attention, at batch 1 and 4. The loops (see
+common.py) take turns in one process. Besides times and peak memory the table shows two shares of a step:
+
+    share of matrix speed   the step's FLOP/s as a share of the card's bf16 matrix speed, measured in the same call
+    share of the floor      the least time for the step's matrix products, as a share of the step's time
+
+`--device cpu` uses narrow models of the same depth: it tests the script, and its times say nothing about a card.
+`--compile` adds lorakit's step with compiled blocks. A second call finds them in the cache and has a shorter first
+step. Two options compare variants of lorakit's step only. `--stream` uses gradient checkpointing and compares weights
+on the card with weights in the host's memory. `--convolutions` adds `cudnn.benchmark` and channels first.
 """
 
 from __future__ import annotations
@@ -29,17 +32,17 @@ import torch
 from lorakit.engine import quantized_weight
 from lorakit.runs import plan
 
-# Multiplications of a step in those of a forward pass: 1 forward, 1.2 backward (only adapters have weight gradients).
+# FLOP of a step / FLOP of a forward pass: 1 forward, 1.2 backward (only adapters have weight gradients).
 PASSES = plan.PASSES
-# FLOP / matrix peak and bytes / bandwidth of SD1.5's and SDXL's products, as a multiple of FLOP / peak alone: what of
-# an H100 (790 TFLOP/s, 3.0 TB/s) a step of nothing but products would take, kernel by kernel, at batch 1 and 4.
+# (base, batch size) -> least time of a step's matrix products on an H100 / their FLOP / matrix peak. The least time is
+# the sum over kernels of FLOP / peak or bytes / bandwidth, at 790 TFLOP/s and 3.0 TB/s.
 FLOOR = {("sd15", 1): 3.13 / 2.26, ("sd15", 4): 10.7 / 9.1, ("sdxl", 1): 21.5 / 18.5, ("sdxl", 4): 85 / 74}
 SIDES = {"sd15": 64, "sdxl": 128}
 BUDGET = 8 * 60
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=tuple(SIDES))
@@ -69,7 +72,7 @@ def main() -> None:
 
 
 def case(kind: str, batch: int, args: Any, device: torch.device, peak: float) -> list[common.Row]:
-    """All loops on one model and batch size."""
+    """Run all loops on one model and batch size; return their rows."""
     small = device.type == "cpu"
     width, side = (16, 8) if small else (None, SIDES[kind])
     title = f"{kind} {'narrow' if small else f'{8 * side} px'} batch {batch}"
@@ -87,7 +90,7 @@ def case(kind: str, batch: int, args: Any, device: torch.device, peak: float) ->
         loop(1 if small else 2)
         wait(device)
         if device.type == "cuda":
-            # With its own model alone on the card, other loops' models counted off.
+            # Memory of this loop and its model only: memory of the loops before it is subtracted.
             rows += memory_rows(f"{title} {name}")
         loops[name] = loop
     times = common.alternate(loops, rounds, steps)
@@ -107,7 +110,7 @@ def case(kind: str, batch: int, args: Any, device: torch.device, peak: float) ->
 def makers(
     kind: str, batch: int, args: Any, device: torch.device, width: int | None, side: int
 ) -> dict[str, Callable[[], common.Loop]]:
-    """Name -> what makes the loop, on its own model."""
+    """Return name -> function that creates the loop with its own model."""
     run_config = common.settings(batch, args.rank, **{"memory.gradient_checkpointing": args.stream})
 
     def model() -> tuple[Any, Any]:
@@ -122,7 +125,7 @@ def makers(
         family, data = model()
         if stream:
             quantized_weight.store_layers(family.denoiser, "full", device, offload=True)
-            if device.type == "cuda":  # what is in the host's memory now was on the card before
+            if device.type == "cuda":  # the peak must not include the weights that have moved to the host
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
         return common.lorakit_loop(family, data, run_config)
@@ -162,9 +165,9 @@ def makers(
 
 
 def encoders(kind: str, family: Any, side: int, width: int | None) -> Callable[[int], Any]:
-    """VAE and text encoders as the scripts run them in each step: (latents, hidden states) of random photos and texts.
+    """Return a function that encodes random photos and texts in each step, as the scripts do.
 
-    The VAE is in float32 for SDXL, as there; of SDXL's texts only the states are computed again.
+    It returns (latents, hidden states). As in the scripts, SDXL's VAE is in float32. SDXL's pooled text is not encoded.
     """
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -204,7 +207,7 @@ def encoders(kind: str, family: Any, side: int, width: int | None) -> Callable[[
 
 
 def forward_flop(kind: str, width: int | None, side: int) -> float:
-    """Operations of a forward pass for one picture, from the layers' shapes."""
+    """Return the FLOP of a forward pass for one picture, from the layers' shapes."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -218,7 +221,7 @@ def forward_flop(kind: str, width: int | None, side: int) -> float:
 
 
 def matrix_speed(device: torch.device, seconds: float = 1.0) -> float:
-    """Floating-point operations a second of a large bf16 matrix product here."""
+    """Measure the FLOP/s of a large bf16 matrix product on the device."""
     side = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
     for _ in range(3):
@@ -234,7 +237,7 @@ def matrix_speed(device: torch.device, seconds: float = 1.0) -> float:
 
 
 def memory_rows(title: str) -> list[common.Row]:
-    """Peak of the loop's own tensors, and of what the allocator took from the card, since `clear`."""
+    """Return the peaks of allocated and reserved memory since `clear`, less what was in use then."""
     baseline = _baseline
     return [
         common.row(f"{title} peak allocated", (torch.cuda.max_memory_allocated() - baseline[0]) / 2**30, "GiB"),
@@ -246,7 +249,7 @@ _baseline = (0, 0)
 
 
 def clear(device: torch.device) -> None:
-    """Give back what is unused, and begin to look for the peak."""
+    """Release unused memory, and start a new measurement of the peak."""
     global _baseline
     gc.collect()
     if device.type == "cuda":
@@ -256,7 +259,7 @@ def clear(device: torch.device) -> None:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

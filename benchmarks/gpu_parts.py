@@ -1,5 +1,7 @@
-"""The parts of gpu.py, each run in a process of its own. A part prints its figures as they come, and goes on after what
-fails. `rehearse`: on a CPU, with models of one layer a block and 16 channels."""
+"""The parts of gpu.py. Each runs in its own process, prints each figure at once and continues after a failure.
+
+`rehearse` runs a part on a CPU, with models of one layer per block and 16 channels.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from torch.nn import functional  # noqa: E402
 
 from lorakit.engine import device as devices  # noqa: E402
 
-# Kernels by words in their names; the first group that fits has it.
+# Group of kernels -> words in their names. A kernel belongs to the first group that matches.
 KERNELS = {
     "layout": ("nchwtonhwc", "nhwctonchw", "nchw2nhwc", "nhwc2nchw", "transpose"),
     "attention": ("flash", "fmha", "sdpa", "attention"),
@@ -51,7 +53,7 @@ GPU_TESTS = (
 
 
 def row(name: str, value: Any, **more: Any) -> None:
-    """Print a figure for gpu.py."""
+    """Print a figure in the form that gpu.py reads."""
     if isinstance(value, float):
         value = float(f"{value:.5g}")
     print("ROW " + json.dumps({"name": name, "value": value, **more}, default=str), flush=True)
@@ -69,21 +71,21 @@ def attempt(name: str) -> Iterator[None]:
 
 
 class Machine:
-    """Where a part computes, and how large its models are."""
+    """The device of a part, and the dtype and width of its models."""
 
     def __init__(self, rehearse: bool):
         self.rehearse = rehearse
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.width = 16 if rehearse else None
-        # A CPU takes many times as long in bf16.
+        # bf16 is many times slower on a CPU.
         self.dtype = torch.float32 if rehearse else torch.bfloat16
 
     def side(self, kind: str) -> int:
-        """Side of the latents."""
+        """Return the side of the latents."""
         return 8 if self.rehearse else loops.SIDES[kind]
 
     def milliseconds(self, work: Callable[[], Any], count: int = 10) -> float:
-        """Median time of something on the device."""
+        """Return the median time of a call on the device."""
         times = []
         for number in range(2 if self.rehearse else count + 3):
             loops.wait(self.device)
@@ -97,7 +99,7 @@ class Machine:
     def loop(
         self, kind: str, batch: int, change: Callable[[Any], None] = lambda _: None, **options: Any
     ) -> common.Loop:
-        """Our steps on a model of its own."""
+        """Return lorakit's loop on a new model."""
         family = common.base(kind, self.device, self.dtype, width=self.width)
         change(family)
         data = common.encoded(family, self.side(kind), self.width)
@@ -105,7 +107,7 @@ class Machine:
 
 
 def card(machine: Machine) -> None:
-    """Versions, speeds, and whether attention is right."""
+    """Print versions and speeds, and check that attention is right."""
     row("versions", f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     if not machine.rehearse:
         facts = torch.cuda.get_device_properties(0)
@@ -148,8 +150,7 @@ def card(machine: Machine) -> None:
 
 
 def _dequantized(machine: Machine) -> None:
-    """Dequantize a weight of SDXL with each kernel for NF4, and compare a product in int8 with one in half
-    precision."""
+    """Time NF4 dequantization of an SDXL weight with each kernel, and a product in int8 and in the model's dtype."""
     from lorakit.engine import kernels, quantized_kernels, quantized_weight
 
     side = 64 if machine.rehearse else 2560
@@ -170,7 +171,7 @@ def _dequantized(machine: Machine) -> None:
 
 
 def tests(machine: Machine) -> None:
-    """The tests that need a card: failed captures, graphs that come back, replays, quantized weights."""
+    """Run the tests with the marker `gpu`: CUDA graphs, kernels, quantized weights and offload."""
     import xml.etree.ElementTree as tree
 
     report = Path(tempfile.mkdtemp()) / "junit.xml"
@@ -190,7 +191,7 @@ def tests(machine: Machine) -> None:
 
 
 def bits(machine: Machine) -> None:
-    """Runs of the bundled model, twice with graphs and once without: are they captured, and how far are they apart?"""
+    """Train the bundled model twice with CUDA graphs and once without; compare the adapters, check that it captures."""
     import short_run
     from safetensors.torch import load_file
 
@@ -237,14 +238,14 @@ def bits(machine: Machine) -> None:
 
 
 def runs_sd15(machine: Machine) -> None:
-    """Complete runs of the presets for SD1.5."""
+    """Run the presets for SD1.5 completely."""
     import gpu_runs
 
     gpu_runs.runs(machine, "sd1")
 
 
 def runs_sdxl(machine: Machine) -> None:
-    """Complete runs of the presets for SDXL."""
+    """Run the presets for SDXL completely."""
     import gpu_runs
 
     gpu_runs.runs(machine, "sdxl")
@@ -256,17 +257,17 @@ def _difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> f
 
 
 def sd15(machine: Machine) -> None:
-    """Steps of SD1.5 at 512 px."""
+    """Time steps of SD1.5 at 512 px."""
     steps(machine, "sd15")
 
 
 def sdxl(machine: Machine) -> None:
-    """Steps of SDXL at 1024 px."""
+    """Time steps of SDXL at 1024 px."""
     steps(machine, "sdxl")
 
 
 def steps(machine: Machine, kind: str) -> None:
-    """Ours with and without graphs, the plain loop and the scripts' one, each on a model of its own, one at a time."""
+    """Time lorakit with and without CUDA graphs, the plain loop and the scripts' loop, one after the other."""
     peak = loops.matrix_speed(machine.device, 0.3)
     asking = SimpleNamespace(rank=16, stream=False, compile=False, convolutions=False, quick=True)
     for batch in (1,) if machine.rehearse else (1, 4):
@@ -292,7 +293,7 @@ def steps(machine: Machine, kind: str) -> None:
 
 
 def profile(machine: Machine) -> None:
-    """Kernels of a step, by kind, and how long the card is busy in it."""
+    """Profile a step: the time of its kernels by group, and how long the card is busy."""
     from torch.profiler import ProfilerActivity, profile as profiler
 
     cases: list[tuple[str, int, str, dict[str, Any]]] = [
@@ -331,7 +332,7 @@ def profile(machine: Machine) -> None:
 
 
 def memory(machine: Machine) -> None:
-    """Measured peaks and their predictions, and the time cost of each memory option."""
+    """Compare measured with predicted peak memory, and time a step with each memory option."""
     import memory as counted
 
     cases: list[tuple[str, int, int, str, bool | float, str]] = [
@@ -362,7 +363,7 @@ def memory(machine: Machine) -> None:
 
 
 def _saving_loop(machine: Machine, name: str, settings: Any) -> common.Loop:
-    """Our steps with what the config does to save memory."""
+    """Return lorakit's loop with the memory options of the config."""
     import memory as counted
 
     from lorakit import adapters
@@ -377,7 +378,7 @@ def _saving_loop(machine: Machine, name: str, settings: Any) -> common.Loop:
         quantized_weight.store_layers(
             family.denoiser, options.base_storage, machine.device, offload=options.stream_base
         )
-        if not machine.rehearse:  # what is smaller now was whole before
+        if not machine.rehearse:  # the peak must not include the weights from before quantization
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
     adapter = adapters.attach(family, settings.adapter, seed=0)
@@ -392,7 +393,7 @@ def _saving_loop(machine: Machine, name: str, settings: Any) -> common.Loop:
 
 
 def variants(machine: Machine) -> None:
-    """cuDNN's search, channels first, each of SDPA's kernels, torch's own instead of Triton's, an 8-bit optimizer."""
+    """Time `cudnn.benchmark`, channels first, each SDPA kernel, torch instead of Triton, and an 8-bit optimizer."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from lorakit.engine import kernels as choice
@@ -421,7 +422,7 @@ def variants(machine: Machine) -> None:
 
 
 def compiled(machine: Machine) -> None:
-    """Compiled blocks inside the graph: the first step, and those after it."""
+    """Time the first and later steps with compiled blocks in the CUDA graph."""
     if machine.rehearse:
         row("compile", "left out: it takes minutes on a CPU")
         return
@@ -431,7 +432,7 @@ def compiled(machine: Machine) -> None:
 
 
 def _warm(machine: Machine, make: Callable[[], common.Loop]) -> tuple[common.Loop, float]:
-    """A loop after its first steps, and the seconds that making it and the first one took."""
+    """Create a loop and warm it up; return it and the seconds until its first step ended."""
     start = time.perf_counter()
     loop = make()
     loop(1)
@@ -447,7 +448,7 @@ def _timed(machine: Machine, title: str, make: Callable[[], common.Loop]) -> Non
 
 
 def shallow(kind: str, width: int | None = None, full: Callable[..., dict[str, Any]] = common.unet_config) -> Any:
-    """A UNet of one layer a block, for a rehearsal."""
+    """Return the configuration of a UNet with one layer per block, for a rehearsal."""
     settings = full(kind, width) | {"layers_per_block": 1}
     return settings | ({"transformer_layers_per_block": 1} if kind == "sdxl" else {})
 
@@ -468,7 +469,7 @@ PARTS: dict[str, Callable[[Machine], None]] = {
 
 
 def run(part: str, *, rehearse: bool) -> None:
-    """Run a part of this name."""
+    """Run the part with this name."""
     if rehearse:
         common.unet_config = shallow
     PARTS[part](Machine(rehearse))

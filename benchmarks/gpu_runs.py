@@ -1,4 +1,4 @@
-"""Whole runs of presets on a card, with random weights at true size: parts of gpu.py."""
+"""Two parts of gpu.py: complete runs of presets with random weights of the true size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import gpu_parts as parts
 
-# Name -> the base, its preset, and what differs from it.
+# Name -> (base, preset, changes to the preset).
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sd15": ("sd1", "subject-sd15", {}),
     "sd15, text encoder": ("sd1", "subject-sd15", {"adapter.train_text_encoder": True, "train.batch_size": 2}),
@@ -24,8 +24,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def runs(machine: parts.Machine, kind: str) -> None:
-    """Complete runs of presets at true size, with random weights: seconds, measured and planned memory, and the
-    self-check."""
+    """Run the presets of a base, and print time, measured and predicted memory, and the self-check of each run."""
     import short_run
     import small_models
 
@@ -54,10 +53,10 @@ def runs(machine: parts.Machine, kind: str) -> None:
 
 
 def _run(machine: parts.Machine, title: str, arguments: list[str], changes: dict[str, Any], folder: Path) -> None:
-    """One run by the command line, 40 steps of them, whose last 20 are timed."""
+    """Run `lorakit train` for 40 steps and time the last 20."""
     steps = 4 if machine.rehearse else 40
     options = {
-        # An adapter of a few ordinary steps would drown in the rounding of bf16.
+        # At an ordinary learning rate, bf16's rounding errors would be larger than the effect of a few steps.
         "optimizer.learning_rate": 3e-3,
         "train.steps": steps,
         "train.validate_every": steps,

@@ -1,10 +1,10 @@
-"""What a step asks of the host: how many operations it issues, and how long that takes, without a GPU.
+"""Measure the host's share of a training step without a GPU: the number of operations and the time to issue them.
 
     python benchmarks/host.py [--width 32] [--rounds 9] [--quick] [--json FILE]
 
-SD1.5 and SDXL in their true depth, so narrow that arithmetic is next to nothing: what is left is what a card at batch 1
-waits for. Operations are counted as a card would get them in bf16. Time is this process's own CPU time, on one thread;
-"outside the graph" is what the host still does in a step that is replayed as CUDA graphs.
+SD1.5 and SDXL have their true depth, but so few channels that the arithmetic takes almost no time. The rest is the time
+for which a card waits at batch 1. Operations are counted as in bf16 on a card. Times are CPU times of this process on
+one thread. "outside the graph" is the host's remaining work in a step that replays CUDA graphs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = ("sd15", "sdxl")
 
 
 def main() -> None:
-    """Count, measure, print, write."""
+    """Count operations, measure times, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--side", type=int, default=8, help="latent cells along a side")
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def loops(kind: str, args: Any, dtype: torch.dtype) -> dict[str, common.Loop]:
-    """The plain loop and ours on their own models."""
+    """Return the plain loop and lorakit's loop, each with its own model."""
     device = torch.device("cpu")
 
     def model() -> tuple[Any, Any]:
@@ -58,7 +58,7 @@ def loops(kind: str, args: Any, dtype: torch.dtype) -> dict[str, common.Loop]:
 
 
 def counted(kind: str, args: Any) -> list[common.Row]:
-    """Operations of a step in bf16. On a CPU attention is computed in float32; its casts are not what a card gets."""
+    """Count the operations of a step in bf16, without the casts that lorakit's attention adds on a CPU."""
     rows, first = [], 0
     with common.attention_as_on_a_card():
         for name, loop in loops(kind, args, torch.bfloat16).items():
@@ -71,7 +71,7 @@ def counted(kind: str, args: Any) -> list[common.Row]:
 
 
 def timed(kind: str, args: Any, rounds: int) -> list[common.Row]:
-    """Milliseconds of CPU a step."""
+    """Measure the CPU time of a step in milliseconds."""
     rows: list[common.Row] = []
     for dtype, title in ((torch.bfloat16, f"{kind} bf16"), (torch.float32, f"{kind} fp32")):
         compared = loops(kind, args, dtype)
@@ -85,7 +85,7 @@ def timed(kind: str, args: Any, rounds: int) -> list[common.Row]:
 
 
 def outside(kind: str, args: Any) -> common.Loop:
-    """Our step with nothing where the replays would be: seeding generators, copying which photos and texts."""
+    """Return lorakit's loop without the replays: it still seeds generators and copies indices of photos and texts."""
     family = common.base(kind, torch.device("cpu"), torch.bfloat16, width=args.width)
     data = common.encoded(family, args.side, args.width)
 
@@ -93,7 +93,7 @@ def outside(kind: str, args: Any) -> common.Loop:
         loss, waits = compute(), [compute]
 
         def replay() -> torch.Tensor:
-            # The first replay is compared with the step; those after it would be the card's.
+            # lorakit compares the first replay with the eager step. Later replays would run on the card only.
             return waits.pop()() if waits else loss
 
         return replay

@@ -1,12 +1,11 @@
-"""Memory of a training step: what `lorakit check` predicts beside what the step's tensors take.
+"""Compare the memory that `lorakit check` predicts for a training step with the memory of the step's tensors.
 
     python benchmarks/memory.py [--quick] [--real] [--json FILE]
 
-A step of the true architectures (random weights) is run on fake tensors, which have shapes and lifetimes but no values:
-every storage that an operation makes is counted from when it comes to when the last holder lets it go. That gives the
-exact peak of live tensor bytes of SDXL at 1024 px on any laptop, in seconds. What it leaves out is the device's own:
-kernels' work space, the allocator's rounding, the CUDA context. `--real` runs one SD1.5 step with real values beside
-it, on the CPU: the count must be the same.
+The step runs on the true architectures with fake tensors, which have shapes and lifetimes but no values. Each storage
+counts from its allocation until its last reference is gone. The result is the exact peak of live tensor bytes, even
+for SDXL at 1024 px on a laptop, in seconds. It does not include the kernels' workspace, the allocator's rounding and
+the CUDA context. `--real` also runs one SD1.5 step with values on the CPU; both counts must be equal.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from lorakit.runs import memory_estimate, plan
 from lorakit.training.optimizer_step import OptimizerStep
 
 GIB = 2**30
-# Name, resolution, batch, target modules, gradient checkpointing (or the limit in GiB that asks for as much as it
-# needs), storage of the base, maybe streamed.
+# Name, resolution, batch, target modules, gradient checkpointing (on, off, or a memory limit in GiB that decides how
+# many blocks use it), storage of the base and "streamed" if the base is streamed.
 CASES = [
     ("sd15", 512, 1, "attention", False, "full"),
     ("sd15", 512, 1, "attention", True, "full"),
@@ -68,7 +67,7 @@ CASES = [
     ("sdxl", 1024, 1, "attention", True, "full streamed"),
     ("sdxl", 1024, 1, "attention", True, "int8 streamed"),
 ]
-# The autoencoder of all three.
+# The VAE of SD1.5, SD2.1 and SDXL.
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -80,8 +79,10 @@ VAE = {
 
 @dataclass
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make while it is on: now, and the most there ever were. With a
-    device: of those that are there."""
+    """Counts the bytes of all storages that operations create in its context: `now` and the `peak`.
+
+    With a `device` it counts only the storages on that device.
+    """
 
     now: int = 0
     peak: int = 0
@@ -92,9 +93,9 @@ class Live(TorchDispatchMode):
         self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it, and look at what came out."""
+        """Run the operation and count the storages of its results."""
         if quantized_weight.QuantizedWeight in types:
-            return NotImplemented  # it first rebuilds the full tensor, and this must be counted
+            return NotImplemented  # the weight is dequantized first, and the full tensor must be counted
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -102,7 +103,7 @@ class Live(TorchDispatchMode):
         return result
 
     def count(self, tensor: torch.Tensor) -> None:
-        """Take a tensor's storage into account until it is gone."""
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         if storage in self._storages or self.device not in ("", tensor.device.type):
             return
@@ -118,14 +119,14 @@ class Live(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake(on: bool = True) -> Iterator[None]:
-    """Tensors without values inside."""
+    """Create fake tensors in this context, if `on`."""
     with FakeTensorMode() if on else contextlib.nullcontext():
         yield
     quantized_kernels._value_pairs.cache_clear()
 
 
 def main() -> None:
-    """Measure, predict, print the table."""
+    """Measure, predict, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="SD1.5 alone")
     parser.add_argument("--real", action="store_true", help="one SD1.5 step with values too, to check the count")
@@ -161,7 +162,7 @@ def main() -> None:
 
 
 def run_config(resolution: int, batch: int, modules: str, checkpointing: bool | float, storage: str) -> config.Config:
-    """The config of a measured step."""
+    """Return the config of a measured step."""
     kind, _, streamed = storage.partition(" ")
     settings = {
         "train.steps": 1,
@@ -176,19 +177,19 @@ def run_config(resolution: int, batch: int, modules: str, checkpointing: bool | 
     if isinstance(checkpointing, bool):
         settings["memory.gradient_checkpointing"] = checkpointing
     else:
-        # A card needs some for itself; here only tensors are counted.
+        # The limit of a card also includes the CUDA context and kernels; this benchmark counts only tensors.
         settings["memory.limit_gib"] = checkpointing + memory_estimate.RUNTIME_BYTES["cuda"] / GIB
     return config.load(None, settings)
 
 
 def predict(name: str, settings: config.Config) -> int:
-    """The prediction of `lorakit check` for the same step, without the memory of Python and torch."""
+    """Return the prediction of `lorakit check` for the same step, without the memory of Python and torch."""
     parts = memory_estimate.training(settings, *outlined(name, settings), "cuda")
     return sum(size for part, size in parts.items() if part != "runtime")
 
 
 def outlined(name: str, settings: config.Config) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """A base, as far as memory depends on it, and what is trained in it."""
+    """Return the facts of a base on which its memory depends, and component -> (adapted layers, trained weights)."""
     family = {"sd15": "sd1"}.get(name, name)
     info = SimpleNamespace(family=family, layers=layers(name), downscale=8, text_tokens=77, bytes={})
     selected = targets.select(info.family, info.layers, settings.adapter.target_modules, False)
@@ -196,9 +197,10 @@ def outlined(name: str, settings: config.Config) -> tuple[Any, dict[str, tuple[i
 
 
 def encoding(side: int) -> dict[str, int]:
-    """Bytes that Stable Diffusion's autoencoder needs for a picture in addition to its weights, to encode and decode it
-    at once and in strips. For strips only the device's bytes are counted (with fake tensors a CUDA device always
-    exists)."""
+    """Return the bytes that the VAE needs for a picture in addition to its weights: whole and in strips.
+
+    For strips only the bytes on the device are counted. Fake tensors can be on CUDA without a card.
+    """
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE).eval().requires_grad_(False)
     peaks = {}
@@ -222,9 +224,11 @@ def encoding(side: int) -> dict[str, int]:
 
 
 def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[str, int]:
-    """Bytes of one optimizer step: {"peak", "base"}, and the step's "traffic" of these. One earlier step creates the
-    optimizer's state, and two more record the order of streamed weights. The part of a streamed base in host memory is
-    not counted."""
+    """Return the bytes of one optimizer step: {"peak", "base"}, and "traffic" from the host if the base is streamed.
+
+    One step before it creates the optimizer's state. With streaming, two more steps record the order of the weights.
+    The part of a streamed base in host memory is not counted.
+    """
     dtype = devices.PRECISIONS[settings.memory.mixed_precision]
     batch, side = settings.train.batch_size, settings.data.resolution // 8
     unet = outline(name, settings, dtype)
@@ -274,7 +278,7 @@ def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[s
 
 
 def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:
-    """The frozen UNet on the meta device, its weights stored as the config wants them."""
+    """Return the frozen UNet on the meta device, with the storage of the config unless it is streamed."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**common.unet_config(name)).to(dtype).eval().requires_grad_(False)
     if settings.memory.base_storage != "full" and not settings.memory.stream_base:
@@ -283,7 +287,7 @@ def outline(name: str, settings: config.Config, dtype: torch.dtype) -> Any:
 
 
 def give_values(module: Any) -> None:
-    """Move a module from the meta device to the CPU: small random values, or none on fake tensors."""
+    """Move a module from the meta device to the CPU with small random values, or with none on fake tensors."""
 
     def fill(old: torch.Tensor) -> torch.Tensor:
         if old.dtype.is_floating_point:
@@ -301,7 +305,7 @@ def give_values(module: Any) -> None:
 
 
 def layers(name: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> weight shape of a UNet's layers, as `families.describe` has them."""
+    """Return canonical name -> weight shape of a UNet's layers, as `families.describe` does."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**common.unet_config(name))
     return {

@@ -1,12 +1,12 @@
-"""Memory of each phase of a run on a card, counted on a make-believe one: weights and pictures of the true size.
+"""Measure the memory of each phase of a run on the simulated card of tests/card, at the true size.
 
     python benchmarks/phases.py PHOTO [--family sd1|sdxl] [--preset NAME] [--folder DIR] [--set KEY=VALUE] [--json FILE]
 
-Two steps of a preset on a base of the true architecture with random weights, from loading to the picture that the
-checked file draws, on the card of tests/card: torch places and frees every tensor as on CUDA, and their bytes are
-counted. Left out are what is the driver's and the kernels' (context, work space, the allocator's rounding), and the
-memory of CUDA graphs, which are switched off. The autoencoder works in strips, as on a card with little memory. A C++
-compiler is needed; SD1.5 takes 5 minutes and SDXL 20, on one core, and 3 and 9 GB of disk.
+The run has two steps of a preset on a base of the true architecture with random weights, from loading to the last
+sample. On this card, torch places and frees each tensor as on CUDA, and their bytes are counted. The count does not
+include the CUDA context, the kernels' workspace and the allocator's rounding. CUDA graphs are off. The VAE works in
+strips, as on a card with little memory. It needs a C++ compiler. SD1.5 takes 5 minutes on one core and 3 GB of disk,
+SDXL 20 minutes and 9 GB.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GIB = 2**30
 
 
 def main() -> None:
-    """Build card and base in their own processes (torch looks for a card once), then run and print."""
+    """Build card and base in their own process (torch looks for a card only once), then run and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photo", type=Path)
     parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def build(folder: Path, family: str) -> None:
-    """The card's library and the base, in a process that has torch."""
+    """Build the card's library and write the base. This process imports torch without the card."""
     import small_models
 
     make_believe.build(folder, "c++")
@@ -67,7 +67,7 @@ def build(folder: Path, family: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, int]:
-    """Phase -> most bytes of tensors on the card at once."""
+    """Return phase -> peak bytes of tensors on the card."""
     os.environ |= {"LORAKIT_CACHE": str(args.folder / "cache"), "TRANSFORMERS_VERBOSITY": "error"}
     card = make_believe.present(args.folder / "device.so")
     import torch
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
 
     out_of_memory.explain_out_of_memory = timed_phase
     loop.Run.draw = within("drawing samples", loop.Run.draw)  # type: ignore[method-assign]
-    # Many forward passes on a CPU, of less than a step's memory each.
+    # Validation runs many slow forward passes and needs less memory than a step.
     validation.Validation.run = lambda *_, **__: {"mse": 0.0, "prior_drift": 0.0}  # type: ignore[method-assign]
     report.write = lambda *_: None  # type: ignore[assignment]
     cuda_graphs.capturer = lambda *_: (None, "")
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
 
 
 def run_settings(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Preset and options of a run of two steps on one photo."""
+    """Return preset and options of a run of two steps on one photo."""
     photos = Path(tempfile.mkdtemp(dir=args.folder))
     (photos / args.photo.name).write_bytes(args.photo.read_bytes())
     preset = args.preset or f"style-{'sd15' if args.family == 'sd1' else 'sdxl'}-lowmem"
@@ -131,7 +131,7 @@ def run_settings(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "sample.steps": 1,
         "sample.prompts": ["a photo of a sks thing"],
         "sample.every": 2,
-        # An adapter of two ordinary steps would drown in the rounding of bf16.
+        # At an ordinary learning rate, bf16's rounding errors would be larger than the effect of two steps.
         "optimizer.learning_rate": 0.01,
         "output.folder": str(photos / "run"),
     }

@@ -1,8 +1,8 @@
-"""Draw the rows that the benchmarks write.
+"""Draw the rows of benchmarks' JSON files as bars.
 
     python benchmarks/plot.py FILE.json [FILE.json ...] --output PICTURE.png [--unit ms]
 
-Rows of one unit become bars, one for each name, file by file; without `--unit`, the first row's unit is taken.
+Each row with this unit becomes a bar; the bars are grouped by file. The default is the unit of the first row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LINE, MARGIN, NAMES, BARS = 24, 16, 430, 420
 
 
 def main() -> None:
-    """Read, draw, write."""
+    """Read the files, draw the bars and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def draw_bars(groups: dict[str, list[dict]], unit: str) -> Image.Image:
-    """One bar a row, a colour a file; the longest bar is the largest value."""
+    """Draw one bar per row and one colour per file. The longest bar is the largest value."""
     font = ImageFont.load_default(13)
     count = sum(len(rows) + 1 for rows in groups.values())
     picture = Image.new("RGB", (NAMES + BARS + 110 + 2 * MARGIN, count * LINE + 2 * MARGIN), "white")

@@ -1,4 +1,4 @@
-"""The judge's table of the bundled model: what it draws of 512 combinations that it never saw.
+"""Measure how the bundled model draws 512 combinations that it never saw, and print its classifier's scores.
 
 python benchmarks/pocket.py [--quick] [--json FILE] [--samples FILE]
 """

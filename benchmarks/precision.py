@@ -1,10 +1,9 @@
-"""The same run with its base in float32 and in bf16: one seed, one picture with the validation curves.
+"""Compare validation curves of one run with its base in float32 and in bf16.
 
     python benchmarks/precision.py [--steps 120] [--quick] [--storages int8,w8a8] [--json FILE] [--output PICTURE.png]
 
-`--storages` adds a run in bf16 with each `memory.base_storage`.
-
-The bundled model learns a bundled subject as its preset has it, without class images, on the CPU.
+Each run trains the bundled model on a bundled subject with its preset and the same seed, without a prior, on the CPU.
+`--storages` adds a run in bf16 for each of these values of `memory.base_storage`. `--output` draws the curves.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ STORAGES = {name: f"bf16, {name}" for name in ("int8", "w8a8", "nf4")}
 
 
 def main() -> None:
-    """Train twice, print, draw."""
+    """Train each variant, print the table, and write the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--quick", action="store_true", help="20 steps")
@@ -56,14 +55,14 @@ def main() -> None:
 
 
 def subjects() -> list[str]:
-    """Names of the bundled subjects."""
+    """Return the names of the bundled subjects."""
     from lorakit.families.pocket import subjects as bundled
 
     return list(bundled.SUBJECTS)
 
 
 def curve(photos: Path, folder: Path, precision: str, steps: int, storage: str = "full") -> list[tuple[int, float]]:
-    """(step, validation mse) of a run."""
+    """Train a run and return its (step, validation mse) pairs."""
     run_config = config.load(
         "subject-pocket",
         {
@@ -88,7 +87,7 @@ def curve(photos: Path, folder: Path, precision: str, steps: int, storage: str =
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
-    """The curves over the steps."""
+    """Draw the curves over the steps into a file."""
     figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
     for (name, points), style in zip(curves.items(), itertools.cycle(("-", "--", ":"))):
         axes.plot(*zip(*points, strict=True), style, marker=".", label=name)

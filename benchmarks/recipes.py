@@ -1,23 +1,24 @@
-"""Which recipe teaches best? Changes to the preset, one at a time, over subjects and seeds; it goes on where it ended.
+"""Compare training recipes: changes to the preset over subjects and seeds. A second call continues where it stopped.
 
     python benchmarks/recipes.py RESULTS.jsonl [--recipes preset prompts ...] [--names zib ...] [--seeds 0 1]
         [--captions scene none frames endings untriggered] [--set train.batch_size=4] [--table]
 
-Every run adds a line to RESULTS.jsonl; a run that has its line already is not repeated, so that it can be stopped at
-any moment. `--table` trains nothing and prints what is there: means, and half of their 95 % interval (Student's t) over
-the runs. Pictures, prompts and judge are those of benchmarks/teach.py. "Nearness" is the mean cosine of the judge's
-features to those of the subject's real renders, -1 to 1.
+Each run adds a line to RESULTS.jsonl, and a run with a line is not repeated, so you can stop at any time. The table
+shows means and half of their 95 % interval (Student's t) over the runs. Pictures, prompts and classifier are those of
+benchmarks/teach.py. "Nearness" is the mean cosine of the classifier's features to the mean features of real renders of
+the subject, -1 to 1.
 
     taken      share of the pictures with the trigger that are nearest to the subject
-    near       their nearness, as a share of the nearness of real renders on the same scenes
-    leak       nearness of the same prompts without the trigger, less what the base has there
-    scene      share of them that shows the scene asked for, as a share of the base's own
+    near       nearness of the pictures with the trigger, as a share of that of real renders on the same scenes
+    leak       nearness of pictures without the trigger, minus the base's
+    scene      share of the pictures with the trigger that show the prompt's scene, as a share of the base's
     kind, colour, pattern
-               neighbours ("a photo of a mug"): share that the judge calls what it calls the base's picture of the seed
-    drift      what pictures without the trigger moved, 1 - cosine of the judge's features to the base's
+               share of pictures of neighbours ("a photo of a mug") with the same label as the base's picture
+    drift      change of pictures without the trigger: 1 - cosine of the classifier's features to the base's
+    cpu        CPU time of the training in seconds, class images included
 
-Recipes that must fail: "readme" (what the README of diffusers' training script gives: rank 4, attention, 1e-4, 500
-steps of one picture, no text encoder, no prior) and the captions "untriggered".
+Two controls must fail. The recipe "readme" has the values of the README of diffusers' training script: rank 4,
+attention, 1e-4, 500 steps of one picture, no text encoder, no prior. The captions "untriggered" have no trigger.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ import teach
 from lorakit import config
 from lorakit.families.pocket import subjects
 
-# What the preset's prior was, and the prompts that it has now.
+# The prior of an earlier preset.
 BEFORE = ("train.prior_target=image", "train.prior_prompts=[]", "train.prior_loss_weight=1", "train.class_images=64")
+# The prompts of the present preset's prior.
 KINDS = [f"a photo of a {kind}" for kind in teach.PRIOR_KINDS]
 PROMPTS, EMPTY_TOO = (f"train.prior_prompts={json.dumps(texts)}" for texts in (KINDS, [*KINDS, ""]))
-# A word with vectors of its own, and an adapter of the UNet alone.
+# The trigger has its own embedding vectors, and the adapter trains only the UNet.
 WORD = (
     "adapter.train_text_encoder=false",
     "adapter.new_tokens=4",
@@ -91,9 +93,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
 }
 COLUMNS = ("taken", "near", "leak", "scene", "kind", "colour", "pattern", "drift", "cpu")
-# 97.5 % quantiles of Student's t for 1, 2, 3 ... degrees of freedom; the last one also beyond.
+# 97.5 % quantiles of Student's t for 1, 2, 3 ... degrees of freedom. The last value is also used for more.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
-# What no recipe needs: pictures and validation along the way.
+# No recipe needs samples and validation during training.
 QUIET = (
     "sample.every=100000",
     "sample.at_start=false",
@@ -104,7 +106,7 @@ QUIET = (
 
 
 def main() -> None:
-    """Train what is missing, then print the table."""
+    """Train the runs that are not in the results yet, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["preset", "preset-before"], metavar="NAME")
@@ -135,23 +137,23 @@ def main() -> None:
 
 
 def add(file: Path, row: dict[str, Any]) -> None:
-    """Append a run."""
+    """Append a run to the file."""
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The runs of a file."""
+    """Return the runs of a file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells runs apart."""
+    """Return the values that identify a run."""
     return row["recipe"], row["name"], row["seed"], row["captions"]
 
 
 def columns(figures: dict[str, Any]) -> dict[str, float]:
-    """What `teach` measured, by the names of the table's columns."""
+    """Return the figures of `teach` by the names of the table's columns."""
     return {
         "taken": figures["after"],
         "near": figures["near"],
@@ -164,7 +166,7 @@ def columns(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each recipe and kind of captions."""
+    """Return the table in Markdown: a line for each recipe and kind of captions."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["recipe"], row["captions"]].append(row)
@@ -177,7 +179,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(column: str, values: Sequence[float]) -> str:
-    """Mean and half of the 95 % interval of the mean, by Student's t."""
+    """Return the mean and half of its 95 % interval, by Student's t."""
     form = "{:.0f}" if column == "cpu" else "{:.2f}" if column in ("leak", "drift") else "{:.1%}"
     text = form.format(statistics.mean(values))
     if len(values) < 2:

@@ -1,10 +1,10 @@
-"""What several cards exchange in a step, and what that leaves of their speed: on paper, or measured on this machine.
+"""Calculate the cost of data parallel training: the bytes of a gradient sum, its time, and the efficiency.
 
-    python benchmarks/scale.py                                         the table of docs/scale.md
-    torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --measure     times the sum over processes
+    python benchmarks/scale.py                                                 prints the table of docs/scale.md
+    torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --measure     times a sum on this machine
 
-The bytes are exact: the gradients of an adapter in the true architecture, float32, one sum a component. Seconds of a
-step come from its multiplications at half of a card's matrix peak, of a sum from its bytes at the rate of the link.
+The bytes are exact: they are the float32 gradients of an adapter of the true UNet. The time of a step is its FLOP at
+half of a card's matrix peak. The time of a sum is its bytes at the rate of the link, plus a latency.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lorakit.adapters import targets
 from lorakit.runs import plan
 from lorakit.training import parallel
 
-# Cards, bf16 FLOP/s by the maker's sheet, and bytes/s of a sum: NVLink 4 as nccl-tests measures its bus; two cards over
-# PCIe 4.0 without peer to peer, through the host's memory.
+# Name -> number of cards, bf16 FLOP/s of the data sheet, bytes/s of a sum. NVLink 4: the bus bandwidth of nccl-tests.
+# PCIe 4.0: without peer to peer, through the host's memory.
 MACHINES = {"8 x H100, NVLink": (8, 989e12, 300e9), "2 x 4090, PCIe": (2, 165e12, 10e9)}
 SIDES = {"sd15": ("sd1", 64), "sdxl": ("sdxl", 128)}
 RANKS = (16, 128)
-# Of the matrix peak; and seconds in which a sum starts and the processes agree on a stop.
+# Share of the matrix peak that a step reaches; seconds to start a sum and to agree on whether to stop.
 SHARE, LATENCY = 0.5, 3e-4
 
 
 def layers_of(kind: str) -> dict[str, tuple[int, ...]]:
-    """The UNet's layers by canonical name, of a model without memory."""
+    """Return canonical name -> weight shape of the UNet's layers, from a model on the meta device."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**common.unet_config(kind))
     return {
@@ -42,7 +42,7 @@ def layers_of(kind: str) -> dict[str, tuple[int, ...]]:
 
 
 def table() -> list[str]:
-    """Rows of Markdown: bytes, times and efficiency."""
+    """Return a table in Markdown: bytes, times and efficiency."""
     lines = [
         "| Base, rank | Machine | Sum a step | Step, batch 1 | Sum | Efficiency, batch 1 | batch 4 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -65,7 +65,7 @@ def table() -> list[str]:
 
 
 def measure(rounds: int = 20) -> list[str]:
-    """The sum of as many float32 numbers as SDXL's adapters have, over the processes of the launcher."""
+    """Time sums of 1, 10 and 100 MB of float32 gradients over the processes of the launcher."""
     lines = []
     with parallel.join() as group:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,10 +1,10 @@
-"""Runs, stops, kills, the queue and the front end together for a while; what was lost, left behind or leaked.
+"""Stop and kill runs at random while queue and front end work, and count lost runs, wrong adapters and leaks.
 
     python benchmarks/soak.py [--minutes 60] [--json FILE]
 
-Short runs of the bundled model go through the queue while the front end runs. At random moments a run is asked to
-stop, a run or the queue's worker is killed (SIGKILL), and what did not end is resumed through the queue. Every adapter
-is compared with that of a run that nobody disturbed. Lost, different and temporary files have to be 0.
+Short runs of the bundled model go through the queue while the front end runs. At random moments the script requests a
+stop, or kills a run or the queue's worker (SIGKILL). The queue then resumes the run. Each adapter is compared with that
+of a run without interruption. The counts of lost runs, different adapters and temporary files must be 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPTIONS |= {"sample.at_start": False, "sample.at_end": False, "sample.every": 12
 
 
 class Soak:
-    """One soak below `place`."""
+    """A soak test with its runs, queue and photos in the folder `place`."""
 
     def __init__(self, place: Path, seed: int):
         self.runs, self.draw = place / "runs", random.Random(seed)
@@ -54,7 +54,7 @@ class Soak:
         self.peaks: dict[str, int] = {"handles of the front end": 0, "MiB of the front end": 0}
 
     def turn(self) -> None:
-        """One run through the queue, disturbed at random until it is done."""
+        """Run one job through the queue, with random interruptions, until it is done."""
         job = self.queue.train(self.config)
         self.counts["runs"] += 1
         while True:
@@ -72,7 +72,7 @@ class Soak:
                 self.counts["lost"] += 1
                 return
             folder = Path(job.folder)
-            # A run that was killed before it had a config starts again in the same place.
+            # A run that was killed before it wrote its config starts again in the same folder.
             arguments = ("resume", str(folder)) if (folder / "config.toml").is_file() else job.arguments
             job = self.queue.command(arguments, folder)
             self.counts["resumed"] += 1
@@ -85,7 +85,7 @@ class Soak:
         self.counts["different"] += not same
 
     def _disturb(self, number: int, calm: bool) -> None:
-        """Wait until a job ends, and stop or kill it, or the worker, at some moment before."""
+        """Wait until a job ends. Stop or kill it or the worker at a random moment, unless `calm`."""
         moment = time.monotonic() + self.draw.uniform(2, 25)
         what = None if calm else self.draw.choice(["stop", "kill", "kill", "kill the worker", None])
         while (job := self.queue.job(number)) is not None and job.state in ("waiting", "running"):
@@ -103,7 +103,7 @@ class Soak:
             time.sleep(0.3)
 
     def _processes(self, pid: int | None) -> list[psutil.Process]:
-        """The process of a job, or the worker of this queue."""
+        """Return the process with this id, or the worker of this queue if `pid` is None."""
         if pid is not None:
             return [psutil.Process(pid)] if psutil.pid_exists(pid) else []
         mine = ["-m", "lorakit.runs.queue", str(self.runs.resolve())]
@@ -111,7 +111,7 @@ class Soak:
         return [process for process in running if (process.info["cmdline"] or [])[1:] == mine]
 
     def watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Ask the front end for its page, and read its handles and memory."""
+        """Request the page of the front end, and read its open handles and its memory."""
         with contextlib.suppress(urllib.error.URLError, OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{PORT}/", timeout=20).read()
             self.counts["pages"] += 1
@@ -124,7 +124,7 @@ class Soak:
 
 
 def main() -> None:
-    """Soak, print, write; exit code 1 where something was lost."""
+    """Run the soak test, print and write the counts; exit with 1 if a run was lost or an adapter differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)

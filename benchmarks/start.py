@@ -1,10 +1,10 @@
-"""From the command to the first step: what passes before training begins, with nothing cached and with everything.
+"""Time a run from the command to its first step, with an empty cache and with a full one.
 
     python benchmarks/start.py [--quick] [--json FILE]
 
-Each run is its own process that trains the bundled model on 16 random pictures for one step. Seconds are counted
-from the moment it is started to its first line about the base, and to lines of its log. `--quick` leaves out the
-second, cached run.
+Each run is a process that trains the bundled model on 16 random pictures for one step. Seconds are counted from the
+start of the process to its first line about the base, and to the events of its log. `--quick` skips the second run,
+which uses the cache.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 import common
 import step as step_benchmark
 
-# What the log's first line of each kind stands for.
+# Event of the log -> name of the row for the first such event.
 MOMENTS = {"sample": "until the first pictures", "step": "first step"}
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def seconds(arguments: list[str], environment: dict[str, str]) -> float:
-    """How long a command takes."""
+    """Return the seconds of a lorakit command."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "lorakit", *arguments]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | environment)
@@ -53,7 +53,7 @@ def seconds(arguments: list[str], environment: dict[str, str]) -> float:
 
 
 def one_run(photos: Path, folder: Path, cache: Path) -> dict[str, float]:
-    """Moment -> seconds since the process was started."""
+    """Train one run and return event -> seconds since the start of the process."""
     sets = {"train.steps": 1, "data.cache": "disk", "train.class_images": 16, "sample.steps": 4}
     changes = [f"--set={key}={value}" for key, value in sets.items()]
     command = [sys.executable, "-m", "lorakit", "train", str(photos), "--subject", "sks toy", "--output", str(folder)]

@@ -1,11 +1,11 @@
-"""Our training step beside a plain peft + accelerate loop: same model, photos, batch, rank and precision.
+"""Compare lorakit's training step with a plain PEFT + accelerate loop: same model, photos, batch, rank and precision.
 
     python benchmarks/step.py [--base pocket] [--resolution 64] [--batch 4] [--rounds 5] [--steps 20] [--json FILE]
 
-The plain loop is what a competent reader of the diffusers examples writes: a DataLoader that decodes and crops, VAE and
-text encoder in the loop, PEFT's LoRA layers, `loss.item()` each step. The two take turns in one process, so that the
-machine's moods fall on both; the ratio of each pair is what to quote. Memory is each loop's peak of live tensor bytes
-on the device (CUDA); on the CPU, where one process cannot tell the two apart, the peak of its own process.
+The plain loop follows the diffusers examples: a DataLoader decodes and resizes the photos, VAE and text encoder run in
+each step, PEFT adds LoRA, and each step reads the loss. The loops take turns in one process, so changes of clock rate
+affect both; quote the ratio. Memory is the peak of allocated bytes on CUDA. On a CPU it is the peak resident memory of
+a process that runs one loop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lorakit.training.precompute import precompute
 
 
 def main() -> None:
-    """Measure, print the table, write the rows."""
+    """Measure, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default="pocket")
     parser.add_argument("--photos", type=Path, help="a folder of photos; 16 random pictures where none is given")
@@ -87,14 +87,14 @@ def main() -> None:
 
 
 def peak_alone(name: str) -> float:
-    """Peak resident memory in MiB of a process that runs one loop, with the options of this one."""
+    """Return the peak resident memory in MiB of a process that runs one loop with the same options."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(printed.split()[-1]) / 2**20
 
 
 def own_peak() -> float:
-    """Peak resident bytes of this process. On Linux not `getrusage`, which counts the parent's before the start too."""
+    """Return the peak resident bytes of this process. On Linux, `getrusage` could return the parent's larger peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         return device_memory.peak(torch.device("cpu"))
@@ -103,7 +103,7 @@ def own_peak() -> float:
 
 
 def random_photos(folder: Path, size: int) -> Path:
-    """Sixteen pictures of noise, three times the training size, as a phone's would be larger than what is trained."""
+    """Write sixteen pictures of noise at three times the training size. Photos are usually larger than that size."""
     values = np.random.default_rng(0).integers(0, 256, (16, size * 3, size * 3, 3), dtype=np.uint8)
     for number, pixels in enumerate(values):
         Image.fromarray(pixels).save(folder / f"{number:02d}.jpg", quality=90)
@@ -111,13 +111,13 @@ def random_photos(folder: Path, size: int) -> Path:
 
 
 def base_of(run_config: config.Config) -> families.Family:
-    """The base, loaded again, in the precision the config asks for."""
+    """Load the base in the precision of the config."""
     device = devices.device(run_config.memory)
     return families.load(families.describe(run_config.model.base), device, devices.dtype(run_config.memory, device))
 
 
 def ours(run_config: config.Config) -> Callable[[int], None]:
-    """A function that runs so many steps of lorakit's loop."""
+    """Return a function that runs a number of steps of lorakit's loop."""
     family = base_of(run_config)
     trains_text = run_config.adapter.train_text_encoder
     family.acquire("unet", *(["text_encoders"] if trains_text else []))
@@ -131,7 +131,7 @@ def ours(run_config: config.Config) -> Callable[[int], None]:
 
 
 class Photos(torch.utils.data.Dataset):
-    """Pixels and token ids of each photo, decoded whenever it is asked for."""
+    """Pixels and token ids of each photo. Each access decodes the photo."""
 
     def __init__(self, folder: Path, size: int, tokenizer: Any):
         self.files, self.size, self.tokenizer = sorted(folder.iterdir()), size, tokenizer
@@ -149,7 +149,7 @@ class Photos(torch.utils.data.Dataset):
 
 
 def plain(run_config: config.Config) -> Callable[[int], None]:
-    """A function that runs so many steps of a plain loop with peft and accelerate."""
+    """Return a function that runs a number of steps of a plain loop with PEFT and accelerate."""
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
     from peft import LoraConfig

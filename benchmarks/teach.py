@@ -1,19 +1,19 @@
-"""Can the bundled model be taught? Subjects and styles it never saw, from 16 pictures each, by the default preset
-without its `train.min_steps`, which is for photos.
+"""Train the bundled model on subjects and styles that it never saw, and measure the pictures of each adapter.
 
     python benchmarks/teach.py [--names zib ...] [--control none|shuffled] [--set key=value] [--json FILE] [--grids DIR]
 
-For every subject or style, by the judge (a classifier trained on renders only):
+Each subject or style has 16 pictures. The preset is the default one without `train.min_steps`, which is for photos. A
+classifier that was trained only on renders (pictures by lorakit's renderer) measures, before and after the training:
 
-    taken for it     pictures on scenes it was not shown on whose features are nearest to its own real renders
-    scene right      of those pictures, the share that shows the scene asked for, and in brackets what the judge sees
-                     in its real renders: it never learned to read scenes in two inks or in neon
-    without trigger  the same prompts without the rare word: what is nearest to it must stay what it was
-    others kept      "a photo of a mug" and its like: the kind's score after, as a share of the score before
+    taken for it     share of pictures on new scenes that are nearest to the subject or style
+    scene right      share of the pictures that show the prompt's scene. In brackets: the share of real renders. It can
+                     be low, because the classifier never learned scenes in two inks or in neon
+    without trigger  as "taken for it", for prompts without the trigger; training must not change it
+    others kept      score of the kind for prompts such as "a photo of a mug", as a share of the score before
 
 benchmarks/recipes.py measures more of the same pictures, over subjects, seeds and recipes.
 
-`--control shuffled` gives each picture of a batch another one's target: a broken trainer, which must fail.
+`--control shuffled` gives each picture of a batch the target of its neighbour: a broken trainer, which must fail.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from lorakit.training import run as train
 PHOTOS = 16
 TRIGGER = "sks"
 UNSEEN = ("snow", "night", "city", "underwater", "floor")
-# Frames of a text that names no scene.
+# Beginnings of captions that name no scene.
 FRAMES = ("a photo of a", "a picture of a", "a photograph of a", "a")
 CAPTIONS = ("scene", "none", "frames", "endings", "untriggered")
 OTHERS = ("mug", "fish", "house", "car", "cat", "robot", "umbrella", "mushroom")
-# Takes the config of a run, which says where the photos are, and returns the adapter's file.
+# Takes the config of a run and returns the file of the adapter.
 Trainer = Callable[[config.Config], Path]
-# What the preset's prior asks for too: none of OTHERS.
+# Kinds in the prompts of the preset's prior. None is in OTHERS.
 PRIOR_KINDS = ("ball", "star", "heart", "tree", "boat", "flower", "bottle", "rocket", "butterfly", "hat", "crown")
-# Pictures of each prompt, from seeds 0, 1, 2 ...
+# Number of pictures of each prompt, each with another seed.
 DRAWS = 4
 
 
 def main() -> None:
-    """Teach, measure, print the table."""
+    """Train and measure each subject or style, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--names", nargs="+", default=[*subjects.SUBJECTS, *subjects.STYLES])
     parser.add_argument("--control", choices=("none", "shuffled"), default="none")
@@ -91,14 +91,14 @@ def teach(
     seed: int = 0,
     trainer: Trainer | None = None,
 ) -> dict[str, Any]:
-    """One run, and what the judge says of the base and of the adapter.
+    """Train one run; return the classifier's figures for the base and the adapter.
 
     Args:
-        captions: "scene": each photo's text names its scene; "none"; "frames": one of several sentences without a scene
-            each time; "endings": the bare text or one of three scenes each time; "untriggered": the scene without the
-            trigger.
-        seed: of the pictures that are taught and of the training.
-        trainer: what trains; lorakit by default.
+        captions: the caption of each photo. "scene" names its scene, "none" writes no caption. "frames" has several
+            sentences without a scene, "endings" has one without a scene and three with one; a step draws one of them.
+            "untriggered" names the scene but has no trigger.
+        seed: the seed of the training pictures and of the training.
+        trainer: the function that trains; lorakit by default.
     """
     is_style = name in subjects.STYLES
     noun = "style" if is_style else subjects.SUBJECTS[name].kind
@@ -116,7 +116,7 @@ def teach(
             "data.caption_lines": captions in ("frames", "endings"),
             "train.seed": seed,
             "output.folder": str(Path(scratch) / "run"),
-            "train.min_steps": 0,  # pictures by the renderer that taught the base take fewer steps than photos
+            "train.min_steps": 0,  # renders need fewer steps than photos: the base was trained on renders
         }
         run_config = config.load("style-pocket" if is_style else "subject-pocket", settings | overrides)
         start, cpu_start = time.monotonic(), time.process_time()
@@ -127,7 +127,7 @@ def teach(
 
 
 def _captions(captions: str, noun: str, picture: spec.Spec, is_style: bool, number: int) -> list[str]:
-    """The texts of a photo, of which one is drawn each time."""
+    """Return the captions of a photo. Each step draws one of them."""
     if captions == "none":
         return []
     if captions == "frames":
@@ -141,7 +141,7 @@ def _captions(captions: str, noun: str, picture: spec.Spec, is_style: bool, numb
 
 
 def _prompt(trigger: str, noun: str, scene: str, thing: str | None) -> str:
-    """A caption: of a subject, or (`thing`) of something in a style; without the trigger where that is empty."""
+    """Return a prompt for a subject, or for `thing` in a style. An empty trigger is left out."""
     words = f"{trigger} {noun}".strip()
     where = scene_captions.SCENE_WORDS[scene][0]
     if thing is None:
@@ -203,7 +203,7 @@ def _share_equal(before: Sequence[str], after: Sequence[str]) -> float:
 
 
 def shuffle_targets() -> None:
-    """Break the trainer on purpose: every picture of a batch gets its neighbour's target."""
+    """Break the trainer on purpose: each picture of a batch gets its neighbour's target."""
     for cls in (Epsilon, VPrediction):
         _shuffle(cls)
 
