@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 def write(folder: Path) -> list[str]:
     """Write small bases, adapters of each method, format and alpha, and the delta W that a reader must find."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "export")]
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "formats")]
     import random_adapters
     import tiny
     import torch
