@@ -211,6 +211,10 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     with suspended(run_folder.read(run).pid):
         step = str(run_folder.read(run).step)
         person.sees("running", step)
+        person.page.locator("#run-tools > button").click()
+        for button in ("run-save-now", "run-sample-now", "run-notify"):
+            person.page.locator(f"#{button}").wait_for()
+        assert person.page.locator("#run-delete").is_hidden()
         first.stop()
         person.open(served.address)
         person.tab("runs")
@@ -241,6 +245,11 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     assert (run / "checkpoints" / names.step_name(stopped.step) / "complete").is_file()
     assert inspect.inspect(run / stopped.adapter).trigger == "sks toy"
     person.page.locator("#run-resume").wait_for()
+    person.page.locator("#run-tools > button").click()
+    person.page.locator("#run-delete").wait_for()
+    for button in ("run-save-now", "run-sample-now", "run-notify"):
+        assert person.page.locator(f"#{button}").is_hidden(), button
+    assert person.page.locator("#run-title textarea, #run-title input").input_value() == ""
     # Any run of the list can be looked at.
     oldest = min(person.runs())
     person.page.locator(f'[data-run="{oldest}"]').click()

@@ -150,6 +150,36 @@ def test_a_checkpoint_and_pictures_come_when_asked_for(page: RunsPage, run: RunF
     assert "not running" in page.tools.ask_save("one", SAY) and run.take_requests() == []
 
 
+BUTTONS = ("run-again", "run-save-now", "run-sample-now", "run-first", "run-notify", "run-delete", "run-words")
+
+
+def offered(page: RunsPage, name: str) -> set[str]:
+    """The buttons below "Settings, notes and more" that a page shows for a run."""
+    updates = {
+        component.elem_id: bool(update.get("visible", True))
+        for component, update in zip(page.outputs, page.poll(name, {}, SAY), strict=True)
+        if isinstance(update, dict)
+    }
+    return {name for name in BUTTONS if updates.get(name, True)} if updates.get("run-tools", True) else set()
+
+
+def test_each_button_is_there_for_the_runs_that_it_is_of_use_for(page: RunsPage, run: RunFolder):
+    assert offered(page, "one") == {"run-again", "run-save-now", "run-sample-now", "run-notify", "run-words"}
+    run.update(state="preparing")
+    assert offered(page, "one") == {"run-again", "run-notify", "run-words"}, "it trains not yet"
+    for state in ("done", "stopped", "failed", "interrupted"):
+        run.update(state=state)
+        assert offered(page, "one") == {"run-again", "run-delete", "run-words"}, state
+    page.workspace.queue.command(["train"], page.workspace.runs / "two")
+    assert offered(page, "two") == {"run-first", "run-notify"}, "it has no folder yet"
+
+
+def test_without_a_run_there_are_no_tools_and_no_curves(page: RunsPage):
+    assert offered(page, "") == set()
+    updates = dict(zip(page.outputs, page.poll("", {}, SAY), strict=True))
+    assert updates[page.view] == gr.update(visible=False)
+
+
 def test_the_loss_of_two_runs_is_one_chart(page: RunsPage, run: RunFolder):
     other = RunFolder(page.workspace.runs / "two")
     other.path.mkdir()

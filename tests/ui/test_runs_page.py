@@ -51,8 +51,8 @@ def kill(run: RunFolder) -> None:
 
 def look(page: RunsPage, hashes: dict[str, object] | None = None, say: texts.Say = SAY) -> dict[str, object]:
     names = ["run", "hashes", "list", "work", "status", "stop", "resume", "steps", "cancel", "download", "samples",
-             "curves", "log", "message", "cards"]  # fmt: skip
-    return dict(zip(names, page.poll("one", hashes or {}, say), strict=True))
+             "curves", "log", "message", "cards", "view"]  # fmt: skip
+    return dict(zip([*names, *page.tools.parts], page.poll("one", hashes or {}, say), strict=True))
 
 
 def test_the_self_check_is_translated(page: RunsPage, run: RunFolder):

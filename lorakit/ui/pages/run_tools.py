@@ -14,7 +14,7 @@ from lorakit import config as configuration
 from lorakit.core import atomic, foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.runs import charts
-from lorakit.runs.run_folder import LIVE, RunFolder, read
+from lorakit.runs.run_folder import LIVE, RunFolder, State, read
 from lorakit.ui import form, widgets
 from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
@@ -40,21 +40,21 @@ class RunTools:
     def __init__(self, workspace: Workspace, t: gr.I18n, run_name: gr.BrowserState):
         self.workspace, self.run_name = workspace, run_name
         self.remedies = widgets.html(elem_id="run-remedies", js_on_load=REMEDY)
-        with gr.Accordion(t("tools.title"), open=False, elem_id="run-tools"):
+        with gr.Accordion(t("tools.title"), open=False, visible=False, elem_id="run-tools") as self.all:
             with gr.Row(equal_height=True):
-                self.reuse = gr.Button(t("tools.again"), elem_id="run-again")
-                self.save_now = gr.Button(t("tools.save_now"), elem_id="run-save-now")
-                self.sample_now = gr.Button(t("tools.sample_now"), elem_id="run-sample-now")
-                self.first = gr.Button(t("tools.first"), elem_id="run-first")
-                self.earlier = gr.Button(t("tools.earlier"), elem_id="run-earlier")
-                self.later = gr.Button(t("tools.later"), elem_id="run-later")
-                self.notify = gr.Button(t("tools.notify"), elem_id="run-notify")
-            with gr.Row(equal_height=False):
-                self.title = gr.Textbox(label=t("tools.name"), max_length=80, elem_id="run-title")
-                self.note = gr.Textbox(label=t("tools.note"), lines=2, max_length=MAX_TEXT, elem_id="run-note")
-            with gr.Row():
+                self.reuse = gr.Button(t("tools.again"), visible=False, elem_id="run-again")
+                self.save_now = gr.Button(t("tools.save_now"), visible=False, elem_id="run-save-now")
+                self.sample_now = gr.Button(t("tools.sample_now"), visible=False, elem_id="run-sample-now")
+                self.first = gr.Button(t("tools.first"), visible=False, elem_id="run-first")
+                self.earlier = gr.Button(t("tools.earlier"), visible=False, elem_id="run-earlier")
+                self.later = gr.Button(t("tools.later"), visible=False, elem_id="run-later")
+                self.notify = gr.Button(t("tools.notify"), visible=False, elem_id="run-notify")
+                self.delete = gr.Button(t("tools.delete"), visible=False, variant="stop", elem_id="run-delete")
+            with gr.Column(visible=False, elem_id="run-words") as self.words:
+                with gr.Row(equal_height=False):
+                    self.title = gr.Textbox(label=t("tools.name"), max_length=80, elem_id="run-title")
+                    self.note = gr.Textbox(label=t("tools.note"), lines=2, max_length=MAX_TEXT, elem_id="run-note")
                 self.keep = gr.Button(t("tools.keep"), elem_id="run-keep")
-                self.delete = gr.Button(t("tools.delete"), variant="stop", elem_id="run-delete")
             self.message = widgets.html(elem_id="run-tools-message")
             self.other = gr.Dropdown([], label=t("tools.other"), filterable=False, elem_id="run-other")
             self.overlay = widgets.html(elem_id="run-overlay")
@@ -88,6 +88,28 @@ class RunTools:
         acts += [(self.earlier, self.put_earlier), (self.later, self.put_later)]
         for button, act in [*acts, (self.delete, self.put_aside)]:
             button.click(with_words(act), self.run_name, self.message, **ACT)
+
+    @property
+    def parts(self) -> dict[str, gr.components.Component | gr.blocks.BlockContext]:
+        """What is visible only for runs of some states, by the keys of `visible`."""
+        return {
+            "tools": self.all, "again": self.reuse, "save_now": self.save_now, "sample_now": self.sample_now,
+            "first": self.first, "earlier": self.earlier, "later": self.later, "notify": self.notify,
+            "delete": self.delete, "words": self.words,
+        }  # fmt: skip
+
+    def visible(self, name: str, state: State | None) -> dict[str, bool]:
+        """Whether each of `parts` is of use for the run as it is now."""
+        if state is None:
+            return dict.fromkeys(self.parts, False)
+        run, waits = RunFolder(self.workspace.run(name)), state.state == "waiting"
+        trains, is_live = state.state == "running", state.state in LIVE
+        return {"tools": True, "again": run.config_file.is_file(), "words": run.path.is_dir()} | {
+            **dict.fromkeys(("save_now", "sample_now"), trains),
+            **dict.fromkeys(("first", "earlier", "later"), waits),
+            "notify": is_live or waits,
+            "delete": not (is_live or waits),
+        }
 
     def show(self, name: str, say: Say) -> list[object]:
         """The outputs for one run: title, note, empty message, other runs, empty chart, settings, remedies."""

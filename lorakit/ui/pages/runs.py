@@ -99,16 +99,17 @@ class RunsPage:
                 self.samples = widgets.html(elem_id="run-samples", js_on_load=compare.TAKE)
                 self.taking = widgets.html(elem_id="run-taking")
                 self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="run-file")
-                with gr.Accordion(t("run.view"), open=False, elem_id="run-view"), gr.Row(equal_height=False):
-                    self.smoothing = gr.Slider(
-                        0, 0.99, 0, step=0.01, label=t("run.smoothing"), info=t("run.smoothing_help")
-                    )
-                    self.start = gr.Radio(
-                        [(t("run.all_steps"), 0.0), (t("run.last_half"), 0.5), (t("run.last_tenth"), 0.9)],
-                        value=0.0,
-                        label=t("run.zoom"),
-                        elem_id="run-zoom",
-                    )
+                with gr.Accordion(t("run.view"), open=False, visible=False, elem_id="run-view") as self.view:
+                    with gr.Row(equal_height=False):
+                        self.smoothing = gr.Slider(
+                            0, 0.99, 0, step=0.01, label=t("run.smoothing"), info=t("run.smoothing_help")
+                        )
+                        self.start = gr.Radio(
+                            [(t("run.all_steps"), 0.0), (t("run.last_half"), 0.5), (t("run.last_tenth"), 0.9)],
+                            value=0.0,
+                            label=t("run.zoom"),
+                            elem_id="run-zoom",
+                        )
                 self.curves = widgets.html(elem_id="run-curves")
                 self.log = widgets.html(elem_id="run-log", js_on_load=FOLLOW_LOG)
 
@@ -173,7 +174,8 @@ class RunsPage:
         """The outputs of `poll`."""
         return [
             self.run_name, self.screen_hashes, self.list, self.work, self.status, self.stop, self.resume, self.steps,
-            self.cancel, self.download, self.samples, self.curves, self.log, self.message, self.cards,
+            self.cancel, self.download, self.samples, self.curves, self.log, self.message, self.cards, self.view,
+            *self.tools.parts.values(),
         ]  # fmt: skip
 
     def poll(
@@ -198,6 +200,7 @@ class RunsPage:
         titles = {name: note_of(self.workspace.runs / name)["title"] for name in names}
         parts = {"list": _list(runs, titles, current_name, idle, say), "work": idle, "cards": self._cards(say)}
         parts |= self._run(current_name, dict(runs).get(current_name), say, view)
+        parts |= self.tools.visible(current_name, dict(runs).get(current_name))
         hashes: dict[str, object] = {part: hash(str(value)) for part, value in parts.items()}
         # A button's message is removed when the run changes its state.
         state = f"{current_name} {dict(runs)[current_name].state}" if current_name else ""
@@ -208,7 +211,7 @@ class RunsPage:
         }
         visible = {
             part: gr.update(visible=updates[part]) if isinstance(updates[part], bool) else updates[part]
-            for part in ("work", "stop", "steps", "cancel")
+            for part in ("work", "stop", "steps", "cancel", "view", *self.tools.parts)
         }
         if isinstance(updates["resume"], str):  # the button's variant, or "" to hide it
             variant = updates["resume"]
@@ -220,7 +223,8 @@ class RunsPage:
             gr.skip() if hashes == screen_hashes else hashes,
             updates["list"], visible["work"], updates["status"], visible["stop"], updates["resume"], visible["steps"],
             visible["cancel"], updates["download"], updates["samples"], updates["curves"], updates["log"],
-            "" if outdated else gr.skip(), updates["cards"],
+            "" if outdated else gr.skip(), updates["cards"], visible["view"],
+            *(visible[part] for part in self.tools.parts),
         ]  # fmt: skip
 
     def _cards(self, say: Say) -> str:
@@ -235,7 +239,7 @@ class RunsPage:
         return "".join(lines)
 
     def _run(self, name: str, state: State | None, say: Say, view: tuple[float, float]) -> dict[str, Any]:
-        hidden: dict[str, Any] = dict.fromkeys(("stop", "steps", "cancel"), False) | {"resume": "", "download": ""}
+        hidden: dict[str, Any] = dict.fromkeys(("stop", "steps", "cancel", "view"), False) | {"resume": "", "download": ""}
         if state is None:
             return hidden | {"status": widgets.quiet(say("run.none")), "samples": "", "curves": "", "log": ""}
         run = RunFolder(self.workspace.run(name))
@@ -248,11 +252,12 @@ class RunsPage:
             "cancel": state.state == "waiting",
             "download": self._download(run, state),
         }
-        output = self._output(name)
+        output, curves = self._output(name), _curves(run, state, say, view) if begun else ""
         return buttons | {
             "status": _status(name, replace(state, message=self._reason(name, state)), run, say),
             "samples": _samples(self.workspace, run, state, say),
-            "curves": _curves(run, state, say, view) if begun else "",
+            "view": bool(curves),
+            "curves": curves,
             "log": _log(run, output, say),
         }
 
