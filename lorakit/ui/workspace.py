@@ -6,11 +6,12 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,29 @@ TRASH = ".trash"
 MAX_REPORTS = 20
 # Seconds that `staged_soon` waits. A hard link takes less; a copy of a large file takes more.
 LINK_SECONDS = 0.3
+# Seconds after which a copy that failed is tried again.
+RETRY_SECONDS = 20
+NO_COPY = "{file}: no copy for the download could be made ({reason}); make room in {folder}, or take it from {place}"
 # Largest number of suggested base models.
 MAX_BASES = 500
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A file that the browser may download, or why there is none, and when the attempt ended."""
+
+    target: Path | None = None
+    problem: LorakitError | None = None
+    end: float = 0.0
+
+    def is_outdated(self, path: Path) -> bool:
+        """Whether the file must be staged anew: it was written again, its copy is gone, or an attempt is long ago."""
+        if self.target is None:
+            return time.monotonic() - self.end > RETRY_SECONDS
+        try:
+            return self.target.parent.name != _version(path) or not self.target.exists()
+        except OSError:
+            return True
 
 
 class Workspace:
@@ -71,7 +93,7 @@ class Workspace:
         self._reports: OrderedDict[Any, tuple[Future[checks.Report], list[Progress]]] = OrderedDict()
         self.tasks = Tasks()
         self._lock, self._staging_lock = threading.Lock(), threading.Lock()
-        self._copies: dict[tuple[Path, int], Future[Path]] = {}
+        self._copies: dict[Path, Future[_Copy]] = {}
         self._copy_pool = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._staging = Path(tempfile.mkdtemp(prefix="lorakit-"))
         weakref.finalize(self, shutil.rmtree, self._staging, ignore_errors=True)
@@ -200,29 +222,58 @@ class Workspace:
         return path
 
     def staged(self, path: Path) -> Path:
-        """Link or copy a file into the staging folder, from which the browser may download it. Return the new path."""
-        status = path.stat()
-        target = self._staging / f"{status.st_mtime_ns}-{status.st_size}" / path.name
-        with self._staging_lock:
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(path, target)
-                except OSError:  # the file is on another disk, or the system has no hard links
-                    part = target.with_name(f"{target.name}.part")
-                    shutil.copyfile(path, part)
-                    part.rename(target)
+        """Link or copy a file into the folder from which the browser may download it. Return the new path.
+
+        It is Gradio's own folder, so that Gradio neither reads nor copies the file again within a request.
+
+        Raises:
+            LorakitError: the file can neither be linked nor copied.
+        """
+        place = self.private("gradio")
+        try:
+            target = place / _version(path) / path.name
+            with self._staging_lock:
+                if not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _link_or_copy(path, target)
+        except OSError as error:
+            raise LorakitError(NO_COPY, path.name, error.strerror or error, place, path) from None
         return target
 
+    def offered(self, files: Sequence[Path]) -> list[str]:
+        """Stage files, and the files of folders one by one. Return the new paths.
+
+        Raises:
+            LorakitError: as `staged`.
+        """
+        single = [one for path in files for one in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        return [str(self.staged(path)) for path in single if path.is_file()]
+
     def staged_soon(self, path: Path) -> Path | None:
-        """As `staged`, but returns None after `LINK_SECONDS` while the file is being copied, or if that failed."""
-        key = path, path.stat().st_mtime_ns
+        """As `staged`, but returns None after `LINK_SECONDS` while the file is being copied.
+
+        A copy that failed is tried again after `RETRY_SECONDS`.
+
+        Raises:
+            LorakitError: as `staged`.
+        """
         with self._lock:
-            if key not in self._copies:
-                self._copies[key] = self._copy_pool.submit(self.staged, path)
-            future = self._copies[key]
+            future = self._copies.get(path)
+            if future is None or (future.done() and future.result().is_outdated(path)):
+                future = self._copies[path] = self._copy_pool.submit(self._copy, path)
         wait([future], LINK_SECONDS)
-        return future.result() if future.done() and not future.exception() else None
+        if not future.done():
+            return None
+        copy = future.result()
+        if copy.problem:
+            raise copy.problem.with_traceback(None)
+        return copy.target
+
+    def _copy(self, path: Path) -> _Copy:
+        try:
+            return _Copy(self.staged(path))
+        except LorakitError as problem:
+            return _Copy(problem=problem, end=time.monotonic())
 
     def private(self, name: str) -> Path:
         """Create a folder that no other user can read. It is deleted when this process ends."""
@@ -263,6 +314,23 @@ class Workspace:
 
 def _as_state(state: str, updated: float, message: str = "") -> run_folder.State:
     return run_folder.State(state=state, updated=updated, message=message)  # type: ignore[arg-type]
+
+
+def _version(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_mtime_ns}-{status.st_size}"
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:  # another disk, or a system without links
+        part = target.with_name(f"{target.name}.part")
+        try:
+            shutil.copyfile(path, part)
+            part.rename(target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def is_adapter(path: Path) -> bool:

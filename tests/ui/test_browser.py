@@ -211,10 +211,7 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     with suspended(run_folder.read(run).pid):
         step = str(run_folder.read(run).step)
         person.sees("running", step)
-        person.page.locator("#run-tools > button").click()
-        for button in ("run-save-now", "run-sample-now", "run-notify"):
-            person.page.locator(f"#{button}").wait_for()
-        assert person.page.locator("#run-delete").is_hidden()
+        sees_buttons(person, visible=("run-save-now", "run-sample-now", "run-notify"), hidden=("run-delete",))
         first.stop()
         person.open(served.address)
         person.tab("runs")
@@ -245,11 +242,7 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     assert (run / "checkpoints" / names.step_name(stopped.step) / "complete").is_file()
     assert inspect.inspect(run / stopped.adapter).trigger == "sks toy"
     person.page.locator("#run-resume").wait_for()
-    person.page.locator("#run-tools > button").click()
-    person.page.locator("#run-delete").wait_for()
-    for button in ("run-save-now", "run-sample-now", "run-notify"):
-        assert person.page.locator(f"#{button}").is_hidden(), button
-    assert person.page.locator("#run-title textarea, #run-title input").input_value() == ""
+    sees_buttons(person, visible=("run-delete",), hidden=("run-save-now", "run-sample-now", "run-notify"))
     # Any run of the list can be looked at.
     oldest = min(person.runs())
     person.page.locator(f'[data-run="{oldest}"]').click()
@@ -258,6 +251,15 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     # The address is a link to that run, for another browser too.
     other.open(person.page.url)
     other.page.locator("#run-status h2").get_by_text(oldest).wait_for()
+
+
+def sees_buttons(person: Person, *, visible: tuple[str, ...], hidden: tuple[str, ...]) -> None:
+    """Open "Settings, notes and more" of a run, and look which buttons it has."""
+    person.page.locator("#run-tools > button").click()
+    for name in visible:
+        person.page.locator(f"#{name}").wait_for()
+    for name in hidden:
+        assert person.page.locator(f"#{name}").is_hidden(), name
 
 
 @contextmanager

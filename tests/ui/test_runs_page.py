@@ -1,12 +1,17 @@
 """The page of runs: every state has its reason, and what a button said is over with the state that it was said of."""
 
+import errno
 import json
+import os
+import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from waiting import SECONDS, wait_for
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
@@ -16,7 +21,8 @@ from lorakit.core.events import Event  # noqa: E402
 from lorakit.core.messages import Message  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.run_folder import LogReader, RunFolder  # noqa: E402
-from lorakit.ui import address, language, texts  # noqa: E402
+from lorakit.ui import address, language, texts, workspace as workspace_module  # noqa: E402
+from lorakit.ui.pages import compare  # noqa: E402
 from lorakit.ui.pages.runs import ENDED_SILENTLY, RunsPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
@@ -101,6 +107,33 @@ def test_a_run_that_was_stopped_offers_its_file(page: RunsPage, run: RunFolder):
     run.update(state="stopped", adapter="sks-toy.safetensors")
     offered = look(page)["download"]
     assert offered["visible"] and Path(offered["value"]).read_bytes() == b"weights"
+
+
+def test_a_file_that_cannot_be_offered_says_why(page: RunsPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    """There is no button, and the page says what failed, why and what to do; while it is being copied it says that."""
+    gate = threading.Event()
+
+    def copy(source: Path, target: Path) -> None:
+        assert gate.wait(SECONDS)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("another disk")))
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    monkeypatch.setattr(workspace_module, "LINK_SECONDS", 0.01)
+    (run.path / "sks-toy.safetensors").write_bytes(b"weights")
+    run.update(state="done", adapter="sks-toy.safetensors")
+    assert "sks-toy.safetensors is being copied for the download" in look(page)["status"]
+    gate.set()
+    wait_for(lambda: "is being copied" not in look(page)["status"])
+    parts = look(page)
+    assert parts["download"] == gr.update(visible=False, value=None)
+    assert (
+        "could be made (No space left on device); make room in" in parts["status"] and "role=alert" in parts["status"]
+    )
+    assert "請在" in look(page, say=texts.sayer("zh-Hant"))["status"]
+    message, file = compare.export_step(page.workspace, "one", 2, "", SAY)
+    assert "No space left on device" in message
+    assert file == gr.update(visible=False)
 
 
 def test_a_run_that_prepares_says_with_what_and_how_far_it_is(page: RunsPage, run: RunFolder):

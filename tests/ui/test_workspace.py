@@ -1,4 +1,5 @@
 import base64
+import errno
 import hashlib
 import io
 import os
@@ -216,3 +217,58 @@ def test_a_large_file_that_is_copied_for_the_download_holds_nothing_up(tmp_path:
     staged = workspace.staged_soon(file)
     assert staged is not None and staged.name == "model.safetensors" and staged.read_bytes() == b"weights"
     assert [path.name for path in staged.parent.iterdir()] == ["model.safetensors"]
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No link, and no room for a copy."""
+
+    def copy(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"wei")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("another disk")))
+    monkeypatch.setattr(shutil, "copyfile", copy)
+
+
+def test_a_copy_that_fails_says_why_and_is_tried_again(
+    tmp_path: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+):
+    workspace, file = Workspace(tmp_path / "runs", []), tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    place = workspace.private("gradio")
+    expected = (
+        "model.safetensors: no copy for the download could be made (No space left on device); "
+        f"make room in {place}, or take it from {file}"
+    )
+    for act in (workspace.staged, workspace.staged_soon, workspace.staged_soon, lambda path: workspace.offered([path])):
+        with pytest.raises(LorakitError) as problem:
+            wait_for(lambda act=act: act(file) is not None)
+        assert str(problem.value) == expected
+    assert [path for path in place.rglob("*") if path.is_file()] == [], "no half of a file stays"
+    monkeypatch.undo()
+    with pytest.raises(LorakitError, match="No space left"):
+        workspace.staged_soon(file)
+    monkeypatch.setattr(workspace_module, "RETRY_SECONDS", 0.0)
+    assert workspace.staged_soon(file).read_bytes() == b"weights"
+
+
+def test_a_file_that_was_written_again_or_whose_copy_is_gone_is_staged_again(tmp_path: Path):
+    workspace, file = Workspace(tmp_path / "runs", []), tmp_path / "a.safetensors"
+    file.write_bytes(b"one")
+    first = workspace.staged_soon(file)
+    file.unlink()
+    file.write_bytes(b"the second")
+    second = workspace.staged_soon(file)
+    assert (first.read_bytes(), second.read_bytes()) == (b"one", b"the second")
+    second.unlink()
+    assert workspace.staged_soon(file).read_bytes() == b"the second"
+
+
+def test_a_folder_is_offered_file_by_file(tmp_path: Path):
+    workspace, folder = Workspace(tmp_path / "runs", []), tmp_path / "peft"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text(name)
+    offered = [Path(path) for path in workspace.offered([folder])]
+    assert [path.read_text() for path in offered] == ["adapter_config.json", "adapter_model.safetensors"]

@@ -97,9 +97,9 @@ class AdapterPage:
             return widgets.problem(say("adapter.none")), hidden
         try:
             files = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype)
+            staged = self.workspace.offered(files)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem))), hidden
-        staged = [str(self.workspace.staged(path)) for path in files if path.is_file()]
         names = ", ".join(str(path) for path in files)
         return widgets.good(say("adapter.converted", name=names)), gr.update(visible=bool(staged), value=staged or None)
 

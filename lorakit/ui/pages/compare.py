@@ -308,9 +308,9 @@ def export_step(workspace: Workspace, name: str | None, step: int | None, kind: 
         if kind or source.is_dir():
             place = workspace.unused(f"{run.path.name}/exports")
             files = commands.export(source, kind or next(iter(FORMATS)), place)
+        staged = workspace.offered(files)
     except LorakitError as problem:
         return widgets.problem(say.translate(str(problem))), hidden
-    staged = [str(workspace.staged(path)) for path in files if path.is_file()]
     text = ", ".join(str(path.relative_to(run.path)) for path in files)
     return widgets.good(say("compare.exported", name=text)), gr.update(visible=bool(staged), value=staged or None)
 

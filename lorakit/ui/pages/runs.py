@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +14,9 @@ import gradio as gr
 from lorakit.core import foreign_json
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import KEY_LINE, Message, from_json
-from lorakit.runs import charts
-from lorakit.runs.run_folder import LIVE, LogReader, RunFolder, State, read
+from lorakit.runs.run_folder import LIVE, RunFolder, State, read
 from lorakit.ui import address, widgets
-from lorakit.ui.pages import compare, viewer
+from lorakit.ui.pages import compare, run_log, viewer
 from lorakit.ui.pages.run_tools import RunTools, note_of
 from lorakit.ui.tasks import Progress, Values, polled
 from lorakit.ui.texts import Say
@@ -27,8 +25,8 @@ from lorakit.ui.workspace import Workspace
 
 # Seconds between two reads of the run folders.
 EVERY = 1.0
-# Number of log lines on the page, and number of lines of the process's output.
-LOG_LINES, OUTPUT_LINES = 200, 60
+# Number of lines of the process's own output that the page shows.
+OUTPUT_LINES = 60
 # Seconds without a write after which the page shows the time of a run's last write.
 SILENT = 20
 SAMPLE_SIDE, RESULT_SIDE = 640, 320
@@ -99,17 +97,19 @@ class RunsPage:
                 self.samples = widgets.html(elem_id="run-samples", js_on_load=compare.TAKE)
                 self.taking = widgets.html(elem_id="run-taking")
                 self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="run-file")
-                with gr.Accordion(t("run.view"), open=False, visible=False, elem_id="run-view") as self.view:
-                    with gr.Row(equal_height=False):
-                        self.smoothing = gr.Slider(
-                            0, 0.99, 0, step=0.01, label=t("run.smoothing"), info=t("run.smoothing_help")
-                        )
-                        self.start = gr.Radio(
-                            [(t("run.all_steps"), 0.0), (t("run.last_half"), 0.5), (t("run.last_tenth"), 0.9)],
-                            value=0.0,
-                            label=t("run.zoom"),
-                            elem_id="run-zoom",
-                        )
+                with (
+                    gr.Accordion(t("run.view"), open=False, visible=False, elem_id="run-view") as self.view,
+                    gr.Row(equal_height=False),
+                ):
+                    self.smoothing = gr.Slider(
+                        0, 0.99, 0, step=0.01, label=t("run.smoothing"), info=t("run.smoothing_help")
+                    )
+                    self.start = gr.Radio(
+                        [(t("run.all_steps"), 0.0), (t("run.last_half"), 0.5), (t("run.last_tenth"), 0.9)],
+                        value=0.0,
+                        label=t("run.zoom"),
+                        elem_id="run-zoom",
+                    )
                 self.curves = widgets.html(elem_id="run-curves")
                 self.log = widgets.html(elem_id="run-log", js_on_load=FOLLOW_LOG)
 
@@ -239,7 +239,10 @@ class RunsPage:
         return "".join(lines)
 
     def _run(self, name: str, state: State | None, say: Say, view: tuple[float, float]) -> dict[str, Any]:
-        hidden: dict[str, Any] = dict.fromkeys(("stop", "steps", "cancel", "view"), False) | {"resume": "", "download": ""}
+        hidden: dict[str, Any] = dict.fromkeys(("stop", "steps", "cancel", "view"), False) | {
+            "resume": "",
+            "download": "",
+        }
         if state is None:
             return hidden | {"status": widgets.quiet(say("run.none")), "samples": "", "curves": "", "log": ""}
         run = RunFolder(self.workspace.run(name))
@@ -250,15 +253,16 @@ class RunsPage:
             "resume": ("secondary" if state.state == "done" else "primary") if resumable else "",
             "steps": resumable,
             "cancel": state.state == "waiting",
-            "download": self._download(run, state),
         }
-        output, curves = self._output(name), _curves(run, state, say, view) if begun else ""
+        output, curves = self._output(name), run_log.curves(run, state, say, view) if begun else ""
+        download, remark = self._download(run, state, say)
         return buttons | {
-            "status": _status(name, replace(state, message=self._reason(name, state)), run, say),
+            "status": _status(name, replace(state, message=self._reason(name, state)), run, say) + remark,
+            "download": download,
             "samples": _samples(self.workspace, run, state, say),
             "view": bool(curves),
             "curves": curves,
-            "log": _log(run, output, say),
+            "log": run_log.log(run, output, say),
         }
 
     def _reason(self, name: str, state: State) -> str:
@@ -307,10 +311,16 @@ class RunsPage:
                 return widgets.good(say("run.cancelled", name=name))
         return widgets.problem(say("error.gone"))
 
-    def _download(self, run: RunFolder, state: State) -> str:
+    def _download(self, run: RunFolder, state: State, say: Say) -> tuple[str, str]:
+        """The adapter where the browser may download it from, and why it is not there or not there yet."""
         adapter = run.path / Path(state.adapter).name
-        staged = self.workspace.staged_soon(adapter) if state.adapter and adapter.is_file() else None
-        return str(staged or "")
+        if not state.adapter or not adapter.is_file():
+            return "", ""
+        try:
+            staged = self.workspace.staged_soon(adapter)
+        except LorakitError as problem:
+            return "", widgets.problem(say.translate(str(problem)))
+        return (str(staged), "") if staged else ("", widgets.quiet(say("run.copying", name=adapter.name)))
 
 
 def _list(runs: list[tuple[str, State]], titles: dict[str, str], run_name: str, idle: bool, say: Say) -> str:
@@ -421,71 +431,3 @@ def _result(workspace: Workspace, run: RunFolder, last: int, say: Say) -> str:
         return ""
     table = f"<table class=lk-compare><tbody>{''.join(rows)}</tbody></table>"
     return f"<h2>{escape(say('run.result'))}</h2><div class=lk-scroll tabindex=0 data-pictures>{table}</div>"
-
-
-def _curves(run: RunFolder, state: State, say: Say, view: tuple[float, float]) -> str:
-    try:
-        size = run.log_file.stat().st_size
-    except OSError:
-        return ""
-    labels = tuple(say(f"chart.{key}") for key in charts.ENGLISH)
-    figures = "".join(_drawing(run.log_file, labels, view).charts(size, state.state in LIVE))
-    title = escape(say("run.curves"))
-    return (
-        f"<style>{charts.STYLE}</style><h2>{title}</h2><div class=lk-charts tabindex=0>{figures}</div>"
-        if figures
-        else ""
-    )
-
-
-class _Drawing:
-    """The charts of a growing log. They are redrawn so rarely that drawing takes at most a twentieth of the time."""
-
-    def __init__(self, log: Path, labels: tuple[str, ...], view: tuple[float, float]):
-        self.smoothing, self.start = view
-        self.labels = dict(zip(charts.ENGLISH, labels, strict=True))
-        self.log, self.size, self.due, self.figures = _reader(log, "step", "validation"), -1, 0.0, list[str]()
-
-    def charts(self, size: int, grows: bool) -> list[str]:
-        """The charts as SVG.
-
-        Args:
-            size: current size of the log in bytes.
-            grows: whether the run is live. If not, the charts are redrawn at once.
-        """
-        start = time.monotonic()
-        if size != self.size and (start >= self.due or not grows):
-            self.size, self.figures = (
-                size,
-                charts.run_charts(self.log.events(), labels=self.labels, smoothing=self.smoothing, start=self.start),
-            )
-            self.due = start + 20 * (time.monotonic() - start)
-        return self.figures
-
-
-_drawing = functools.lru_cache(maxsize=8)(_Drawing)
-
-
-@functools.lru_cache(maxsize=16)
-def _reader(log: Path, *kinds: str) -> LogReader:
-    return LogReader(log, *kinds)
-
-
-def _messages(log: Path) -> list[tuple[str, str]]:
-    """The last messages in the log as (mark, message). The mark of warnings and errors is "! "."""
-    events = _reader(log, "message", "warning", "error", "done").events()[-LOG_LINES:]
-    marks = {"warning": "! ", "error": "! "}
-    return [(marks.get(e["event"], ""), from_json(str(e.get("message", e["event"])), e)) for e in events]
-
-
-def _log(run: RunFolder, output: str, say: Say) -> str:
-    lines = _messages(run.log_file) if run.log_file.is_file() else []
-    parts = []
-    if lines:
-        text = escape("\n".join(mark + say.translate(line) for mark, line in lines))
-        parts.append(f"<details open><summary>{escape(say('run.log'))}</summary><pre tabindex=0>{text}</pre></details>")
-    if output:
-        parts.append(
-            f"<details><summary>{escape(say('run.output'))}</summary><pre tabindex=0>{escape(output)}</pre></details>"
-        )
-    return "".join(parts)
