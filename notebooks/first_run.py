@@ -14,11 +14,11 @@
 # %% [markdown]
 # # lorakit: a first run
 #
-# From a folder of photos to an adapter that is compared with its base. The first part takes the small base and the
-# photos that lorakit ships and needs no GPU: about two minutes. The second part does the same with Stable Diffusion XL
-# and your own photos where there is a GPU (Colab, Kaggle), and is skipped where there is none.
+# This notebook trains an adapter on a folder of photos and compares it with its base. The first part uses the small
+# base and the photos that lorakit ships. It needs no GPU and takes about two minutes. The second part does the same
+# with Stable Diffusion XL and your own photos on a GPU (Colab, Kaggle). Without a GPU it is skipped.
 #
-# lorakit is installed from its folder: `%pip install -q ./lorakit`. Restart the kernel after that.
+# To install lorakit from its folder, run `%pip install -q ./lorakit`, then restart the kernel.
 
 # %%
 import os
@@ -32,13 +32,14 @@ from IPython.display import HTML, Image, display
 import lorakit
 from lorakit.cli.demo import write_photos
 
-WORK = Path(os.environ.get("LORAKIT_NOTEBOOK_FOLDER", "first-run"))  # where everything goes
-STEPS = int(os.environ.get("LORAKIT_NOTEBOOK_STEPS", "200"))  # the preset's 400 are for five photos; here are sixteen
+WORK = Path(os.environ.get("LORAKIT_NOTEBOOK_FOLDER", "first-run"))  # folder for all files
+STEPS = int(os.environ.get("LORAKIT_NOTEBOOK_STEPS", "200"))  # sixteen photos need fewer than the preset's 400
 
 # %% [markdown]
 # ## Photos
 #
-# Sixteen pictures of a toy that the base has never seen, each with its caption in a text file beside it.
+# Sixteen pictures show a toy that the base has never seen. The caption of each picture is in a text file of the same
+# name.
 
 # %%
 photos = WORK / "photos"
@@ -50,11 +51,11 @@ display(*[Image(str(path), width=96) for path in sorted(photos.glob("*.png"))[:3
 # %% [markdown]
 # ## Options
 #
-# A preset, and what is different from it. `lorakit.preflight` finds what would keep the run from starting, before a
-# model is loaded, and says what the run would do.
+# The config is a preset with a few changes. `lorakit.preflight` finds problems before a model is loaded, and shows the
+# plan of the run.
 
 # %%
-short = {"train.prior": "none", "sample.steps": 2, "sample.at_start": False} if STEPS < 50 else {}  # of a test
+short = {"train.prior": "none", "sample.steps": 2, "sample.at_start": False} if STEPS < 50 else {}  # for tests
 config = lorakit.load_config(
     "subject-pocket",
     {
@@ -71,14 +72,14 @@ print("\n".join([*ready.problems, *ready.lines()]))
 
 
 # %% [markdown]
-# ## Training, followed live
+# ## Training with live output
 #
-# A listener is any function that takes an event. This one redraws one line, and one picture.
+# A listener is any function that takes an event. This one updates a line of text and a picture.
 
 
 # %%
 class Follow:
-    """Shows where a run is: one line and the newest samples, each in a place of its own."""
+    """Shows the progress of a run: a line of text and the newest samples."""
 
     def __init__(self, samples):
         self.samples = samples
@@ -104,14 +105,14 @@ result = lorakit.train(config, listeners=[Follow(WORK / "run" / "samples")])
 # %% [markdown]
 # ## Base and adapter, side by side
 #
-# Equal seeds, one row for each strength: 0 is the base alone.
+# The rows use the same seeds. There is one row for each strength; strength 0 is the base without the adapter.
 
 # %%
 grid, *pictures = lorakit.sample(result.adapter, config.sample.prompts, strengths=(0, 1), folder=WORK / "compared")
 display(Image(str(grid)))
 
 # %% [markdown]
-# The file is a LoRA as A1111, Forge and ComfyUI read it. The same in words:
+# The file is a LoRA that A1111, Forge and ComfyUI can read. `lorakit.inspect` describes it:
 
 # %%
 print(lorakit.inspect(result.adapter).to_text())
@@ -119,8 +120,8 @@ print(lorakit.inspect(result.adapter).to_text())
 # %% [markdown]
 # ## The same with Stable Diffusion XL
 #
-# Five to thirty photos of your own in the folder `my-photos`, a name for what they show, and a GPU with 16 GB (a T4
-# takes the preset `subject-sdxl-lowmem`).
+# Put five to thirty of your own photos into the folder `my-photos`, and change `data.name` to what they show. You need
+# a GPU with 16 GB; a T4 uses the preset `subject-sdxl-lowmem`.
 
 # %%
 mine = Path("my-photos")

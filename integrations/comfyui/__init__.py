@@ -1,4 +1,4 @@
-"""lorakit's nodes for ComfyUI: copy or link this folder into `custom_nodes`. See docs/hosts.md of lorakit."""
+"""lorakit's nodes for ComfyUI. Copy or link this folder into `custom_nodes`; see docs/hosts.md of lorakit."""
 
 from .nodes import Check, Compare, Inspect, Merge, Photos, Train
 

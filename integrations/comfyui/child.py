@@ -1,7 +1,7 @@
-"""lorakit as a process of its own: how it is found, started, followed and stopped.
+"""Find lorakit, start it as a separate process, read its events and stop it.
 
-ComfyUI's Python and lorakit's share nothing but the pipe between them; docs/hosts.md of lorakit says what goes over it.
-Standard library only, for Python 3.9 and newer.
+ComfyUI's Python and lorakit's share only the pipe between them; docs/hosts.md of lorakit describes its messages.
+This file uses only the standard library and runs on Python 3.9 and newer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 # A file in this folder with the path of lorakit's Python, for users who cannot set LORAKIT_PYTHON.
 SETTING = Path(__file__).with_name("python.txt")
-# The folder of lorakit, where this folder is a part of it or a link into it.
+# The folder of lorakit, if this folder is a part of it or a link into it.
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPTS = "Scripts/python.exe" if os.name == "nt" else "bin/python"
-# Seconds between looks at whether the person cancels, and for which a run may save after that.
+# Seconds between two checks for a cancel, and time limit in seconds for a run to save after it.
 POLL, PATIENCE = 0.2, 600.0
-# Last lines of stderr that become the message of an error without one.
+# Number of lines of stderr that become the message of an error without its own message.
 LAST_LINES = 15
 
 log = logging.getLogger("lorakit")
@@ -36,17 +36,17 @@ class Failed(RuntimeError):
 
 
 def command() -> list[str]:
-    """The beginning of a command line that runs lorakit.
+    """Return the first words of a command line that runs lorakit.
 
     Raises:
-        Failed: it is nowhere; the text has the line that installs it.
+        Failed: lorakit is not installed; the text has the line that installs it.
     """
     if os.environ.get("LORAKIT_PYTHON"):
         return _of_python(os.environ["LORAKIT_PYTHON"], "LORAKIT_PYTHON")
     if SETTING.is_file():
         return _of_python(SETTING.read_text(encoding="utf-8").strip(), str(SETTING))
     spec = importlib.util.find_spec("lorakit")
-    if spec is not None and spec.origin:  # a mere folder of that name has no origin
+    if spec is not None and spec.origin:  # a folder of that name that is no package has no origin
         return _of_python(sys.executable, "ComfyUI's Python")
     if (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / ".venv" / SCRIPTS).is_file():
         return _of_python(str(CHECKOUT / ".venv" / SCRIPTS), "lorakit's .venv")
@@ -57,7 +57,7 @@ def command() -> list[str]:
 
 
 def install_line() -> str:
-    """The one line for a terminal that installs lorakit where `command` finds it."""
+    """Return a line for a terminal that installs lorakit where `command` finds it."""
     has_checkout = (CHECKOUT / "lorakit" / "__init__.py").is_file()
     folder = CHECKOUT if has_checkout else Path("FOLDER_OF_LORAKIT")
     python = sys.executable if sys.version_info >= (3, 11) else "python3.11"
@@ -69,12 +69,12 @@ def install_line() -> str:
 def _of_python(python: str, source: str) -> list[str]:
     if not Path(python).is_file():
         raise Failed(f"{source} names {python}, and there is no such file: write the path of lorakit's Python there")
-    # -P: a module of ComfyUI's folder must not stand in for one of lorakit's.
+    # -P: a module in ComfyUI's folder must not shadow one of lorakit's.
     return [python, "-P", "-m", "lorakit"]
 
 
 def environment():
-    """ComfyUI's, with its folder as a place where lorakit looks for CLIP's tokenizer, which no checkpoint has in it."""
+    """Return ComfyUI's environment plus its folder, where lorakit finds CLIP's tokenizer. Checkpoints have none."""
     module = sys.modules.get("folder_paths")
     host = str(Path(module.__file__).parent) if getattr(module, "__file__", None) else ""
     hosts = os.pathsep.join(filter(None, [os.environ.get("LORAKIT_HOSTS"), host]))
@@ -82,10 +82,10 @@ def environment():
 
 
 def run(arguments, interrupted=lambda: False) -> str:
-    """Run a command to its end; what it wrote to stdout.
+    """Run a command to its end and return its stdout.
 
     Raises:
-        Failed: its exit code is not 0, or the person cancelled.
+        Failed: its exit code is not 0, or the user cancelled.
     """
     with Process(arguments) as process:
         text = "".join(process.lines(interrupted))
@@ -110,7 +110,7 @@ def follow(arguments, listen, interrupted) -> dict:
     last = {}
     with Process(arguments) as process:
         for line in process.lines(interrupted):
-            if not line.startswith("{"):  # something else that prints, in a package of lorakit's
+            if not line.startswith("{"):  # output of one of lorakit's dependencies
                 continue
             last = json.loads(line)
             if last["event"] == "start":
@@ -124,7 +124,7 @@ def follow(arguments, listen, interrupted) -> dict:
 
 
 class Process:
-    """A process of lorakit that has ended when the context ends. An exception in the context requests a stop.
+    """A process of lorakit. Leaving the context waits for its end; an exception in the context requests a stop.
 
     Attributes:
         code: exit code of the process.
@@ -170,7 +170,7 @@ class Process:
         self._process.stderr.close()
 
     def lines(self, interrupted):
-        """Each line of stdout as it comes, till the process ends; meanwhile a wish to stop is passed on."""
+        """Yield each line of stdout until the process ends. If `interrupted` returns True, request a stop."""
         waited = 0.0
         while True:
             try:
@@ -188,17 +188,17 @@ class Process:
                 self._process.kill()
 
     def stop(self):
-        """Ask it to save and end; before there is anything to save, end it. No effect once it has ended."""
+        """Request that the run saves and ends. Terminate the process if the run has no folder yet."""
         if self._process.poll() is not None:
             return
         self.is_stopping = True
         try:
             (self.run_folder / "stop").touch()
-        except (OSError, TypeError):  # TypeError: it has no folder yet
+        except (OSError, TypeError):  # TypeError: the run has no folder yet
             self._process.terminate()
 
     def complaint(self) -> str:
-        """The error message of the process."""
+        """Return the error message of the process."""
         lines = [line[len("lorakit: ") :] for line in self._last_lines if line.startswith("lorakit: ")]
         return "\n".join(lines or self._last_lines) or f"lorakit ended with exit code {self.code}"
 

@@ -1,4 +1,4 @@
-"""ComfyUI's services for the nodes. ComfyUI's modules are imported where they are used."""
+"""The functions of ComfyUI that the nodes use. Each function imports ComfyUI's modules itself."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from pathlib import Path
 
 from . import child
 
-# The base that lorakit ships: small enough for a first try without a card. ComfyUI cannot draw with it.
+# The base that lorakit ships. It is small enough to train without a GPU. ComfyUI cannot draw with it.
 BUNDLED = "pocket (lorakit's own, for a first try)"
-# Longest side of a cell of a grid.
+# Longest side of a cell of a grid in pixels.
 CELL = 256
 
 log = logging.getLogger("lorakit")
 
 
 def checkpoints():
-    """The names of the bases to choose from."""
+    """Return the names of the bases that the user can choose."""
     import folder_paths
 
     return [*folder_paths.get_filename_list("checkpoints"), BUNDLED]
 
 
 def loras():
-    """The names of the host's LoRA files."""
+    """Return the names of the host's LoRA files."""
     import folder_paths
 
     return folder_paths.get_filename_list("loras")
 
 
 def full_path(kind, name):
-    """Where the host has a file."""
+    """Return the path of one of the host's files."""
     import folder_paths
 
     if name == BUNDLED:
@@ -39,21 +39,21 @@ def full_path(kind, name):
 
 
 def work_folder(*parts):
-    """A folder of lorakit's in the host's output folder, where runs survive a restart."""
+    """Return a folder of lorakit's in the host's output folder, which the host does not empty when it restarts."""
     import folder_paths
 
     return Path(folder_paths.get_output_directory(), "lorakit", *parts)
 
 
 def interrupted():
-    """Whether the person cancelled."""
+    """Return whether the user cancelled."""
     import comfy.model_management
 
     return comfy.model_management.processing_interrupted()
 
 
 def run(arguments):
-    """A command of lorakit to its end; cancelling is passed on to the host."""
+    """Run a command of lorakit and return its stdout. After a cancel, raise the host's exception for it."""
     import comfy.model_management
 
     try:
@@ -64,7 +64,7 @@ def run(arguments):
 
 
 def free_memory():
-    """Unload the host's models: lorakit's process needs the card."""
+    """Unload the host's models, because lorakit's process needs the memory of the card."""
     import comfy.model_management
 
     comfy.model_management.unload_all_models()
@@ -72,18 +72,18 @@ def free_memory():
 
 
 def say(text, node):
-    """A line on the node, where the host can show one, and in its log."""
+    """Write a line to the log, and show it on the node if the host can."""
     log.info("%s", text)
     try:
         from server import PromptServer
 
         PromptServer.instance.send_progress_text(text, node)
-    except (ImportError, AttributeError):  # an older host
+    except (ImportError, AttributeError):  # an older ComfyUI
         pass
 
 
 def load(base, model, clip):
-    """The base as the host loads it, but for what is there already."""
+    """Return the given model and CLIP; load a missing one from the base with the host's loader."""
     if model is not None and clip is not None:
         return model, clip
     if base == BUNDLED:
@@ -101,7 +101,7 @@ def load(base, model, clip):
 
 
 def apply(model, clip, path, strength):
-    """The models with an adapter on them, by the host's own loader."""
+    """Return model and CLIP with an adapter on them, which the host's own loader applies."""
     import comfy.sd
     import comfy.utils
 
@@ -111,7 +111,7 @@ def apply(model, clip, path, strength):
 
 
 def images(pictures):
-    """Pictures of one size as the host's IMAGE."""
+    """Return pictures of one size as the host's IMAGE."""
     import numpy
     import torch
 
@@ -119,7 +119,7 @@ def images(pictures):
 
 
 def sheet(rows):
-    """Rows of pictures as one, each cell at most CELL wide and high; missing ones are grey."""
+    """Return one picture of all rows. Cells are at most CELL wide and high; empty cells are grey."""
     from PIL import Image
 
     cells = [[picture.copy() for picture in row] for row in rows]
@@ -135,7 +135,7 @@ def sheet(rows):
 
 
 def open_picture(path):
-    """A picture, its file closed again and turned as its camera says."""
+    """Read a picture and rotate it by its EXIF orientation."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as picture:
@@ -143,7 +143,7 @@ def open_picture(path):
 
 
 def blank():
-    """A grey picture, where there is none."""
+    """Return a grey picture for an output without pictures."""
     from PIL import Image
 
     return Image.new("RGB", (64, 64), (228, 228, 225))

@@ -1,4 +1,4 @@
-"""The nodes: photos, check and plan, train, compare, inspect, merge. lorakit runs as a process of its own."""
+"""The nodes: photos, check and plan, train, compare, inspect, merge. lorakit runs as a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRESETS = [
     ),
 ]
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
-# Longest side of a preview while it trains.
+# Longest side of a preview during training, in pixels.
 PREVIEW = 512
 
 log = logging.getLogger("lorakit")
@@ -33,7 +33,7 @@ log = logging.getLogger("lorakit")
 
 
 class Photos:
-    """A folder of photos, or pictures of the graph with a caption each."""
+    """A folder of photos, or pictures from the graph with captions."""
 
     CATEGORY, FUNCTION = CATEGORY, "gather"
     RETURN_TYPES, RETURN_NAMES = (PHOTOS, "INT"), ("photos", "count")
@@ -59,7 +59,7 @@ class Photos:
         return contents(Path(folder[0])) if folder[0] else ""
 
     def gather(self, folder, images=None, captions=None):
-        """The folder of photos, and how many there are."""
+        """Return the folder of photos and their number."""
         if folder[0] and images is not None:
             raise child.Failed("Photos: give a folder or connect pictures, not both")
         if images is not None:
@@ -77,7 +77,7 @@ class Photos:
 
 
 def contents(folder):
-    """A text that changes with the files of a folder."""
+    """Return a digest of the names, sizes and times of a folder's files."""
     try:
         files = sorted(path for path in folder.expanduser().rglob("*") if path.is_file())
         facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -87,7 +87,7 @@ def contents(folder):
 
 
 def save_pictures(batches, captions):
-    """Write the pictures of batches as PNG, each with its caption, into a folder named for what they are."""
+    """Write pictures as PNG, with captions. The folder's name is a digest of both, so equal inputs have one folder."""
     from PIL import Image
 
     pictures = [picture for batch in batches for picture in batch]
@@ -120,7 +120,7 @@ def save_pictures(batches, captions):
 
 
 def settings():
-    """The inputs that a run and its check share."""
+    """Return the inputs that the nodes Train and Check share."""
     text = {"default": "", "multiline": True}
     return {
         "photos": (PHOTOS,),
@@ -136,7 +136,7 @@ def settings():
 
 
 def arguments(photos, base, kind, name, preset, **rest):
-    """The command line of a run, without the command."""
+    """Return the arguments of a run, without the command."""
     result = [photos, f"--{kind}", name, "--base", host.full_path("checkpoints", base)]
     result += [] if preset == AUTO else ["--preset", preset]
     for prompt in filter(None, map(str.strip, rest["prompts"].splitlines())):
@@ -146,7 +146,7 @@ def arguments(photos, base, kind, name, preset, **rest):
 
 
 def assignments(text):
-    """`section.key=value` of each line; a line `[section]` may stand above lines `key = value`."""
+    """Return `section.key=value` of each line. A line `[section]` sets the section of the lines after it."""
     section, result = "", []
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("#"):
@@ -163,7 +163,7 @@ def assignments(text):
 
 
 class Check:
-    """What lorakit finds in the photos, and what a run with these settings would do."""
+    """Checks the photos and shows the plan of a run with these settings."""
 
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "check", True
     RETURN_TYPES, RETURN_NAMES = ("STRING", "IMAGE"), ("report", "photos")
@@ -174,7 +174,7 @@ class Check:
         return {"required": settings()}
 
     def check(self, photos, **inputs):
-        """The report, and the photos on one sheet."""
+        """Return the report, and the first photos as one picture."""
         try:
             text = host.run(["check", *arguments(photos, **inputs)])
         except child.Failed as error:
@@ -184,7 +184,7 @@ class Check:
         for path in found[:16]:
             try:
                 pictures.append(host.open_picture(path))
-            except OSError:  # the report names it
+            except OSError:  # the report names the file
                 continue
         rows = [pictures[start : start + 4] for start in range(0, len(pictures), 4)]
         preview = host.images([host.sheet(rows)]) if rows else host.images([host.blank()])
@@ -192,7 +192,7 @@ class Check:
 
 
 class Train:
-    """Trains in a process of its own; the same settings again go on with a run that was cancelled."""
+    """Trains in a separate process. The same settings continue a run that was cancelled."""
 
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "train", True
     RETURN_TYPES = ("MODEL", "CLIP", "STRING", "IMAGE", "STRING")
@@ -215,7 +215,7 @@ class Train:
         }
 
     def train(self, photos, strength, model=None, clip=None, node=None, **inputs):
-        """The models with the adapter on them, its name, the sample pictures, and the run's folder."""
+        """Return model and CLIP with the adapter, the adapter's name, the last samples and the run's folder."""
         line = arguments(photos, **inputs)
         place = run_folder(line, inputs["name"])
         state = read_json(place / "state.json")
@@ -243,14 +243,14 @@ class Train:
 
 
 def run_folder(line, name):
-    """The folder of the run with these settings and photos: the same again is the same folder."""
+    """Return the folder of a run. The same settings and photos give the same folder."""
     digest = hashlib.sha256("\n".join([*line, contents(Path(line[0]))]).encode("utf-8", "replace")).hexdigest()
     stem = re.sub(r"\W+", "-", name).strip("-")[:40] or "run"
     return host.work_folder(f"{stem}-{digest[:8]}")
 
 
 def read_json(path):
-    """The content of a JSON file; {} if it cannot be read."""
+    """Return the content of a JSON file, or {} if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -258,7 +258,7 @@ def read_json(path):
 
 
 def install(adapter):
-    """Put an adapter into the host's LoRA folder under a name that is free there; the name."""
+    """Copy an adapter into the host's LoRA folder under a name that no file has, and return the name."""
     import folder_paths
 
     place = folder_paths.get_folder_paths("loras")[0]
@@ -268,7 +268,7 @@ def install(adapter):
 
 
 class Progress:
-    """Shows the events of a run: the bar, the newest sample pictures, and lines."""
+    """Shows the events of a run: the progress bar, the newest samples, and lines of text."""
 
     def __init__(self, place, node):
         self.place, self.node = place, node
@@ -294,13 +294,13 @@ class Progress:
             log.info("%s", event["message"])
 
     def show(self):
-        """Draw the bar with the newest picture."""
+        """Update the progress bar and the preview."""
         if self.bar is not None:
             self.bar.update_absolute(self.step, preview=self.preview)
 
 
 def progress_line(event):
-    """How far it is, in one line."""
+    """Return a line with step, loss and remaining time."""
     facts = [f"step {event.get('step')}"]
     facts += [f"loss {event['loss']:.4f}"] if event.get("loss") is not None else []
     facts += [f"{event['eta_s'] / 60:.0f} min left"] if event.get("eta_s") else []
@@ -311,7 +311,7 @@ def progress_line(event):
 
 
 class Compare:
-    """Draws one prompt with each checkpoint of a run at each strength."""
+    """Draws one prompt with the last checkpoints of a run at each strength."""
 
     CATEGORY, FUNCTION = CATEGORY, "compare"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("grid",)
@@ -329,7 +329,7 @@ class Compare:
         }
 
     def compare(self, run, prompt, strengths, last_checkpoints):
-        """The grid."""
+        """Return the grid: a column per checkpoint and a row per strength."""
         steps = sorted(path for path in Path(run, "checkpoints").glob("step-*") if path.is_dir())[-last_checkpoints:]
         if not steps:
             raise child.Failed(f"Compare: {run} has no checkpoints")
@@ -340,7 +340,7 @@ class Compare:
 
 
 def draw(step, prompt, strengths):
-    """A picture of the prompt for each strength, by a checkpoint."""
+    """Draw the prompt with a checkpoint; return a picture for each strength."""
     with tempfile.TemporaryDirectory() as temporary:
         line = ["export", str(step), "--to", "kohya", "--output", temporary, "--json"]
         exported = json.loads(host.run(line))["kohya"]
@@ -352,13 +352,13 @@ def draw(step, prompt, strengths):
 
 
 def base_of(run_place):
-    """The base that a run's config names."""
+    """Return the base in a run's config."""
     text = Path(run_place, "config.toml").read_text(encoding="utf-8")
     return json.loads(re.search(r'^base = (".*")$', text, re.MULTILINE)[1])
 
 
 class Inspect:
-    """What a LoRA file is, and which programs read all of it."""
+    """Describes a LoRA file and shows which programs can read it."""
 
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "inspect", True
     RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("report", "trigger")
@@ -369,7 +369,7 @@ class Inspect:
         return {"required": {"lora_name": (host.loras(),)}}
 
     def inspect(self, lora_name):
-        """The report, with what ComfyUI makes of the file in its first line; and what to write into the prompt."""
+        """Return the report, with ComfyUI's line first, and the trigger for the prompt."""
         report = host.run(["inspect", host.full_path("loras", lora_name)])
         reading = re.search(r"^ +(?:yes|NO) +ComfyUI +(.*)$", report, re.MULTILINE)
         trigger = re.search(r"^ +in prompts +(.*?)(?:  \(<lora:.*)?$", report, re.MULTILINE)
@@ -378,7 +378,7 @@ class Inspect:
 
 
 class Merge:
-    """Writes a checkpoint with a LoRA merged in, under a new name."""
+    """Merges a LoRA into a checkpoint and writes it under a new name."""
 
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "merge", True
     RETURN_TYPES, RETURN_NAMES = ("STRING",), ("checkpoint_name",)
@@ -396,7 +396,7 @@ class Merge:
         }
 
     def merge(self, lora_name, base, strength, name):
-        """The new checkpoint's name."""
+        """Write the checkpoint and return its name."""
         import folder_paths
 
         stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or f"{Path(base).stem}-{Path(lora_name).stem}"

@@ -1,10 +1,10 @@
-"""The nodes in a real ComfyUI server: train, cancel, go on, and compare what its loader applies with what was trained.
+"""Run the nodes in a real ComfyUI server: train, cancel, continue, and compare the delta W that its loader applies.
 
     python integrations/comfyui/try_server.py COMFYUI_FOLDER --lorakit LORAKIT_PYTHON [--base FILE] [--folder DIR]
 
-Run it with the Python that ComfyUI runs with. ComfyUI's own folders stay as they are: --base-directory names others.
-It runs on the CPU, on loopback. Without --base a narrow Stable Diffusion 1.5 with random weights is written. It is no
-test: it takes 4 GB of disk, 6 GiB of memory and some minutes on two cores.
+Run it with ComfyUI's Python. The server uses its own --base-directory, so ComfyUI's folders do not change. It runs on
+the CPU, on loopback. Without --base, the script writes a narrow Stable Diffusion 1.5 with random weights. It takes 4 GB
+of disk, 6 GiB of memory and some minutes on two cores, so it is not among the tests.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ device = cpu
 
 
 def main() -> None:
-    """Everything, with a line for each thing that holds."""
+    """Run all checks and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comfyui", type=Path)
     parser.add_argument("--lorakit", required=True, help="lorakit's Python")
@@ -73,9 +73,8 @@ def main() -> None:
             asyncio.run(session(folder))
 
 
-# The names and the number of blocks are those of Stable Diffusion 1.5. Text encoder and VAE have their full size. The
-# UNet has its first width throughout. ComfyUI recognizes the model by these properties, and the UNet has a ninth of the
-# weights.
+# Layer names and number of blocks are those of Stable Diffusion 1.5, so ComfyUI recognizes the model. Text encoder and
+# VAE have their full size. All blocks of the UNet have 320 channels, so it has a ninth of the weights.
 RANDOM = """
 import pathlib, sys, types
 import small_models as m, torch
@@ -88,7 +87,7 @@ m.write(pathlib.Path(sys.argv[1]), "sd1", types.SimpleNamespace(**parts), torch.
 
 
 def random_base(file: Path, python: str) -> Path:
-    """A base with random weights, by the tests' own writer."""
+    """Write a base with random weights, with the function that the tests use."""
     file.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     subprocess.run([python, "-c", RANDOM, str(file)], env=environment, check=True)
@@ -96,7 +95,7 @@ def random_base(file: Path, python: str) -> Path:
 
 
 def lay_out(folder: Path, base: Path) -> None:
-    """ComfyUI's folders, with the nodes linked in, the base, and photos of noise."""
+    """Create ComfyUI's folders with links to the nodes and the base, and with photos of noise."""
     for name in ("custom_nodes", "models/checkpoints", "models/loras", "models/embeddings", "photos", "user", "input"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for link, target in {"custom_nodes/lorakit": HERE, f"models/checkpoints/{BASE}": base}.items():
@@ -109,7 +108,7 @@ def lay_out(folder: Path, base: Path) -> None:
 
 @contextlib.contextmanager
 def server(comfyui: Path, folder: Path, python: str) -> Iterator[None]:
-    """ComfyUI's server, till it answers and then to the end of the context."""
+    """Start ComfyUI's server, wait until it answers, and stop it at the end of the context."""
     words = [sys.executable, "main.py", "--cpu", "--force-fp32", "--disable-api-nodes", "--listen", "127.0.0.1"]
     words += ["--port", str(PORT), "--base-directory", str(folder), "--database-url", "sqlite:///:memory:"]
     environment = os.environ | {"LORAKIT_PYTHON": python, "PYTHONPATH": str(ROOT)}
@@ -130,7 +129,7 @@ def server(comfyui: Path, folder: Path, python: str) -> Iterator[None]:
 
 
 def ask(path: str, body: object = None) -> Any:
-    """A request to the server; what it answers."""
+    """Send a request to the server and return its answer."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(ADDRESS + path, data, {"Content-Type": "application/json"})
     try:
@@ -142,7 +141,7 @@ def ask(path: str, body: object = None) -> Any:
 
 
 def workflow() -> dict[str, dict[str, Any]]:
-    """Photos, check, train, and the models that come out written as a checkpoint by ComfyUI."""
+    """Return a workflow: photos, check, train, compare, and a checkpoint of the trained models that ComfyUI writes."""
     run = {"base": BASE, "kind": "subject", "name": "sks toy", "preset": "subject-sd15"}
     run |= {"steps": STEPS, "seed": 1, "prompts": "a photo of sks toy", "options": OPTIONS, "photos": ["photos", 0]}
     save = {"model": ["train", 0], "clip": ["train", 1], "vae": ["base", 2], "filename_prefix": "applied"}
@@ -162,7 +161,7 @@ def workflow() -> dict[str, dict[str, Any]]:
 
 
 async def session(folder: Path) -> None:
-    """The workflow queued, cancelled, and queued again."""
+    """Queue the workflow, cancel it, queue it again and check the results."""
     nodes = ask("/object_info")
     report("the nodes are there", sorted(name for name in nodes if name.startswith("Lorakit")), bool(nodes))
     graph = workflow()
@@ -202,7 +201,7 @@ async def session(folder: Path) -> None:
 
 
 async def others(folder: Path, name: str) -> None:
-    """Inspect and merge, and the file through ComfyUI's own Load LoRA."""
+    """Run Inspect, Merge and ComfyUI's own Load LoRA on the file, and check their results."""
     lora = {"model": ["base", 0], "clip": ["base", 1], "lora_name": name, "strength_model": 1.0, "strength_clip": 1.0}
     graph = {
         "base": workflow()["base"],
@@ -231,10 +230,10 @@ async def others(folder: Path, name: str) -> None:
 
 
 async def queue(graph: dict[str, Any], cancel_at: int = 0) -> tuple[dict[str, Any], Counter[str]]:
-    """Queue a workflow and wait; its history, and how often the page was sent progress and a preview.
+    """Queue a workflow and wait; return its history and the number of messages of each type to the page.
 
     Args:
-        cancel_at: press Cancel when the training is at this step.
+        cancel_at: cancel as soon as the training is at this step.
     """
     counts: Counter[str] = Counter()
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{ADDRESS}/ws?clientId=try") as socket:
@@ -282,13 +281,13 @@ def compare(folder: Path, adapter: Path, strength: float) -> None:
             stem = names.get(stem, stem)
             change = after.get_tensor(key).double() - before.get_tensor(key).double()
             if stem not in stems:
-                changed += bool(change.abs().max() > 1e-7)  # fp16 knows no smaller step
+                changed += bool(change.abs().max() > 1e-7)  # the smallest step of fp16
                 continue
             down, up = (file.get_tensor(f"{stem}.lora_{part}.weight").double() for part in ("down", "up"))
             scale = file.get_tensor(f"{stem}.alpha").double() / len(down) * strength
             expected = up.flatten(1) @ down.flatten(1) * scale
             assert expected.abs().max() > 0
-            # ComfyUI keeps the text encoder in fp16, and has to round what it adds up.
+            # ComfyUI has the text encoder in fp16 and rounds the sum.
             rounding = torch.finfo(after.get_tensor(key).dtype).eps / 2 * float(after.get_tensor(key).abs().max())
             error = float((change.flatten(1) - expected).abs().max()) - rounding
             largest = max(largest, error / float(expected.abs().max()))
@@ -300,7 +299,7 @@ def compare(folder: Path, adapter: Path, strength: float) -> None:
 
 
 def report(what: str, fact: object, holds: bool) -> None:
-    """A line; the end where it does not hold."""
+    """Print the line of a check; exit with 1 if it does not hold."""
     print(f"{'ok' if holds else 'FAILED'}: {what}: {fact}", flush=True)
     if not holds:
         raise SystemExit(1)

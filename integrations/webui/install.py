@@ -1,6 +1,7 @@
-"""Run by the web UI at its start: gives lorakit an environment of its own, once. Nothing of the host's is changed.
+"""Install lorakit into its own virtual environment. The web UI runs this file when it starts.
 
-LORAKIT_PYTHON names the Python of a lorakit that is installed already.
+It installs only once and changes nothing of the host. LORAKIT_PYTHON names the Python of a lorakit that is already
+installed.
 """
 
 import subprocess
@@ -13,7 +14,7 @@ import lorakit_child
 
 
 def main() -> None:
-    """Make the environment, or say how."""
+    """Create the environment, or print how to create it."""
     try:
         lorakit_child.command()
         return

@@ -1,6 +1,7 @@
-"""lorakit as a process of its own: its Python, its front end, and its finished runs.
+"""Find lorakit's Python, start its front end as a separate process, and install the adapters of finished runs.
 
-The host's Python and lorakit's share nothing. Standard library only, for Python 3.9 and newer.
+The host's Python and lorakit's share no package. This file uses only the standard library and runs on Python 3.9 and
+newer.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# The folder of lorakit, where this folder is a part of it or a link into it.
+# The folder of lorakit, if this folder is a part of it or a link into it.
 CHECKOUT = HERE.parents[1]
 SCRIPTS = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 NEWEST, OLDEST = 14, 11
-# Seconds between looks at the runs, and for which the front end may take to start.
+# Seconds between two checks of the runs, and time limit in seconds for the start of the front end.
 POLL, PATIENCE = 1.0, 180.0
 LAST_LINES = 15
 LIVE = ("preparing", "running")
@@ -30,25 +31,25 @@ _ADDRESS = re.compile(r"local URL:\s+http://[^:/]+:(\d+)")
 
 
 class Failed(RuntimeError):
-    """lorakit is not there, or did not start; the text is for the person."""
+    """lorakit is not installed, or did not start; the text is for the user."""
 
 
 def source() -> str:
-    """The source from which pip installs lorakit: the folder that contains this file, else the package."""
+    """Return pip's source for lorakit: the folder that contains this file, or the package from the index."""
     return f"{CHECKOUT}[ui]" if (CHECKOUT / "lorakit" / "__init__.py").is_file() else "lorakit[ui]"
 
 
 def install_steps() -> list[list[str]]:
-    """The arguments of each `pip install` call, in order. PyPI's torch for Windows computes on the CPU only."""
+    """Return the arguments of each `pip install` call, in order. PyPI's torch for Windows has no CUDA."""
     torch = ["torch<2.14", "--index-url", "https://download.pytorch.org/whl/cu130"]
     return [*([torch] if os.name == "nt" else []), [source()]]
 
 
 def command() -> list[str]:
-    """The beginning of a command line that runs lorakit.
+    """Return the first words of a command line that runs lorakit.
 
     Raises:
-        Failed: it is nowhere; the text has the lines that install it.
+        Failed: lorakit is not installed; the text has the lines that install it.
     """
     if os.environ.get("LORAKIT_PYTHON"):
         if not Path(os.environ["LORAKIT_PYTHON"]).is_file():
@@ -72,13 +73,13 @@ def command() -> list[str]:
 
 
 def find_python() -> list[str] | None:
-    """A Python on this machine that is new enough for lorakit and can make an environment, or None."""
+    """Return the command of a Python that is new enough for lorakit and can create an environment, or None."""
     if sys.version_info >= (3, OLDEST):
         return [sys.executable]
     for minor in range(NEWEST, OLDEST - 1, -1):
         name = shutil.which(f"python3.{minor}")
         for python in ([[name]] if name else []) + ([["py", f"-3.{minor}"]] if os.name == "nt" else []):
-            try:  # a name may be an empty shim, and Debian's Python may lack ensurepip
+            try:  # the program may be a shim without a Python, and Debian's Python may have no ensurepip
                 subprocess.run([*python, "-c", "import ensurepip"], capture_output=True, check=True)
                 return python
             except (OSError, subprocess.CalledProcessError):
@@ -87,8 +88,10 @@ def find_python() -> list[str] | None:
 
 
 def environment(host: Path) -> dict[str, str]:
-    """The environment of the process: nothing of the host's Python and gradio, and the host's folder, in which lorakit
-    finds text encoders and tokenizers."""
+    """Return the environment of the process, without variables of the host's Python and Gradio.
+
+    It names the host's folder, where lorakit finds text encoders and tokenizers.
+    """
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "GRADIO_", "VIRTUAL_ENV"))}
     env["LORAKIT_HOSTS"] = os.pathsep.join(filter(None, [str(host), os.environ.get("LORAKIT_HOSTS", "")]))
     env["PYTHONUNBUFFERED"] = "1"
@@ -96,11 +99,11 @@ def environment(host: Path) -> dict[str, str]:
 
 
 class FrontEnd:
-    """lorakit's front end, on a port of this machine.
+    """lorakit's front end on a port of this machine.
 
     Args:
         host: the host's folder.
-        runs: where runs are written.
+        runs: folder of the run folders.
         bases: folders of checkpoints.
         photos: folders of photos.
     """
@@ -113,17 +116,17 @@ class FrontEnd:
         self._lock = threading.Lock()
 
     def arguments(self, origin: str, everywhere: bool) -> list[str]:
-        """The arguments of `lorakit ui`."""
+        """Return the arguments of `lorakit ui`."""
         rest = ["--runs", str(self.runs), "--embed", origin, "--end-with", str(os.getpid())]
         rest += [word for folder in self.photos for word in ("--root", str(folder))]
         rest += [word for folder in self.bases for word in ("--bases", str(folder))]
         return rest + (["--host", "0.0.0.0"] if everywhere else [])
 
     def start(self, origin: str) -> int:
-        """Start it for the page of `origin`, unless it runs; its port.
+        """Start the front end for the page of `origin`, unless it is running, and return its port.
 
         Raises:
-            Failed: it did not start, or others could reach it and there is no password.
+            Failed: it did not start, or other machines could reach it and there is no password.
         """
         name = re.sub(r"^https?://|:\d+$", "", origin)
         everywhere = name not in ("127.0.0.1", "localhost", "[::1]")
@@ -160,7 +163,7 @@ class FrontEnd:
             return self.port
 
     def stop(self) -> None:
-        """End the front end. A run goes on: it is a process of its own."""
+        """End the front end. A run continues, because it is a separate process."""
         with self._lock:
             self._end()
 
@@ -177,7 +180,7 @@ class FrontEnd:
                 process.wait()
 
     def _read(self, process: subprocess.Popen[str]) -> None:
-        """Follow its output, so that it never waits for a reader."""
+        """Read the output of the front end, so that its pipe is never full."""
         assert process.stdout is not None
         with process.stdout as stream:
             for line in stream:
@@ -188,7 +191,7 @@ class FrontEnd:
 
 
 def frame(origin: str, port: int) -> str:
-    """The page in the host's page; on the name that the browser knows this machine by."""
+    """Return HTML that shows lorakit's page in the host's page. The URL has the host name that the browser uses."""
     scheme, _, rest = origin.partition("://")
     url = f"http://{re.sub(r':[0-9]+$', '', rest)}:{port}/"
     link = f'<a href="{url}" target="_blank">in a window of its own</a>'
@@ -199,14 +202,14 @@ def frame(origin: str, port: int) -> str:
 
 
 class Watcher:
-    """Follows the runs: frees host memory before a run trains, and installs the adapters of finished runs.
+    """Watches the runs: frees the host's memory when a run begins, and installs the adapters of finished runs.
 
     Args:
         runs: folder of the run folders.
-        program: the host's name, as `lorakit install-adapter --into` has it.
+        program: the host's name for `lorakit install-adapter --into`.
         loras: the host's folder of LoRA files.
         before: called when a run begins.
-        after: called with the names of new files, perhaps none, when no run is left.
+        after: called with the names of new files, and with an empty list if the last run ended without one.
     """
 
     def __init__(
@@ -219,15 +222,15 @@ class Watcher:
         self._end = threading.Event()
 
     def start(self) -> None:
-        """Look every second, in a thread of its own."""
+        """Check the runs every second in a separate thread."""
         threading.Thread(target=self._loop, name="lorakit runs", daemon=True).start()
 
     def close(self) -> None:
-        """Look no more."""
+        """End the thread."""
         self._end.set()
 
     def states(self) -> dict[Path, dict]:
-        """Run folder -> what its state.json says."""
+        """Return run folder -> content of its state.json."""
         result = {}
         for file in self.runs.glob("*/state.json"):
             try:
@@ -239,7 +242,7 @@ class Watcher:
         return result
 
     def look(self) -> None:
-        """Compare the runs with the last look."""
+        """Compare the runs with the last check."""
         states = self.states()
         live = {path for path, state in states.items() if state["state"] in LIVE and _is_alive(state)}
         if live - self._live:
@@ -254,7 +257,7 @@ class Watcher:
             self.after(files)
 
     def install(self, adapter: Path) -> list[str]:
-        """Copy an adapter, its .json and its preview to where the host lists them; the new file's name, or none."""
+        """Copy an adapter, its .json and its preview into the host's folder; return [name], or [] after an error."""
         line = [*command(), "install-adapter", str(adapter), "--into", self.program, "--at", str(self.loras)]
         line += ["--any-folder", "--json"]
         process = subprocess.run(
@@ -277,7 +280,7 @@ class Watcher:
 
 
 def _is_alive(state: dict) -> bool:
-    """Whether the process of a run may still be there; a run that was killed says `running` for ever."""
+    """Return whether the process of a run may still exist. The state of a killed run stays `running`."""
     if os.name == "nt" or not isinstance(state.get("pid"), int) or state["pid"] <= 0:
         return time.time() - float(state.get("updated") or 0) < 3600
     try:

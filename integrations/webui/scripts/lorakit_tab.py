@@ -1,6 +1,6 @@
-"""The tab "lorakit" of AUTOMATIC1111's web UI and of Forge: starts lorakit's front end beside it and shows it.
+"""The tab "lorakit" in AUTOMATIC1111's web UI and in Forge. It starts lorakit's front end and shows it.
 
-No `from __future__ import annotations` here: old gradio looks at the annotation `gr.Request` itself.
+This file has no `from __future__ import annotations`, because old versions of Gradio need the class `gr.Request` there.
 """
 
 import atexit
@@ -17,32 +17,32 @@ WORK = Path(paths_internal.data_path) / "lorakit"
 
 
 def host_name() -> str:
-    """As `lorakit install-adapter --into` has it."""
+    """Return the host's name for `lorakit install-adapter --into`."""
     return "forge" if importlib.util.find_spec("modules_forge") else "a1111"
 
 
 def base_folders() -> list:
-    """Where the host has its checkpoints."""
+    """Return the host's folders of checkpoints."""
     folders = [Path(sd_models.model_path), getattr(shared.cmd_opts, "ckpt_dir", None)]
     return [Path(folder) for folder in folders if folder and Path(folder).is_dir()]
 
 
 def photo_folders() -> list:
-    """What may be read: the folders of the settings, the host's LoRA files, and where photos usually are."""
+    """Return the folders that lorakit may read: those in the settings, its own, the host's LoRA files, and Pictures."""
     lines = str(getattr(shared.opts, "lorakit_photos", "") or "").splitlines()
     folders = [Path(line.strip()).expanduser() for line in lines if line.strip()]
     return [*folders, WORK, Path(shared.cmd_opts.lora_dir), *filter(Path.is_dir, [Path.home() / "Pictures"])]
 
 
 def free_memory() -> None:
-    """Take the host's checkpoint off the card, after the picture that is being drawn."""
+    """Unload the host's checkpoint from the card, as soon as the host has finished its present picture."""
     with call_queue.queue_lock:
         if getattr(sd_models.model_data, "sd_model", None) is not None:
             sd_models.unload_model_weights()
 
 
 def after_runs(files: list) -> None:
-    """Put the checkpoint back, and let the host know the new files."""
+    """Move the checkpoint back to the card, and refresh the host's list of LoRA files."""
     with call_queue.queue_lock:
         model = getattr(sd_models.model_data, "sd_model", None)
         if model is not None:
@@ -57,8 +57,8 @@ watcher = lorakit_child.Watcher(WORK / "runs", host_name(), Path(shared.cmd_opts
 
 
 def show(request: gr.Request) -> str:
-    """Start lorakit, and frame it in the page that asks."""
-    headers = request.headers  # with no get() in A1111's gradio
+    """Start lorakit and return HTML that shows it in the page of the request."""
+    headers = request.headers  # it has no get() in A1111's Gradio
     origin = headers["origin"] if "origin" in headers else f"http://{headers['host']}"
     front_end.bases, front_end.photos = base_folders(), photo_folders()
     try:
@@ -68,19 +68,19 @@ def show(request: gr.Request) -> str:
 
 
 def stop() -> str:
-    """End the front end; runs go on."""
+    """End the front end. Runs continue."""
     front_end.stop()
     return "<p>lorakit's front end is stopped. A run that was started goes on.</p>"
 
 
 def messages() -> str:
-    """What came of finished runs."""
+    """Return the messages about finished runs as HTML."""
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in watcher.messages)
     return f"<ul>{lines}</ul>" if lines else "<p>No run has finished since the web UI was started.</p>"
 
 
 def tabs() -> list:
-    """The tab."""
+    """Build the tab."""
     with gr.Blocks(analytics_enabled=False) as page:
         with gr.Row():
             start_button = gr.Button("Start lorakit", variant="primary", elem_id="lorakit_start")
@@ -98,13 +98,13 @@ def tabs() -> list:
 
 
 def settings() -> None:
-    """Settings -> lorakit."""
+    """Add the page "lorakit" to the host's settings."""
     about = "Folders of photos that lorakit may read, one a line"
     shared.opts.add_option("lorakit_photos", shared.OptionInfo("", about, gr.Textbox, {"lines": 3}, section=SECTION))
 
 
 def close() -> None:
-    """End what was started."""
+    """End the watcher and the front end."""
     watcher.close()
     front_end.stop()
 
