@@ -41,8 +41,9 @@ const selector = (node) => {
 document.addEventListener('pointerdown', () => { last = ''; }, true);
 document.addEventListener('focusin', ({target}) => { last = selector(target); holder = target; });
 setInterval(() => {
-  // Not where the focus went to the browser itself, or was given up, as a list of suggestions does after Enter.
+  // Do nothing if another element or the browser's own interface has the focus, or after a click.
   if (document.activeElement !== document.body || !last || !document.hasFocus()) return;
+  // An element that still exists gave up the focus itself, as a list of suggestions does after Enter.
   if (holder.isConnected && holder.offsetParent && !holder.disabled) return;
   const node = document.querySelector(last);
   const tab = document.querySelector('#pages button[role=tab][aria-selected=true]');

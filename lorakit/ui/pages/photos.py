@@ -65,10 +65,10 @@ element.addEventListener('click', ({target}) => {
   mode = mode === edit.dataset.edit ? '' : edit.dataset.edit;
   settle();
 });
-// What follows a button until it is pressed again: a box or a stroke, drawn over the photo.
+// Buttons that stay pressed. While one is, the pointer draws a box or a stroke on the photo.
 const MODES = ['crop', 'paint', 'erase'];
 element.addEventListener('input', ({target}) => { if (target.matches('.lk-brush')) brush = Number(target.value); });
-// A change is made to what the page holds: the next one waits until the cards show it.
+// A change uses the values on the page, so the cards accept no other change until they are updated.
 const change = (what) => {
   element.inert = true;
   setTimeout(() => { element.inert = false; }, 4000);
@@ -149,7 +149,7 @@ const settle = () => {
     frame.classList.toggle('lk-painting', acts.length > 0 && !crops);
   }
   for (const slider of element.querySelectorAll('.lk-brush')) slider.value = brush;
-  // A stroke stays until the picture that has it is there.
+  // Keep the drawn stroke until the new picture, which contains it, is loaded.
   for (const stroke of element.querySelectorAll('canvas')) {
     const image = stroke.parentElement.querySelector('img');
     if (stroke.dataset.src ??= image.src, stroke.dataset.src !== image.src) stroke.remove();

@@ -66,7 +66,7 @@ const scroll = () => {
   if (log && follows) log.scrollTop = log.scrollHeight;
 };
 new MutationObserver(scroll).observe(element, {childList: true, subtree: true, characterData: true});
-new ResizeObserver(scroll).observe(element);  // while its tab is hidden a log has no height to scroll
+new ResizeObserver(scroll).observe(element);  // a log in a hidden tab has no height, so scroll when its tab opens
 """
 
 
