@@ -26,7 +26,7 @@ from lorakit.formats.facts.hosts import HOSTS
 if TYPE_CHECKING:
     from lorakit.adapters.weights import AdapterWeights
 
-LICENSES = "as the hub names it: apache-2.0, cc-by-4.0, creativeml-openrail-m, openrail++, other ..."
+LICENSES = "apache-2.0, cc-by-4.0, creativeml-openrail-m, openrail++, other ..."
 TRIGGER, ALIAS, TITLE = "modelspec.trigger_phrase", "ss_output_name", "modelspec.title"
 
 
@@ -34,29 +34,31 @@ def add(command: Command) -> None:
     """Add the commands of this module by `command(name, run, help)`."""
     sample = command("sample", run_sample, "draw pictures with an adapter")
     sample.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
-    sample.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
+    sample.add_argument("--prompt", action="append", metavar="TEXT", help="prompt of a picture; may be repeated")
     add_prompts(sample)
-    sample.add_argument("--strength", type=_strengths, default=(1.0,), metavar="0,0.5,1", help="draw one row for each")
-    sample.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
-    sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as trained)")
+    sample.add_argument(
+        "--strength",
+        type=_strengths,
+        default=(1.0,),
+        metavar="0,0.5,1",
+        help="strengths to draw, one per row (default: 1)",
+    )
+    sample.add_argument("--base", default="", metavar="BASE", help="base model (default: the base named in ADAPTER)")
+    sample.add_argument("--size", type=_side, metavar="PIXELS", help="side of the pictures (default: as in training)")
     add_model(sample)
-    sample.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
+    sample.add_argument("--output", metavar="DIR", help="output folder (default: runs/<time>-<name>)")
 
     inspect = command(
-        "inspect", run_inspect, "show what a file is: adapter or base, method, rank, trigger, which programs read it"
+        "inspect", run_inspect, "show the kind, method, rank and trigger of a file, and the programs that can read it"
     )
-    inspect.add_argument(
-        "file", metavar="FILE", help="a safetensors file, or a folder: PEFT's, of a base, a checkpoint"
-    )
+    inspect.add_argument("file", metavar="FILE", help="safetensors file, PEFT folder, folder of a base, or checkpoint")
     inspect.add_argument(
         "--targets",
         default="",
         metavar="a1111,comfyui",
-        help="fail if one of these programs does not read all of it",
+        help="exit with 1 if one of these programs cannot read the whole file",
     )
-    inspect.add_argument(
-        "--plot", metavar="FILE.png", help="draw the size of each module's change; no file is replaced"
-    )
+    inspect.add_argument("--plot", metavar="FILE.png", help="draw the size of each module's change into a new file")
 
     export = command("export", run_export, "write an adapter in another format")
     export.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
@@ -68,35 +70,37 @@ def add(command: Command) -> None:
     _add_size(resize)
     _add_format(resize)
 
-    combine = command("combine", run_combine, "add several adapters into one")
-    combine.add_argument("adapters", nargs="+", metavar="ADAPTER[=STRENGTH]", help="adapters; strength 1 unless given")
+    combine = command("combine", run_combine, "combine several adapters into one")
+    combine.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER[=STRENGTH]", help="adapters with their strengths (default: 1)"
+    )
     combine.add_argument("--name", default="combined", help="name of the new adapter (default: combined)")
     _add_format(combine)
 
     _add_merge(command)
 
     extract = command("extract", run_extract, "extract a LoRA from the difference of two models")
-    extract.add_argument("tuned", metavar="TUNED", help="folder of the model that was trained further")
-    extract.add_argument("--base", required=True, metavar="FOLDER", help="folder of the model that it was made from")
+    extract.add_argument("tuned", metavar="TUNED", help="folder of the fine-tuned model")
+    extract.add_argument("--base", required=True, metavar="FOLDER", help="folder of the model before fine-tuning")
     _add_size(extract)
     _add_format(extract)
 
     _add_install(command)
     _add_push(command)
-    convert = command(
-        "convert", run_convert, "write pickled weights as .safetensors beside them; no code in them is run"
-    )
+    convert = command("convert", run_convert, "convert pickled weights to .safetensors without running code from them")
     convert.add_argument("path", metavar="FILE", help=".ckpt, .pt or .bin file, or a folder in diffusers layout")
 
 
 def _add_merge(command: Command) -> None:
     merge = command("merge", run_merge, "merge an adapter into a base and write the whole model")
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter file, run folder or PEFT folder")
-    merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the one that ADAPTER names)")
+    merge.add_argument("--base", default="", metavar="BASE", help="base model (default: the base named in ADAPTER)")
     add_model(merge)
     merge.add_argument("--strength", type=float, default=1.0, help="strength of the adapter (default: 1)")
     merge.add_argument(
-        "--keep-fp8", action="store_true", help="keep weights in 8 bits (default: fp16, which loses less)"
+        "--keep-fp8",
+        action="store_true",
+        help="keep 8-bit weights in 8 bits (default: convert them to fp16, which loses less)",
     )
     merge.add_argument("--output", required=True, metavar="PATH", help="new folder or new .safetensors file")
 
@@ -104,22 +108,30 @@ def _add_merge(command: Command) -> None:
 def _add_install(command: Command) -> None:
     install = command("install-adapter", run_install_adapter, "copy an adapter into the folders of another program")
     install.add_argument("adapter", metavar="ADAPTER", help="adapter file")
-    install.add_argument("--into", choices=tuple(HOSTS), required=True, help="program to copy it into")
+    install.add_argument("--into", choices=tuple(HOSTS), required=True, help="program that will use the adapter")
     install.add_argument("--at", required=True, metavar="PATH", help="folder of the program, or of its LoRA files")
-    install.add_argument("--name", default="", metavar="NAME", help="name of the copy (default: that of ADAPTER)")
-    install.add_argument("--any-folder", action="store_true", help="accept any folder as --at, whatever is in it")
+    install.add_argument("--name", default="", metavar="NAME", help="name of the copy (default: the name of ADAPTER)")
+    install.add_argument(
+        "--any-folder", action="store_true", help="accept any folder for --at without checking its contents"
+    )
 
 
 def _add_push(command: Command) -> None:
-    push = command("push", run_push, "put an adapter with a model card and sample pictures on the Hugging Face hub")
+    push = command("push", run_push, "upload an adapter with a model card and sample pictures to the Hugging Face Hub")
     push.add_argument("source", metavar="RUN_OR_FILE", help="run folder or adapter file")
-    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository; a new one is created as private")
-    push.add_argument("--license", required=True, metavar="NAME", help=f"license of the adapter, {LICENSES}")
+    push.add_argument(
+        "--repo", required=True, metavar="OWNER/NAME", help="repository; created if missing, private unless --public"
+    )
+    push.add_argument(
+        "--license", required=True, metavar="NAME", help=f"the hub's id of the adapter's license: {LICENSES}"
+    )
     push.add_argument("--base-model", default="", metavar="ID", help="hub id of the base, if the file does not name it")
-    push.add_argument("--prompts", action="store_true", help="publish the prompts of the pictures too")
-    push.add_argument("--public", action="store_true", help="publish for everybody (default: a private repository)")
-    push.add_argument("--replace", action="store_true", help="overwrite files of the same names in the repository")
-    push.add_argument("--dry-run", metavar="FOLDER", help="write all that would be sent into FOLDER, and send nothing")
+    push.add_argument("--prompts", action="store_true", help="also publish the prompts of the pictures")
+    push.add_argument(
+        "--public", action="store_true", help="create a public repository, or allow a repository that is public"
+    )
+    push.add_argument("--replace", action="store_true", help="overwrite files with the same names in the repository")
+    push.add_argument("--dry-run", metavar="FOLDER", help="write the files into FOLDER instead of uploading them")
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
@@ -134,8 +146,10 @@ def _add_format(command: argparse.ArgumentParser) -> None:
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="precision (default: fp16)")
-    command.add_argument("--output", default=".", metavar="DIR", help="where to write (default: here)")
+    command.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="dtype of the weights (default: fp16)"
+    )
+    command.add_argument("--output", default=".", metavar="DIR", help="output folder (default: the current folder)")
     command.add_argument("--force", action="store_true", help="overwrite existing files")
 
 

@@ -20,9 +20,16 @@ BUNDLED_SUBJECT, BUNDLED_PHOTOS = "zib", 4
 
 def add(command: Command) -> None:
     """Add the commands of this module by `command(name, run, help)`."""
-    probe = command("probe", run_probe, "measure on photos whether a base predicts noise (epsilon) or v")
+    probe = command(
+        "probe", run_probe, "measure on photos whether a base predicts the noise (epsilon) or the velocity (v)"
+    )
     probe.add_argument("base", metavar="BASE", help="base model: a file, a folder or a hub id")
-    probe.add_argument("--photo", action="append", metavar="FILE", help="photo to measure on; may be repeated")
+    probe.add_argument(
+        "--photo",
+        action="append",
+        metavar="FILE",
+        help="photo to measure on (default: bundled photos); may be repeated",
+    )
     add_model(probe)
 
 

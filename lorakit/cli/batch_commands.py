@@ -20,24 +20,28 @@ LOOK_EVERY = 1.0
 
 def add(command: Command) -> None:
     """Add the commands of this module by `command(name, run, help)`."""
-    batch = command("batch", run_batch, "train many adapters: a run for each row of a file, or folder of photos")
-    batch.add_argument("jobs", metavar="JOBS", help="TOML file, or a folder of photo folders; `status` shows a batch")
-    batch.add_argument("folder", nargs="?", metavar="RUNS", help="folder of the batch, after `status`")
-    batch.add_argument("--output", metavar="DIR", help="where the run folders go (default: runs/<name of JOBS>)")
+    batch = command("batch", run_batch, "train an adapter for each row of a TOML file, or for each folder of photos")
+    batch.add_argument("jobs", metavar="JOBS", help="TOML file, folder of photo folders, or `status` to show a batch")
+    batch.add_argument("folder", nargs="?", metavar="RUNS", help="folder of the batch to show (only after `status`)")
+    batch.add_argument("--output", metavar="DIR", help="folder for the run folders (default: runs/<name of JOBS>)")
     batch.add_argument("--preset", metavar="NAME", help="preset or TOML file of all runs")
     batch.add_argument(
-        "--subject", metavar="'sks {folder}'", help="trigger and class of all runs; {folder} is the name of each folder"
+        "--subject",
+        metavar="'sks {folder}'",
+        help="trigger and class of all runs; {folder} becomes the name of the photo folder",
     )
-    batch.add_argument("--style", metavar="'sks style'", help="the same for styles")
+    batch.add_argument("--style", metavar="'sks style'", help="trigger of all runs, if they train styles")
     batch.add_argument("--base", metavar="BASE", help="base model of all runs")
-    batch.add_argument("--wait", action="store_true", help="return when all runs have ended")
+    batch.add_argument("--wait", action="store_true", help="wait until all runs have ended")
     batch.add_argument(
-        "--ray", metavar="ADDRESS", help="run on this Ray cluster; DIR is on a disk that all machines share"
+        "--ray",
+        metavar="ADDRESS",
+        help="address of a Ray cluster to train on; DIR must be on a disk that all machines share",
     )
     batch.add_argument(
         "--results",
         metavar="URL",
-        help="copy the results of each run there: a folder or a URL of fsspec, e.g. s3://...",
+        help="folder or fsspec URL for copies of the results, e.g. s3://... (needs --wait or --ray)",
     )
     add_set(batch)
 

@@ -32,45 +32,51 @@ OPTIONS = [
 
 def add(command: Command) -> None:
     """Add the commands of this module by `command(name, run, help)`."""
-    caption = command("caption", run_caption, "write captions of photos by a model, or undo that")
+    caption = command(
+        "caption", run_caption, "write captions of photos with a model, or undo the last change of captions"
+    )
     caption.set_defaults(has_events=True)
     caption.add_argument("photos", metavar="PHOTOS", help="folder of photos; captions are written beside them")
     what = caption.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--with", dest="model", metavar="MODEL", help="captioner: a folder or a hub id (docs/captions.md)"
     )
-    what.add_argument("--undo", action="store_true", help="restore the captions from before the last change")
+    what.add_argument("--undo", action="store_true", help="undo the last change of the captions")
     name = caption.add_mutually_exclusive_group()
-    name.add_argument(
-        "--subject", metavar="'sks toy'", help="add to each caption: a rare word for the subject, and what it is"
-    )
-    name.add_argument("--style", metavar="'sks style'", help="add in front of each caption: a rare word for the style")
-    caption.add_argument("--prompt", default="", metavar="TEXT", help="question for the model, if it takes one")
-    caption.add_argument("--prefix", default="", metavar="TEXT", help="words in front of every caption")
+    name.add_argument("--subject", metavar="'sks toy'", help="trigger (a rare word) and class to add to each caption")
+    name.add_argument("--style", metavar="'sks style'", help="trigger (a rare word) to add in front of each caption")
+    caption.add_argument("--prompt", default="", metavar="TEXT", help="question for the model, if it accepts one")
+    caption.add_argument("--prefix", default="", metavar="TEXT", help="text to add in front of each caption")
     caption.add_argument(
         "--without",
         action="append",
         default=[],
         metavar="WORDS",
-        help="words or tags to remove, with commas between them",
+        help="words or tags to remove, separated by commas; may be repeated",
     )
-    caption.add_argument("--max-tokens", type=int, default=128, metavar="COUNT", help="longest caption (default: 128)")
+    caption.add_argument(
+        "--max-tokens",
+        type=int,
+        default=128,
+        metavar="COUNT",
+        help="greatest length of a caption in tokens (default: 128)",
+    )
     caption.add_argument(
         "--threshold",
         type=float,
         default=0.35,
         metavar="P",
-        help="of taggers: least probability of a tag (default: 0.35)",
+        help="lowest probability of a tag, for taggers (default: 0.35)",
     )
     caption.add_argument(
         "--character-threshold",
         type=float,
         default=0.85,
         metavar="P",
-        help="the same for names of characters (default: 0.85)",
+        help="lowest probability of a character's name, for taggers (default: 0.85)",
     )
     caption.add_argument("--overwrite", action="store_true", help="replace existing captions; --undo restores them")
-    caption.add_argument("--dry-run", action="store_true", help="show the captions, and write none")
+    caption.add_argument("--dry-run", action="store_true", help="show the captions without writing them")
     caption.add_argument("--fetch", action="store_true", help="download the model if it is not on this machine")
     add_set(caption)
 

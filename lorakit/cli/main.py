@@ -45,7 +45,7 @@ from lorakit.runs import launch
 ALIASES = {"options": ["knobs"]}
 # Help of `--json` for commands that write each event and not only a report.
 JSON_HELP = dict.fromkeys(
-    ("train", "resume", "caption"), "write each event of the run to stdout as a line of JSON, the result last"
+    ("train", "resume", "caption"), "write each event to stdout as a line of JSON; the last one is the result"
 )
 
 
@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="lorakit",
         description="Teach Stable Diffusion a subject or a style from your photos, and get a checked adapter.",
-        epilog="lorakit COMMAND --help says more. First try: lorakit demo",
+        epilog="See lorakit COMMAND --help for its options. Start with: lorakit demo",
     )
     top.add_argument("--version", action="version", version=f"lorakit {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
@@ -169,11 +169,9 @@ def parser() -> argparse.ArgumentParser:
     tune_commands.add(command)
     rate_probe.add(command)
     caption_commands.add(command)
-    command(
-        "doctor", run_doctor, "show the device, precision, attention and extras of this machine, and what is missing"
-    )
-    options = command("options", run_options, "list every option that --set takes, with its default and bounds")
-    options.add_argument("--markdown", action="store_true", help="print docs/options.md")
+    command("doctor", run_doctor, "check the device, precision, attention, packages and extras of this machine")
+    options = command("options", run_options, "list the options of --set with their defaults and bounds")
+    options.add_argument("--markdown", action="store_true", help="print the list as in docs/options.md")
     command("ui", lambda _: run_ui([]), "start the front end in the browser")
     return top
 

@@ -34,10 +34,10 @@ WIDTH = 40
 
 def add(command: Command) -> None:
     """Add the command of this page by `command(name, run, help)`."""
-    probe = command("probe-rate", run_probe_rate, "find a learning rate in a short run whose rate rises")
+    probe = command("probe-rate", run_probe_rate, "find a learning rate in one short run with a rising rate")
     add_run_options(probe)
     probe.add_argument(
-        "--steps", type=int, default=STEPS, metavar="COUNT", help=f"length of the run (default: {STEPS})"
+        "--steps", type=int, default=STEPS, metavar="COUNT", help=f"number of steps of the run (default: {STEPS})"
     )
 
 

@@ -43,7 +43,7 @@ EXCLUSION_LIMIT = 5
 
 def add(command: Command) -> None:
     """Add the commands of this module by `command(name, run, help)`."""
-    demo = command("demo", run_demo, "train on the bundled model and pictures, as a first try")
+    demo = command("demo", run_demo, "train an adapter on bundled photos with the bundled model")
     demo.add_argument("--subject", default="zib", metavar="NAME", help="bundled subject (default: zib)")
     add_set(demo)
     _add_output(demo)
@@ -55,22 +55,28 @@ def add(command: Command) -> None:
     train = command("train", run_train, "train an adapter from a folder of photos")
     train.set_defaults(has_events=True)
     add_run_options(train)
-    _add_gpus(check, "check a run on this many GPUs of this machine")
-    _add_gpus(train, "train on this many GPUs of this machine (docs/scale.md)")
+    _add_gpus(check, "number of GPUs of this machine that the run will use")
+    _add_gpus(train, "number of GPUs of this machine to train on (docs/scale.md)")
     _add_output(train)
 
-    importing = command("import-config", run_import_config, "write a lorakit config from one of kohya or OneTrainer")
+    importing = command(
+        "import-config", run_import_config, "convert a config of kohya or OneTrainer to a lorakit config"
+    )
     importing.add_argument("file", metavar="FILE", help="TOML or JSON file of the other program")
-    importing.add_argument("--output", metavar="FILE", help="where to write (default: <name>-lorakit.toml beside it)")
+    importing.add_argument("--output", metavar="FILE", help="file to write (default: <name>-lorakit.toml beside FILE)")
 
     resume = command("resume", run_resume, "continue a run exactly where it stopped")
     resume.set_defaults(has_events=True)
     resume.add_argument("folder", metavar="RUN", help="run folder, e.g. runs/2026-01-31-sks-toy")
     resume.add_argument(
-        "--from", dest="checkpoint", default="", metavar="STEP", help="go back to this checkpoint, e.g. step-000120"
+        "--from",
+        dest="checkpoint",
+        default="",
+        metavar="STEP",
+        help="checkpoint to continue from, e.g. step-000120 (default: the last)",
     )
     resume.add_argument("--steps", metavar="COUNT", help="new number of steps of the whole run")
-    _add_gpus(resume, "continue on this many GPUs of this machine")
+    _add_gpus(resume, "number of GPUs of this machine to train on")
     add_set(resume)
 
 
@@ -79,21 +85,19 @@ def _add_gpus(command: argparse.ArgumentParser, help: str) -> None:
 
 
 def add_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos, which is only read")
+    command.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos; it is not changed")
     command.add_argument(
-        "--preset", metavar="NAME", help=f"one of {', '.join(configuration.preset_names())}, or a TOML file"
+        "--preset", metavar="NAME", help=f"preset ({', '.join(configuration.preset_names())}) or TOML file"
     )
     name = command.add_mutually_exclusive_group()
-    name.add_argument("--subject", metavar="'sks toy'", help="a rare word for the subject, and what it is")
-    name.add_argument("--style", metavar="'sks style'", help="a rare word for the style")
+    name.add_argument("--subject", metavar="'sks toy'", help="trigger (a rare word) and class of the subject")
+    name.add_argument("--style", metavar="'sks style'", help="trigger (a rare word) of the style")
     command.add_argument(
         "--prompt", action="append", metavar="TEXT", help="prompt of a sample picture; may be repeated"
     )
     add_prompts(command)
     command.add_argument("--base", metavar="BASE", help="base model: a file, a folder or a hub id (default: bundled)")
-    command.add_argument(
-        "--init-from", metavar="FILE", help="start from this adapter's weights (a new run, not a resume)"
-    )
+    command.add_argument("--init-from", metavar="FILE", help="adapter with the initial weights of a new run")
     add_model(command)
 
 
@@ -102,12 +106,12 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
         "--prompts",
         action="append",
         metavar="FILE",
-        help="file with a prompt a line, or kohya's JSON or TOML; may be repeated",
+        help="file with one prompt a line, or prompts in kohya's JSON or TOML; may be repeated",
     )
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--vae", metavar="VAE", help="VAE in place of the base's own: a folder, a file or a hub id")
+    command.add_argument("--vae", metavar="VAE", help="VAE instead of the base's own: a folder, a file or a hub id")
     add_set(command)
 
 
@@ -117,12 +121,12 @@ def add_set(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="set an option of `lorakit options`; may be repeated",
+        help="value of an option (list: lorakit options); may be repeated",
     )
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", metavar="DIR", help="where to write (default: runs/<time>-<name>)")
+    command.add_argument("--output", metavar="DIR", help="output folder (default: runs/<time>-<name>)")
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

@@ -40,14 +40,14 @@ LOWEST = "lowest-score.toml"
 
 def add(command: Command) -> None:
     """Add the command of this module by `command(name, run, help)`."""
-    tune = command("tune", run_tune, "search the learning rate, rank and length for a folder of photos")
+    tune = command("tune", run_tune, "search a learning rate, a rank and a number of steps for a folder of photos")
     add_run_options(tune)
     tune.add_argument(
-        "--output", metavar="DIR", required=True, help="where the runs go; give the same folder to continue"
+        "--output", metavar="DIR", required=True, help="folder for the runs; give the same folder to continue a search"
     )
     tune.add_argument("--trials", type=int, default=12, metavar="COUNT", help="number of runs (default: 12)")
     tune.add_argument(
-        "--drift", type=float, default=0.1, metavar="SHARE", help="highest prior drift to accept (default: 0.1)"
+        "--drift", type=float, default=0.1, metavar="SHARE", help="highest acceptable prior drift (default: 0.1)"
     )
 
 

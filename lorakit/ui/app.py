@@ -72,53 +72,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of `lorakit ui`."""
     options = argparse.ArgumentParser(prog="lorakit ui", description="Start the front end in the browser.")
-    options.add_argument("--runs", default="runs", metavar="DIR", help="where runs are written (default: runs)")
+    options.add_argument("--runs", default="runs", metavar="DIR", help="folder of the runs (default: runs)")
     options.add_argument(
         "--root",
         action="append",
         metavar="DIR",
-        help="folder that may be read, with all below it; may be repeated (default: this folder, and Pictures)",
+        help="folder that the front end may read; may be repeated (default: the current folder and Pictures)",
     )
     options.add_argument(
         "--bases",
         action="append",
         default=[],
         metavar="DIR",
-        help="folder of base models, offered as bases; may be repeated",
+        help="folder of base models to suggest; may be repeated",
     )
     options.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a password"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; a password is required if other machines can reach it",
     )
     options.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    options.add_argument("--share", action="store_true", help="open a public address through Gradio; needs a password")
+    options.add_argument(
+        "--share", action="store_true", help="open a public address through Gradio; requires a password"
+    )
     options.add_argument(
         "--public",
         default="",
         metavar="URL",
-        help="address at which a reverse proxy offers it, as https://box.example/lorakit; needs a password",
+        help="URL of the front end behind a reverse proxy, e.g. https://box.example/lorakit; requires a password",
     )
     options.add_argument(
         "--embed",
         default="",
         metavar="ORIGIN",
-        help="the one other program whose pages may frame it, as http://127.0.0.1:7860",
+        help="origin whose pages may show the front end in a frame, e.g. http://127.0.0.1:7860",
     )
-    options.add_argument(
-        "--end-with", type=int, default=0, metavar="PID", help="end when this process, which started it, has ended"
-    )
+    options.add_argument("--end-with", type=int, default=0, metavar="PID", help="end when this process ends")
     options.add_argument(
         "--password",
         default=os.environ.get("LORAKIT_PASSWORD", ""),
-        help=f"password for the user name {USER!r}; better set LORAKIT_PASSWORD, as others see command lines",
+        help=f"password of the user {USER!r}; set LORAKIT_PASSWORD instead if others can list processes",
     )
-    options.add_argument("--max-upload", type=int, default=500, metavar="MB", help="largest upload (default: 500)")
+    options.add_argument(
+        "--max-upload", type=int, default=500, metavar="MB", help="size of the largest uploaded file (default: 500)"
+    )
     options.add_argument(
         "--notify",
         default="",
         metavar="TARGET",
-        help="output.notify of its runs, which no page can set: URL or command",
+        help="URL or command for output.notify of the runs, because pages cannot set it",
     )
-    options.add_argument("--open", action="store_true", help="open the browser")
+    options.add_argument("--open", action="store_true", help="open the page in the browser")
     return options
 
 

@@ -37,7 +37,7 @@ def test_a_flag_that_is_an_option_is_named_as_one(
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        ([], "lorakit COMMAND --help says more. First try: lorakit demo"),
+        ([], "See lorakit COMMAND --help for its options. Start with: lorakit demo"),
         (["train", "photos", "--subjet", "sks dog"], "--subjet sks dog (did you mean --subject?)"),
         (["train", "photos", "--subjet=sks dog"], "(did you mean --subject?)"),
         (["train", "my", "photos"], "lorakit train: error: unrecognized arguments: photos; put quotes around a path"),
