@@ -53,7 +53,7 @@ def test_another_seed_gives_other_weights(sd1: Any, attach: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "text"), [("sd1", False), ("sd1", True), ("sdxl", True)])
-def test_every_announced_layer_learns_with_and_without_checkpointing(
+def test_every_reported_layer_learns_with_and_without_checkpointing(
     request: pytest.FixtureRequest, attach: Any, name: str, method: str, text: bool
 ) -> None:
     family = request.getfixturevalue(name)
@@ -119,7 +119,7 @@ def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, me
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_float16_gradients_do_not_vanish_and_come_out_in_the_right_size(tiny_sd1: Path, method: str) -> None:
+def test_float16_gradients_do_not_vanish_and_are_unscaled(tiny_sd1: Path, method: str) -> None:
     def gradients(dtype: torch.dtype, scaled: bool = True) -> torch.Tensor:
         family = new_base(tiny_sd1, dtype)
         assert family.gradient_scale == (2**13 if dtype is torch.float16 else 1)
@@ -154,7 +154,7 @@ def test_only_the_adapters_dropout_is_ever_in_training_mode(sd1: Any, attach: An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_disabled_is_the_base_and_comes_back(sd1: Any, attach: Any, method: str) -> None:
+def test_disabling_gives_the_base_and_enabling_the_adapter(sd1: Any, attach: Any, method: str) -> None:
     before = predict(sd1)
     adapter = attach(sd1, METHODS[method](rank=4, target_modules="linear+conv", train_text_encoder=True))
     randomize(adapter)
@@ -173,7 +173,7 @@ def test_disabled_is_the_base_and_comes_back(sd1: Any, attach: Any, method: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_detach_leaves_the_base_as_it_was(sd1: Any, method: str) -> None:
+def test_detach_restores_the_base(sd1: Any, method: str) -> None:
     names = {part: list(module.state_dict()) for part, module in sd1.modules().items()}
     before = predict(sd1)
     for _ in range(2):
@@ -210,7 +210,7 @@ def merged(base: np.ndarray, layer: LoraLayer, strength: float = 1.0) -> np.ndar
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_output_equals_that_of_the_merged_weights(sd1: Any, attach: Any, method: str) -> None:
+def test_output_equals_the_output_of_merged_weights(sd1: Any, attach: Any, method: str) -> None:
     config = METHODS[method](rank=4, alpha=3.0, target_modules="linear+conv", train_text_encoder=True)
     adapter = attach(sd1, config)
     randomize(adapter)
@@ -235,7 +235,7 @@ def test_output_equals_that_of_the_merged_weights(sd1: Any, attach: Any, method:
 
 
 @pytest.mark.parametrize(("rank", "alpha", "scale"), [(4, None, 1.0), (4, 1.0, 0.25), (4, 8.0, 2.0)])
-def test_the_scale_is_alpha_by_rank(sd1: Any, attach: Any, rank: int, alpha: float | None, scale: float) -> None:
+def test_the_scale_is_alpha_over_rank(sd1: Any, attach: Any, rank: int, alpha: float | None, scale: float) -> None:
     weights = attach(sd1, LoraConfig(rank=rank, alpha=alpha)).weights()
     assert {layer.rank for layer in weights.layers.values()} == {rank}
     assert {layer.scale for layer in weights.layers.values()} == {scale}
@@ -258,7 +258,7 @@ def test_rank_dropout_and_targets_reach_pefts_layers(sd1: Any, attach: Any) -> N
 
 
 @pytest.mark.parametrize("convolution", [False, True])
-def test_dora_gradients_are_those_of_the_formula_with_a_constant_norm(sd1: Any, attach: Any, convolution: bool) -> None:
+def test_dora_gradients_follow_the_formula_with_a_constant_norm(sd1: Any, attach: Any, convolution: bool) -> None:
     attach(sd1, LoraConfig(method="dora", rank=4, target_modules="linear+conv"))
     block = sd1.denoiser.mid_block
     layer = block.resnets[0].conv1 if convolution else block.attentions[0].transformer_blocks[0].attn1.to_q
@@ -301,7 +301,7 @@ def test_dora_learns_its_magnitude_in_a_bfloat16_base(tiny_sd1: Path) -> None:
     assert 0.004 < change < 0.008
 
 
-def test_dora_survives_a_column_of_zeros(sd1: Any, attach: Any) -> None:
+def test_dora_is_finite_with_a_column_of_zeros(sd1: Any, attach: Any) -> None:
     weight = sd1.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     before = weight.detach().clone()
     with torch.no_grad():

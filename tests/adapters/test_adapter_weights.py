@@ -94,7 +94,7 @@ def test_a_dora_file_may_have_layers_that_are_plain_lora(sd1: Any, attach: Any) 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_brings_every_bit_back(sd1: Any, attach: Any, method: str) -> None:
+def test_a_checkpoint_restores_every_bit(sd1: Any, attach: Any, method: str) -> None:
     adapter = attach(sd1, METHODS[method](rank=2, train_text_encoder=True))
     randomize(adapter)
     state, parameters = adapter.state(), list(adapter.parameters().values())
@@ -158,7 +158,7 @@ def test_starting_from_an_adapter_that_does_not_fit_says_what_to_set(sd1: Any, a
     refused(weights, "pissa begins from the base's own weights and not from an adapter: set adapter.method = 'lora'")
 
 
-def test_applying_what_does_not_fit_says_why(sd1: Any, attach: Any) -> None:
+def test_applying_unfit_weights_says_why(sd1: Any, attach: Any) -> None:
     adapter = attach(sd1, LoraConfig(rank=2))
     weights = adapter.weights()
     name, layer = next(iter(weights.layers.items()))
@@ -186,7 +186,7 @@ def test_applying_what_does_not_fit_says_why(sd1: Any, attach: Any) -> None:
         adapters.attach(bare, LoraConfig(target_modules="linear"))
 
 
-def test_it_stays_a_peft_model_to_everyone_else(sd1: Any, attach: Any) -> None:
+def test_peft_reads_the_adapters_state_dict(sd1: Any, attach: Any) -> None:
     adapter = attach(sd1, LoraConfig(rank=2))
     randomize(adapter)
     state = get_peft_model_state_dict(sd1.denoiser)

@@ -83,7 +83,7 @@ def test_peft_itself_opens_the_folder(method: str, tiny_sd1: Path, tmp_path: Pat
     torch.testing.assert_close(predict(family), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_export_with_padded_ranks_is_started_from(sd1: Any, attach: Any, tmp_path: Path) -> None:
+def test_a_run_starts_from_an_export_with_padded_ranks(sd1: Any, attach: Any, tmp_path: Path) -> None:
     config_of_run = settings(**BASE).adapter
     adapter = attach(sd1, config_of_run, seed=0)
     randomize(adapter)
@@ -160,7 +160,7 @@ def test_patterns_without_effect_are_refused_by_check_and_by_attach(
         (8, r"adapter\.ranks = 8: must be a table, such as \{'\*\.attn2\.\*' = 8\}"),
     ],
 )
-def test_values_are_checked(value: object, problem: str) -> None:
+def test_wrong_values_are_refused(value: object, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         settings(**{"adapter.ranks": value})
 

@@ -16,21 +16,21 @@ from lorakit.runs.plan import count_weights
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_as_many_numbers_are_trained_as_are_announced(sd1: Any, attach: Any, method: str) -> None:
+def test_the_plan_counts_the_trained_weights(sd1: Any, attach: Any, method: str) -> None:
     config = METHODS[method](rank=5, target_modules="linear+conv", train_text_encoder=True)
     adapter = attach(sd1, config)
     announced = sum(targets.trained(config, sd1.info.layers[name]) for name in adapter.layers)
     assert sum(parameter.numel() for parameter in adapter.parameters().values()) == announced
 
 
-def test_vectors_of_a_word_are_announced(sd1: Any, attach: Any) -> None:
+def test_the_plan_counts_the_vectors_of_a_word(sd1: Any, attach: Any) -> None:
     config = LoraConfig(rank=2, new_tokens=3)
     adapter = attach(sd1, config, trigger="sks")
     assert count_weights([*adapter.layers], sd1.info.layers, config) == adapter.describe()
     assert adapter.describe()["text_encoder"] == (0, 3 * 32)
 
 
-def test_pissa_begins_as_the_principal_part_of_the_weight(sd1: Any, attach: Any) -> None:
+def test_pissa_starts_from_the_principal_part_of_the_weight(sd1: Any, attach: Any) -> None:
     adapter = attach(sd1, LoraConfig(method="pissa", rank=6, alpha=3.0, target_modules="linear+conv"))
     state = adapter.state()
     for name, layer in adapter._layers.items():
@@ -44,7 +44,7 @@ def test_pissa_begins_as_the_principal_part_of_the_weight(sd1: Any, attach: Any)
         assert np.linalg.norm(actual) >= 0.98 * np.linalg.norm(best)
 
 
-def test_pissa_changes_what_the_paper_changes(sd1: Any, attach: Any) -> None:
+def test_pissa_exports_the_change_of_the_paper(sd1: Any, attach: Any) -> None:
     """The adapted weight is W - s B0 A0 + s B A. The base keeps W, so the exported change is s (B A - B0 A0)."""
     adapter = attach(sd1, LoraConfig(method="pissa", rank=2, target_modules="linear+conv", train_text_encoder=True))
     before = adapter.state()
@@ -71,7 +71,7 @@ def test_pissa_is_applied_as_plain_lora(sd1: Any, attach: Any) -> None:
     applied.detach()
 
 
-def test_pissa_of_a_rank_above_the_layers_own(sd1: Any, attach: Any) -> None:
+def test_pissa_works_with_a_rank_above_the_layers_size(sd1: Any, attach: Any) -> None:
     before = predict(sd1)
     adapter = attach(sd1, LoraConfig(method="pissa", rank=200))
     assert all(torch.isfinite(parameter).all() for parameter in adapter.parameters().values())
@@ -86,7 +86,7 @@ def test_pissa_is_not_fused_into_the_base(sd1: Any, attach: Any) -> None:
             layer.merge()
 
 
-def test_first_weights_are_lycoris(sd1: Any, attach: Any) -> None:
+def test_initial_weights_follow_lycoris(sd1: Any, attach: Any) -> None:
     adapter = attach(sd1, AdapterConfig(method="loha", rank=8, target_modules="linear+conv"), seed=3)
     for layer in adapter.weights().layers.values():
         assert not layer.w2_a.any()
@@ -111,7 +111,7 @@ def test_a_full_lokr_has_no_scale(sd1: Any, attach: Any) -> None:
 
 
 @pytest.mark.parametrize(("method", "kind"), [("loha", "LOHA"), ("lokr", "LOKR"), ("lora", "LORA")])
-def test_peft_knows_what_it_holds(sd1: Any, attach: Any, method: str, kind: str) -> None:
+def test_pefts_config_names_the_method(sd1: Any, attach: Any, method: str, kind: str) -> None:
     attach(sd1, ADAPTER_SECTIONS[method](method=method, rank=4, alpha=2.0))
     assert sd1.denoiser.peft_config["default"].peft_type == kind
 

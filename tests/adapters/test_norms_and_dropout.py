@@ -22,7 +22,7 @@ def settings(**options: object) -> config.Config:
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "loha", "lokr"])
 @pytest.mark.parametrize("modules", ["attention", "linear+conv"])
-def test_norms_are_limited_as_kohya_does(method: str, modules: str, sd1: Any, attach: Any) -> None:
+def test_norms_are_limited_as_in_kohyas_scripts(method: str, modules: str, sd1: Any, attach: Any) -> None:
     options = {"adapter.method": method, "adapter.rank": 4, "adapter.target_modules": modules, "adapter.alpha": 2.0}
     adapter = attach(sd1, settings(**options).adapter, seed=0)
     randomize(adapter, size=0.3)
@@ -36,7 +36,7 @@ def test_norms_are_limited_as_kohya_does(method: str, modules: str, sd1: Any, at
         torch.testing.assert_close(layer.delta(), before[name] * share, rtol=1e-4, atol=1e-6)
 
 
-def test_the_norm_of_a_product_is_that_of_its_matrix() -> None:
+def test_the_norm_of_factors_equals_the_norm_of_their_product() -> None:
     draw = torch.Generator().manual_seed(0)
     factors = {"down": torch.randn(4, 6, 3, 3, generator=draw), "up": torch.randn(8, 4, 1, 1, generator=draw)}
     expected = (factors["up"].flatten(1) @ factors["down"].flatten(1)).norm() * 0.5
@@ -44,7 +44,7 @@ def test_the_norm_of_a_product_is_that_of_its_matrix() -> None:
 
 
 @pytest.mark.parametrize("kind", ["to_q", "conv1"])
-def test_ranks_are_left_out_for_each_picture(kind: str, sd1: Any, attach: Any) -> None:
+def test_rank_dropout_draws_for_each_picture(kind: str, sd1: Any, attach: Any) -> None:
     options = {"adapter.rank": 4, "adapter.rank_dropout": 0.5, "adapter.target_modules": "linear+conv"}
     adapter = attach(sd1, settings(**options).adapter, seed=0)
     randomize(adapter)
@@ -73,7 +73,7 @@ def test_ranks_are_left_out_for_each_picture(kind: str, sd1: Any, attach: Any) -
     assert not torch.allclose(full, actual, atol=1e-4)
 
 
-def test_a_layers_adapter_is_left_out_of_some_passes(sd1: Any, attach: Any) -> None:
+def test_module_dropout_skips_a_layers_adapter_in_some_passes(sd1: Any, attach: Any) -> None:
     adapter = attach(sd1, settings(**{"adapter.module_dropout": 0.4}).adapter, seed=0)
     randomize(adapter)
     layer = sd1.denoiser.get_submodule(adapter.layers[0].removeprefix("unet."))
@@ -95,7 +95,7 @@ def test_a_layers_adapter_is_left_out_of_some_passes(sd1: Any, attach: Any) -> N
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 @pytest.mark.parametrize("kind", ["to_q", "conv1"])
-def test_rows_of_a_change_are_left_out_for_each_picture(method: str, kind: str, sd1: Any, attach: Any) -> None:
+def test_rank_dropout_of_lycoris_drops_rows_for_each_picture(method: str, kind: str, sd1: Any, attach: Any) -> None:
     options = {"adapter.method": method, "adapter.rank": 2, "adapter.target_modules": "linear+conv"}
     adapter = attach(sd1, settings(**options, **{"adapter.rank_dropout": 0.5, "adapter.module_dropout": 0.3}).adapter)
     randomize(adapter)
@@ -120,7 +120,7 @@ def test_rows_of_a_change_are_left_out_for_each_picture(method: str, kind: str, 
 
 
 @pytest.mark.parametrize("method", ["lora", "loha", "lokr"])
-def test_layers_that_dropout_never_let_train_are_no_faults(method: str, sd1: Any, attach: Any) -> None:
+def test_layers_that_dropout_always_skipped_pass_the_check(method: str, sd1: Any, attach: Any) -> None:
     options = {"adapter.method": method, "adapter.rank": 2, "adapter.module_dropout": 0.5}
     section = settings(**options).adapter
     adapter = attach(sd1, section)
@@ -137,14 +137,14 @@ def test_layers_that_dropout_never_let_train_are_no_faults(method: str, sd1: Any
 
 @pytest.mark.parametrize("method", ["dora", "pissa"])
 @pytest.mark.parametrize("option", ["train.max_weight_norm", "adapter.rank_dropout", "adapter.module_dropout"])
-def test_they_are_refused_where_the_change_is_no_product(method: str, option: str) -> None:
+def test_norm_limits_and_dropout_are_refused_for_unfit_methods(method: str, option: str) -> None:
     with pytest.raises(ConfigError, match=f"{option} needs a method whose change is the product of its factors alone"):
         settings(**{"adapter.method": method, option: 0.5})
     with pytest.raises(ConfigError, match=r"memory.compile needs adapter.dropout = 0"):
         settings(**{"adapter.rank_dropout": 0.5, "memory.compile": True})
 
 
-def test_noise_levels_are_shifted() -> None:
+def test_timestep_shift_moves_timesteps_to_more_noise() -> None:
     of = prediction.Epsilon(torch.linspace(0.999, 0.01, 1000))
     sampled = of.sample_timesteps(4000, torch.Generator().manual_seed(0), "cpu", shift=3.0).float() / 1000
     shares = (torch.arange(4000) + 0.5) / 4000

@@ -72,7 +72,7 @@ def test_sdxl_has_as_many_layers_as_sd_scripts_trains(
     assert len(targets.select("sdxl", sdxl, target_modules, text)) == count
 
 
-def test_what_programs_lose_is_left_out(sd15: list[str]) -> None:
+def test_layers_that_programs_lose_are_not_targeted(sd15: list[str]) -> None:
     selected = targets.select("sd1", sd15, "linear+conv", True)
     for name in ("unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"):
         assert name in sd15
@@ -93,6 +93,6 @@ def test_attention_means_q_k_v_and_out(sd15: list[str]) -> None:
     assert text == {f"self_attn.{layer}_proj" for layer in ("q", "k", "v", "out")}
 
 
-def test_the_order_of_the_layers_stays(sd15: list[str]) -> None:
+def test_selection_keeps_the_order_of_the_layers(sd15: list[str]) -> None:
     selected = targets.select("sd1", sd15, "linear", True)
     assert selected == [name for name in sd15 if name in set(selected)]

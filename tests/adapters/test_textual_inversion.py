@@ -31,7 +31,7 @@ def by_hand(ids: list[int], token_ids: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("token_ids", [[7], [7, 8], [7, 8, 9]])
-def test_the_vectors_stand_where_the_word_stood(token_ids: list[int], count: int) -> None:
+def test_the_vectors_replace_the_tokens_of_the_word(token_ids: list[int], count: int) -> None:
     texts = [
         [1, *token_ids, 5, END, PAD, PAD, PAD, PAD],
         [1, 5, *token_ids, 6, *token_ids, END],
@@ -62,9 +62,7 @@ def test_one_vector_for_a_word_of_one_token_changes_nothing_to_the_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_vectors_learn_are_switched_off_and_leave_no_trace(
-    request: pytest.FixtureRequest, attach: Any, name: str
-) -> None:
+def test_vectors_learn_and_can_be_disabled_and_detached(request: pytest.FixtureRequest, attach: Any, name: str) -> None:
     family = request.getfixturevalue(name)
     base, names = predict(family), {part: list(m.state_dict()) for part, m in family.modules().items()}
     adapter = attach(family, AdapterConfig(method="loha", rank=2, new_tokens=3), trigger="sks")
@@ -93,7 +91,7 @@ def test_vectors_learn_are_switched_off_and_leave_no_trace(
     torch.testing.assert_close(predict(family), trained, rtol=1e-4, atol=1e-5)
 
 
-def test_the_end_of_the_text_is_found_with_vectors_in_it(sdxl: Any, attach: Any) -> None:
+def test_the_pooled_text_is_right_with_vectors_in_the_text(sdxl: Any, attach: Any) -> None:
     """The pooled text is the state of the last token. It is the same with and without the trigger's own vectors."""
     before = sdxl.encode_text(["a photo of sks toy"])["pooled"]
     attach(sdxl, LoraConfig(rank=2, new_tokens=1), trigger="sks")
@@ -102,7 +100,7 @@ def test_the_end_of_the_text_is_found_with_vectors_in_it(sdxl: Any, attach: Any)
     assert torch.equal(sdxl.encode_text(["a photo of sks toy"])["pooled"], before)
 
 
-def test_what_does_not_fit_is_reported(sd1: Any, attach: Any) -> None:
+def test_unfit_vectors_and_missing_words_are_refused(sd1: Any, attach: Any) -> None:
     with pytest.raises(LorakitError, match="new_tokens needs a word to learn"):
         adapters.attach(sd1, LoraConfig(rank=2, new_tokens=1))
     adapter = attach(sd1, LoraConfig(rank=2, new_tokens=2), trigger="sks")

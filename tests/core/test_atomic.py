@@ -18,7 +18,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "_swept", set())
 
 
-def test_writers_with_one_process_number_do_not_meet(tmp_path: Path) -> None:
+def test_writers_with_the_same_process_id_do_not_conflict(tmp_path: Path) -> None:
     """Processes in two containers can have one number, as threads of one process do; their temporary names differ."""
     problems: list[Exception] = []
 
@@ -37,7 +37,7 @@ def test_writers_with_one_process_number_do_not_meet(tmp_path: Path) -> None:
     assert problems == [] and [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
-def test_what_a_kill_left_goes_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
+def test_stale_temporary_files_are_removed(tmp_path: Path) -> None:
     stale, fresh, foreign = (
         atomic.temporary_path(tmp_path / "x"),
         atomic.temporary_path(tmp_path / "x"),
@@ -52,7 +52,7 @@ def test_what_a_kill_left_goes_once_nobody_can_be_writing_it(tmp_path: Path) -> 
     assert not stale.exists() and fresh.exists() and foreign.exists()
 
 
-def test_an_older_folder_goes_only_after_the_new_one_is_in_place(
+def test_an_older_folder_is_removed_after_the_new_one_is_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new, target = tmp_path / "new", tmp_path / "model"

@@ -19,7 +19,7 @@ from lorakit.inference import class_images
         (None, "{home}/.cache/lorakit"),
     ],
 )
-def test_the_variable_else_the_home_folder(
+def test_the_variable_takes_precedence_over_the_home_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str | None, place: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -29,5 +29,5 @@ def test_the_variable_else_the_home_folder(
     assert cache_dir() == Path(place.format(home=tmp_path))
 
 
-def test_everybody_looks_there() -> None:
+def test_all_modules_use_the_same_function() -> None:
     assert doctor.cache_dir is class_images.cache_dir is latents.cache_dir is cache_dir

@@ -30,7 +30,7 @@ def test_all_listeners_are_called_in_their_order_and_closed_at_the_end() -> None
     assert listener == [Event("step", 3, {"loss": 0.5}), Event("warning", None, {"message": "one photo is small"})]
 
 
-def test_what_a_listener_raises_reaches_the_run() -> None:
+def test_a_listeners_error_reaches_the_run() -> None:
     def refuse(event: Event) -> None:
         raise RuntimeError("the host program is closing")
 
@@ -38,7 +38,7 @@ def test_what_a_listener_raises_reaches_the_run() -> None:
         Events(refuse).emit("step", 1)
 
 
-def test_a_stop_is_reported_once_and_stays() -> None:
+def test_a_stop_is_reported_once_and_remains() -> None:
     messages: list[str] = []
     answers = iter([False, True])
     stop = StopRequest(
@@ -51,12 +51,12 @@ def test_a_stop_is_reported_once_and_stays() -> None:
     assert messages == ["stopping: saving step 2"]
 
 
-def test_stopped_says_how_to_go_on(tmp_path) -> None:
+def test_stopped_says_how_to_continue(tmp_path) -> None:
     assert str(Stopped(tmp_path, 7)) == f"stopped after step 7; go on with: lorakit resume {tmp_path}"
     assert str(Stopped(tmp_path, 0)) == f"stopped before the first step; go on with: lorakit resume {tmp_path}"
 
 
-def test_slow_work_is_counted_and_quick_work_is_silent(monkeypatch) -> None:
+def test_slow_work_reports_progress_and_quick_work_does_not(monkeypatch) -> None:
     heard: list[Event] = []
     events = Events(heard.append)
     events.begin("encoding the photos", 2)

@@ -57,7 +57,7 @@ def test_pipx_injects_into_its_environment(environment: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", ["home = /usr\nuv = 0.9.1\n", ""])
-def test_uv_is_asked_where_there_is_no_pip(environment: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+def test_uv_is_used_without_pip(environment: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
     (environment / "pyvenv.cfg").write_text(lines, encoding="utf-8")
     assert " -m pip install " in install.command(GRADIO)
     without_pip(monkeypatch)
@@ -67,7 +67,7 @@ def test_uv_is_asked_where_there_is_no_pip(environment: Path, monkeypatch: pytes
     assert shlex.split(install.command(GRADIO)) == ["uv", "pip", "install", "--python", sys.executable, GRADIO]
 
 
-def test_an_extra_is_named_by_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_is_installed_by_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for extra, lines in table.items():
         expected = {Requirement(line).name for line in lines}
@@ -81,7 +81,7 @@ def test_an_extra_is_named_by_its_packages(monkeypatch: pytest.MonkeyPatch) -> N
     assert {Requirement(line).name for line in install.requirements("ui")} == {"gradio", "filelock"}
 
 
-def test_a_package_that_is_for_other_systems_only_has_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_for_other_systems_only_has_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "bitsandbytes; sys_platform == 'plan9' and extra == 'bnb'"
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: [line])
     monkeypatch.setattr(install, "PYPROJECT", Path("/nowhere/at/all"))
@@ -106,7 +106,7 @@ def test_the_build_of_torch_fits_the_cards(environment: Path, cards: list[Card],
     assert not names or Requirement(names[0]) == Requirement(nvidia.TORCH)
 
 
-def test_the_driver_is_asked_for_its_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(
         "#!/bin/sh\ncase $1 in *compute_cap*) exit 2;; esac\necho 'NVIDIA GeForce GTX 970, 472.12'\n", encoding="utf-8"
@@ -130,7 +130,7 @@ def test_the_driver_is_asked_for_its_cards(tmp_path: Path, monkeypatch: pytest.M
         ("__version__ = '2.13.0'\n", True),
     ],
 )
-def test_the_build_is_read_from_torchs_own_file(
+def test_the_build_of_torch_is_read_from_its_version_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, cuda: bool
 ) -> None:
     (tmp_path / "version.py").write_text(text, encoding="utf-8")

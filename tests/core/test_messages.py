@@ -58,7 +58,7 @@ def test_parts_are_joined_and_stay_messages():
     assert join("\n", []) == "" and join("\n", []).splitlines() == []
 
 
-def test_what_is_replaced_in_a_message_is_replaced_in_its_values():
+def test_replacing_in_a_message_replaces_in_its_values():
     inner = Message("{name} has {count} bytes", "/tmp/1/a.png", 3)
     lines = join("\n", [Message("{path}: {problem}", "/tmp/1/a.png", inner), "in /tmp/1/"]).replace("/tmp/1/", "")
     assert lines == "a.png: a.png has 3 bytes\nin "
@@ -69,7 +69,7 @@ def test_what_is_replaced_in_a_message_is_replaced_in_its_values():
 
 
 @pytest.mark.parametrize("message", [NESTED, join("; ", [NESTED, "plain", Message("{a}", 1)])])
-def test_a_message_comes_back_from_a_log_and_from_another_process(message: Message):
+def test_a_message_is_restored_from_a_log_and_another_process(message: Message):
     line = Event("message", 3, {"message": message}).to_json()
     table = json.loads(json.dumps(line))
     for same in (from_json(table["message"], table), pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
@@ -77,11 +77,11 @@ def test_a_message_comes_back_from_a_log_and_from_another_process(message: Messa
 
 
 @pytest.mark.parametrize("table", [{}, {"key": 3, "values": {}}, {"key": "a"}, {"parts": 3, "join": ""}])
-def test_a_log_without_keys_is_read_as_it_is(table: dict[str, object]):
+def test_a_log_line_without_keys_is_plain_text(table: dict[str, object]):
     assert from_json("a line", table) == "a line" and type(from_json("a line", table)) is str
 
 
-def test_a_command_tells_the_program_that_started_it_the_keys(monkeypatch: pytest.MonkeyPatch):
+def test_a_command_sends_message_keys_to_its_parent_process(monkeypatch: pytest.MonkeyPatch):
     problem = join("\n", [Message("{file} is empty", "a.txt"), "else"])
     assert to_lines(problem) == "lorakit: a.txt is empty\nlorakit: else\n"
     assert from_lines("first\n" + to_lines(problem)) == ["a.txt is empty", "else"]

@@ -38,7 +38,7 @@ class Counter(float):
         "(a (b (c",
     ],
 )
-def test_work_grows_with_the_length_alone(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_grows_linearly_with_the_length(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     characters = []
 
     class Part(prompt_syntax.Part):

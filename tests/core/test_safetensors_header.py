@@ -8,7 +8,7 @@ from lorakit.core import safetensors_header
 from lorakit.core.errors import LorakitError
 
 
-def test_header_is_what_was_saved(tmp_path):
+def test_the_header_of_a_saved_file_is_read(tmp_path):
     tensors = {"b": torch.zeros(2, 3, dtype=torch.bfloat16), "a.alpha": torch.tensor(2.5), "c": torch.zeros(0)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"key": "ü"})
     head = safetensors_header.read(tmp_path / "x.safetensors")
@@ -52,16 +52,16 @@ def test_scalars_of_every_dtype(tmp_path, dtype, shape):
         (["something.else"], "unknown"),
     ],
 )
-def test_kinds(names, expected):
+def test_files_are_classified_by_tensor_names(names, expected):
     assert safetensors_header.kind(dict.fromkeys(names, (8, 8))) == expected
 
 
-def test_an_embedding_named_after_its_token():
+def test_an_embedding_may_be_named_after_its_token():
     assert safetensors_header.kind({"sks": (2, 768)}) == "embedding"
     assert safetensors_header.kind({"sks": (2, 100)}) == "unknown"
 
 
-def test_tensors_are_those_of_the_library_in_the_file_s_order(tmp_path):
+def test_tensors_equal_the_librarys_in_file_order(tmp_path):
     dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.uint8]
     tensors = {f"t{number}": torch.arange(6).reshape(2, 3).to(dtype) for number, dtype in enumerate(dtypes)}
     tensors |= {"none": torch.zeros(0), "one": torch.tensor(2.5)}
@@ -74,7 +74,7 @@ def test_tensors_are_those_of_the_library_in_the_file_s_order(tmp_path):
         assert safetensors_header.dtype_name(tensor) == head.tensors[name].dtype
 
 
-def test_a_file_that_shrinks_or_has_a_dtype_of_tomorrow_is_named(tmp_path):
+def test_a_truncated_file_and_an_unknown_dtype_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1000)}, path)
     head = safetensors_header.read(path)

@@ -16,26 +16,26 @@ def of(config: DataConfig, size: tuple[int, int] = (96, 64), seed: int = 0, name
     return augment.of_photo(size, buckets.assign(size, 64, 16), config, seed, name)
 
 
-def test_they_follow_from_seed_photo_and_number() -> None:
+def test_variants_follow_from_seed_photo_and_number() -> None:
     assert of(ALL) == of(ALL)
     assert of(ALL)[1:] != of(ALL, seed=1)[1:]
     assert of(ALL)[1:] != of(ALL, name="b.jpg")[1:]
     assert len(set(of(ALL))) == 8
 
 
-def test_the_first_is_the_photo_as_it_is() -> None:
+def test_the_first_variant_is_the_plain_photo() -> None:
     placement = buckets.assign((96, 64), 64, 16)
     assert of(ALL)[0] == of(DataConfig())[0] == Variant(placement.bucket, placement.box)
 
 
-def test_both_sides_are_there() -> None:
+def test_variants_with_flip_have_both_sides() -> None:
     assert [variant.flip for variant in of(ALL)] == [False, True] * 4
     assert [variant.flip for variant in of(DataConfig(flip=True, variants=2))] == [False, True]
     assert not any(variant.flip for variant in of(DataConfig(crop_jitter=0.1, variants=4)))
 
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 64), (2000, 300), (40, 41)])
-def test_a_moved_cut_stays_in_the_photo_and_in_shape(size: tuple[int, int]) -> None:
+def test_a_jittered_crop_stays_in_the_photo_and_keeps_its_shape(size: tuple[int, int]) -> None:
     config = DataConfig(crop_jitter=0.25, variants=64)
     variants = of(config, size)
     plain = variants[0]
@@ -57,7 +57,7 @@ def test_colours_stay_within_the_strength() -> None:
             assert 0.7 <= factor <= 1.3
 
 
-def test_render_cuts_mirrors_and_colours() -> None:
+def test_render_crops_mirrors_and_changes_colours() -> None:
     pixels = marked.picture(21, 128, 128)
     bucket = Bucket(64, 64)
     plain = augment.render(pixels, Variant(bucket, (0, 0, 128, 128)))
@@ -77,7 +77,7 @@ def test_render_cuts_mirrors_and_colours() -> None:
     assert np.array_equal(right_half, pixels[64:, 64:])
 
 
-def test_masks_are_cut_as_their_photo_and_averaged() -> None:
+def test_masks_are_cropped_like_their_photo_and_averaged() -> None:
     mask = np.zeros((64, 128), np.uint8)
     mask[:, :32] = 255
     mask[:, 32:36] = 255
@@ -101,11 +101,11 @@ def test_masks_are_cut_as_their_photo_and_averaged() -> None:
         ((1000, 2000), Variant(Bucket(512, 512), (0, 250, 1000, 1250)), (128, 0)),
     ],
 )
-def test_crop_conditions(size: tuple[int, int], variant: Variant, expected: tuple[int, int]) -> None:
+def test_crop_conditions_follow_the_crop(size: tuple[int, int], variant: Variant, expected: tuple[int, int]) -> None:
     assert augment.top_left(size, variant) == expected
 
 
-def test_the_crop_condition_of_a_flip_is_that_of_a_mirrored_file() -> None:
+def test_a_flip_has_the_crop_condition_of_a_mirrored_file() -> None:
     """A mirrored file with the mirrored crop gives the same pixels and the same condition as a flip."""
     pixels = np.random.default_rng(0).integers(0, 256, (100, 200, 3), dtype=np.uint8)
     bucket = Bucket(64, 64)

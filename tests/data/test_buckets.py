@@ -21,7 +21,7 @@ def test_every_size_keeps_the_area_and_the_multiple(resolution: int, multiple: i
 
 @pytest.mark.parametrize("resolution", [64, 72, 512, 600, 1000])
 @pytest.mark.parametrize("multiple", [8, 16, 64, 128])
-def test_there_is_always_a_size(resolution: int, multiple: int) -> None:
+def test_every_resolution_has_sizes(resolution: int, multiple: int) -> None:
     sizes = buckets.sizes(resolution, multiple)
     assert sizes
     assert all(width % multiple == height % multiple == 0 for width, height in sizes)
@@ -41,11 +41,13 @@ def test_there_is_always_a_size(resolution: int, multiple: int) -> None:
         ((10_000, 500), 512, 64, (1024, 256)),
     ],
 )
-def test_common_photos(size: tuple[int, int], resolution: int, multiple: int, bucket: tuple[int, int]) -> None:
+def test_common_photos_get_the_expected_size(
+    size: tuple[int, int], resolution: int, multiple: int, bucket: tuple[int, int]
+) -> None:
     assert buckets.assign(size, resolution, multiple).bucket == bucket
 
 
-def test_no_other_size_loses_much_less() -> None:
+def test_the_chosen_size_crops_nearly_the_least() -> None:
     """Compare with every size, for many shapes: the chosen size crops at most 10 % more of the photo than the best."""
     for at in range(60):
         aspect = 0.25 * 16 ** (at / 59)
@@ -76,7 +78,7 @@ def test_the_crop_is_centred_inside_the_photo_and_of_the_buckets_shape() -> None
         assert placement.is_enlarged == (placement.scale > 1)
 
 
-def test_square_photos_of_any_size_lose_nothing() -> None:
+def test_square_photos_of_any_size_are_not_cropped() -> None:
     for side in (63, 64, 780, 781, 2048):
         placement = buckets.assign((side, side), 64, 16)
         assert placement.bucket == (64, 64)

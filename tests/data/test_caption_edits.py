@@ -27,7 +27,7 @@ DOG, STYLE = DataConfig(name="sks dog"), DataConfig(name="sks style", kind="styl
         ("a dog", DataConfig(), False, "a dog"),
     ],
 )
-def test_the_name_is_put_where_captions_have_it(text, config, is_tags, expected):
+def test_the_name_is_inserted_at_its_usual_place(text, config, is_tags, expected):
     assert caption_edits.with_name(text, config, is_tags) == expected
 
 
@@ -41,11 +41,11 @@ def test_the_name_is_put_where_captions_have_it(text, config, is_tags, expected)
         ("unblurry", ["blurry"], False, "unblurry"),
     ],
 )
-def test_what_is_on_the_black_list_is_taken_out(text, phrases, is_tags, expected):
+def test_listed_phrases_are_removed(text, phrases, is_tags, expected):
     assert caption_edits.without(text, phrases, is_tags) == expected
 
 
-def test_tools_for_many_captions():
+def test_trigger_first_add_and_replace_edit_a_text():
     assert caption_edits.trigger_first("outdoors, sks dog, grass", DOG) == "sks dog, outdoors, grass"
     assert caption_edits.trigger_first("outdoors", DOG) == "sks dog, outdoors"
     assert caption_edits.add("a, b", "c", in_front=False) == "a, b, c"
@@ -63,7 +63,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_each_photo_gets_its_own_file_and_all_come_back_to_the_byte(photos):
+def test_each_photo_gets_its_own_file_and_undo_restores_all_bytes(photos):
     by_name = {photo.relative: photo for photo in photo_folder.scan(photos).photos}
     with CaptionWriter(photos, by_name.values()) as writer:
         names = [writer.write(by_name[name], f"text of {name}").name for name in ("a.png", "a.jpg", "b.png", "c.png")]
@@ -76,7 +76,7 @@ def test_each_photo_gets_its_own_file_and_all_come_back_to_the_byte(photos):
     assert (photos / "b.caption").read_bytes() == b"caf\xe9" and not (photos / "c.txt").exists()
 
 
-def test_changes_are_undone_one_after_the_other(photos):
+def test_changes_are_undone_one_at_a_time(photos):
     (photo,) = (photo for photo in photo_folder.scan(photos).photos if photo.relative == "c.png")
     for text in ("first", "second"):
         with CaptionWriter(photos, [photo]) as writer:
@@ -89,14 +89,14 @@ def test_changes_are_undone_one_after_the_other(photos):
 
 
 @pytest.mark.parametrize("row", ['{"file": "../out.txt", "before": null, "after": "x"}', '{"file": 3}', "no", "{}"])
-def test_a_foreign_list_of_changes_touches_nothing(row, photos):
+def test_undo_refuses_a_damaged_list_of_changes(row, photos):
     (photos / ".lorakit").mkdir()
     (photos / ".lorakit" / "captions-0001.jsonl").write_text(row + "\n")
     with pytest.raises(LorakitError, match="line 1: damaged; no caption was changed"):
         caption_edits.undo(photos)
 
 
-def test_half_a_line_is_what_a_kill_leaves(photos):
+def test_undo_ignores_an_incomplete_last_line(photos):
     (photos / ".lorakit").mkdir()
     (photos / "c.txt").write_text("x\n")
     rows = '{"file": "c.txt", "before": null, "after": "x\\n"}\n{"file": "a.pn'
@@ -104,7 +104,7 @@ def test_half_a_line_is_what_a_kill_leaves(photos):
     assert caption_edits.undo(photos).restored == ["c.txt"] and not (photos / "c.txt").exists()
 
 
-def test_a_folder_that_is_not_there_or_cannot_be_written(photos, monkeypatch):
+def test_a_missing_or_read_only_folder_is_refused(photos, monkeypatch):
     with pytest.raises(LorakitError, match="does not exist"):
         caption_edits.undo(photos / "gone")
     (photos / ".lorakit").write_text("a file is in the way")

@@ -36,7 +36,7 @@ def fill(photos: Path, *texts: str) -> None:
         ("photo\nsks toy {of|photo photo photo}", {"caption_lines": True, "wildcards": True}, 5),
     ],
 )
-def test_the_longest_text_that_is_trained_is_counted(
+def test_tokens_are_counted_for_the_longest_possible_text(
     photos: Path, base: Any, text: str, options: dict[str, Any], tokens: int
 ) -> None:
     fill(photos, text)
@@ -48,7 +48,7 @@ def test_the_longest_text_that_is_trained_is_counted(
     assert max(counts) == tokens
 
 
-def test_what_is_wrong_in_a_later_line_is_found(photos: Path, base: Any) -> None:
+def test_faults_in_a_later_line_are_found(photos: Path, base: Any) -> None:
     fill(photos, f"sks toy\n{LONG}", "sks toy\nphoto (of:1.3)", "sks toy\nsks toy on the left")
     report = check(photos, base, caption_lines=True, flip=True, variants=2)
     long, weighted, left = report.items
@@ -58,7 +58,7 @@ def test_what_is_wrong_in_a_later_line_is_found(photos: Path, base: Any) -> None
     assert "3 of 3 caption files have several lines: 6 captions, of which one is drawn each time" in report.notes
 
 
-def test_lines_that_are_one_text_get_a_note(photos: Path, base: Any) -> None:
+def test_several_lines_read_as_one_text_get_a_note(photos: Path, base: Any) -> None:
     fill(photos, "a sks toy\non a beach", "sks toy")
     report = check(photos, base)
     assert report.items[0].text == "a sks toy on a beach"
@@ -68,14 +68,14 @@ def test_lines_that_are_one_text_get_a_note(photos: Path, base: Any) -> None:
     )
 
 
-def test_a_file_name_that_is_the_caption_is_no_lack_of_one(photos: Path, base: Any) -> None:
+def test_a_caption_from_a_file_name_is_not_missing(photos: Path, base: Any) -> None:
     fill(photos, "sks toy", "")
     (photos / "1.png").rename(photos / "red_sks toy.png")
     assert not [line for line in check(photos, base, caption_from_name=True).warnings if "no caption" in line]
     assert [line for line in check(photos, base).warnings if "1 of 2 photos have no caption" in line]
 
 
-def test_a_wildcard_without_an_end_is_passed_in_one_go() -> None:
+def test_an_unclosed_wildcard_is_scanned_in_linear_time() -> None:
     # a pattern that tries each bar as the first would take minutes
     assert captions.WILDCARD.search("{" + "|" * 500_000) is None
     assert [match[1] for match in captions.WILDCARD.finditer("a {red|blue} {dog|} {cat} {{x|y}}")] == [

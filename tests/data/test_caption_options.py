@@ -42,7 +42,7 @@ def test_tags_are_dropped_by_chance_and_never_the_trigger() -> None:
     assert all("sks dog" in text for text in draws("red ||| sks dog, blue", tag_dropout=0.9))
 
 
-def test_wildcards_are_drawn_only_if_asked() -> None:
+def test_wildcards_are_drawn_only_if_enabled() -> None:
     text = "a {red|blue|green} sks dog, {old|young}"
     assert draws(text) == [text]
     texts = draws(text, wildcards=True)
@@ -54,7 +54,7 @@ def test_wildcards_are_drawn_only_if_asked() -> None:
     ("text", "is_loose"),
     [("a {red|blue dog", True), ("a {x|y}} dog", True), ("a {red} dog", True), ("}{", True), ("a {red|blue}", False)],
 )
-def test_a_brace_without_its_twin_is_found_where_wildcards_are_drawn(tmp_path: Path, text: str, is_loose: bool) -> None:
+def test_an_unmatched_brace_is_reported_if_wildcards_are_on(tmp_path: Path, text: str, is_loose: bool) -> None:
     photo = photo_folder.Photo(tmp_path / "a.png", "a.png", text)
     assert captions.loose_braces(photo, DataConfig()) == ""
     assert bool(captions.loose_braces(photo, DataConfig(wildcards=True))) == is_loose
@@ -70,7 +70,7 @@ def test_a_prefix_and_a_suffix_are_in_every_text(prefix: str, suffix: str, expec
     assert captions.final_text(None, settings) == captions.instance_prompt(settings)
 
 
-def test_lines_and_names_of_files_are_captions(tmp_path: Path) -> None:
+def test_lines_and_file_names_can_be_captions(tmp_path: Path) -> None:
     picture = Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8))
     for name in ("a", "red_car-02", "0123"):
         picture.save(tmp_path / f"{name}.png")
@@ -88,6 +88,6 @@ def test_lines_and_names_of_files_are_captions(tmp_path: Path) -> None:
     assert [table.texts[at] for at in table.choices(several)] == ["a sks dog", "a dog of sks"]
 
 
-def test_first_tags_without_a_draw_are_refused() -> None:
+def test_keep_tags_without_shuffle_or_dropout_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.keep_tags has no effect without data.shuffle_tags or"):
         config.load(None, {"train.steps": 1, "data.keep_tags": 2})

@@ -24,11 +24,11 @@ STYLE = DataConfig(name="sks style", kind="style")
         ("the Eiffel tower", "the Eiffel tower"), ("my cat", "my cat"), ("", ""),
     ],
 )  # fmt: skip
-def test_articles(noun: str, spoken: str) -> None:
+def test_a_or_an_follows_the_sound(noun: str, spoken: str) -> None:
     assert captions.article(noun) == spoken
 
 
-def test_prompts_of_a_subject() -> None:
+def test_prompts_of_a_subject_name_it() -> None:
     assert captions.instance_prompt(SUBJECT) == "a photo of a sks toy"
     assert captions.instance_prompt(DataConfig(name="ohwx man")) == "a photo of an ohwx man"
     assert captions.instance_prompt(DataConfig(name="alice")) == "a photo of alice"
@@ -43,7 +43,7 @@ def test_prompts_of_a_subject() -> None:
     assert (captions.instance_prompt(own), captions.class_prompt(own)) == ("sks on a table", "toys")
 
 
-def test_prompts_of_a_style() -> None:
+def test_prompts_of_a_style_name_it() -> None:
     assert captions.instance_prompt(STYLE) == "a picture in sks style"
     assert captions.class_prompt(STYLE) == "a picture"
     assert captions.sample_prompts(STYLE) == [
@@ -55,7 +55,7 @@ def test_prompts_of_a_style() -> None:
     assert captions.class_prompt(ink) == "a picture in watercolor style"
 
 
-def test_without_a_name() -> None:
+def test_prompts_without_a_name_have_no_trigger() -> None:
     assert captions.instance_prompt(DataConfig()) == captions.class_prompt(DataConfig()) == "a photo"
     assert captions.sample_prompts(DataConfig()) == ["a photo", "a photo on a beach", "a photo in the snow"]
     style = DataConfig(kind="style")
@@ -83,7 +83,7 @@ def test_an_instance_prompt_without_the_trigger_gets_it() -> None:
     assert captions.final_text(None, DataConfig(name="sks toy", instance_prompt="my toy")) == "sks toy, my toy"
 
 
-def test_a_trigger_of_signs_is_matched_as_it_is() -> None:
+def test_a_trigger_with_special_characters_is_matched_literally() -> None:
     config = DataConfig(name="(x+y) cat")
     assert captions.has_trigger("a photo of (x+y) cat", config)
     assert not captions.has_trigger("a photo of xxy cat", config)
@@ -116,13 +116,13 @@ def test_shuffles_are_many_different_and_repeatable() -> None:
     assert captions.variants("sks toy, a, b", SUBJECT, "0") == ["sks toy, a, b"]
 
 
-def test_left_and_right_are_found_as_words() -> None:
+def test_left_and_right_are_matched_as_words() -> None:
     assert captions.mentions_sides("the Left ear")
     assert not captions.mentions_sides("bright leftovers")
 
 
 @pytest.mark.parametrize("format", ["two files", "one file"])
-def test_tokens_are_counted_as_the_text_encoder_will(base, tmp_path: Path, format: str) -> None:
+def test_tokens_are_counted_as_by_transformers(base, tmp_path: Path, format: str) -> None:
     """Compare with transformers' tokenizer of the same folder."""
     folder = base.path / "tokenizer"
     reference = CLIPTokenizer.from_pretrained(folder)
@@ -168,6 +168,6 @@ def test_a_class_text_is_the_text_without_the_trigger(text, kind, name, expected
     assert captions.class_text(text, DataConfig(kind=kind, name=name)) == expected
 
 
-def test_a_given_class_prompt_answers_to_every_text():
+def test_a_configured_class_prompt_is_used_for_every_text():
     config = DataConfig(name="sks toy", class_prompt="a doll")
     assert captions.class_text("a photo of a sks toy on a beach", config) == "a doll"

@@ -38,7 +38,7 @@ def report_of(photos: Path, base, **changes: object) -> checks.Report:
     return checks.check(DataConfig(**{"folder": str(photos), "name": "sks toy", "resolution": 64} | changes), base)
 
 
-def test_a_good_folder_has_nothing_wrong(photos: Path, base) -> None:
+def test_a_good_folder_has_no_findings(photos: Path, base) -> None:
     fill(photos)
     before = marked.digests(photos)
     report = report_of(photos, base)
@@ -63,7 +63,7 @@ def test_a_good_folder_has_nothing_wrong(photos: Path, base) -> None:
     )
 
 
-def test_columns_stay_below_each_other_with_names_that_are_two_columns_a_character(photos: Path, base) -> None:
+def test_columns_align_with_wide_characters_in_names(photos: Path, base) -> None:
     texture(1, 96, 96).save(photos / "狗 在 沙發.png")
     texture(2, 96, 96).save(photos / "cafe\u0301.png")
     (photos / "狗 在 沙發.txt").write_text("a photo of a sks toy in the snow", encoding="utf-8")
@@ -145,7 +145,7 @@ def test_a_mask_of_another_size_is_an_error(photos: Path, base) -> None:
     assert "1 of 5 photos have a mask; train.masked_loss = true uses it" in report_of(photos, base).notes
 
 
-def test_duplicates(photos: Path, base) -> None:
+def test_duplicates_are_reported(photos: Path, base) -> None:
     fill(photos)
     (photos / "copy.png").write_bytes((photos / "0.png").read_bytes())
     texture(1).resize((192, 192), Image.Resampling.LANCZOS).save(photos / "small.jpg", quality=60)
@@ -173,7 +173,7 @@ def test_blur_is_judged_at_the_trained_size(photos: Path, base) -> None:
     assert report_of(photos, base, resolution=512).warnings == [f"far.png (blurred), near.png (blurred): {blurred}"]
 
 
-def test_small_and_cropped_photos(photos: Path, base) -> None:
+def test_small_and_cropped_photos_are_reported(photos: Path, base) -> None:
     fill(photos)
     texture(6, 40, 40).save(photos / "small.png")
     texture(7, 400, 64).save(photos / "strip.png")
@@ -185,7 +185,7 @@ def test_small_and_cropped_photos(photos: Path, base) -> None:
     assert "mixed aspect ratios: trained at 64x64 (6), 128x32 (1); a batch holds one size" in report.notes
 
 
-def test_missing_captions_and_triggers(photos: Path, base) -> None:
+def test_missing_captions_and_triggers_are_reported(photos: Path, base) -> None:
     fill(photos)
     (photos / "0.txt").write_text("a photo of a sks toy")
     (photos / "1.txt").write_text("on a table")
@@ -211,7 +211,7 @@ def test_text_that_does_not_fit_is_shown(photos: Path, base) -> None:
     assert (report.items[0].tokens, report.items[0].cut) == (83, "photo " * 7 + "of")
 
 
-def test_flip_and_sides(photos: Path, base) -> None:
+def test_flip_with_left_or_right_in_a_text_is_an_error(photos: Path, base) -> None:
     fill(photos)
     (photos / "0.txt").write_text("sks toy, its left ear is red")
     report = report_of(photos, base, flip=True, variants=2)
@@ -222,7 +222,7 @@ def test_flip_and_sides(photos: Path, base) -> None:
     assert report_of(photos, base).errors == []
 
 
-def test_few_photos_and_poor_names(photos: Path, base) -> None:
+def test_few_photos_and_poor_names_are_reported(photos: Path, base) -> None:
     fill(photos, 1)
     assert report_of(photos, base).warnings == ["only 1 photo: 5 to 20 from different sides and places teach more"]
     fill(photos, 3)
@@ -235,19 +235,19 @@ def test_few_photos_and_poor_names(photos: Path, base) -> None:
     ]
 
 
-def test_what_decoding_did_is_noted(photos: Path, base) -> None:
+def test_notes_of_decoding_are_reported(photos: Path, base) -> None:
     fill(photos)
     frames = [texture(n) for n in (11, 12)]
     frames[0].save(photos / "moving.gif", save_all=True, append_images=frames[1:])
     assert report_of(photos, base).notes[-1] == "moving.gif: holds 2 pictures: the first is used"
 
 
-def test_no_folder(base) -> None:
+def test_a_missing_folder_is_refused(base) -> None:
     with pytest.raises(LorakitError, match=r"^no folder of photos: name one \(data\.folder\)$"):
         checks.check(DataConfig(), base)
 
 
-def test_it_needs_no_torch_and_says_nothing_by_itself(photos: Path, base) -> None:
+def test_the_check_imports_no_torch_and_prints_nothing(photos: Path, base) -> None:
     """In a new process, `check` imports no torch and prints no warnings of Pillow."""
     fill(photos)
     texture(7).save(photos / "odd.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
@@ -284,7 +284,7 @@ def brute_force(hashes: np.ndarray, colours: np.ndarray) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("kinds", [1, 20, 200])
-def test_photos_that_look_the_same_are_those_of_every_pair(kinds: int) -> None:
+def test_near_duplicates_equal_a_comparison_of_every_pair(kinds: int) -> None:
     rng = np.random.default_rng(kinds)
     kind = rng.integers(0, kinds, 300)
     hashes = rng.random((kinds, 256))[kind] > 0.5
@@ -296,7 +296,7 @@ def test_photos_that_look_the_same_are_those_of_every_pair(kinds: int) -> None:
     assert duplicates.first_matches(hashes[:0], colours[:0]) == {}
 
 
-def test_many_pairs_that_look_the_same_bury_nothing(photos: Path, base) -> None:
+def test_many_near_duplicates_are_abridged(photos: Path, base) -> None:
     for number in range(9):
         texture(number).save(photos / f"{number}a.png")
         texture(number).save(photos / f"{number}b.jpg", quality=60)
@@ -307,7 +307,7 @@ def test_many_pairs_that_look_the_same_bury_nothing(photos: Path, base) -> None:
     assert sum(bool(item.findings) for item in report.items) == 9
 
 
-def test_a_picture_that_takes_too_long_is_named_and_left(photos: Path, base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_takes_too_long_is_skipped(photos: Path, base, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(photos)
     texture(3).save(photos / "slow.png")
     release, calls, read = threading.Event(), [], decode.read
@@ -333,7 +333,7 @@ def test_an_error_in_a_thread_is_raised() -> None:
     assert time_limit.for_each([], lambda job: job, lambda job: job) == []
 
 
-def test_a_grey_twin_of_a_photo_is_named(photos: Path, base) -> None:
+def test_a_grey_copy_of_a_photo_is_reported(photos: Path, base) -> None:
     fill(photos)
     texture(3).save(photos / "cat.png")
     texture(4).save(photos / "7.png")
@@ -346,7 +346,7 @@ def test_a_grey_twin_of_a_photo_is_named(photos: Path, base) -> None:
     ]
 
 
-def test_a_text_with_half_a_character_is_an_error(photos: Path, base) -> None:
+def test_a_text_with_a_lone_surrogate_is_an_error(photos: Path, base) -> None:
     fill(photos)
     name = min(path.name for path in photos.iterdir())
     (photos / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "a sks toy \\ud800"}}\n')

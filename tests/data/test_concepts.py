@@ -33,12 +33,12 @@ def fill(place: Path, *names: str) -> None:
         *((name, False) for name in ("class_dog", "prior to the fire", "registration")),
     ],
 )
-def test_names_of_folders_of_class_images(name: str, is_class: bool) -> None:
+def test_folders_of_class_images_are_recognized_by_name(name: str, is_class: bool) -> None:
     assert concepts.is_class_folder(Path(name)) is is_class
 
 
 @pytest.mark.parametrize("below", ["", "samples", "samples/step-000002"])
-def test_the_pictures_of_a_run_are_no_photos(tmp_path: Path, below: str) -> None:
+def test_pictures_of_a_run_are_not_photos(tmp_path: Path, below: str) -> None:
     run = tmp_path / "run"
     fill(run / "samples" / "step-000002", "a.png")
     fill(run / "samples", "b.png")
@@ -48,7 +48,7 @@ def test_the_pictures_of_a_run_are_no_photos(tmp_path: Path, below: str) -> None
         photo_folder.scan(run / below)
 
 
-def test_a_picture_that_lorakit_drew_is_named(photos: Path, base: Any) -> None:
+def test_a_picture_drawn_by_lorakit_is_reported(photos: Path, base: Any) -> None:
     fill(photos, "a.png", "b.png")
     picture = Image.fromarray(marked.picture(2, 64, 64))
     picture.info["lorakit"] = "{}"
@@ -57,7 +57,7 @@ def test_a_picture_that_lorakit_drew_is_named(photos: Path, base: Any) -> None:
     assert "c.png: drawn by lorakit: a model learns nothing new from what a model drew" in notes
 
 
-def test_a_link_to_itself_is_no_folder_and_no_output(tmp_path: Path, photos: Path) -> None:
+def test_a_link_to_itself_is_refused_as_folder_and_as_output(tmp_path: Path, photos: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(LorakitError, match="does not exist"):
@@ -68,7 +68,7 @@ def test_a_link_to_itself_is_no_folder_and_no_output(tmp_path: Path, photos: Pat
 
 
 @pytest.mark.parametrize("name", ["reg", "class", "regularization", "Regularisation images"])
-def test_class_images_in_the_folder_are_no_photos_of_the_subject(photos: Path, base: Any, name: str) -> None:
+def test_class_images_in_the_folder_are_not_photos_of_the_subject(photos: Path, base: Any, name: str) -> None:
     fill(photos, "a.png", "b.png", f"{name}/c.png", f"{name}/1_man/d.png")
     report = checks.check(DataConfig(folder=str(photos), name="sks dog"), base)
     assert [photo.relative for photo in report.photos] == ["a.png", "b.png"]
@@ -78,7 +78,7 @@ def test_class_images_in_the_folder_are_no_photos_of_the_subject(photos: Path, b
     assert texts == ["a photo of a dog", "a photo of a man"]
 
 
-def test_a_class_folder_of_its_own(photos: Path, tmp_path: Path, base: Any) -> None:
+def test_a_separate_class_folder_replaces_the_one_inside(photos: Path, tmp_path: Path, base: Any) -> None:
     fill(photos, "a.png", "reg/c.png")
     fill(tmp_path / "others", "d.png")
     (tmp_path / "others/d.txt").write_text("a brown dog", encoding="utf-8")
@@ -122,7 +122,7 @@ def test_a_folder_that_names_another_subject_stops_the_run(
         assert checks.check(DataConfig(folder=str(photos), name=name, concepts=answer), base).errors == []
 
 
-def test_a_caption_with_the_trigger_contradicts_nothing(photos: Path, base: Any) -> None:
+def test_a_caption_with_the_trigger_is_not_a_contradiction(photos: Path, base: Any) -> None:
     fill(photos, "20_portraits/a.png")
     (photos / "20_portraits/a.txt").write_text("sks dog on a beach", encoding="utf-8")
     assert checks.check(DataConfig(folder=str(photos), name="sks dog"), base).errors == []
@@ -182,7 +182,7 @@ def test_an_epoch_shows_a_photo_as_often_as_its_folder_says() -> None:
     assert (counts[1], counts[2]) == (3, 3)  # both variants of b, equally often
 
 
-def test_runs_among_the_photos_are_passed_over(photos: Path) -> None:
+def test_run_folders_among_the_photos_are_skipped(photos: Path) -> None:
     fill(photos, "a.png", "run/samples/s.png", "run/grid.png", "drawn/grid.png", "drawn/01-strength-1.png", "0_x/b.png")
     fill(photos, "runs/first/samples/s.png")
     for run in (photos / "run", photos / "runs/first"):
@@ -205,7 +205,7 @@ def test_runs_among_the_photos_are_passed_over(photos: Path) -> None:
         ("adapter.new_tokens", 1, "adapter.new_tokens learns one trigger"),
     ],
 )
-def test_options_of_folders_that_contradict_others(key: str, value: Any, message: str) -> None:
+def test_contradicting_options_of_folders_are_refused(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(None, {"train.steps": 1, "data.name": "sks dog", "data.concepts": "folders", key: value})
 

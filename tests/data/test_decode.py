@@ -36,7 +36,7 @@ def test_lossless_formats_are_exact(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF", "HEIF", "MPO", "GIF"])
-def test_lossy_formats_are_near(format: str) -> None:
+def test_lossy_formats_are_decoded_approximately(format: str) -> None:
     if format == "HEIF":
         pytest.importorskip("pillow_heif", reason="the heic extra is not installed").register_heif_opener()
     pixels = marked.picture(27)
@@ -50,7 +50,7 @@ def test_lossy_formats_are_near(format: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
-def test_every_exif_orientation_comes_out_upright(orientation: int, format: str) -> None:
+def test_every_exif_orientation_is_decoded_upright(orientation: int, format: str) -> None:
     upright = marked.picture(9, width=96, height=64)
     exif = Image.Exif()
     exif[marked.ORIENTATION] = orientation
@@ -99,7 +99,7 @@ def test_heic_without_its_extra_names_the_command(monkeypatch: pytest.MonkeyPatc
         decode.decode(b"\0\0\0\x1cftypheic" + b"\0" * 40, "IMG_1.jpg")
 
 
-def test_transparency_is_shown_on_white() -> None:
+def test_transparency_is_decoded_on_white() -> None:
     rgba = np.zeros((2, 3, 4), np.uint8)
     rgba[0, 0], rgba[0, 1], rgba[1, 2] = (0, 255, 0, 0), (10, 20, 30, 255), (0, 0, 0, 128)
     decoded = decode.decode(encoded(Image.fromarray(rgba), "PNG"))
@@ -110,7 +110,7 @@ def test_transparency_is_shown_on_white() -> None:
     assert decoded.alpha.tolist() == rgba[..., 3].tolist()
 
 
-def test_grey_with_alpha_and_transparent_palette() -> None:
+def test_grey_with_alpha_and_transparent_palettes_are_decoded() -> None:
     grey = np.array([[[0, 0], [100, 255]]], np.uint8)
     decoded = decode.decode(encoded(Image.fromarray(grey, "LA"), "PNG"))
     assert decoded.pixels[0].tolist() == [[255] * 3, [100] * 3]
@@ -126,7 +126,7 @@ def test_grey_with_alpha_and_transparent_palette() -> None:
     assert decoded.alpha.tolist() == [[0, 255]]
 
 
-def test_alpha_that_hides_nothing_is_no_mask() -> None:
+def test_an_opaque_alpha_channel_is_not_a_mask() -> None:
     opaque = Image.fromarray(np.full((2, 2, 4), 255, np.uint8))
     assert decode.decode(encoded(opaque, "PNG")).alpha is None
 
@@ -157,7 +157,7 @@ def test_float_pictures_are_scaled() -> None:
     assert decode.decode(encoded(bytes_, "TIFF")).pixels[0, :, 0].tolist() == [0, 100, 250]
 
 
-def test_cmyk_has_its_colours_and_says_they_are_a_guess() -> None:
+def test_cmyk_is_converted_and_reported_as_a_guess() -> None:
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow ink together are red
     decoded = decode.decode(encoded(cmyk, "JPEG", quality=100))
     red, green, blue = decoded.pixels[8, 8].tolist()
@@ -206,7 +206,7 @@ def wide_gamut() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(io.BytesIO(head + struct.pack(">I", len(tags)) + table + body))
 
 
-def test_an_embedded_profile_is_followed() -> None:
+def test_an_embedded_profile_is_applied() -> None:
     """A linear value of 0.2140 is 50 % grey in sRGB."""
     profile = wide_gamut().tobytes()
     image = Image.new("RGB", (4, 4), (55, 55, 55))
@@ -261,7 +261,7 @@ def test_damaged_exif_does_not_stop_a_photo(exif: bytes) -> None:
     assert decoded.orientation == ""
 
 
-def test_grey_with_an_rgb_profile_and_rgb_with_a_grey_one() -> None:
+def test_an_rgb_profile_is_applied_to_grey_pictures() -> None:
     profile = wide_gamut().tobytes()
     grey = Image.new("L", (4, 4), 55)
     assert abs(int(decode.decode(encoded(grey, "PNG", icc_profile=profile)).pixels[0, 0, 0]) - 128) <= 1
@@ -281,7 +281,7 @@ def test_grey_with_an_rgb_profile_and_rgb_with_a_grey_one() -> None:
         (b"8BPS\0\1", "Photoshop, whatever its name says; save it as jpg or png"),
     ],
 )
-def test_what_is_no_picture_is_named(tmp_path: Path, raw: bytes, reason: str) -> None:
+def test_other_files_than_pictures_are_named(tmp_path: Path, raw: bytes, reason: str) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(raw)
     for read in (decode.decode, decode.measure):
@@ -298,9 +298,7 @@ EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 
 
 @pytest.mark.parametrize("format", ["EPS", "PPM", "ICO", "DDS", "TGA", "PCX", "JPEG2000", "SGI", "IM", "ICNS", "XBM"])
-def test_no_decoder_but_those_that_are_listed_is_tried(
-    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_listed_decoders_are_tried(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.init()
     if format == "EPS":
         log = tmp_path / "log"
@@ -323,7 +321,7 @@ def test_no_decoder_but_those_that_are_listed_is_tried(
 @pytest.mark.parametrize(
     "error", [NotImplementedError("pixel format"), KeyError(7), RecursionError(), Image.DecompressionBombError("big")]
 )
-def test_whatever_a_decoder_raises_names_the_file(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_error_of_a_decoder_names_the_file(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_: object) -> None:
         raise error
 
@@ -350,7 +348,7 @@ def test_too_little_memory_and_too_many_bytes_name_the_file(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_strips_are_the_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_in_strips_gives_the_same_pixels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large picture is converted in strips. The pixels equal those of one conversion."""
     rng = np.random.default_rng(3)
     if mode in ("I;16", "I", "F"):
@@ -366,7 +364,7 @@ def test_strips_are_the_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_a_deep_picture_needs_little_more_memory_than_its_pixels() -> None:
+def test_decoding_16_bits_takes_at_most_four_times_the_pixels() -> None:
     """For 16-bit grey, numpy's peak is below four times the 75 MB of the pixels."""
     raw = encoded(Image.new("I;16", (5000, 5000), 40_000), "PNG")
     tracemalloc.start()
@@ -385,7 +383,7 @@ def test_the_transparent_value_of_deep_grey_is_transparent() -> None:
     assert decoded.pixels[..., 0].tolist() == [[0, 255], [255, 255]]
 
 
-def test_a_tiff_of_very_many_pages_is_quick() -> None:
+def test_a_tiff_with_very_many_pages_is_decoded_quickly() -> None:
     pages = [Image.new("L", (1, 1))] * 150
     raw = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     assert decode.decode(raw).notes == (f"holds {decode.MAX_PAGES} pages: the first is used",)
@@ -426,7 +424,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         decode.decode(tmp_path / "gone.jpg")
 
 
-def test_masks(tmp_path: Path) -> None:
+def test_a_mask_must_have_the_size_of_its_photo(tmp_path: Path) -> None:
     mask = np.zeros((64, 96), np.uint8)
     mask[:, 48:] = 255
     path = tmp_path / "a.mask.png"

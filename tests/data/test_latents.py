@@ -93,7 +93,7 @@ def photos_of(dataset: Dataset, batch: Batch) -> list[int]:
     return [marked.number_of(one.permute(1, 2, 0).numpy()) for one in pixels]
 
 
-def test_photos_of_a_size_are_encoded_together_and_stay_in_their_order(build: Builder, photos: Path) -> None:
+def test_photos_of_one_size_are_encoded_in_batches_in_order(build: Builder, photos: Path) -> None:
     fill(photos, 11)  # 4, 4 and 3 photos of a size
     disk_config = DataConfig(name="sks toy", resolution=64, cache="disk")
     alone, _ = build()
@@ -130,7 +130,7 @@ def test_an_epoch_shows_every_photo_once(build: Builder, photos: Path, batch_siz
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_what_is_encoded_is_upright(build: Builder, photos: Path, orientation: int) -> None:
+def test_encoded_photos_are_upright(build: Builder, photos: Path, orientation: int) -> None:
     """The VAE sees the photo with the mark in its upper left corner."""
     upright = marked.picture(11, 96, 64)
     marked.save(photos / "a.png", marked.as_camera_stores(upright, orientation), orientation)
@@ -173,7 +173,7 @@ def test_batches_follow_from_seed_and_epoch(build: Builder, photos: Path) -> Non
     assert [(b.bucket, b.entries.tolist(), b.text_rows.tolist()) for b in repeat.batches(0, 5, 3)] == plain(0, 5)
 
 
-def test_every_epoch_has_its_own_order_and_company(build: Builder, photos: Path) -> None:
+def test_every_epoch_has_its_own_order_and_batches(build: Builder, photos: Path) -> None:
     fill(photos, 8, ((64, 64),))
     dataset, _ = build()
     epochs = [[photos_of(dataset, batch) for batch in dataset.batches(0, epoch, 2)] for epoch in range(20)]
@@ -191,7 +191,7 @@ def test_sdxl_conditions_tell_size_and_crop_with_flip_too(build: Builder, photos
     assert bucket.variant.tolist() == [0, 1]
 
 
-def test_texts_are_those_of_their_photos(build: Builder, photos: Path) -> None:
+def test_each_photo_has_its_own_text(build: Builder, photos: Path) -> None:
     """Every batch has the caption of each of its photos."""
     fill(photos, 6)
     for number in range(5):
@@ -336,7 +336,7 @@ def test_only_what_changed_is_encoded_again(build: Builder, photos: Path, tmp_pa
         {"color_jitter": 0.1, "variants": 2},
     ],
 )
-def test_nothing_stale_is_found_again(build: Builder, photos: Path, change: dict[str, object]) -> None:
+def test_a_changed_option_or_base_is_a_cache_miss(build: Builder, photos: Path, change: dict[str, object]) -> None:
     fill(photos, 3)
     build(DISK)
     identity = str(change.pop("identity", "base"))
@@ -346,7 +346,7 @@ def test_nothing_stale_is_found_again(build: Builder, photos: Path, change: dict
     assert build.messages[-1].startswith(f"latents: {hits} hits, 3 encoded")
 
 
-def test_renamed_photos_are_found_again(build: Builder, photos: Path) -> None:
+def test_renamed_photos_are_cache_hits(build: Builder, photos: Path) -> None:
     fill(photos, 3)
     build(DISK)
     (photos / "00.png").rename(photos / "renamed.png")
@@ -392,7 +392,7 @@ def test_the_cache_is_private_and_complete(build: Builder, photos: Path, tmp_pat
         assert {stat.S_IMODE(path.parent.stat().st_mode) for path in files} == {0o700}
 
 
-def test_a_place_that_cannot_be_written_is_named(
+def test_an_unwritable_cache_is_refused(
     build: Builder, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(photos, 1)
@@ -407,7 +407,7 @@ def test_a_place_that_cannot_be_written_is_named(
 MASKED = TrainConfig(holdout=0.0, masked_loss=True)
 
 
-def test_masks_come_at_latent_size_from_file_or_alpha(build: Builder, photos: Path) -> None:
+def test_masks_from_file_or_alpha_have_latent_size(build: Builder, photos: Path) -> None:
     fill(photos, 2, ((64, 64),))
     mask = np.zeros((64, 64), np.uint8)
     mask[:, :32] = 255
@@ -431,7 +431,7 @@ def test_masks_come_at_latent_size_from_file_or_alpha(build: Builder, photos: Pa
     assert torch.equal(disk.buckets[0].mask, masks)
 
 
-def test_masks_that_make_no_sense_are_named(build: Builder, photos: Path) -> None:
+def test_missing_and_black_masks_are_refused(build: Builder, photos: Path) -> None:
     fill(photos, 2)
     with pytest.raises(
         LorakitError, match=r"^train\.masked_loss: no photo has a mask; put name\.mask\.png beside name"
@@ -470,7 +470,7 @@ def test_a_latent_that_is_not_finite_names_its_photo(
     assert build.messages[-1].startswith("latents: 1 hits, 2 encoded")
 
 
-def test_a_photo_that_went_away_is_named(build: Builder, photos: Path) -> None:
+def test_a_photo_that_disappeared_is_named(build: Builder, photos: Path) -> None:
     fill(photos, 2)
     data = DataConfig(name="sks toy", resolution=64, folder=str(photos))
     report = checks.check(data, build.base)
@@ -483,7 +483,7 @@ def test_a_photo_that_went_away_is_named(build: Builder, photos: Path) -> None:
         )  # fmt: skip
 
 
-def test_moving_to_a_device_moves_what_a_step_gathers_from(build: Builder, photos: Path) -> None:
+def test_moving_to_a_device_moves_all_tensors_of_a_step(build: Builder, photos: Path) -> None:
     fill(photos, 3)
     dataset, _ = build(ids=True)
     meta = dataset.to("meta")

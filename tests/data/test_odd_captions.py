@@ -28,7 +28,7 @@ from lorakit.data import caption_files, photo_folder
         (7, None),
     ],
 )
-def test_the_json_of_one_photo(row: Any, text: str | None) -> None:
+def test_a_json_beside_a_photo_gives_its_caption(row: Any, text: str | None) -> None:
     assert caption_files.of_one_photo(json.dumps(row)) == text
 
 
@@ -44,7 +44,7 @@ def test_the_json_of_one_photo(row: Any, text: str | None) -> None:
         (b"<html><body>a toy", "a document in HTML, not plain text"),
     ],
 )
-def test_what_is_no_plain_text_is_refused(raw: bytes, why: str) -> None:
+def test_documents_are_refused_as_captions(raw: bytes, why: str) -> None:
     with pytest.raises(LorakitError, match=re.escape(why)):
         caption_files.decode(raw, "a.txt", print)
 
@@ -57,7 +57,7 @@ def test_utf_16_without_a_mark_is_read(encoding: str, text: str) -> None:
     assert "UTF-16 without a byte-order mark" in warnings[0]
 
 
-def test_captions_in_a_folder_of_their_own_and_tables_of_other_names(photos: Path) -> None:
+def test_captions_in_a_separate_folder_and_renamed_tables_are_read(photos: Path) -> None:
     marked.save(photos / "a.png", marked.picture(0, 64, 64))
     (photos / "captions").mkdir()
     (photos / "captions" / "a.txt").write_text("a toy")
@@ -69,7 +69,7 @@ def test_captions_in_a_folder_of_their_own_and_tables_of_other_names(photos: Pat
     ]
 
 
-def test_many_lines_of_a_kind_bury_nothing() -> None:
+def test_many_similar_lines_are_abridged() -> None:
     lines = [Message("{file}: not read, it is {what}", f"{n}.txt", "empty") for n in range(200)]
     others = [Message("{names}: {cause}", f"{n}.png", f"cause {n}") for n in range(9)]
     result = abridge([*lines, "no base", *others])

@@ -23,7 +23,7 @@ def fill(folder: Path, *names: str) -> None:
         "Mask-a.PNG", "alpha/a.png", "segmentations/a.png", "Mattes/a.jpg.png",
     ],
 )  # fmt: skip
-def test_masks_of_more_programs_are_no_photos(photos: Path, mask: str) -> None:
+def test_masks_of_other_programs_belong_to_their_photos(photos: Path, mask: str) -> None:
     fill(photos, "a.jpg", "b.jpg", mask)
     result = photo_folder.scan(photos)
     assert [photo.relative for photo in result.photos] == ["a.jpg", "b.jpg"]
@@ -31,12 +31,12 @@ def test_masks_of_more_programs_are_no_photos(photos: Path, mask: str) -> None:
 
 
 @pytest.mark.parametrize("names", [("maskot.png", "ot.png"), ("a.png", "alphabet.png"), ("mask.png", "a.png")])
-def test_what_only_looks_like_a_mask_is_a_photo(photos: Path, names: tuple[str, ...]) -> None:
+def test_a_photo_with_a_mask_like_name_is_a_photo(photos: Path, names: tuple[str, ...]) -> None:
     fill(photos, *names)
     assert len(photo_folder.scan(photos).photos) == 2
 
 
-def test_a_side_file_in_capitals_is_of_the_photo_with_its_name(photos: Path) -> None:
+def test_a_side_file_in_capitals_belongs_to_its_photo(photos: Path) -> None:
     fill(photos, "B.png", "b.png", "b.MASK.png")
     (photos / "b.TXT").write_text("of the small one")
     result = photo_folder.scan(photos)

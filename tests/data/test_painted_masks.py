@@ -33,7 +33,7 @@ def difference(mask: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("before", ["", "turn 90, ", "turn 180, ", "turn 270, ", "crop 0 25 50 100, ",
                                     "turn 90, crop 10 0 100 60, "])  # fmt: skip
-def test_a_stroke_stays_on_what_it_covers(before: str) -> None:
+def test_a_stroke_keeps_its_place_in_an_edited_photo(before: str) -> None:
     edit = parse(f"{before}paint 20 25 50 75 50, erase 5 50 50")
     assert parse(str(edit)) == edit and str(edit).startswith(before)
     expected = capsule(SIZE, 24, 30, 40, 90, 40) & ~capsule(SIZE, 6, 60, 40, 60, 40)
@@ -45,7 +45,7 @@ def test_a_stroke_stays_on_what_it_covers(before: str) -> None:
 
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
-def test_what_is_painted_on_the_page_is_where_the_page_shows_it(turn: int) -> None:
+def test_a_dot_painted_on_an_edited_photo_keeps_its_place(turn: int) -> None:
     """Paint a dot on a part of a turned photo, then turn and crop the photo again."""
     edit = NO_EDIT.turned(turn).cropped((50, 0, 100, 80))
     width, height = edit.size(SIZE)
@@ -86,7 +86,7 @@ def build(photos: Path, base: Any, say: Any = print, **data: object) -> tuple[ch
     return report, dataset
 
 
-def test_the_loss_counts_what_is_painted_and_nothing_else(
+def test_the_loss_counts_only_the_painted_part(
     photos: Path, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
@@ -136,12 +136,12 @@ def test_a_painted_mask_counts_as_one_and_an_empty_one_is_refused(photos: Path, 
     "text", ["paint", "paint 5", "paint 5 1", "paint 5 1 2 3", "paint 0 1 2", "erase 5 1 101", "paint 5 -1 2",
              "blur 5 1 2", "paint 5 1 2, turn 45", "paint 5" + " 1 2" * 2001]
 )  # fmt: skip
-def test_what_is_no_stroke_is_refused(text: str) -> None:
+def test_an_invalid_stroke_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.edits\.a\.jpg = .* paint or erase SIZE X Y"):
         load(None, {"train.steps": 1, "data.edits": {"a.jpg": text}})
 
 
-def test_too_many_strokes_are_counted_and_the_way_out_is_named() -> None:
+def test_too_many_strokes_are_refused_with_advice() -> None:
     strokes = {"old/a.b.jpg": ", ".join(["turn 90", *["paint 5 1 2"] * 501])}
     with pytest.raises(ConfigError) as caught:
         load(None, {"train.steps": 1, "data.edits": strokes})
@@ -152,7 +152,7 @@ def test_too_many_strokes_are_counted_and_the_way_out_is_named() -> None:
     load(None, {"train.steps": 1, "data.edits": {"a.jpg": ", ".join(["paint 5 1 2"] * 500)}})
 
 
-def test_a_mask_of_a_large_photo_is_where_its_strokes_are() -> None:
+def test_a_mask_of_a_large_photo_matches_its_strokes() -> None:
     """A large mask is painted at a smaller size and then enlarged. At most 0.2 % of its pixels differ."""
     size, edit = (6000, 4000), parse("turn 90, crop 10 0 100 60, paint 20 25 50 75 50, erase 5 50 50")
     expected = capsule(size, 1200, 1500, 2000, 4500, 2000) & ~capsule(size, 300, 3000, 2000, 3000, 2000)
@@ -175,7 +175,7 @@ def averages(mask: np.ndarray, box: tuple[float, float, float, float], side: tup
     return rows @ (mask / 255.0) @ shares(box[0], box[2], side[0], mask.shape[1]).T
 
 
-def test_masks_go_with_repeated_folders_class_images_sizes_and_flips(photos: Path, base: Any) -> None:
+def test_masks_match_their_photos_in_every_variant(photos: Path, base: Any) -> None:
     """Wide, high and square photos lie in folders with repeats, with masks from strokes, a file and transparency. Each
     variant is compared with averages that numpy computes."""
     for file in list(photos.iterdir()):

@@ -45,7 +45,7 @@ def picture(photos: Path) -> Image.Image:
         ("turn 270,crop 0 0 100 12.5", Image.Transpose.ROTATE_90, (0, 0, 64, 12)),
     ],
 )
-def test_an_edit_is_what_pillow_makes_of_it(
+def test_an_edit_equals_pillows_result(
     photos: Path, picture: Image.Image, text: str, pillow: Image.Transpose | None, box: tuple[int, ...] | None
 ) -> None:
     expected = picture if pillow is None else picture.transpose(pillow)
@@ -60,7 +60,7 @@ def test_an_edit_is_what_pillow_makes_of_it(
     assert (photos / "a.png").read_bytes() == before
 
 
-def test_edits_of_edits_are_one_edit(picture: Image.Image, photos: Path) -> None:
+def test_successive_edits_combine_into_one(picture: Image.Image, photos: Path) -> None:
     edit = NO_EDIT.cropped((25, 0, 100, 50)).turned(90).cropped((0, 50, 100, 100))
     step = picture.crop((24, 0, 96, 32)).transpose(Image.Transpose.ROTATE_270).crop((0, 36, 32, 72))
     assert np.array_equal(decode.decode(photos / "a.png", edit=edit).pixels, np.asarray(step))
@@ -83,12 +83,12 @@ def test_edits_of_edits_are_one_edit(picture: Image.Image, photos: Path) -> None
         "turn 90 crop 0 0 9 9",
     ],
 )
-def test_what_is_no_edit_is_refused_by_name(text: str) -> None:
+def test_an_invalid_edit_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.edits\.a\.jpg = .*write turn 90, 180 or 270, crop LEFT TOP"):
         load(None, {"train.steps": 1, "data.edits": {"a.jpg": text}})
 
 
-def test_an_edited_photo_is_checked_encoded_and_counted_as_another(
+def test_an_edited_photo_is_checked_and_encoded_as_another_photo(
     photos: Path, picture: Image.Image, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
@@ -137,7 +137,7 @@ def test_more_folders_are_concepts_with_names_and_weights(photos: Path, picture:
     assert {"edits", "more_folders", "folder"}.isdisjoint(without_paths(config)["data"])  # paths on the user's machine
 
 
-def test_paths_of_more_folders_are_completed_like_others(
+def test_paths_of_more_folders_are_resolved_like_other_paths(
     photos: Path, picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset = tmp_path / "own.toml"
@@ -163,7 +163,7 @@ def test_paths_of_more_folders_are_completed_like_others(
         ("zib cat", "cat", {"concepts": "ask"}, r"data\.more_folders needs data\.concepts = 'folders'"),
     ],
 )
-def test_folders_that_cannot_be_trained_are_refused(
+def test_unusable_more_folders_are_refused(
     photos: Path, picture: Image.Image, tmp_path: Path, name: str, path: str, changes: dict[str, str], message: str
 ) -> None:
     (tmp_path / "cat").mkdir()

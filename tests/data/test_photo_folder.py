@@ -34,12 +34,12 @@ def test_a_plain_folder_is_a_data_set(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", photo_folder.FORMATS)
-def test_every_format_is_looked_for(photos: Path, ending: str) -> None:
+def test_every_format_is_found(photos: Path, ending: str) -> None:
     (photos / f"a.{ending}").write_bytes(b"x")
     assert len(photo_folder.scan(photos).photos) == 1
 
 
-def test_one_level_of_subfolders_and_kohyas(photos: Path) -> None:
+def test_one_level_of_subfolders_is_read_with_kohyas_repeats(photos: Path) -> None:
     fill(photos, "top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg", "other/deep/d.jpg", "__MACOSX/x.jpg")
     result = photo_folder.scan(photos)
     assert [p.relative for p in result.photos] == ["top.jpg", "10_sks dog/a.jpg", "10_sks dog/b.jpg", "other/c.jpg"]
@@ -50,14 +50,14 @@ def test_one_level_of_subfolders_and_kohyas(photos: Path) -> None:
     ]
 
 
-def test_names_of_every_language(tmp_path: Path) -> None:
+def test_names_in_every_language_are_read(tmp_path: Path) -> None:
     place = tmp_path / "фото" / "ソク"
     fill(place, "x y.jpg")
     (place / "x y.txt").write_text("кот и 猫", encoding="utf-8")
     assert captions(photo_folder.scan(tmp_path / "фото")) == {"ソク/x y.jpg": "кот и 猫"}
 
 
-def test_captions_of_every_kind(photos: Path) -> None:
+def test_captions_of_every_kind_are_read(photos: Path) -> None:
     fill(photos, "a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "sub/f.jpg", "g.jpg")
     (photos / "a.txt").write_text("one\n", encoding="utf-8")
     (photos / "b.caption").write_text("two\n  lines", encoding="utf-8")
@@ -97,7 +97,7 @@ def test_captions_that_disagree_are_reported(photos: Path) -> None:
     ]
 
 
-def test_captions_that_are_empty_or_nobodys_are_reported(photos: Path) -> None:
+def test_empty_and_unused_captions_are_reported(photos: Path) -> None:
     fill(photos, "a.jpg")
     (photos / "a.txt").write_text(" \n")
     (photos / "b.txt").write_text("whose?")
@@ -129,7 +129,7 @@ def test_captions_that_are_empty_or_nobodys_are_reported(photos: Path) -> None:
         ("a 狗".encode("utf-16-be"), "a 狗", "UTF-16 without a byte-order mark"),
     ],
 )
-def test_encodings(photos: Path, raw: bytes, text: str, guess: str) -> None:
+def test_captions_in_other_encodings_are_read_and_reported(photos: Path, raw: bytes, text: str, guess: str) -> None:
     fill(photos, "a.jpg")
     (photos / "a.txt").write_bytes(raw)
     result = photo_folder.scan(photos)
@@ -139,7 +139,7 @@ def test_encodings(photos: Path, raw: bytes, text: str, guess: str) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"\x81\x8d\xff", b"sks\0\0\0\0 dog"])
-def test_a_caption_that_is_no_text_is_named(photos: Path, raw: bytes) -> None:
+def test_a_caption_that_is_not_text_is_refused(photos: Path, raw: bytes) -> None:
     fill(photos, "a.jpg")
     (photos / "a.txt").write_bytes(raw)
     message = r"^a\.txt: not text in an encoding that lorakit reads; save it as UTF-8$"
@@ -159,7 +159,7 @@ def test_a_caption_that_is_no_text_is_named(photos: Path, raw: bytes) -> None:
         ),
     ],
 )
-def test_metadata_that_is_wrong_is_named_by_line(photos: Path, line: str, message: str) -> None:
+def test_wrong_metadata_is_refused_with_its_line(photos: Path, line: str, message: str) -> None:
     fill(photos, "a.jpg")
     (photos / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "fine"}\n' + line)
     with pytest.raises(LorakitError, match=f"^{message}$"):
@@ -179,7 +179,7 @@ def test_metadata_that_is_wrong_is_named_by_line(photos: Path, line: str, messag
         ("metadata.jsonl", '{"file_name": "a.jpg", "text": "one"}\n{"file_name": ".\\\\sub\\\\b.jpg", "text": "two"}'),
     ],
 )
-def test_captions_in_tables_of_other_programs(photos: Path, name: str, content: str) -> None:
+def test_captions_are_read_from_tables_of_other_programs(photos: Path, name: str, content: str) -> None:
     fill(photos, "a.jpg", "sub/b.jpg")
     (photos / name).write_text(content, encoding="utf-8")
     result = photo_folder.scan(photos)
@@ -187,7 +187,7 @@ def test_captions_in_tables_of_other_programs(photos: Path, name: str, content: 
     assert result.warnings == [] and result.notes == ["subfolders: sub/ (1)"]
 
 
-def test_one_json_for_each_photo(photos: Path) -> None:
+def test_captions_are_read_from_a_json_beside_each_photo(photos: Path) -> None:
     fill(photos, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
     (photos / "a.json").write_text('{"caption": "sks dog", "tags": ["grass", "sun"]}')
     (photos / "b.jpg.json").write_text('{"tags": ["sks", "tree"]}')
@@ -246,7 +246,7 @@ def test_the_digest_follows_photos_masks_captions_and_names(photos: Path) -> Non
 ENDINGS = "looked for jpg, jpeg, jpe, jfif, png, webp, bmp, tif, tiff, avif, mpo, heic, heif, gif"
 
 
-def test_an_empty_folder_says_what_it_looked_for_and_found(photos: Path) -> None:
+def test_the_error_for_an_empty_folder_lists_endings_and_files(photos: Path) -> None:
     with pytest.raises(LorakitError) as error:
         photo_folder.scan(photos)
     assert str(error.value) == f"0 images in {photos}; {ENDINGS}; found nothing"
@@ -261,7 +261,7 @@ def test_an_empty_folder_says_what_it_looked_for_and_found(photos: Path) -> None
     )
 
 
-def test_what_is_no_folder_is_named(photos: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(photos: Path) -> None:
     fill(photos, "a.jpg")
     (photos / "notes.txt").write_text("x")
     with pytest.raises(LorakitError) as error:
@@ -294,7 +294,7 @@ def test_what_is_no_folder_is_named(photos: Path) -> None:
         ("images/a.jpg", "masks/a.png"),
     ],
 )
-def test_masks_of_other_programs_are_no_photos(tmp_path: Path, photo: str, mask: str) -> None:
+def test_masks_of_other_programs_are_not_photos(tmp_path: Path, photo: str, mask: str) -> None:
     for name in (photo, photo.replace("a.", "b."), mask):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         marked.save(tmp_path / name, marked.picture(3))
@@ -303,7 +303,7 @@ def test_masks_of_other_programs_are_no_photos(tmp_path: Path, photo: str, mask:
     assert result.warnings == []
 
 
-def test_what_only_looks_like_a_mask_is_a_photo_or_named(tmp_path: Path) -> None:
+def test_a_mask_without_its_photo_is_a_photo_or_reported(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     for name in ("bull_mask.png", "a.png", "masks/a.png", "masks/c.png"):
         marked.save(tmp_path / name, marked.picture(3))
@@ -328,7 +328,7 @@ def test_the_exact_name_comes_first(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_links_that_lead_out_up_or_nowhere_are_named_and_not_followed(tmp_path: Path) -> None:
+def test_links_outside_the_folder_are_reported_and_not_followed(tmp_path: Path) -> None:
     root, outside = tmp_path / "photos", tmp_path / "outside"
     (root / "below").mkdir(parents=True)
     outside.mkdir()
@@ -371,7 +371,7 @@ def test_links_that_lead_out_up_or_nowhere_are_named_and_not_followed(tmp_path: 
         ("\U0001f468\u200d\U0001f469.png".encode(), "\U0001f468\u200d\U0001f469.png"),
     ],
 )
-def test_names_that_cannot_be_shown_are_read_and_escaped(tmp_path: Path, name: bytes, label: str) -> None:
+def test_unprintable_names_are_read_and_escaped(tmp_path: Path, name: bytes, label: str) -> None:
     marked.save(tmp_path / "a.png", marked.picture(3))
     path = tmp_path / os.fsdecode(name)
     (tmp_path / "a.png").rename(path)
@@ -394,7 +394,7 @@ def test_names_that_cannot_be_shown_are_read_and_escaped(tmp_path: Path, name: b
         (["old/2.PNG"], ["0.png", "1.png", "a[1].png", "a1.png", "old/2.png"]),
     ],
 )
-def test_photos_are_left_out_by_name_or_pattern(photos: Path, exclude: list[str], left: list[str]) -> None:
+def test_photos_are_excluded_by_name_or_pattern(photos: Path, exclude: list[str], left: list[str]) -> None:
     fill(photos, "0.png", "1.png", "a[1].png", "a1.png", "old/2.png")
     (photos / "0.png").write_bytes(b"broken")
     result = photo_folder.scan(photos, exclude=exclude)
@@ -406,7 +406,7 @@ def test_photos_are_left_out_by_name_or_pattern(photos: Path, exclude: list[str]
     assert missing == ([] if names else ["data.exclude: no photo is called old/2.PNG"])
 
 
-def test_leaving_out_every_photo_is_refused(photos: Path) -> None:
+def test_excluding_every_photo_is_refused(photos: Path) -> None:
     fill(photos, "0.png", "1.png")
     with pytest.raises(LorakitError, match=r"data\.exclude leaves out every photo of"):
         photo_folder.scan(photos, exclude=["*"])

@@ -35,7 +35,7 @@ def test_prompts_are_read_as_web_uis_read_them(prompt: str, expected: list[tuple
     assert parts(prompt) == [expected]
 
 
-def test_break_begins_another_group_and_is_no_part_of_a_word() -> None:
+def test_break_starts_a_group_and_only_as_a_word() -> None:
     assert parts("a BREAK (b:1.2)\nBREAK\nBREAKFAST") == [[("a", 1)], [("b", 1.2)], [("BREAKFAST", 1)]]
 
 
@@ -53,11 +53,11 @@ def test_break_begins_another_group_and_is_no_part_of_a_word() -> None:
         ("a toy :) <3", ""),
     ],
 )
-def test_a_caption_shows_the_first_of_what_it_has(text: str, actual: str) -> None:
+def test_the_first_prompt_syntax_in_a_caption_is_found(text: str, actual: str) -> None:
     assert prompt_syntax.syntax(text) == actual
 
 
-def test_what_is_not_read_is_reported() -> None:
+def test_unsupported_prompt_syntax_is_reported() -> None:
     assert prompt_syntax.ignored("<lora:x:1>, a dog, (b:1.2)") == [
         "<lora:x:1> is left out: the adapter is named beside the prompt"
     ]
@@ -75,7 +75,7 @@ def test_what_is_not_read_is_reported() -> None:
         ('["a, b", "c"', '["a, b", "c"'),
     ],
 )
-def test_one_prompt_is_one_prompt(text: str, expected: object) -> None:
+def test_a_string_is_one_prompt_and_a_list_is_several(text: str, expected: object) -> None:
     assert config.parse_override(f"sample.prompts={text}") == ("sample.prompts", expected)
 
 
@@ -98,11 +98,11 @@ def test_a_string_in_a_preset_is_one_prompt(tmp_path: Path) -> None:
         ("", ""),
     ],
 )
-def test_only_a_pair_of_quotes_around_all_is_left_out(text: str, expected: str) -> None:
+def test_only_quotes_around_a_complete_text_are_removed(text: str, expected: str) -> None:
     assert unquote(text) == expected
 
 
-def test_check_takes_prompts_and_leaves_quotes_out(
+def test_check_takes_prompts_and_removes_quotes(
     photos: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from test_checks import fill

@@ -125,7 +125,9 @@ def test_validation_is_at_the_highest_resolution(photos: Path, base: Any) -> Non
          "20 steps of 4 photos, each of 5 photos seen 16 times"),
     ],
 )  # fmt: skip
-def test_the_length_counts_what_is_shown(changes: dict[str, Any], repeats: list[int], batches: int, text: str) -> None:
+def test_the_length_counts_each_resolution_and_repeat(
+    changes: dict[str, Any], repeats: list[int], batches: int, text: str
+) -> None:
     values = {"data__lower_resolutions": (256,)} | changes
     config = from_tables({}, {name.replace("__", "."): value for name, value in values.items()})
     assert plan.run_length(config, repeats, batches)[1] == text
@@ -174,19 +176,19 @@ def test_resolutions_are_read_and_written_back(text: str, resolutions: tuple[int
         ([True], "must be a whole number"),
     ],
 )
-def test_what_is_no_lower_resolution_is_refused(value: Any, message: str) -> None:
+def test_wrong_lower_resolutions_are_refused(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(None, {"train.steps": 1, "data.lower_resolutions": value})
 
 
-def test_a_list_of_another_trainer_is_several_resolutions() -> None:
+def test_another_trainers_list_becomes_several_resolutions() -> None:
     toml, *_ = convert({"training_method": "LORA", "resolution": "512,768", "base_model_name": "x", "epochs": 3})
     assert "resolution = 768\nlower_resolutions = [512]" in toml
     toml, *_ = convert({"network_dim": 4, "resolution": "512,768"})  # width and height
     assert "resolution = 624\nlower_resolutions = []" in toml
 
 
-def test_two_resolutions_that_are_one_for_the_base_are_refused(photos: Path) -> None:
+def test_two_resolutions_that_are_equal_for_the_base_are_refused(photos: Path) -> None:
     fill(photos, (64, 64))
     config = config_of(photos, data__resolution=[128, 120, 64])
     assert preflight(config).problems == (
@@ -244,7 +246,7 @@ def test_folders_have_their_own_resolution(photos: Path, base: Any) -> None:
         (512, r"data.folder_resolutions = 512: must be a table, such as \{'10_faces' = 512\}"),
     ],
 )
-def test_resolutions_of_folders_that_are_none_are_refused(options: Any, message: str) -> None:
+def test_wrong_resolutions_of_folders_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(None, {"train.steps": 1, "data.folder_resolutions": options})
     with pytest.raises(ConfigError, match=r"data.folder_resolutions and data.lower_resolutions are both set"):

@@ -28,7 +28,7 @@ def findings(folder: Path, name: str, size: int = 49_408) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["anna toy", "lulu toy"])
-def test_a_common_word_is_pointed_out_with_its_place(tmp_path: Path, name: str) -> None:
+def test_a_common_word_is_reported_with_its_token_id(tmp_path: Path, name: str) -> None:
     word = name.split()[0]
     (line,) = findings(tmp_path, name)
     assert line.startswith(f'the trigger "{word}" is a word that the base knows well (number {RANKS[word]} of its ')
@@ -36,16 +36,16 @@ def test_a_common_word_is_pointed_out_with_its_place(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("name", ["ohwx toy", "a-word-of-pieces toy"])
-def test_a_rare_word_and_one_of_pieces_are_fine(tmp_path: Path, name: str) -> None:
+def test_a_rare_word_and_a_word_of_several_tokens_pass(tmp_path: Path, name: str) -> None:
     assert findings(tmp_path, name) == []
 
 
-def test_sks_is_a_rifle(tmp_path: Path) -> None:
+def test_sks_is_reported_as_the_name_of_a_rifle(tmp_path: Path) -> None:
     assert findings(tmp_path, "sks toy") == [
         "the trigger sks is the name of a rifle too, which Stable Diffusion may draw; ohwx has no such meaning"
     ]
 
 
 @pytest.mark.parametrize("name", ["anna toy", "sks toy"])
-def test_a_small_vocabulary_says_nothing_of_how_common_a_word_is(tmp_path: Path, name: str) -> None:
+def test_a_small_vocabulary_gives_no_finding(tmp_path: Path, name: str) -> None:
     assert findings(tmp_path, name, size=900) == []

@@ -48,7 +48,7 @@ def step(numbers: range, weights: list[torch.nn.Parameter], optimizer: torch.opt
         optimizer.step()
 
 
-def test_the_steps_have_the_bits_of_those_over_parameters_and_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_flat_step_equals_steps_over_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = parameters(), parameters()
     optimizer, other = as_flat(one), built(two, **ALL)
     calls: list[int] = []
@@ -67,7 +67,7 @@ def test_the_steps_have_the_bits_of_those_over_parameters_and_are_one(monkeypatc
 
 @pytest.mark.parametrize("flat_first", [True, False])
 @pytest.mark.parametrize("flat_second", [True, False])
-def test_a_saved_state_goes_on_to_the_bit(flat_first: bool, flat_second: bool) -> None:
+def test_a_saved_state_continues_bit_by_bit(flat_first: bool, flat_second: bool) -> None:
     straight, weights = parameters(), parameters()
     step(range(6), straight, as_flat(straight))
     first = as_flat(weights) if flat_first else built(weights, **ALL)
@@ -79,7 +79,7 @@ def test_a_saved_state_goes_on_to_the_bit(flat_first: bool, flat_second: bool) -
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
-def test_states_in_float32_of_small_parameters_become_8_bits() -> None:
+def test_float32_states_of_small_parameters_become_8_bits() -> None:
     alone, together = parameters(), parameters()
     first = built(alone)  # five of the seven parameters have float32 state
     step(range(3), alone, first)
@@ -93,7 +93,7 @@ def test_states_in_float32_of_small_parameters_become_8_bits() -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3)  # a step changes a weight by about 1e-2
 
 
-def test_parameters_that_share_memory_stay_neighbours_where_blocks_end_with_them() -> None:
+def test_shared_memory_remains_if_blocks_end_with_parameters() -> None:
     for rank, together in ((4, True), (3, False)):
         shared = torch.randn(3, rank, 320)
         flat = flat_parameters.FlatParameters("unet", [torch.nn.Parameter(part) for part in shared], 256)
@@ -103,7 +103,7 @@ def test_parameters_that_share_memory_stay_neighbours_where_blocks_end_with_them
         assert torch.equal(torch.stack([each.detach() for each in flat.parameters]), shared)
 
 
-def test_a_step_that_overflows_in_fp16_leaves_state_and_its_count() -> None:
+def test_an_overflow_in_fp16_keeps_state_and_step_count() -> None:
     from lorakit.training.loss_scale import LossScale
 
     weights = parameters()

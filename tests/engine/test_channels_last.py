@@ -40,7 +40,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize(("shape", "programs"), SHAPES, ids=str)
-def test_tritons_norm_gives_what_torch_gives(
+def test_tritons_norm_equals_torchs(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], programs: int, silu: bool, dtype: torch.dtype
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
@@ -70,7 +70,7 @@ def block() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("triton", [pytest.param(True, marks=interpreted), False])
-def test_layers_keep_the_layout_and_learn_the_same(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
+def test_layers_keep_the_layout_and_the_gradients(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
     monkeypatch.setitem(kernels._allowed, "triton", triton)
     plain, ours, x = block(), block(), torch.randn(2, 4, 8, 8)
     recompute.use_channels_last(ours)
@@ -111,7 +111,7 @@ class Layouts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("modules", ["attention", "linear+conv"])
-def test_a_unet_learns_the_same_and_convolutions_read_what_is_channels_last(tiny_sd1: Any, modules: Any) -> None:
+def test_a_unet_has_the_same_gradients_and_reads_channels_last(tiny_sd1: Any, modules: Any) -> None:
     results, shares = [], []
     for channels_last in (False, True):
         family = new_base(tiny_sd1)
@@ -147,13 +147,13 @@ def test_a_unet_learns_the_same_and_convolutions_read_what_is_channels_last(tiny
         ),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(options: dict[str, object], message: str) -> None:
+def test_incompatible_options_are_refused(options: dict[str, object], message: str) -> None:
     steps = {"data.folder": "photos", "data.name": "sks toy", "train.steps": 10, "memory.limit_gib": None}
     with pytest.raises(ConfigError, match=message):
         config.load(None, {**steps, "memory.channels_last": "on", **options})
 
 
-def test_where_auto_takes_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_channels_last_only_on_a_suitable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_is_installed", lambda package: True)
     card, bf16 = torch.device("cuda"), torch.bfloat16
     assert device.channels_last(config.MemoryConfig(), card, bf16)
@@ -175,7 +175,7 @@ def test_where_auto_takes_channels_last(monkeypatch: pytest.MonkeyPatch) -> None
     ("stride", "padding", "dilation", "kernel", "size"),
     [(1, 1, 1, 3, (9, 7)), (2, 1, 1, 3, (10, 8)), (2, 0, 1, 3, (11, 9)), (1, 0, 1, 1, (5, 6)), (1, 2, 2, 3, (9, 9))],
 )
-def test_the_gradient_of_an_input_without_the_input(
+def test_the_input_gradient_is_computed_from_its_shape(
     stride: int, padding: int, dilation: int, kernel: int, size: tuple[int, int]
 ) -> None:
     x, weight = torch.randn(2, 4, *size, requires_grad=True), torch.randn(6, 4, kernel, kernel)

@@ -123,9 +123,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by a C++ compiler")
-def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_gradients_are_right_and_code_is_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         # Generate C++ for one of the four blocks only, because all of them would take a minute.
         by_cpp, rest = compile.inductor(function), traced(function)
@@ -163,7 +161,7 @@ def test_compiled_gradients_are_the_steps_and_the_next_run_finds_the_code(
 @pytest.mark.parametrize(
     ("method", "options"), [("lora", {"target_modules": "linear+conv", "alpha": 8.0}), ("dora", {})]
 )
-def test_methods_and_convolutions_go_through(method: str, options: dict[str, Any]) -> None:
+def test_methods_and_convolutions_compile(method: str, options: dict[str, Any]) -> None:
     small = Small(traced, method=method, **options)
     small.train()
     without = small.loss_and_gradients(by_compiled=False)
@@ -172,7 +170,7 @@ def test_methods_and_convolutions_go_through(method: str, options: dict[str, Any
 
 
 @pytest.mark.slow
-def test_half_precision_is_as_near_as_its_rounding() -> None:
+def test_half_precision_differs_by_rounding_only() -> None:
     small = Small(traced, dtype=torch.bfloat16)
     small.train()
     small.blocks._tolerance = compile.HALF
@@ -181,7 +179,7 @@ def test_half_precision_is_as_near_as_its_rounding() -> None:
     assert COMPILED.match(small.messages[0])
 
 
-def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_shape_is_tried_once_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     small, calls = Small(untouched), []
     for batch in (1, 2, 1, 3, 2):
@@ -195,7 +193,7 @@ def test_each_shape_is_tried_once_and_those_beyond_the_most_run_without(monkeypa
     ]
 
 
-def test_what_has_no_gradients_to_come_is_not_compiled() -> None:
+def test_passes_without_gradients_are_not_compiled() -> None:
     small = Small(untouched)
     small.loss_and_gradients(by_compiled=True)
     before = small.calls
@@ -206,7 +204,7 @@ def test_what_has_no_gradients_to_come_is_not_compiled() -> None:
 
 
 @pytest.mark.slow
-def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
+def test_blocks_of_stable_diffusion_3_are_compiled() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = SD3Transformer2DModel(
@@ -240,7 +238,7 @@ def test_the_transformer_of_stable_diffusion_3_has_blocks_too() -> None:
     assert not torch.equal(weight.grad, torch.zeros_like(weight)) and torch.allclose(weight.grad, without, rtol=1e-4)
 
 
-def test_layers_whose_memory_was_moved_are_computed_without() -> None:
+def test_layers_with_moved_memory_run_uncompiled() -> None:
     small = Small(untouched)
     small.loss_and_gradients(by_compiled=True)
     for layer in small.denoiser.modules():
@@ -277,7 +275,7 @@ def fails(function: Callable[..., Any]) -> Callable[..., Any]:
         (fails, "no compiler for this"),
     ],
 )
-def test_what_is_not_right_is_not_used(compiler: compile.Compiler, reason: str) -> None:
+def test_a_wrong_compiled_block_is_not_used(compiler: compile.Compiler, reason: str) -> None:
     small = Small(compiler)
     small.train()
     without, weights = small.loss_and_gradients(by_compiled=False), small.flat.weights.detach().clone()
@@ -288,7 +286,7 @@ def test_what_is_not_right_is_not_used(compiler: compile.Compiler, reason: str) 
     assert "\n" not in line and torch.equal(small.flat.weights, weights)
 
 
-def test_gradients_that_were_there_stay() -> None:
+def test_a_trial_keeps_existing_gradients() -> None:
     small = Small(untouched)
     small.flat.gradient.normal_(generator=torch.Generator().manual_seed(0))
     before = small.flat.gradient.clone()
@@ -297,7 +295,7 @@ def test_gradients_that_were_there_stay() -> None:
     assert torch.equal(small.flat.gradient, before) and len(small.messages) == 1
 
 
-def test_without_a_compiler_on_the_machine_the_run_goes_on() -> None:
+def test_without_a_compiler_the_run_continues() -> None:
     import torch._inductor.config
 
     small = Small(compile.inductor, width=24)
@@ -322,7 +320,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
-def test_a_run_compiles_each_batch_shape_and_only_what_is_trained(
+def test_a_run_compiles_only_training_steps_per_batch_shape(
     tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[bool] = []
@@ -362,7 +360,7 @@ def one_tensor_core_precision() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_card_compiled_blocks_go_into_the_graph(
+def test_on_a_gpu_compiled_blocks_are_captured_in_the_graph(
     tiny_sd1: Path, photos: Path, tmp_path: Path, one_tensor_core_precision: None, precision: str
 ) -> None:
     options: dict[str, Any] = {"memory__device": "cuda", "memory__mixed_precision": precision}

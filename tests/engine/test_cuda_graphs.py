@@ -84,7 +84,7 @@ def both(step: LossStep, adapter: Any, capture: cuda_graphs.Capture, batches: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prior", ["none", "images", "teacher"])
-def test_replays_follow_each_batch_to_the_bit(tiny_sd1, photos, tmp_path, monkeypatch, prior):
+def test_replays_equal_each_batchs_step_bit_by_bit(tiny_sd1, photos, tmp_path, monkeypatch, prior):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     extra = {"train__class_images": 3} if prior == "images" else {}
     step, adapter = step_of(run_config(tiny_sd1, photos, tmp_path, train__prior=prior, **extra))
@@ -100,14 +100,14 @@ SAVING = [{}, {"memory__gradient_checkpointing": True}, {"memory__base_storage":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saving", SAVING[1:])
-def test_what_saves_memory_is_replayed_too(tiny_sd1, photos, tmp_path, saving):
+def test_options_that_save_memory_work_with_replay(tiny_sd1, photos, tmp_path, saving):
     settings = run_config(tiny_sd1, photos, tmp_path, **saving)
     for without, graphed in both(*step_of(settings), stand_in, 3):
         assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
 
 
 @pytest.mark.slow
-def test_sdxls_sizes_and_pooled_texts_are_among_what_is_copied(tiny_sdxl, photos, tmp_path):
+def test_sdxls_sizes_and_pooled_texts_are_copied_to_the_graph(tiny_sdxl, photos, tmp_path):
     step, adapter = step_of(run_config(tiny_sdxl, photos, tmp_path))
     for without, graphed in both(step, adapter, stand_in, 3):
         assert all(torch.equal(a, b) for a, b in zip(without, graphed, strict=True))
@@ -124,7 +124,7 @@ RUNS = [
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", RUNS)
-def test_a_run_by_replay_is_the_run(tiny_sd1, photos, tmp_path, monkeypatch, changes):
+def test_a_run_by_replay_gives_the_same_adapter(tiny_sd1, photos, tmp_path, monkeypatch, changes):
     def run(folder: str) -> tuple[dict[str, torch.Tensor], Any]:
         result = train.train(run_config(tiny_sd1, photos, tmp_path / folder, train__steps=4, **changes))
         checkpoint_folder = result.folder / "checkpoints" / "step-000004"
@@ -161,7 +161,7 @@ def fails(compute: cuda_graphs.Compute, generators: Any) -> cuda_graphs.Compute:
         ),
     ],
 )
-def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(
+def test_after_a_failed_capture_the_run_continues_and_reports_it(
     tiny_sd1, photos, tmp_path, monkeypatch, capture, steps, line
 ):
     plain = load_file(train.train(run_config(tiny_sd1, photos, tmp_path / "plain", train__steps=steps)).adapter)
@@ -173,7 +173,7 @@ def test_where_nothing_can_be_recorded_the_run_goes_on_and_says_so(
     assert log.count(line) == 1
 
 
-def test_an_optimizers_step_is_recorded_anew_where_another_state_was_loaded():
+def test_loading_another_state_captures_the_step_again():
     state, captured = [torch.zeros(3)], []
 
     def finish() -> torch.Tensor:
@@ -209,7 +209,7 @@ def test_a_graph_that_does_not_repeat_the_step_is_rejected():
     assert weight.grad.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_memory_that_moved_is_recorded_anew():
+def test_moved_memory_is_captured_again():
     weight, captured = torch.nn.Parameter(torch.ones(3)), []
 
     def backward(row: Row) -> torch.Tensor:
@@ -230,7 +230,7 @@ def test_memory_that_moved_is_recorded_anew():
     assert len(captured) == 2 and weight.grad.tolist() == [3.0, 3.0, 3.0]
 
 
-def test_shapes_beyond_the_most_run_without(monkeypatch):
+def test_shapes_beyond_the_limit_run_without_graphs(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 1)
     weight, captured = torch.nn.Parameter(torch.ones(1)), []
 
@@ -245,7 +245,7 @@ def test_shapes_beyond_the_most_run_without(monkeypatch):
 
 
 @pytest.mark.slow
-def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_memory_of_graphs_can_be_freed(tiny_sd1, photos, tmp_path, monkeypatch):
     """Graphs are captured again after their memory was freed, and the results stay the same."""
     captured: list[Any] = []
 
@@ -273,7 +273,7 @@ def test_memory_of_graphs_can_be_had_back(tiny_sd1, photos, tmp_path, monkeypatc
     assert OptimizerStep(settings, step_of(settings)[0], 6, print).discard_graphs() is False
 
 
-def test_what_forbids_a_graph_is_reported(tiny_sd1, photos, tmp_path):
+def test_options_that_prevent_graphs_are_reported(tiny_sd1, photos, tmp_path):
     settings, cuda = run_config(tiny_sd1, photos, tmp_path), torch.device("cuda")
     assert cuda_graphs.capturer(settings, torch.device("cpu")) == (None, "")
     for section, change, reason in (
@@ -291,7 +291,7 @@ def test_what_forbids_a_graph_is_reported(tiny_sd1, photos, tmp_path):
 @pytest.mark.parametrize(
     ("noise", "off", "agrees"), [(0.0, 0.005, True), (0.0, 0.02, False), (0.015, 0.02, True), (0.04, 0.5, False)]
 )
-def test_a_graph_may_differ_as_much_as_two_steps_without_it(noise: float, off: float, agrees: bool) -> None:
+def test_a_graph_may_differ_as_much_as_two_steps_do(noise: float, off: float, agrees: bool) -> None:
     """In half precision some kernels add in varying order, which changes more than the last bits of the gradients."""
     weight = torch.nn.Parameter(torch.ones(1000))
     weight.grad = torch.zeros(1000)
@@ -317,7 +317,7 @@ def test_a_graph_may_differ_as_much_as_two_steps_without_it(noise: float, off: f
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("saving", SAVING)
-def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtype, saving):
+def test_a_cuda_graph_gives_the_steps_result(tiny_sd1, photos, tmp_path, dtype, saving):
     settings = run_config(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
     capture, line = cuda_graphs.capturer(settings, torch.device("cuda"))
     assert capture is not None and "CUDA graph" in line
@@ -330,7 +330,7 @@ def test_a_cuda_graph_gives_what_the_step_gives(tiny_sd1, photos, tmp_path, dtyp
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_attention_over_many_keys_gives_the_same_in_each_run(deterministic: bool) -> None:
+def test_attention_over_many_keys_is_repeatable(deterministic: bool) -> None:
     """Deterministic kernels give equal bits; others add with atomics and agree within rounding."""
     draw = torch.Generator("cuda").manual_seed(0)
     q, k, v, towards = (torch.randn(1, 2, 4096, 40, generator=draw, device="cuda").bfloat16() for _ in range(4))

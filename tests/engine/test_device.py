@@ -31,14 +31,16 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = 
     ("cuda", "mps", "expected"),
     [(True, False, "cuda"), (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
-def test_auto_takes_the_best_there_is(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
+def test_auto_takes_the_best_available_device(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str
+) -> None:
     machine(monkeypatch, cuda=cuda, mps=mps)
     assert devices.device(MemoryConfig()).type == expected
     assert devices.device(MemoryConfig(device="cpu")) == CPU
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_missing_device_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     machine(monkeypatch)
     with pytest.raises(LorakitError, match=f"memory.device = '{name}': torch .* finds no such device here"):
         devices.device(MemoryConfig(device=name))
@@ -56,7 +58,9 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch,
         ("cpu", True, "bf16", torch.bfloat16),
     ],
 )
-def test_precision(monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, precision: str, expected: Any) -> None:
+def test_precision_follows_the_device_and_the_option(
+    monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, precision: str, expected: Any
+) -> None:
     machine(monkeypatch, cuda=device == "cuda", bf16=bf16)
     assert devices.dtype(MemoryConfig(mixed_precision=precision), torch.device(device)) is expected
 
@@ -89,17 +93,17 @@ class ZeroBackward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_right_kernel_passes(dtype: torch.dtype) -> None:
+def test_a_correct_attention_kernel_passes(dtype: torch.dtype) -> None:
     assert devices.attention_problem(by_hand, CPU, dtype) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_backward_of_zeros_is_found_out(dtype: torch.dtype) -> None:
+def test_a_backward_pass_of_zeros_is_detected(dtype: torch.dtype) -> None:
     problem = devices.attention_problem(ZeroBackward.apply, CPU, dtype)
     assert problem == "gradient of the query is off by 100% at head size 40"
 
 
-def test_a_wrong_forward_a_nan_and_a_failure_are_found_out() -> None:
+def test_a_wrong_forward_pass_nan_and_an_error_are_detected() -> None:
     def fails(*_: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("No operator found\nfor this input")
 
@@ -127,7 +131,7 @@ class UnetThatCounts:
         self.on = True
 
 
-def test_xformers_is_used_only_where_it_passes_and_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_is_used_only_after_the_test_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = MemoryConfig(attention="xformers")
     for kernel, on, message in [
         (by_hand, True, "attention: xformers, which agrees with sdpa forward and backward"),
@@ -145,7 +149,7 @@ def test_xformers_is_used_only_where_it_passes_and_it_is_reported(monkeypatch: p
     assert devices.attention(MemoryConfig(), family) == "attention: sdpa"
 
 
-def test_xformers_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_xformers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "xformers", None)
@@ -154,7 +158,7 @@ def test_xformers_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         devices.attention(MemoryConfig(attention="xformers"), SimpleNamespace())
 
 
-def test_weights_are_streamed_to_a_card_only() -> None:
+def test_weights_are_streamed_to_cuda_only() -> None:
     settings = MemoryConfig(stream_base=True)
     assert devices.streams(settings, torch.device("cuda")) and not devices.streams(MemoryConfig(), CPU)
     for device in ("cpu", "mps"):
@@ -171,7 +175,7 @@ def test_weights_are_streamed_to_a_card_only() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("count", [1, 3, None])
-def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: int | None, dropout: float) -> None:
+def test_recomputed_blocks_give_the_same_gradients(tiny_sd1: Path, count: int | None, dropout: float) -> None:
     """Recomputed blocks run twice, all others once. The gradients have the same bits."""
     info, actual = families.describe(tiny_sd1), []
     settings = config.load(None, {"train.steps": 1, "memory.gradient_checkpointing": True})
@@ -202,7 +206,7 @@ def test_blocks_that_are_computed_again_teach_the_same(tiny_sd1: Path, count: in
     assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
-def test_where_memory_runs_out_it_is_freed_once() -> None:
+def test_memory_is_freed_once_after_an_out_of_memory_error() -> None:
     called: list[str] = []
 
     def compute(fails: int) -> str:
@@ -228,7 +232,7 @@ def test_where_memory_runs_out_it_is_freed_once() -> None:
         assert called.count("compute") == (2 if possible else 1)
 
 
-def test_peak_is_the_process_on_a_cpu() -> None:
+def test_the_peak_on_a_cpu_is_the_processs_memory() -> None:
     before = device_memory.peak(CPU)
     tensor = torch.ones(64 * 2**20)
     assert device_memory.peak(CPU) >= max(before, tensor.numel() * 4)

@@ -26,7 +26,7 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_cards")
-def test_a_card_is_chosen_by_its_number() -> None:
+def test_a_gpu_is_chosen_by_its_number() -> None:
     settings = config.load(None, {"memory.device": "cuda:1", "train.steps": 1}).memory
     assert devices.device(settings) == torch.device("cuda:1")
     assert plan.guess_device("cuda:1") == "cuda" and plan.may_be_cuda("cuda:1") and not plan.device_problem("cuda:1")
@@ -36,14 +36,14 @@ def test_a_card_is_chosen_by_its_number() -> None:
 
 
 @pytest.mark.parametrize("value", ["cuda:", "cuda:x", "cpu:0", "cuda:-1", "gpu"])
-def test_what_names_no_card_is_refused(value: str) -> None:
+def test_an_invalid_device_name_is_refused(value: str) -> None:
     with pytest.raises(config.ConfigError, match=r"choose one of auto, cuda, mps, cpu or cuda:1"):
         config.load(None, {"memory.device": value, "train.steps": 1})
 
 
 @pytest.mark.parametrize("card", ["NVIDIA GeForce RTX 3060", "NVIDIA GeForce GTX 1660 Ti"])
 @pytest.mark.parametrize("tf32", [True, False])
-def test_precision_of_products_is_a_choice(monkeypatch: pytest.MonkeyPatch, card: str, tf32: bool) -> None:
+def test_tf32_follows_the_option(monkeypatch: pytest.MonkeyPatch, card: str, tf32: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: card)
     monkeypatch.setattr(device_memory, "prepare", lambda _: "memory")
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
@@ -101,13 +101,13 @@ def broken_sdpa(monkeypatch: pytest.MonkeyPatch, broken: set[str]) -> None:
         ),
     ],
 )
-def test_wrong_kernels_of_a_card_are_not_used(monkeypatch: pytest.MonkeyPatch, broken: set[str], line: str) -> None:
+def test_wrong_attention_kernels_are_disabled(monkeypatch: pytest.MonkeyPatch, broken: set[str], line: str) -> None:
     broken_sdpa(monkeypatch, broken)
     family: Any = SimpleNamespace(device=CUDA, dtype=torch.float32)
     assert devices.attention(MemoryConfig(), family) == line
 
 
-def test_where_every_kernel_is_wrong_there_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_refused_if_every_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     broken_sdpa(monkeypatch, {"cudnn", "flash", "mem_efficient", "math"})
     with pytest.raises(
         LorakitError, match=r"every attention kernel fails its self-test .*: update torch or the driver"
@@ -119,7 +119,7 @@ def test_where_every_kernel_is_wrong_there_is_no_run(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("message", ["MPS backend out of memory (MPS allocated: 17.5 GB", "Invalid buffer size: 9 GB"])
-def test_an_apple_that_runs_out_of_memory_is_explained(message: str) -> None:
+def test_out_of_memory_on_mps_is_explained(message: str) -> None:
     def fails() -> None:
         raise RuntimeError(message)
 
@@ -135,7 +135,7 @@ def test_an_apple_that_runs_out_of_memory_is_explained(message: str) -> None:
         raise RuntimeError("no such thing")
 
 
-def test_where_no_more_can_be_pinned_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_beyond_the_pinning_limit_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """WSL, for example, pins only 0.5 to 1 GiB."""
     empty, pins = torch.empty, [True, False]
 
@@ -162,7 +162,7 @@ def test_where_no_more_can_be_pinned_the_rest_is_not(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("switch", [True, False])
-def test_deterministic_kernels_are_used_for_the_run_alone(switch: bool) -> None:
+def test_deterministic_kernels_are_used_only_during_a_run(switch: bool) -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     with devices.deterministic(TrainConfig(deterministic=switch)):
         assert torch.are_deterministic_algorithms_enabled() is switch
@@ -171,7 +171,7 @@ def test_deterministic_kernels_are_used_for_the_run_alone(switch: bool) -> None:
     assert before == (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled())
 
 
-def test_an_operation_without_such_a_kernel_is_named() -> None:
+def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
     message = "upsample_bilinear2d_backward_out_cuda does not have a deterministic implementation, but you set it. More"
     deterministic = devices.deterministic(TrainConfig(deterministic=True))
     pattern = r"train.deterministic = true: upsample_bi.*you set it; set it to false$"

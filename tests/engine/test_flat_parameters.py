@@ -80,7 +80,7 @@ def test_an_optimizer_steps_and_saves_as_over_separate_parameters(name: str, sha
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize(("make", "shapes"), [(as_flat, ODD), (lambda *weights: (None, separate(*weights)), EVEN)])
-def test_a_saved_state_goes_on_to_the_bit_whoever_saved_it(name: str, make: Any, shapes: Any) -> None:
+def test_a_saved_state_continues_bit_by_bit_in_either_form(name: str, make: Any, shapes: Any) -> None:
     straight = parameters(shapes)
     _, straight_optimizer = make(name, straight)
     for number in range(6):
@@ -102,7 +102,7 @@ def test_a_saved_state_goes_on_to_the_bit_whoever_saved_it(name: str, make: Any,
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, 1e6])
-def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
+def test_gradients_are_clipped_as_by_torch(max_norm: float) -> None:
     one, two = parameters(), parameters()
     flat = flats(one)
     for mine, theirs, gradient in zip(one, two, gradients(0, one), strict=True):
@@ -115,7 +115,7 @@ def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=0)
 
 
-def test_the_norm_of_twenty_million_numbers_is_right() -> None:
+def test_the_norm_of_twenty_million_values_is_accurate() -> None:
     many = flat_parameters.FlatParameters("unet", [torch.nn.Parameter(torch.zeros(20_000_000))])
     many.gradient.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-4)
     exact = torch.linalg.vector_norm(many.gradient, dtype=torch.float64).item()
@@ -131,7 +131,7 @@ def test_a_gradient_that_is_not_finite_is_detected() -> None:
     assert not torch.isfinite(flat_parameters.norm(flat))
 
 
-def test_parameters_that_somebody_moved_are_taken_back() -> None:
+def test_moved_parameters_become_views_again() -> None:
     separate_parameters = parameters()
     flat = flats(separate_parameters)
     assert all(each.ensure_views() for each in flat)
@@ -172,7 +172,7 @@ CASES = [(method, {}) for method in METHODS] + [("lora", {"train_text_encoder": 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "more"), CASES)
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sdxl"])
-def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, base: str, request: Any) -> None:
+def test_flattening_keeps_an_adapters_gradients_and_names(method: str, more: Any, base: str, request: Any) -> None:
     target = request.getfixturevalue(base)
     config = ADAPTER_SECTIONS[method](method=method, rank=4, **more)
     plain, other = attached(target, config, torch.float32)
@@ -200,7 +200,7 @@ def test_an_adapters_gradients_and_what_it_shows_stay(method: str, more: Any, ba
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("modules", ["attention", "linear+conv"])
 @pytest.mark.parametrize("alpha", [4.0, 2.0])
-def test_in_half_precision_gradients_are_those_by_autograd(
+def test_in_half_precision_gradients_equal_autograds(
     tiny_sd1: Any, dtype: torch.dtype, modules: Any, alpha: float
 ) -> None:
     config = LoraConfig(rank=4, alpha=alpha, target_modules=modules, train_text_encoder=True)

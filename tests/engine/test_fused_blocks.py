@@ -59,7 +59,7 @@ def peft_parameters(unet: Any, names: list[str]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("alpha", [4.0, 2.0])
-def test_an_optimized_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: float) -> None:
+def test_an_optimized_unet_has_pefts_outputs_and_gradients(tiny_sd1: Any, alpha: float) -> None:
     family, adapter, theirs = pair(tiny_sd1, torch.float32, alpha)
     fused_blocks.optimize_blocks(family.denoiser)
     kinds = {type(module) for module in family.denoiser.modules()}
@@ -71,7 +71,7 @@ def test_an_optimized_unet_predicts_and_learns_as_pefts(tiny_sd1: Any, alpha: fl
         assert (own[name] - other[name]).norm() <= 1e-5 * other[name].norm() + 1e-9, name
 
 
-def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
+def test_in_bfloat16_the_gradients_are_float32_and_close(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.bfloat16)
     full, reference, _ = pair(tiny_sd1, torch.float32)
     fused_blocks.optimize_blocks(family.denoiser)
@@ -82,7 +82,7 @@ def test_in_bfloat16_the_gradients_are_float32_and_near(tiny_sd1: Any) -> None:
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99
 
 
-def test_switched_off_it_is_the_base_and_detached_it_leaves_nothing(tiny_sd1: Any) -> None:
+def test_disabling_gives_the_base_and_detaching_restores_it(tiny_sd1: Any) -> None:
     family, adapter, _ = pair(tiny_sd1, torch.float32)
     plain = new_base(tiny_sd1)
     fused_blocks.optimize_blocks(family.denoiser)
@@ -109,7 +109,7 @@ def test_shared_tensors_follow_the_optimizer_and_a_restored_state(tiny_sd1: Any)
         assert torch.equal(family.denoiser(*inputs(), return_dict=False)[0], before)
 
 
-def test_a_layer_given_another_weight_is_asked_by_itself(tiny_sd1: Any) -> None:
+def test_a_layer_with_a_replaced_weight_is_computed_alone(tiny_sd1: Any) -> None:
     family, adapter, theirs = pair(tiny_sd1, torch.float32)
     fused_blocks.optimize_blocks(family.denoiser)
     name = next(name for name in adapter.parameters() if "attn1.to_q.down" in name)
@@ -136,7 +136,7 @@ def test_dropout_is_left_to_peft(tiny_sd1: Any) -> None:
         assert not torch.equal(family.denoiser(*inputs(), return_dict=False)[0], first)
 
 
-def test_products_are_shared_on_fake_tensors_too() -> None:
+def test_products_are_shared_on_fake_tensors() -> None:
     """Memory is counted on fake tensors, so they must take the same path as real tensors on a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 

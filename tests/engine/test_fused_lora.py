@@ -54,7 +54,7 @@ def outcome(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alpha", [4.0, 1.0])
-def test_outputs_and_gradients_are_pefts(kind: str, alpha: float) -> None:
+def test_outputs_and_gradients_equal_pefts(kind: str, alpha: float) -> None:
     ours, theirs = layers(kind, alpha, torch.float32)
     x = images(kind, torch.float32)
     for a, b in zip(outcome(ours, x), outcome(theirs, x), strict=True):
@@ -63,7 +63,7 @@ def test_outputs_and_gradients_are_pefts(kind: str, alpha: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_the_factors_gradients_stay_float32_and_near(kind: str, dtype: torch.dtype) -> None:
+def test_in_half_precision_factor_gradients_are_float32_and_close(kind: str, dtype: torch.dtype) -> None:
     ours, theirs = layers(kind, 2.0, dtype)
     actual, expected = outcome(ours, images(kind, dtype)), outcome(theirs, images(kind, dtype))
     assert [t.dtype for t in actual] == [dtype, dtype, torch.float32, torch.float32]
@@ -72,7 +72,7 @@ def test_in_half_precision_the_factors_gradients_stay_float32_and_near(kind: str
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv 3x3"])
-def test_an_input_without_gradient_is_no_obstacle(kind: str) -> None:
+def test_an_input_without_gradient_works(kind: str) -> None:
     ours, theirs = layers(kind, 4.0, torch.float32)
     x = images(kind, torch.float32).detach()
     for layer in (ours, theirs):
@@ -85,7 +85,7 @@ def test_an_input_without_gradient_is_no_obstacle(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv 3x3"])
-def test_what_is_out_of_the_ordinary_goes_pefts_way(kind: str) -> None:
+def test_merging_and_other_special_cases_use_pefts_forward(kind: str) -> None:
     ours, theirs = layers(kind, 2.0, torch.float32)
     x = images(kind, torch.float32).detach()
     plain = ours(x)
@@ -106,7 +106,7 @@ def test_what_is_out_of_the_ordinary_goes_pefts_way(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv 3x3"])
-def test_a_trained_base_and_autocast_go_pefts_way(kind: str) -> None:
+def test_a_trained_base_and_autocast_use_pefts_forward(kind: str) -> None:
     ours, theirs = layers(kind, 2.0, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = (outcome(layer, images(kind, torch.float32)) for layer in (ours, theirs))

@@ -57,7 +57,7 @@ def test_a_layer_multiplies_codes_forward_and_backward(shape: tuple[int, ...], b
     assert 1e-4 < (y - plain).float().norm() / plain.float().norm() < 2e-2
 
 
-def test_rows_of_zeros_and_one_large_value_keep_their_rows() -> None:
+def test_each_row_has_its_own_scale() -> None:
     linear, x = layer(torch.float32, bias=False), torch.zeros(32, 64)
     x[1], x[2, 5] = torch.randn(64), 1e6
     expected = functional.linear(x, linear.weight.dequantize())
@@ -66,12 +66,12 @@ def test_rows_of_zeros_and_one_large_value_keep_their_rows() -> None:
 
 
 @pytest.mark.parametrize(("rows", "sides"), [(16, (64, 48)), (40, (60, 64)), (40, (64, 50))], ids=str)
-def test_what_a_card_cannot_multiply_in_int8_is_dequantized(rows: int, sides: tuple[int, int]) -> None:
+def test_unsupported_shapes_are_dequantized(rows: int, sides: tuple[int, int]) -> None:
     linear, x = layer(torch.float32, sides), torch.randn(rows, sides[0])
     assert torch.equal(linear(x), functional.linear(x, linear.weight.dequantize(), linear.bias))
 
 
-def test_onednns_product_is_in_int8_too_and_plain_int8_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednns_product_is_in_int8_but_plain_int8_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     product = quantized_kernels.int8_product
 
@@ -89,7 +89,7 @@ def test_onednns_product_is_in_int8_too_and_plain_int8_is_not(monkeypatch: pytes
         calls.clear()
 
 
-def test_a_device_without_such_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_int8_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized_kernels.require_int8(CPU)
     block = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
     for problem in (lambda *_: 1 / 0, lambda a, b: torch.zeros(32, 24, dtype=torch.int32)):
@@ -108,7 +108,7 @@ def test_a_device_without_such_products_is_refused(monkeypatch: pytest.MonkeyPat
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [True, False])
-def test_tritons_kernels_give_the_same(transposed: bool, dtype: torch.dtype) -> None:
+def test_tritons_kernels_equal_torchs(transposed: bool, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     quantized_kernels._choose_product.cache_clear()
     weight: Any = layer(dtype, (72, 48)).weight

@@ -57,7 +57,7 @@ def rounded_once(weight: quantized_weight.QuantizedWeight) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bitsandbytes_kernel_is_taken_and_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_bitsandbytes_kernel_is_used_and_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     weight = quantized(shape, dtype)
     assert torch.equal(weight.dequantize(), rounded_once(weight))
@@ -67,7 +67,7 @@ def test_bitsandbytes_kernel_is_taken_and_rounds_once(shape: tuple[int, ...], dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_plain_torch_gives_the_same_to_a_rounding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_plain_torch_differs_by_rounding_only(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(quantized_kernels, "_has_kernels_for", lambda device: False)
     monkeypatch.setitem(kernels._allowed, "triton", False)
     weight = quantized((320, 64), dtype)
@@ -81,7 +81,7 @@ def test_plain_torch_gives_the_same_to_a_rounding(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "kernel", [lambda codes, scales: quantized_kernels.by_torch(codes, scales) * 1.1, lambda codes, scales: 1 / 0]
 )
-def test_a_kernel_that_is_wrong_or_fails_is_not_used(
+def test_a_wrong_or_failing_kernel_is_not_used(
     monkeypatch: pytest.MonkeyPatch, kernel: quantized_kernels.Dequantize
 ) -> None:
     monkeypatch.setattr(quantized_kernels, "_has_kernels_for", lambda device: True)
@@ -90,7 +90,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used(
     assert quantized_kernels._quickest(torch.float32, torch.device("cpu")) is quantized_kernels.by_torch
 
 
-def test_without_packages_and_on_other_devices_it_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_packages_and_on_other_devices_torch_dequantizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantized_kernels._quickest(torch.float32, torch.device("meta")) is quantized_kernels.by_torch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for device in ("cpu", "cuda"):
@@ -101,7 +101,7 @@ def test_without_packages_and_on_other_devices_it_is_plain_torch(monkeypatch: py
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_is_one_operation_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_int8_is_dequantized_in_one_operation(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = quantized(shape, dtype, "int8")
     assert weight.scales is not None
     assert torch.equal(weight.dequantize(), weight.qdata.to(dtype).mul_(weight.scales))

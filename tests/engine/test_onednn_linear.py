@@ -16,7 +16,7 @@ def layer(bias: bool = True) -> nn.Linear:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 24), (0, 24)])
-def test_a_quick_layer_and_its_gradient_are_torchs(bias: bool, shape: tuple[int, ...]) -> None:
+def test_a_onednn_layer_and_its_gradient_equal_torchs(bias: bool, shape: tuple[int, ...]) -> None:
     own, quick = layer(bias), layer(bias)
     onednn_linear.use_onednn_linear(quick)
     assert isinstance(quick, onednn_linear.FrozenLinear)
@@ -31,7 +31,7 @@ def test_a_quick_layer_and_its_gradient_are_torchs(bias: bool, shape: tuple[int,
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_inputs_that_lie_crosswise_in_memory_are_no_obstacle() -> None:
+def test_transposed_inputs_work() -> None:
     module = layer()
     x = torch.randn(24, 7, generator=torch.Generator().manual_seed(1)).t()
     torch.testing.assert_close(onednn_linear.linear(x, module.weight, module.bias), module(x), rtol=1e-5, atol=1e-6)
@@ -57,14 +57,14 @@ def test_other_precisions_are_left_to_torch(dtype: torch.dtype) -> None:
     assert type(module) is nn.Linear
 
 
-def test_without_onednn_torchs_own_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onednn_torchs_own_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_linear, "_onednn_works", lambda: False)
     module = layer()
     x = torch.randn(3, 24)
     assert torch.equal(onednn_linear.linear(x, module.weight, module.bias), module(x))
 
 
-def test_a_quick_model_is_copied_and_saved_as_any_other() -> None:
+def test_a_model_with_onednn_layers_can_be_copied_and_saved() -> None:
     quick = nn.Sequential(layer())
     names = list(quick.state_dict())
     onednn_linear.use_onednn_linear(quick)

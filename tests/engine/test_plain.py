@@ -137,7 +137,7 @@ def test_a_stopped_plain_run_continues_to_the_same_bits(
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 @pytest.mark.parametrize("saving", [{"memory__gradient_checkpointing": True}, {"memory__limit_gib": 1.0}])
-def test_recomputing_blocks_works_in_plain_too(
+def test_recomputing_blocks_works_in_the_plain_engine(
     tiny_sd1: Path, photos: Path, plain: train.Result, tmp_path: Path, saving: Any
 ) -> None:
     result = run(tiny_sd1, photos, tmp_path / "run", "plain", **saving)
@@ -215,7 +215,7 @@ def test_a_unet_with_fusible_blocks_is_fused_without_a_note(tiny_sd1: Path, phot
 @pytest.mark.parametrize(
     "changed", [lambda *_: torch.zeros(1, 64, 4, 4), lambda self, x: x], ids=["another result", "other arguments"]
 )
-def test_a_forward_that_changed_in_diffusers_is_noticed(
+def test_a_changed_forward_in_diffusers_is_detected(
     tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch, changed: Any
 ) -> None:
     family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)

@@ -46,7 +46,7 @@ def relative(actual: torch.Tensor, right: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(320, 64), (32, 16, 3, 3)], ids=["linear", "conv"])
-def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, ...]) -> None:
+def test_nf4_equals_bitsandbytes(shape: tuple[int, ...]) -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
     weight = normal(*shape)
     codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
@@ -56,7 +56,7 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, ...]) -> None:
     assert torch.equal(ours.dequantize(), functional.dequantize_4bit(codes, state))
 
 
-def test_int8_is_that_of_bitsandbytes() -> None:
+def test_int8_equals_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, an extra, is not installed")
     weight = normal(64, 320, dtype=torch.float16)
     codes, largest, _ = functional.int8_vectorwise_quant(weight)
@@ -67,14 +67,14 @@ def test_int8_is_that_of_bitsandbytes() -> None:
     assert (ours.qdata != codes).float().mean() < 0.01
 
 
-def test_int8_by_hand() -> None:
+def test_int8_gives_codes_computed_by_hand() -> None:
     weight = torch.tensor([[1.27, -0.64, 0.004], [0.0, 0.0, 0.0]])
     quantized = quantized_weight.quantize(weight, "int8")
     assert quantized.qdata.tolist() == [[127, -64, 0], [0, 0, 0]]
     torch.testing.assert_close(quantized.dequantize(), torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
 
 
-def test_nf4_by_hand() -> None:
+def test_nf4_gives_codes_computed_by_hand() -> None:
     """Each byte holds two values, the first in the high half; a block of zeros stays zero."""
     weight = torch.zeros(2, 64)
     weight[0, :4] = torch.tensor([-2.0, 2.0, 0.6, 1.5])
@@ -89,7 +89,7 @@ def test_nf4_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_and_size_are_what_the_documentation_says(kind: str, dtype: torch.dtype) -> None:
+def test_error_and_size_match_the_documentation(kind: str, dtype: torch.dtype) -> None:
     weight = normal(320, 64, 3, 3, dtype=dtype)
     quantized = quantized_weight.quantize(weight, kind)
     low, high = ERROR[kind]
@@ -99,7 +99,7 @@ def test_error_and_size_are_what_the_documentation_says(kind: str, dtype: torch.
     assert quantized.storage_nbytes == weight.numel() // (1 if kind == "int8" else 2) + scale_bytes
 
 
-def test_nf4_of_part_of_a_block_is_an_error() -> None:
+def test_nf4_of_an_incomplete_block_is_an_error() -> None:
     with pytest.raises(ValueError, match="65 values are not whole blocks of 64"):
         quantized_weight.quantize(torch.zeros(5, 13), "nf4")
 
@@ -122,7 +122,7 @@ def layers() -> list[tuple[nn.Module, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(("kind", "number"), list(itertools.product(KINDS, range(6))))
-def test_output_and_gradient_are_those_of_the_full_weight_which_is_not_saved(kind: str, number: int) -> None:
+def test_a_quantized_layer_equals_the_full_one_and_saves_no_full_weight(kind: str, number: int) -> None:
     layer, value = layers()[number]
     layer.requires_grad_(False)
     small = copy.deepcopy(layer)
@@ -145,7 +145,7 @@ def test_output_and_gradient_are_those_of_the_full_weight_which_is_not_saved(kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_moves_and_copies_with_its_module(kind: str) -> None:
+def test_a_quantized_weight_moves_and_copies_with_its_module(kind: str) -> None:
     layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
     quantized_weight.store_layers(layer, kind, "cpu")
     full = layer[0].weight.dequantize()
@@ -159,7 +159,7 @@ def test_it_moves_and_copies_with_its_module(kind: str) -> None:
     assert twin[0].weight.qdata.device.type == "meta"
 
 
-def test_it_is_dequantized_wherever_an_operation_takes_it() -> None:
+def test_any_operation_dequantizes_the_weight() -> None:
     weight, other = quantized_weight.quantize(normal(64, 64), "int8"), normal(64, 64)
     full = weight.dequantize()
     assert torch.equal(torch.stack([weight, other, weight]), torch.stack([full, other, full]))
@@ -167,7 +167,7 @@ def test_it_is_dequantized_wherever_an_operation_takes_it() -> None:
     assert torch.equal(torch.where(other > 0, weight, other), torch.where(other > 0, full, other))
 
 
-def test_it_cannot_be_changed() -> None:
+def test_a_quantized_weight_cannot_be_changed() -> None:
     weight = quantized_weight.quantize(normal(64, 64), "int8")
     with pytest.raises(
         LorakitError, match="a weight in int8 cannot be changed: load the base with its weights in full"
@@ -191,7 +191,9 @@ def predict(family: Any) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sdxl"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str) -> None:
+def test_a_quantized_base_has_the_predicted_size_and_error(
+    request: pytest.FixtureRequest, name: str, kind: str
+) -> None:
     """Quantize all linear and convolutional layers of the UNet except the first, the last and the time embedding."""
     folder = request.getfixturevalue(name)
     full, small = load(folder, "full"), load(folder, kind)
@@ -223,7 +225,7 @@ def test_a_base_in_few_bits(request: pytest.FixtureRequest, name: str, kind: str
 @pytest.mark.parametrize(
     "config", [LoraConfig(rank=4, target_modules="linear+conv"), LoraConfig(method="dora", rank=4)]
 )
-def test_an_adapter_learns_on_it_as_on_its_full_weights(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
+def test_an_adapter_has_the_gradients_of_the_dequantized_base(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
     """Gradients equal those of a base with the dequantized weights, also with checkpointing."""
     small, plain = load(tiny_sd1, kind), load(tiny_sd1, "full")
     with torch.no_grad():
@@ -246,7 +248,7 @@ def test_an_adapter_learns_on_it_as_on_its_full_weights(tiny_sd1: Path, kind: st
             assert relative(actual[name], right) < 1e-4, name  # the kernels differ, so the rounding does
 
 
-def test_peft_cannot_fuse_into_it(tiny_sd1: Path) -> None:
+def test_peft_cannot_fuse_into_a_quantized_weight(tiny_sd1: Path) -> None:
     family = load(tiny_sd1, "nf4")
     adapter = adapters.attach(family, LoraConfig(rank=4))
     layer = adapter._layers[adapter.layers[0]]
@@ -266,7 +268,7 @@ def streams_of(module: nn.Module) -> set[Any]:
 
 
 @pytest.mark.parametrize(("kind", "number"), list(itertools.product(("full", *KINDS), range(6))))
-def test_a_streamed_layer_gives_what_a_resident_one_does(kind: str, number: int) -> None:
+def test_a_streamed_layer_equals_a_resident_one(kind: str, number: int) -> None:
     layer, value = layers()[number]
     layer.requires_grad_(False)
     streamed = copy.deepcopy(layer)
@@ -292,7 +294,7 @@ LEARNED += [("lora", "int8", torch.float32), ("dora", "nf4", torch.bfloat16)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind", "dtype"), LEARNED)
-def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
+def test_an_adapter_has_the_same_gradients_on_a_streamed_base(
     tiny_sd1: Path, method: str, kind: str, dtype: torch.dtype
 ) -> None:
     """Predictions and gradients have equal bits, with and without checkpointing. Resident full weights use kernels that
@@ -329,7 +331,7 @@ def test_an_adapter_learns_on_a_streamed_base_as_on_a_resident_one(
     assert quantized.misses < 0.5 * quantized.requests
 
 
-def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
+def test_a_streamed_base_stays_in_host_memory(tiny_sdxl: Path) -> None:
     """Moving the module does not move streamed weights; only layers that are never quantized are resident."""
     family, plain = load(tiny_sdxl, "full", stream=True), load(tiny_sdxl, "full")
     (stream,) = streams_of(family.denoiser)
@@ -357,7 +359,7 @@ def test_a_streamed_base_stays_in_the_hosts_memory(tiny_sdxl: Path) -> None:
             assert not actual.requires_grad and torch.equal(actual.to("cpu").dequantize(), right)
 
 
-def test_elsewhere_than_where_it_is_streamed_to_it_is_moved_for_each_operation() -> None:
+def test_on_another_device_a_streamed_weight_is_moved_per_operation() -> None:
     layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
     right = layer.weight.clone()
     quantized = quantized_weight.store_layers(layer, "full", "meta", offload=True)
@@ -385,9 +387,7 @@ WIDTH = 512
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
-def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_a_streamed_step_is_equal_and_needs_less_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 layers are checkpointed in groups of eight, and the window holds eight: equal gradients, lower peak memory."""
     monkeypatch.setattr(weight_storage, "WINDOW_BYTES", 8 * 2 * WIDTH**2)
     peaks, gradients = [], []
@@ -420,7 +420,7 @@ def test_on_a_card_a_streamed_step_is_the_resident_one_in_less_memory(
 
 
 @pytest.mark.slow
-def test_a_run_on_a_streamed_base_is_the_same_run(
+def test_a_run_on_a_streamed_base_gives_the_same_adapter(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole run, including samples and the checked file, equals a run without streaming. The test disables only the

@@ -46,7 +46,7 @@ def autograd_bytes(compute: Callable[[], torch.Tensor], frozen: nn.Module | None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_layer_gives_the_same_and_keeps_less(kind: str, dtype: torch.dtype) -> None:
+def test_a_layer_gives_the_same_and_saves_less(kind: str, dtype: torch.dtype) -> None:
     make, shape = LAYERS[kind]
     torch.manual_seed(0)
     theirs = make().to(dtype).requires_grad_(False)
@@ -69,7 +69,7 @@ def test_a_layer_gives_the_same_and_keeps_less(kind: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_of_a_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
+def test_silu_of_a_norm_saves_only_its_input(dtype: torch.dtype) -> None:
     norm = nn.GroupNorm(4, 8).to(dtype).requires_grad_(False)
     norm.weight.copy_(normal(8, dtype=dtype))
     norm.bias.copy_(normal(8, dtype=dtype))
@@ -86,7 +86,7 @@ def test_silu_of_a_norm_keeps_its_input_alone(dtype: torch.dtype) -> None:
     assert x.nbytes < after <= x.nbytes + statistics < before
 
 
-def test_a_recipe_gives_the_tensor_and_no_recipe_the_tensor_itself() -> None:
+def test_recompute_gives_the_tensor_or_the_saved_input() -> None:
     norm = nn.LayerNorm(8).requires_grad_(False)
     recompute.save_less(norm)
     x = normal(3, 8).requires_grad_()
@@ -95,10 +95,10 @@ def test_a_recipe_gives_the_tensor_and_no_recipe_the_tensor_itself() -> None:
     assert recompute_of.inputs[0] is x and torch.equal(recompute_of.function(*recompute_of.inputs), result)
     assert recompute.get_recompute(x).function(*recompute.get_recompute(x).inputs) is x
     with torch.no_grad():
-        assert not hasattr(norm(x), "recipe")
+        assert not hasattr(norm(x), recompute.ATTRIBUTE)
 
 
-def test_what_is_out_of_the_ordinary_is_left_to_torch() -> None:
+def test_unsupported_layers_stay_torchs_own() -> None:
     for layer in (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 3, groups=2)):
         before = type(layer)
         recompute.save_less(layer)
@@ -146,7 +146,7 @@ def learned(folder: Any, config: Any, dtype: torch.dtype, **options: bool) -> tu
     ],
     ids=["attention", "linear", "linear+conv", "dora"],
 )
-def test_save_less_learns_the_same(tiny_sd1: Any, config: Any, dtype: torch.dtype) -> None:
+def test_save_less_gives_the_same_gradients(tiny_sd1: Any, config: Any, dtype: torch.dtype) -> None:
     before, optimized = learned(tiny_sd1, config, dtype, save_less=False)
     after, actual = learned(tiny_sd1, config, dtype, save_less=True)
     for name, right in optimized.items():

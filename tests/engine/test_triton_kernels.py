@@ -28,7 +28,7 @@ def fresh() -> Any:
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 7, 96), (1, 1, 1280), (3, 640)], ids=str)
-def test_geglu_gives_what_torch_gives(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_geglu_equals_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     draw = torch.Generator().manual_seed(0)
     x = (3 * torch.randn(shape, generator=draw)).to(dtype).requires_grad_()
@@ -46,7 +46,7 @@ def test_geglu_gives_what_torch_gives(shape: tuple[int, ...], dtype: torch.dtype
 
 
 @interpreted
-def test_a_layer_learns_the_same_with_it_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_has_the_same_gradients_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     torch.manual_seed(0)
     layer, x = GEGLU(48, 64), torch.randn(2, 5, 48)
@@ -64,7 +64,7 @@ def test_a_layer_learns_the_same_with_it_and_without(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_triton_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_triton_disables_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_is_installed", lambda package: True)
     card = torch.device("cuda")
     assert kernels.uses_triton(card)
@@ -76,7 +76,7 @@ def test_memory_triton_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_on_a_card_kernels_are_chosen_and_give_what_their_twins_give(dtype: torch.dtype) -> None:
+def test_on_a_gpu_triton_kernels_are_used_and_equal_torchs(dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     card, draw = torch.device("cuda"), torch.Generator().manual_seed(0)
     x, towards = torch.randn(64, 1280, generator=draw).to(card, dtype), torch.randn(64, 640).to(card, dtype)

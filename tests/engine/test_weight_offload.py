@@ -43,7 +43,7 @@ def ask(offloader: WeightOffloader, parts: list[list[torch.Tensor]], numbers: li
 # -- slabs ----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_share_slabs_and_none_overlaps_another() -> None:
+def test_weights_share_slabs_without_overlap() -> None:
     """Pinned separately, SDXL's bf16 weights take a third more memory than their size; in slabs, 2 % more."""
     with gzip.open(KEYS, "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
@@ -64,12 +64,12 @@ def test_weights_share_slabs_and_none_overlaps_another() -> None:
     assert sum(map(power_of_two, lengths)) < 1.02 * total
 
 
-def test_what_is_larger_than_a_slab_has_its_own() -> None:
+def test_a_weight_larger_than_a_slab_gets_its_own() -> None:
     places, lengths = weight_storage.pack_into_slabs([10, weight_storage.SLAB_BYTES + 1, 20])
     assert places == [(0, 0), (1, 0), (0, 64)] and lengths == [128, weight_storage.SLAB_BYTES + 64]
 
 
-def test_parts_of_every_kind_come_back_as_they_were() -> None:
+def test_parts_of_every_kind_are_fetched_unchanged() -> None:
     draw = torch.Generator().manual_seed(0)
     weights = [
         [torch.randn(7, 3, generator=draw).to(torch.bfloat16)],
@@ -84,7 +84,7 @@ def test_parts_of_every_kind_come_back_as_they_were() -> None:
     assert offloader.host_bytes == 64 * (1 + 2 + 2)
 
 
-def test_a_host_without_room_is_reported_with_what_to_do() -> None:
+def test_too_little_host_memory_is_reported_with_advice() -> None:
     offloader = WeightOffloader([2**60], CPU)
     with pytest.raises(LorakitError, match=r"memory\.stream_base: the host has no 1099511627776 MiB of memory left"):
         offloader.put(0, [torch.zeros(1)])
@@ -93,7 +93,7 @@ def test_a_host_without_room_is_reported_with_what_to_do() -> None:
 # -- order ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_a_step_is_recorded_after_one() -> None:
+def test_the_access_order_is_predicted_after_one_step() -> None:
     """After one step the next layer is predicted, although some pairs of layers have two successors."""
     order = AccessOrder()
     wrong = []
@@ -121,7 +121,7 @@ def test_other_passes_between_steps_are_learned_too() -> None:
     assert wrong <= 4
 
 
-def test_what_was_learned_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recorded_history_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_offload, "MAX_HISTORY", 50)
     order = AccessOrder()
     for number in STEP * 5:
@@ -132,7 +132,7 @@ def test_what_was_learned_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- copies ---------------------------------------------------------------------------------------------------------
 
 
-def test_from_the_second_step_on_copies_are_issued_ahead() -> None:
+def test_copies_are_issued_ahead_from_the_second_step_on() -> None:
     offloader, parts = filled(10, window=300)
     late = [ask(offloader, parts, STEP) for _ in range(4)]
     assert late[0] > 15 and late[1] <= 3 and late[2:] == [0, 0]
@@ -154,7 +154,7 @@ def test_the_window_bounds_the_copies(window: int) -> None:
     assert offloader._on_device == {}
 
 
-def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
+def test_a_wrong_prediction_costs_a_copy_and_changes_no_result() -> None:
     offloader, parts = filled(10, window=400)
     draw = torch.Generator().manual_seed(0)
     random = torch.randint(0, 10, (500,), generator=draw).tolist()
@@ -168,7 +168,7 @@ def test_a_wrong_guess_costs_a_copy_and_no_result() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_card_copies_are_in_time_and_the_window_bounds_them() -> None:
+def test_on_a_gpu_copies_are_in_time_and_within_the_window() -> None:
     """The device runs behind the host, so a copy that does not wait for the device would give wrong sums."""
     size, count = 2**22, 24
     offloader = WeightOffloader([size] * count, "cuda", window=4 * size)
