@@ -12,7 +12,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.families import adapter_base
 
 
-def test_a_base_is_found_in_the_runs_config_or_beside(tiny_sd1, tiny_sd1_v, tmp_path, monkeypatch):
+def test_a_base_is_found_in_the_runs_config_or_beside_the_adapter(tiny_sd1, tiny_sd1_v, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     adapter = run / "toy.safetensors"
@@ -50,6 +50,6 @@ def test_the_bundled_base_is_taken_only_for_its_own_adapters(tmp_path):
         ),
     ],
 )
-def test_what_is_missing_is_reported(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+def test_a_missing_base_is_reported_by_name(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
     with pytest.raises(LorakitError, match=message):
         adapter_base.find(tmp_path / "toy.safetensors", metadata)

@@ -30,7 +30,7 @@ FORMS = ": give a .safetensors file, a folder in diffusers layout or a hub id, o
         "a/b?x=1",
     ],
 )
-def test_what_is_nearly_a_hub_id_is_answered_with_it(
+def test_a_misspelt_hub_id_is_answered_with_the_right_one(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -39,13 +39,13 @@ def test_what_is_nearly_a_hub_id_is_answered_with_it(
 
 
 @pytest.mark.parametrize("base", ["sdxl", "/a/b", "C:/models/x.safetensors", "models/x.SAFETENSORS", "~nobody-here/x"])
-def test_what_is_nowhere_is_answered_with_the_forms_of_a_base(base: str) -> None:
+def test_a_missing_base_is_answered_with_the_possible_forms(base: str) -> None:
     assert hub.absence(base).endswith(FORMS)
     with pytest.raises(LorakitError, match="does not exist: give a"):
         families.describe(base)
 
 
-def test_links_of_git_and_of_files_and_an_empty_name_are_answered() -> None:
+def test_git_links_file_links_and_empty_names_are_handled() -> None:
     assert hub.parse("https://huggingface.co/a/b.git") == hub.HubId("a/b")
     with pytest.raises(LorakitError, match=r"is a link: give its path, /tmp/x y\.safetensors"):
         families.describe("file:///tmp/x%20y.safetensors")
@@ -53,7 +53,7 @@ def test_links_of_git_and_of_files_and_an_empty_name_are_answered() -> None:
         families.describe(" ")
 
 
-def test_quotes_spaces_and_home_folders_of_paths_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quotes_spaces_and_home_folders_in_paths_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     steps = {"train.steps": 1}
     for typed, path in {

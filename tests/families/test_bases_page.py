@@ -257,6 +257,6 @@ def add_sd3_files(page: Page, room: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_says_what_a_run_gives(rows: list[str]) -> None:
+def test_the_page_states_what_the_commands_do(rows: list[str]) -> None:
     lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
     assert lines == ["| --- | --- | --- | --- | --- | --- |", *rows]

@@ -25,7 +25,7 @@ def load(base: Path, skip: int | None) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("skip", [1, 2, 3])
-def test_sd1_equals_diffusers_at_one_less(tiny_sd1: Path, skip: int) -> None:
+def test_sd1_equals_diffusers_with_clip_skip_less_by_one(tiny_sd1: Path, skip: int) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
     # diffusers expects the layer norm in `text_model`; this version of transformers has it in the encoder.
     pipeline.text_encoder.__dict__.setdefault("text_model", pipeline.text_encoder)
@@ -38,7 +38,7 @@ def test_sd1_equals_diffusers_at_one_less(tiny_sd1: Path, skip: int) -> None:
     assert torch.equal(plain, family.encode_text(TEXTS)["encoder_hidden_states"]) == (skip == 1)
 
 
-def test_sdxl_reads_at_2_by_itself_and_equals_diffusers_at_two_less(tiny_sdxl: Path) -> None:
+def test_sdxl_defaults_to_2_and_equals_diffusers_with_less_by_two(tiny_sdxl: Path) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
     for skip, theirs in ((None, None), (2, None), (2, 0), (3, 1)):
         expected, _, pooled, _ = pipeline.encode_prompt(
@@ -49,7 +49,7 @@ def test_sdxl_reads_at_2_by_itself_and_equals_diffusers_at_two_less(tiny_sdxl: P
         torch.testing.assert_close(condition["pooled"], pooled)
 
 
-def test_where_it_makes_no_sense_it_is_refused(tiny_sd1: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_clip_skip_is_refused_where_it_has_no_effect(tiny_sd1: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
     for base, skip, reason in (
         (tiny_sd1, 4, r"model\.clip_skip must be 1 \(its own\) to 3, not 4"),
         (tiny_sdxl, 1, r"model\.clip_skip must be 2 \(its own\) to 3, not 1"),
@@ -66,7 +66,7 @@ def test_where_it_makes_no_sense_it_is_refused(tiny_sd1: Path, tiny_sdxl: Path, 
 
 
 @pytest.mark.parametrize(("skip", "untrained"), [(None, set()), (2, {2}), (3, {1, 2})])
-def test_layers_behind_it_get_no_gradient_and_are_listed(
+def test_layers_after_clip_skip_get_no_gradient_and_are_listed(
     tiny_sd1: Path, skip: int | None, untrained: set[int], attach: Any
 ) -> None:
     family = load(tiny_sd1, skip)
@@ -81,7 +81,7 @@ def test_layers_behind_it_get_no_gradient_and_are_listed(
     assert {int(name.split("layers.")[1].split(".")[0]) for name in family.info.untrained_layers} == untrained
 
 
-def test_the_file_says_it_and_sample_reads_it(tiny_sd1: Path) -> None:
+def test_a_files_metadata_has_clip_skip_and_sample_uses_it(tiny_sd1: Path) -> None:
     settings = config.load(None, {"train.steps": 1, "model.clip_skip": 2, "data.name": "sks toy"})
     base = families.describe(tiny_sd1)
     facts = {"name": "a", "images": 1, "steps": 1, "epochs": 1, "times": (0.0, 1.0)}
@@ -96,14 +96,14 @@ def test_the_file_says_it_and_sample_reads_it(tiny_sd1: Path) -> None:
     ("version", "skip", "expected"),
     [("sd_v1", "2", 2), ("sd_v1", "None", None), ("sd_v1", "1", None), ("sdxl_base_v1-0", "1", None), ("", "2", None)],
 )
-def test_files_of_other_programs_say_it_too(version: str, skip: str, expected: int | None) -> None:
+def test_clip_skip_is_read_from_other_programs_files(version: str, skip: str, expected: int | None) -> None:
     arguments = {"ss_base_model_version": version, "ss_clip_skip": skip}
     assert sampling._recorded(arguments, {}).model.clip_skip == expected
     if expected:
         assert sampling._recorded(arguments, {"model.clip_skip": 1}).model.clip_skip == 1
 
 
-def test_sample_says_which_layer_a_file_asks_for(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_sample_reports_the_clip_skip_of_a_file(tiny_sd1: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     names = {f"lora_unet_mid_block_attentions_0_proj_in.{part}.weight" for part in ("lora_down", "lora_up")}
@@ -116,7 +116,7 @@ def test_sample_says_which_layer_a_file_asks_for(tiny_sd1: Path, tmp_path: Path)
     ]
 
 
-def test_a_picture_says_it(tiny_sd1: Path) -> None:
+def test_a_pictures_parameters_have_clip_skip(tiny_sd1: Path) -> None:
     from lorakit.config import SampleConfig
 
     (picture,) = sampling.draw(load(tiny_sd1, 2), ["a"], SampleConfig(steps=1), 64)

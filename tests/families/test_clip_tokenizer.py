@@ -103,7 +103,7 @@ def settings(base: Path, tmp_path: Path, **changes: Any) -> config.Config:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_check_says_it_and_a_run_fetches_it_once(
+def test_a_check_reports_the_download_and_a_run_fetches_it_once(
     family: str, files: dict[str, Path], hub: list[str], tmp_path: Path
 ) -> None:
     answer = preflight(settings(files[family], tmp_path))
@@ -128,7 +128,9 @@ def test_a_check_says_it_and_a_run_fetches_it_once(
 
 
 @pytest.mark.slow
-def test_a_lone_file_trains_and_draws(files: dict[str, Path], hub: list[str], tmp_path: Path) -> None:
+def test_a_single_file_without_a_tokenizer_trains_and_draws(
+    files: dict[str, Path], hub: list[str], tmp_path: Path
+) -> None:
     from lorakit.training import run
 
     messages: list[str] = []
@@ -144,7 +146,7 @@ def test_a_lone_file_trains_and_draws(files: dict[str, Path], hub: list[str], tm
     )
 
 
-def test_a_hub_that_does_not_answer_and_one_that_gives_something_else(
+def test_an_unreachable_hub_and_wrong_files_are_reported(
     files: dict[str, Path], hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = families.describe(str(files["sd1"]))
@@ -168,7 +170,7 @@ def test_a_hub_that_does_not_answer_and_one_that_gives_something_else(
 
 
 @pytest.mark.slow
-def test_offline_both_ways_are_reported_by_check_train_and_sample(
+def test_offline_check_train_and_sample_name_both_remedies(
     small_clip: None, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = f"base sd1.safetensors has no tokenizer with it, and HF_HUB_OFFLINE is set: {clip_tokenizer.WAYS}"
@@ -183,7 +185,7 @@ def test_offline_both_ways_are_reported_by_check_train_and_sample(
     assert str(caught.value) == words
 
 
-def test_a_text_encoder_with_another_number_of_words_needs_its_own() -> None:
+def test_a_text_encoder_with_another_vocabulary_needs_its_own_tokenizer() -> None:
     assert "reads 523 words where CLIP's" in str(clip_tokenizer.missing("x", 523))
     assert clip_tokenizer.missing("x", clip_tokenizer.WORDS + 2) == (
         "base x reads 49410 words where CLIP's tokenizer has 49408: set model.tokenizer"
@@ -202,7 +204,7 @@ def test_a_text_encoder_with_another_number_of_words_needs_its_own() -> None:
         ("models--stabilityai--stable-diffusion-2-1/snapshots/abc/tokenizer", "Hugging Face's cache"),
     ],
 )
-def test_hugging_face_s_cache_is_looked_through(place: str, words: str, files: dict[str, Path], bare: Path) -> None:
+def test_hugging_faces_cache_is_searched(place: str, words: str, files: dict[str, Path], bare: Path) -> None:
     tiny.save_tokenizer(bare / place, "!" if "2-1" in place else tiny.SPECIAL[1])
     tiny.save_tokenizer(bare / "models--a--other" / "snapshots" / "abc", size=600)
     (bare / "models--a--broken" / "snapshots" / "abc").mkdir(parents=True)
@@ -224,7 +226,7 @@ def test_hugging_face_s_cache_is_looked_through(place: str, words: str, files: d
         "hub/models--openai--clip-vit-large-patch14/snapshots/abc",
     ],
 )
-def test_the_programs_that_lorakit_hosts_or_the_option_names(
+def test_the_tokenizer_is_found_in_another_programs_folder(
     place: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.save_tokenizer(tmp_path / "program" / place)
@@ -236,7 +238,7 @@ def test_the_programs_that_lorakit_hosts_or_the_option_names(
     assert info.notes[-1].startswith(f"tokenizer: CLIP's, from {tmp_path / 'program'} (")
 
 
-def test_what_lies_beside_the_file_goes_first(files: dict[str, Path], bare: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_beside_the_file_takes_precedence(files: dict[str, Path], bare: Path, tmp_path: Path) -> None:
     tiny.save_tokenizer(bare / PINNED)
     file = tmp_path / "folder" / "x.safetensors"
     tiny.save_tokenizer(file.parent)
@@ -264,7 +266,9 @@ def archive(folder: Path, merges: int = 60_000) -> Path:
 @pytest.mark.parametrize(
     "place", ["a package", "venv/lib/python3.10/site-packages/open_clip", "venv/Lib/site-packages/clip"]
 )
-def test_the_vocabulary_of_a_package(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vocabulary_of_an_installed_package_is_used(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(clip_tokenizer, "PACKAGES", {"clip": "clip-anytorch", "open_clip": "open_clip_torch"})
     if place == "a package":
         archive(tmp_path / "site" / "clip")
@@ -285,7 +289,7 @@ def test_the_vocabulary_of_a_package(place: str, tmp_path: Path, monkeypatch: py
     assert len(merges) == 1 + clip_tokenizer.MERGES
 
 
-def test_a_vocabulary_that_is_cut_off_or_no_archive_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_or_damaged_vocabulary_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "a" / "venv" / "Lib" / "site-packages" / "clip", merges=40_000)
     monkeypatch.setattr(clip_tokenizer, "PACKAGES", {"clip": "clip-anytorch"})
     monkeypatch.setenv("LORAKIT_HOSTS", str(tmp_path / "a"))

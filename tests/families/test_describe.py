@@ -69,7 +69,7 @@ def test_sd2_is_recognized_by_the_width_of_its_text(copy: Copy) -> None:
     assert families.describe(folder).family == "sd2"
 
 
-def test_layers_are_those_of_the_files_under_canonical_names(tiny_sdxl: Path) -> None:
+def test_layers_have_the_files_shapes_and_canonical_names(tiny_sdxl: Path) -> None:
     info = families.describe(tiny_sdxl)
     expected = {}
     for component in ("unet", "text_encoder", "text_encoder_2"):
@@ -85,7 +85,7 @@ def test_layers_are_those_of_the_files_under_canonical_names(tiny_sdxl: Path) ->
     assert info.layers["text_encoder_2.text_projection"] == (32, 32)
 
 
-def test_names_are_canonical_for_files_without_the_prefix(copy: Copy) -> None:
+def test_files_without_the_text_model_prefix_get_canonical_names(copy: Copy) -> None:
     folder = copy()
     before = families.describe(folder).layers
     path = folder / "text_encoder" / "model.safetensors"
@@ -94,7 +94,7 @@ def test_names_are_canonical_for_files_without_the_prefix(copy: Copy) -> None:
     assert families.describe(folder).layers == before
 
 
-def test_idle_layers_are_the_last_of_sdxls_first_text_encoder(tiny_sdxl: Path, tiny_sd1: Path) -> None:
+def test_untrained_layers_are_the_last_of_sdxls_first_text_encoder(tiny_sdxl: Path, tiny_sd1: Path) -> None:
     last = "text_encoder.text_model.encoder.layers.2."
     info = families.describe(tiny_sdxl)
     assert info.untrained_layers == {name for name in info.layers if name.startswith(last)}
@@ -102,12 +102,12 @@ def test_idle_layers_are_the_last_of_sdxls_first_text_encoder(tiny_sdxl: Path, t
     assert families.describe(tiny_sd1).untrained_layers == frozenset()
 
 
-def test_bytes_are_those_on_disk(tiny_sd1: Path) -> None:
+def test_bytes_equal_the_size_on_disk(tiny_sd1: Path) -> None:
     for component, size in families.describe(tiny_sd1).bytes.items():
         assert size == sum(path.stat().st_size for path in (tiny_sd1 / component).glob("*.safetensors"))
 
 
-def test_the_hash_is_of_weights_and_configuration_not_of_the_place(copy: Copy, tiny_sd1: Path) -> None:
+def test_the_hash_covers_weights_and_configuration_and_not_the_path(copy: Copy, tiny_sd1: Path) -> None:
     before = families.describe(tiny_sd1).hash
     folder = copy()
     assert families.describe(folder).hash == before
@@ -127,7 +127,7 @@ def flip_last_bit(path: Path, tensor: str) -> None:
     path.write_bytes(content)
 
 
-def test_one_bit_of_any_tensor_makes_another_base(copy: Copy, tiny_sd1: Path) -> None:
+def test_one_changed_bit_changes_the_hash(copy: Copy, tiny_sd1: Path) -> None:
     folder, before = copy(), families.describe(tiny_sd1).hash
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     names = list(safetensors_header.read(path).tensors)
@@ -138,7 +138,7 @@ def test_one_bit_of_any_tensor_makes_another_base(copy: Copy, tiny_sd1: Path) ->
     assert len(hashes) == 4
 
 
-def test_a_change_under_the_old_size_and_time_makes_another_base(
+def test_a_change_with_the_same_size_and_time_changes_the_hash(
     copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`cp --preserve` and `rsync --times` do this. The cache holds the hash of the former file."""
@@ -195,7 +195,7 @@ def test_a_half_precision_variant_is_loaded(copy: Copy) -> None:
     assert family.denoiser.dtype is torch.float32
 
 
-def test_max_tokens_are_the_text_encoders_where_the_tokenizer_knows_none(copy: Copy) -> None:
+def test_max_tokens_come_from_the_text_encoder_if_need_be(copy: Copy) -> None:
     folder = copy()
     (folder / "tokenizer" / "tokenizer_config.json").unlink()
     assert families.describe(folder).max_tokens == 77
@@ -204,13 +204,13 @@ def test_max_tokens_are_the_text_encoders_where_the_tokenizer_knows_none(copy: C
 # -- what is not a base -----------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "nowhere")
     assert "does not exist" in refusal("nowhere.safetensors")
     assert "does not exist" in refusal("./models/sd15")
 
 
-def test_a_folder_of_something_else(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_base_is_refused(tmp_path: Path) -> None:
     assert "no model_index.json; it is empty" in refusal(tmp_path)
     (tmp_path / "notes.txt").touch()
     assert "no model_index.json; it holds notes.txt" in refusal(tmp_path)
@@ -226,7 +226,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
         ("TomorrowPipeline", "a TomorrowPipeline"),
     ],
 )
-def test_another_family(copy: Copy, name: str, title: str) -> None:
+def test_another_family_is_refused_by_name(copy: Copy, name: str, title: str) -> None:
     folder = copy()
     change(folder / "model_index.json", _class_name=name)
     assert f"is {title}; lorakit trains Stable Diffusion 1, Stable Diffusion 2, " in refusal(folder)
@@ -255,7 +255,7 @@ def test_a_missing_file_is_named(copy: Copy, missing: str, words: str) -> None:
     assert words in refusal(folder)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(copy: Copy) -> None:
+def test_pickled_weights_are_refused_with_advice(copy: Copy) -> None:
     folder = copy()
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.rename(path.with_name("diffusion_pytorch_model.bin"))
@@ -265,19 +265,19 @@ def test_pickled_weights_are_refused_with_the_way_out(copy: Copy) -> None:
 
 
 @pytest.mark.parametrize("channels", [5, 7, 8])
-def test_unets_of_other_tasks(copy: Copy, channels: int) -> None:
+def test_unets_of_other_tasks_are_refused(copy: Copy, channels: int) -> None:
     folder = copy()
     change(folder / "unet" / "config.json", in_channels=channels)
     assert f"its UNet takes {channels} channels, its latents have 4; that is not trained" in refusal(folder)
 
 
-def test_another_prediction_type(copy: Copy) -> None:
+def test_another_prediction_type_is_refused(copy: Copy) -> None:
     folder = copy()
     change(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
     assert "predicts 'sample': only epsilon and v_prediction can be trained" in refusal(folder)
 
 
-def test_damaged_files(copy: Copy) -> None:
+def test_damaged_files_are_refused(copy: Copy) -> None:
     folder = copy()
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     content = path.read_bytes()
@@ -305,12 +305,12 @@ def test_damaged_files(copy: Copy) -> None:
         (["something"], "is a safetensors file of no kind known here"),
     ],
 )
-def test_single_files_are_named_for_what_they_are(tmp_path: Path, names: list[str], words: str) -> None:
+def test_other_single_files_are_identified(tmp_path: Path, names: list[str], words: str) -> None:
     path = safetensors_by_hand.write(tmp_path / "file.safetensors", dict.fromkeys(names, (1,)))
     assert f"base file.safetensors {words}" in refusal(path)
 
 
-def test_pickles_and_other_files(tmp_path: Path) -> None:
+def test_pickles_and_other_files_are_refused(tmp_path: Path) -> None:
     for suffix in ("ckpt", "pt", "bin"):
         path = tmp_path / f"model.{suffix}"
         path.touch()
@@ -323,7 +323,7 @@ def test_pickles_and_other_files(tmp_path: Path) -> None:
     assert "half.safetensors: cut off: " in refusal(broken)
 
 
-def test_a_broken_tokenizer_is_noticed(copy: Copy) -> None:
+def test_a_broken_tokenizer_is_refused(copy: Copy) -> None:
     folder = copy()
     vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "!": 2}
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
@@ -332,7 +332,7 @@ def test_a_broken_tokenizer_is_noticed(copy: Copy) -> None:
         families.load(families.describe(folder), "cpu", torch.float32)
 
 
-def test_weights_that_do_not_fit_are_named(copy: Copy) -> None:
+def test_weights_that_do_not_fit_are_refused_by_name(copy: Copy) -> None:
     folder = copy()
     change(folder / "unet" / "config.json", block_out_channels=[32, 128])
     words = (
@@ -348,7 +348,7 @@ def test_an_unknown_scheduler_is_named(copy: Copy) -> None:
         families.load(families.describe(folder), "cpu", torch.float32)
 
 
-def test_the_tiny_pipelines_are_as_published_ones(tiny_sdxl: Path) -> None:
+def test_the_tiny_pipelines_have_the_keys_of_published_ones(tiny_sdxl: Path) -> None:
     for component in ("text_encoder", "text_encoder_2"):
         keys = weight_files.shapes([tiny_sdxl / component / "model.safetensors"])
         assert all(key.startswith(("text_model.", "text_projection.")) for key in keys)

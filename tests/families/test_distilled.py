@@ -47,14 +47,14 @@ PLAIN = [
 
 
 @pytest.mark.parametrize(("name", "kind", "steps"), [(name, *values) for name, values in NAMES.items()])
-def test_a_name_is_a_hint(name: str, kind: str, steps: int) -> None:
+def test_a_distilled_base_is_recognized_by_its_name(name: str, kind: str, steps: int) -> None:
     actual = distilled.find([name], {}, {}, LEADING)
     assert actual is not None and (actual.kind, actual.steps, actual.guidance) == (kind, steps, 1.0)
     assert actual.evidence == "as its name says"
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_other_names_are_none(name: str) -> None:
+def test_other_names_are_not_distilled(name: str) -> None:
     assert distilled.find([name], {"modelspec.title": name}, {}, LEADING) is None
 
 
@@ -75,7 +75,7 @@ def test_other_names_are_none(name: str) -> None:
         ("x-2step", {"time_cond_proj_dim": 256}, {"_class_name": "LCMScheduler"}, "LCM", 2, 8),
     ],
 )
-def test_configurations_say_it(
+def test_a_distilled_base_is_recognized_by_its_configuration(
     name: str, unet: dict[str, Any], scheduler: dict[str, Any], kind: str, steps: int, guidance: float
 ) -> None:
     actual = distilled.find([name], {}, unet, scheduler)
@@ -92,7 +92,7 @@ def test_configurations_say_it(
         {"_class_name": "PNDMScheduler"},
     ],
 )
-def test_other_schedulers_do_not(scheduler: dict[str, Any]) -> None:
+def test_other_schedulers_are_not_distilled(scheduler: dict[str, Any]) -> None:
     """Zero terminal SNR alone does not mark a distilled base; trailing timesteps are needed too."""
     assert distilled.find(["x"], {}, {}, scheduler) is None
 
@@ -113,7 +113,7 @@ def settings(base: Path, photos: Path, **changes: Any) -> Config:
     )
 
 
-def test_the_plan_says_it_and_its_samples_are_few_steps(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_the_plan_reports_a_distilled_base_and_few_sample_steps(tiny_sd1: Path, tmp_path: Path) -> None:
     base = with_scheduler(tiny_sd1, tmp_path / "x", _class_name="EulerDiscreteScheduler", timestep_spacing="trailing")
     ready = preflight(settings(base, tmp_path / "photos"))
     line = "distilled model (Turbo, as its scheduler says): samples take 4 steps at guidance 1"
@@ -127,7 +127,7 @@ def test_the_plan_says_it_and_its_samples_are_few_steps(tiny_sd1: Path, tmp_path
     assert distilled.complete(SampleConfig(), plain.info).guidance == 7.5
 
 
-def test_single_files_say_it_by_metadata_or_name(tmp_path: Path) -> None:
+def test_a_distilled_single_file_is_recognized_by_metadata_or_name(tmp_path: Path) -> None:
     pipeline = small_models.small("sdxl", tmp_path / "sdxl")
     titles = {"modelspec.title": "SDXL Lightning 2step"}
     small_models.write(tmp_path / "a.safetensors", "sdxl", pipeline, metadata=titles)
@@ -146,7 +146,9 @@ def test_single_files_say_it_by_metadata_or_name(tmp_path: Path) -> None:
         ({"_class_name": "LCMScheduler"}, LCMScheduler, "LCM"),
     ],
 )
-def test_samples_are_drawn_so(changes: dict[str, Any], scheduler: type, title: str, sd1: Any, tmp_path: Path) -> None:
+def test_samples_of_a_distilled_base_use_its_sampler(
+    changes: dict[str, Any], scheduler: type, title: str, sd1: Any, tmp_path: Path
+) -> None:
     """Samples use the base's own sampler, and a picture depends on its seed alone."""
     base = with_scheduler(sd1.info.path, tmp_path / "base", **changes)
     family = families.load(families.describe(base), "cpu", torch.float32)
@@ -166,7 +168,7 @@ def test_samples_are_drawn_so(changes: dict[str, Any], scheduler: type, title: s
     pipeline.scheduler.set_timesteps(60)  # a user may set this many steps
 
 
-def test_an_lcm_folder_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_an_lcm_folder_is_described(tiny_sd1: Path, tmp_path: Path) -> None:
     """SimianLuo/LCM_Dreamshaper_v7 has this form: another pipeline class with the same parts."""
     base = with_scheduler(tiny_sd1, tmp_path / "base", _class_name="LCMScheduler")
     index = json.loads((base / "model_index.json").read_text()) | {"_class_name": "LatentConsistencyModelPipeline"}
@@ -179,7 +181,7 @@ def test_an_lcm_folder_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
         families.describe(base)
 
 
-def test_a_base_that_may_predict_v_is_warned_of(tiny_sd1: Path, tiny_sd1_v: Path, tmp_path: Path) -> None:
+def test_a_base_that_may_predict_v_gives_a_warning(tiny_sd1: Path, tiny_sd1_v: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_sd1, tmp_path / "noob-vpred")
     (warning,) = preflight(settings(base, tmp_path / "photos")).info.warnings
     assert warning.endswith(f"measure it with `lorakit probe {base}`, and set model.prediction_type")
@@ -191,7 +193,7 @@ def test_a_base_that_may_predict_v_is_warned_of(tiny_sd1: Path, tiny_sd1_v: Path
     assert not families.describe(shutil.copytree(tiny_sd1_v, tmp_path / "vpred")).warnings
 
 
-def test_a_model_that_predicts_the_picture_is_refused_by_its_name() -> None:
+def test_a_model_that_predicts_the_picture_is_refused() -> None:
     for name in ("sdxl_lightning_1step_x0", "SDXL-Lightning 1 step", "lightning_unet_x0"):
         kind = distilled.find([name], {}, {}, LEADING)
         assert kind is not None
@@ -205,7 +207,7 @@ def test_a_model_that_predicts_the_picture_is_refused_by_its_name() -> None:
         distilled.require_noise(name, [name], kind, "auto")
 
 
-def test_a_unet_that_takes_the_guidance_says_what_training_gives_it() -> None:
+def test_a_unet_with_guidance_input_is_reported() -> None:
     kind = distilled.find(["x-1step"], {}, {"time_cond_proj_dim": 256}, LEADING)
     assert kind is not None and distilled.GUIDANCE_INPUT in kind.notes()
     assert kind.notes()[0].startswith("distilled model (LCM, as its UNet says): samples take 1 step at guidance 8")

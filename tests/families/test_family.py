@@ -40,7 +40,7 @@ def sdxl_pipeline(tiny_sdxl: Path) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
 
 
-def test_texts_are_encoded_as_the_pipeline_does_it(sd1: Any, sd1_pipeline: Any) -> None:
+def test_texts_are_encoded_as_by_the_pipeline(sd1: Any, sd1_pipeline: Any) -> None:
     expected = sd1_pipeline.encode_prompt(TEXTS, "cpu", 1, False)[0]
     condition = sd1.encode_text(TEXTS)
     assert torch.equal(condition["encoder_hidden_states"], expected)
@@ -49,7 +49,7 @@ def test_texts_are_encoded_as_the_pipeline_does_it(sd1: Any, sd1_pipeline: Any) 
     assert condition.get("time_ids") is None
 
 
-def test_sdxls_two_encoders_too(sdxl: Any, sdxl_pipeline: Any) -> None:
+def test_texts_of_sdxl_are_encoded_as_by_the_pipeline(sdxl: Any, sdxl_pipeline: Any) -> None:
     expected, _, pooled, _ = sdxl_pipeline.encode_prompt(TEXTS, device="cpu", do_classifier_free_guidance=False)
     condition = sdxl.encode_text(TEXTS)
     assert torch.equal(condition["encoder_hidden_states"], expected)
@@ -58,7 +58,7 @@ def test_sdxls_two_encoders_too(sdxl: Any, sdxl_pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_texts_carry_gradients_only_when_asked(request: pytest.FixtureRequest, name: str) -> None:
+def test_texts_carry_gradients_only_on_request(request: pytest.FixtureRequest, name: str) -> None:
     family = request.getfixturevalue(name)
     bias = family.text_encoders["text_encoder"].get_submodule("encoder.layers.0.mlp.fc1").bias
     bias.requires_grad_(True)
@@ -70,7 +70,7 @@ def test_texts_carry_gradients_only_when_asked(request: pytest.FixtureRequest, n
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_images_are_encoded_in_the_unets_scale_and_come_back(request: pytest.FixtureRequest, name: str) -> None:
+def test_images_are_encoded_in_the_unets_scale_and_decoded(request: pytest.FixtureRequest, name: str) -> None:
     family = request.getfixturevalue(name)
     pixels = torch.rand((2, 3, 64, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_image(pixels)
@@ -82,7 +82,7 @@ def test_images_are_encoded_in_the_unets_scale_and_come_back(request: pytest.Fix
     torch.testing.assert_close(family.decode(mean), family.vae.decode(posterior.mean).sample, rtol=1e-4, atol=1e-5)
 
 
-def test_latent_means_and_shifts_of_other_autoencoders_are_honoured(tiny_sd1: Path) -> None:
+def test_latent_means_and_shifts_of_other_vaes_are_applied(tiny_sd1: Path) -> None:
     family = load(tiny_sd1)
     pixels = torch.zeros((1, 3, 64, 64))
     raw = family.vae.encode(pixels).latent_dist
@@ -96,7 +96,7 @@ def test_latent_means_and_shifts_of_other_autoencoders_are_honoured(tiny_sd1: Pa
     torch.testing.assert_close(family.encode_image(pixels)[0], (raw.mean - 0.5) * 0.18215)
 
 
-def test_prediction_is_the_unets(sd1: Any) -> None:
+def test_predict_returns_the_unets_output(sd1: Any) -> None:
     noisy, timesteps = torch.randn((2, 4, 8, 8)), torch.tensor([3, 900])
     condition = sd1.encode_text(["a", "b"])
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_prediction_is_the_unets(sd1: Any) -> None:
         assert torch.equal(sd1.predict(noisy, timesteps, condition), expected)
 
 
-def test_sdxls_prediction_sees_pooled_text_and_sizes(sdxl: Any) -> None:
+def test_sdxls_prediction_uses_pooled_text_and_sizes(sdxl: Any) -> None:
     noisy, timesteps = torch.randn((2, 4, 8, 8)), torch.tensor([3, 900])
     sizes = sdxl.size_conditions((1000, 800), (16, 8), (64, 48))
     assert sizes == {"time_ids": [1000, 800, 16, 8, 64, 48]}
@@ -121,13 +121,13 @@ def test_sdxls_prediction_sees_pooled_text_and_sizes(sdxl: Any) -> None:
     assert not torch.equal(shifted, expected)
 
 
-def test_the_schedule_is_the_published_one(sd1: Any) -> None:
+def test_the_noise_schedule_is_the_published_one(sd1: Any) -> None:
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     np.testing.assert_allclose(sd1.prediction.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=2e-5)
     assert sd1.prediction.alphas_cumprod.dtype is torch.float32
 
 
-def test_zero_terminal_snr_is_honoured_and_trains_without_nan(tmp_path: Path) -> None:
+def test_zero_terminal_snr_is_applied_and_trains_without_nan(tmp_path: Path) -> None:
     family = load(tiny.save_sd1(tmp_path / "zero", "v_prediction", zero_snr=True))
     schedule = family.prediction.alphas_cumprod
     assert schedule[-1] == 0
@@ -159,7 +159,7 @@ def test_everything_is_frozen_and_in_eval_mode(request: pytest.FixtureRequest, n
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sdxl"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_the_autoencoder_stays_float32_and_the_pipeline_draws(
+def test_in_half_precision_the_vae_stays_float32_and_samples_work(
     request: pytest.FixtureRequest, name: str, dtype: torch.dtype
 ) -> None:
     family = load(request.getfixturevalue(name), dtype)
@@ -178,9 +178,7 @@ def test_in_half_precision_the_autoencoder_stays_float32_and_the_pipeline_draws(
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_the_pipeline_is_of_the_same_modules_and_draws_what_diffusers_draws(
-    request: pytest.FixtureRequest, name: str
-) -> None:
+def test_the_pipeline_shares_modules_and_draws_as_diffusers(request: pytest.FixtureRequest, name: str) -> None:
     family, reference = request.getfixturevalue(name), request.getfixturevalue(f"{name}_pipeline")
     reference.set_progress_bar_config(disable=True)
     pipeline = family.pipeline()
@@ -205,13 +203,13 @@ def test_release_and_acquire_name_their_parts(sdxl: Any) -> None:
         sdxl.release("tokenizer")
 
 
-def test_loading_says_nothing(tiny_sd1: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing(tiny_sd1: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load(tiny_sd1).pipeline()
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 
 
-def test_the_hub_is_never_asked(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_never_uses_the_network(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
     calls: list[Any] = []
@@ -275,7 +273,7 @@ def test_a_family_adds_a_row_of_its_own_name() -> None:
     assert torch.equal(three["angles"], angles)
 
 
-def test_conditions_with_other_names_or_counts_do_not_fit() -> None:
+def test_conditions_with_other_names_or_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="need the same names"):
         Conditioning.cat([condition(2), condition(2, sizes=False)])
     with pytest.raises(ValueError, match=r"equally many rows, not \{.*'time_ids': 3"):

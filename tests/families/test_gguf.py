@@ -47,7 +47,7 @@ def write(path: Path, names: list[str]) -> Path:
         (["blk.0.attn_q.weight"], "is a GGUF file, whose weights lorakit does not read"),
     ],
 )
-def test_it_is_named_by_its_tensors(names: list[str], words: str, tmp_path: Path) -> None:
+def test_a_gguf_model_is_identified_by_its_tensors(names: list[str], words: str, tmp_path: Path) -> None:
     path = write(tmp_path / "x.gguf", names)
     assert gguf.names(path) == names
     with pytest.raises(LorakitError) as caught:
@@ -56,7 +56,7 @@ def test_it_is_named_by_its_tensors(names: list[str], words: str, tmp_path: Path
     assert texts.sentences("zh-Hant").translated(str(caught.value))
 
 
-def test_a_damaged_one_is_a_gguf_file(tmp_path: Path) -> None:
+def test_a_damaged_gguf_file_is_identified_as_gguf(tmp_path: Path) -> None:
     intact = write(tmp_path / "x.gguf", XL).read_bytes()
     for content in (intact[:-150], intact[:30], b"GGUF", b"", intact[:12] + b"\xff" * 100):
         (tmp_path / "x.gguf").write_bytes(content)

@@ -62,7 +62,7 @@ from lorakit.training import run as train
         ("C:\\models\\sd15", None),
     ],
 )
-def test_what_is_a_hub_id(text: str, expected: hub.HubId | None) -> None:
+def test_hub_ids_are_recognized(text: str, expected: hub.HubId | None) -> None:
     assert hub.parse(text) == expected
 
 
@@ -75,13 +75,13 @@ def test_what_is_a_hub_id(text: str, expected: hub.HubId | None) -> None:
         ("https://civitai.com/models/1?modelVersionId=2", "is a link: download the model and give its path"),
     ],
 )
-def test_a_link_that_is_no_repository_is_refused_with_the_way(link: str, words: str) -> None:
+def test_other_links_than_repositories_are_refused_with_advice(link: str, words: str) -> None:
     with pytest.raises(LorakitError) as caught:
         families.describe(link)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_below_a_folder_that_is_there_nothing_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_below_an_existing_folder_is_not_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LorakitError, match="base models/sd15 does not exist"):
@@ -109,7 +109,7 @@ def cache(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return repository
 
 
-def test_a_cached_base_is_used_as_it_is_and_its_commit_reported(cache: Path, tiny_sd1: Path) -> None:
+def test_a_cached_base_is_used_and_its_commit_is_reported(cache: Path, tiny_sd1: Path) -> None:
     for text in ("org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"):
         info = families.describe(text)
         assert (info.title, info.source) == ("tiny", f"org/tiny@{COMMIT}")
@@ -123,7 +123,7 @@ def test_a_cached_base_is_used_as_it_is_and_its_commit_reported(cache: Path, tin
 @pytest.mark.parametrize(
     "gone", ["model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer", "../../refs/main"]
 )
-def test_half_a_base_in_the_cache_is_none(cache: Path, gone: str) -> None:
+def test_an_incomplete_base_in_the_cache_is_not_used(cache: Path, gone: str) -> None:
     path = cache / "snapshots" / COMMIT / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(LorakitError) as caught:
@@ -133,14 +133,14 @@ def test_half_a_base_in_the_cache_is_none(cache: Path, gone: str) -> None:
     )
 
 
-def test_what_a_run_began_with_stays_when_the_branch_moves_on(cache: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_its_commit_after_the_branch_changes(cache: Path, tmp_path: Path) -> None:
     pinned = families.pin(ModelConfig(base="org/tiny"))
     (cache / "refs" / "main").write_text("f" * 40)
     assert families.describe(pinned).source == f"org/tiny@{COMMIT}"
 
 
 @pytest.mark.slow
-def test_a_run_is_pinned_and_its_adapter_says_on_what_it_was_trained(cache: Path, tmp_path: Path) -> None:
+def test_a_run_and_its_adapter_record_the_commit(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(2):
         picture = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -227,7 +227,7 @@ def test_a_base_is_fetched_once_and_then_needs_no_network(tiny_sd1: Path, tmp_pa
         ("org/broken", "base org/broken is not in the cache and cannot be fetched from {}"),
     ],
 )
-def test_why_a_base_cannot_be_had_is_reported(base: str, words: str, tmp_path: Path) -> None:
+def test_the_reason_for_a_failed_download_is_reported(base: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     with hub_server.serve(tmp_path / "served", []) as endpoint:
         message = describe(base, endpoint, tmp_path / "home")
@@ -250,7 +250,7 @@ EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}
     ],
     ids=["flux", "refiner", "edm"],
 )
-def test_what_is_not_trained_is_refused_before_weights_are_fetched(
+def test_unsupported_models_are_refused_before_weights_are_fetched(
     index: dict[str, Any], scheduler: dict[str, Any], words: str, count: int, tmp_path: Path
 ) -> None:
     files = {"model_index.json": json.dumps(index), "scheduler/scheduler_config.json": json.dumps(scheduler)}
@@ -270,7 +270,7 @@ def test_what_is_not_trained_is_refused_before_weights_are_fetched(
 
 
 @pytest.mark.slow
-def test_t5_is_not_fetched_where_it_is_left_out(tmp_path: Path) -> None:
+def test_t5_is_not_fetched_if_it_is_disabled(tmp_path: Path) -> None:
     """Without T5 its files are not fetched; later the same repository is fetched with T5."""
     tiny_sd3.save_sd3(tmp_path / "served")
     requests: list[str] = []
@@ -296,7 +296,7 @@ def test_a_cached_base_with_a_transformer_is_complete_with_t5_or_without(cache: 
         families.describe("org/tiny")
 
 
-def test_what_is_fetched_of_a_repository() -> None:
+def test_only_needed_files_of_a_repository_are_fetched() -> None:
     stem, text = "diffusion_pytorch_model", "model"
     names = [
         *("README.md", "model_index.json", "v1-5.safetensors", "v1-5.ckpt", "safety_checker/model.safetensors"),

@@ -63,7 +63,7 @@ def requests(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         "https://huggingface.co/org/tiny/blob/main/sub/My%20Model_v1.0.safetensors",
     ],
 )
-def test_a_file_of_a_repository_is_fetched_alone_and_then_needs_no_network(
+def test_one_file_is_fetched_and_then_needs_no_network(
     base: str, requests: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -84,7 +84,7 @@ def test_a_file_of_a_repository_is_fetched_alone_and_then_needs_no_network(
     assert requests == []
 
 
-def test_a_name_in_capitals_is_a_file_here_and_there(requests: list[str], served: Path) -> None:
+def test_a_name_in_capitals_is_read_on_the_hub_and_on_disk(requests: list[str], served: Path) -> None:
     assert families.describe("org/tiny/UPPER.SAFETENSORS").family == "sd1"
     assert families.describe(served / "UPPER.SAFETENSORS").family == "sd1"
 
@@ -108,14 +108,14 @@ def test_a_name_in_capitals_is_a_file_here_and_there(requests: list[str], served
         ("org/forbidden", "the hub refuses it (enable access to public gated repositories): look at http"),
     ],
 )
-def test_what_cannot_be_had_is_reported_in_a_line_and_nothing_is_fetched(
+def test_unavailable_files_are_reported_and_nothing_is_fetched(
     base: str, words: str, requests: list[str], tmp_path: Path
 ) -> None:
     assert words in refusal(base), refusal(base)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".json"]
 
 
-def test_offline_the_cache_is_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_only_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -22,7 +22,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return room / "base", small_models.write(room / "base.safetensors", "sd1", pipeline)
 
 
-def test_both_layouts_are_recognized(bases: tuple[Path, Path]) -> None:
+def test_an_inpainting_model_is_recognized_in_both_layouts(bases: tuple[Path, Path]) -> None:
     for base, tokenizer in ((bases[0], ""), (bases[1], str(bases[0]))):
         info = families.describe(ModelConfig(base=str(base), tokenizer=tokenizer))
         assert info.notes[-1] == (
@@ -32,7 +32,7 @@ def test_both_layouts_are_recognized(bases: tuple[Path, Path]) -> None:
         assert families.load(info, "cpu", torch.float32).denoiser.config.in_channels == 9
 
 
-def test_it_predicts_what_the_inpainting_pipeline_does_under_a_full_mask(bases: tuple[Path, Path]) -> None:
+def test_a_prediction_equals_the_pipelines_with_a_full_mask(bases: tuple[Path, Path]) -> None:
     from diffusers import StableDiffusionInpaintPipeline
 
     family = families.load(families.describe(bases[0]), "cpu", torch.float32)
@@ -55,7 +55,7 @@ def test_it_predicts_what_the_inpainting_pipeline_does_under_a_full_mask(bases: 
 
 
 @pytest.mark.slow
-def test_it_is_trained_checked_and_drawn(bases: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_inpainting_model_is_trained_checked_and_sampled(bases: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     draw = np.random.default_rng(0)
     for number in range(2):

@@ -29,7 +29,7 @@ def by_hand(base: Path, text: str, part: str = "") -> torch.Tensor:
     return torch.tensor([row + [pad] * (77 - len(row)) for row in rows])
 
 
-def test_chunks_are_read_one_by_one_and_stand_side_by_side(sd1: Any, tiny_sd1: Path) -> None:
+def test_chunks_are_encoded_separately_and_concatenated(sd1: Any, tiny_sd1: Path) -> None:
     rows = by_hand(tiny_sd1, LONG)
     assert len(rows) == sd1.chunks([LONG]) == sd1.chunks([SHORT, LONG]) == 3
     expected = torch.cat(list(sd1.text_encoders["text_encoder"](rows)[0]))
@@ -45,7 +45,7 @@ def test_chunks_are_read_one_by_one_and_stand_side_by_side(sd1: Any, tiny_sd1: P
     torch.testing.assert_close(sd1.encode_tokens(sd1.tokens([LONG], 2))["encoder_hidden_states"][0], expected[:154])
 
 
-def test_sdxl_reads_both_encoders_in_chunks_and_pools_the_first(sdxl: Any, tiny_sdxl: Path) -> None:
+def test_sdxl_encodes_chunks_with_both_encoders_and_pools_the_first(sdxl: Any, tiny_sdxl: Path) -> None:
     states = []
     for encoder, part in zip(sdxl.text_encoders.values(), ("", "_2"), strict=True):
         output = encoder(by_hand(tiny_sdxl, LONG, part), output_hidden_states=True)
@@ -55,7 +55,7 @@ def test_sdxl_reads_both_encoders_in_chunks_and_pools_the_first(sdxl: Any, tiny_
     torch.testing.assert_close(condition["pooled"], output.text_embeds[:1])
 
 
-def test_weights_move_states_away_from_those_of_no_text(sd1: Any) -> None:
+def test_prompt_weights_scale_the_distance_from_the_empty_text(sd1: Any) -> None:
     plain, empty = (sd1.encode_text([text])["encoder_hidden_states"] for text in ("a photo of toy", ""))
     weighted = sd1.encode_prompt("a photo (of:1.5) [toy]")["encoder_hidden_states"]
     places = {2: 1.0, 3: 1.5, 4: 1 / 1.1}  # after the start token: a, photo, of, toy
@@ -68,7 +68,7 @@ def test_weights_move_states_away_from_those_of_no_text(sd1: Any) -> None:
     torch.testing.assert_close(sd1.encode_prompt(r"a photo \(toy\)")["encoder_hidden_states"], letters)
 
 
-def test_break_begins_a_chunk(sd1: Any) -> None:
+def test_break_starts_a_chunk(sd1: Any) -> None:
     both = sd1.encode_prompt("a photo BREAK <lora:x:1>of toy")["encoder_hidden_states"]
     parts = [sd1.encode_text([text])["encoder_hidden_states"] for text in ("a photo", "of toy")]
     torch.testing.assert_close(both, torch.cat(parts, dim=1))
@@ -89,7 +89,7 @@ def test_prompt_and_negative_prompt_of_unequal_length_are_repeated(sd1: Any) -> 
 
 
 @pytest.mark.parametrize("vectors", [1, 4])
-def test_a_learned_word_is_never_cut_in_two(sd1: Any, attach: Any, vectors: int) -> None:
+def test_a_learned_word_is_never_split_between_chunks(sd1: Any, attach: Any, vectors: int) -> None:
     text = " ".join(["of"] * 73 + ["sks", "toy", "sks"])
     adapter = attach(sd1, LoraConfig(rank=2, new_tokens=vectors), trigger="sks")
     assert sd1.chunks([text]) == 2
@@ -117,7 +117,7 @@ def settings(base: Path, photos: Path, **changes: Any) -> config.Config:
     return config.load(None, short | {name.replace("__", "."): value for name, value in changes.items()})
 
 
-def test_check_says_what_is_long_what_it_costs_and_what_is_cut(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_check_reports_long_texts_their_cost_and_truncation(tiny_sd1: Path, tmp_path: Path) -> None:
     photos = fill(tmp_path / "photos")
     result = preflight(settings(tiny_sd1, photos))
     assert result.problems == () and result.report is not None and result.plan is not None
@@ -135,9 +135,7 @@ def test_check_says_what_is_long_what_it_costs_and_what_is_cut(tiny_sd1: Path, t
 
 
 @pytest.mark.parametrize("changes", [{}, {"adapter__new_tokens": 2, "adapter__train_text_encoder": True}])
-def test_a_run_reads_all_of_long_captions_in_every_batch(
-    tiny_sd1: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_a_run_encodes_long_captions_completely(tiny_sd1: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     from test_silent_failures import loaded
 
     photos = fill(tmp_path / "photos")
@@ -147,7 +145,7 @@ def test_a_run_reads_all_of_long_captions_in_every_batch(
     assert torch.isfinite(step.loss(0))
 
 
-def test_sd3_reads_one_chunk_by_clip_and_all_by_t5(tmp_path: Path) -> None:
+def test_sd3_encodes_one_chunk_with_clip_and_all_with_t5(tmp_path: Path) -> None:
     base = tiny_sd3.save_sd3(tmp_path / "sd3")
     family = families.load(families.describe(base), "cpu", torch.float32)
     assert family.chunks([LONG]) == 1
@@ -165,7 +163,7 @@ def test_sd3_reads_one_chunk_by_clip_and_all_by_t5(tmp_path: Path) -> None:
     assert any(line.startswith('prompt "photo') and "CLIP reads 75 of 160 tokens" in line for line in warnings)
 
 
-def test_what_a_sample_leaves_out_is_reported(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_text_that_a_sample_ignores_is_reported(tiny_sd1: Path, tmp_path: Path) -> None:
     prompts = ["<lora:x:1> a toy, (red:1.3) --s 2", LONG]
     warnings = preflight(settings(tiny_sd1, fill(tmp_path / "photos"), sample__prompts=prompts)).warnings
     assert [line for line in warnings if line.startswith("prompt")] == [

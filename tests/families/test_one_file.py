@@ -64,7 +64,7 @@ def log(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_train_stop_resume_and_three_formats_that_say_the_same(
+def test_train_stop_resume_and_export_agree_in_three_formats(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This is a small form of the run at full size (benchmarks/full_size.py)."""
@@ -116,7 +116,7 @@ def test_train_stop_resume_and_three_formats_that_say_the_same(
 
 
 @pytest.mark.slow
-def test_sdxl_that_predicts_v_with_zero_terminal_snr(
+def test_sdxl_with_v_prediction_and_zero_terminal_snr_is_trained(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test follows v-prediction from the keys in the file to the last timestep and the sampler's first one."""

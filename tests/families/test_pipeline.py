@@ -58,7 +58,7 @@ def assert_equal(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
-def test_it_is_the_base_that_its_folder_is(folders, name) -> None:
+def test_a_pipeline_is_the_same_base_as_its_folder(folders, name) -> None:
     pipeline = DiffusionPipeline.from_pretrained(folders[name])
     before = content(pipeline)
     family = families.from_pipeline(pipeline)
@@ -83,7 +83,7 @@ def test_it_is_the_base_that_its_folder_is(folders, name) -> None:
     assert_equal(before, content(pipeline))
 
 
-def test_its_hash_is_of_weights_and_configurations(pipeline) -> None:
+def test_the_hash_covers_weights_and_configurations(pipeline) -> None:
     first = families.describe_pipeline(pipeline).hash
     assert families.describe_pipeline(pipeline).hash == first
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_its_hash_is_of_weights_and_configurations(pipeline) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_memory_is_the_run_of_the_folder(tiny_sd1, pipeline, tmp_path, monkeypatch) -> None:
+def test_a_run_in_memory_equals_the_run_from_the_folder(tiny_sd1, pipeline, tmp_path, monkeypatch) -> None:
     (photos := tmp_path / "photos").mkdir()
     noise(photos, 2)
     end = {"train__prior": "none", "sample__prompts": ()}
@@ -128,12 +128,12 @@ def test_a_run_in_memory_is_the_run_of_the_folder(tiny_sd1, pipeline, tmp_path, 
     assert applied.layers == list(expected.layers)
 
 
-def test_what_is_no_pipeline_is_refused(pipeline) -> None:
+def test_other_objects_than_pipelines_are_refused(pipeline) -> None:
     with pytest.raises(LorakitError, match="UNet2DConditionModel is no pipeline of diffusers: give one"):
         families.describe_pipeline(pipeline.unet)
 
 
-def test_half_precision_is_copied_for_a_run_in_full(tiny_sd1) -> None:
+def test_a_half_precision_pipeline_is_copied_for_a_float32_run(tiny_sd1) -> None:
     half = StableDiffusionPipeline.from_pretrained(tiny_sd1, dtype=torch.float16)
     info = families.describe_pipeline(half)
     family = families.load(info, "cpu", torch.float32)
@@ -168,7 +168,7 @@ def _quantized(pipeline: Any) -> None:
         (lambda pipe: None, {"model.t5": False}, "model.t5 is for bases on the disk"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(pipeline, tmp_path, spoil, options, message) -> None:
+def test_pipelines_that_cannot_be_trained_are_refused(pipeline, tmp_path, spoil, options, message) -> None:
     spoil(pipeline)
     (photos := tmp_path / "photos").mkdir()
     settings = config.load(

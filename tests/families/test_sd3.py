@@ -99,7 +99,7 @@ def result(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     return train.train(config.load(None, options(folder, photos, tmp_path_factory.mktemp("runs") / "run")))
 
 
-def test_what_the_folder_is(folder: Path) -> None:
+def test_the_folder_is_described(folder: Path) -> None:
     info = families.describe(folder)
     assert (info.family, info.loader, info.prediction_type) == ("sd3", "sd3", "flow_prediction")
     assert (info.latent_channels, info.downscale, info.max_tokens, info.cross_dim) == (16, 8, 77, 80)
@@ -110,7 +110,7 @@ def test_what_the_folder_is(folder: Path) -> None:
     assert info.untrained_layers == {f"unet.transformer_blocks.{tiny_sd3.BLOCKS - 1}.attn.add_q_proj"}
 
 
-def test_texts_are_encoded_as_the_pipeline_does_it(sd3: Any, pipeline: Any) -> None:
+def test_sd3_texts_are_encoded_as_by_the_pipeline(sd3: Any, pipeline: Any) -> None:
     expected, _, pooled, _ = pipeline.encode_prompt(TEXTS, None, None, "cpu", do_classifier_free_guidance=False)
     condition = sd3.encode_text(TEXTS)
     torch.testing.assert_close(condition["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-4)
@@ -130,7 +130,7 @@ def test_without_t5_its_states_are_zeros_as_in_the_pipeline(tmp_path: Path) -> N
     assert torch.count_nonzero(expected[:, 77:]) == 0
 
 
-def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
+def test_prediction_is_the_transformers_output_on_the_flow(sd3: Any) -> None:
     """The expected input is z = (1 - s) x + s n at time 1000 s, computed without alpha_bar."""
     draw = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn((2, 16, 8, 8), generator=draw) for _ in range(2))
@@ -148,7 +148,7 @@ def test_prediction_is_the_transformers_on_the_straight_line(sd3: Any) -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_uniform_timestep_is_one_of_the_models_training(shift: float) -> None:
+def test_timesteps_follow_the_distribution_of_diffusers_script(shift: float) -> None:
     """Compare with diffusers' training script: logit-normal positions in the scheduler's shifted table."""
     table = tiny_sd3.FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)
     places = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).sigmoid()
@@ -160,7 +160,7 @@ def test_a_uniform_timestep_is_one_of_the_models_training(shift: float) -> None:
         assert abs(ours[int(1000 * quantile)] - nearest[int(len(nearest) * quantile)]) < 0.01
 
 
-def test_pictures_are_those_of_diffusers(sd3: Any, pipeline: Any) -> None:
+def test_samples_equal_diffusers(sd3: Any, pipeline: Any) -> None:
     settings = config.load(None, {"train.steps": 1, "sample.steps": 3, "sample.guidance": 4.0, "sample.seed": 7}).sample
     (ours,) = sampling.draw(sd3, ["a photo of sks toy"], settings, 64)
     noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(7))
@@ -190,7 +190,7 @@ def test_a_run_ends_with_a_checked_adapter(result: train.Result, folder: Path) -
     assert {path.name for path in result.exports["peft"].iterdir()} == {"transformer", "text_encoder", "text_encoder_2"}
 
 
-def test_diffusers_draws_with_the_file(result: train.Result, folder: Path) -> None:
+def test_diffusers_predicts_the_same_with_the_file(result: train.Result, folder: Path) -> None:
     """A new diffusers pipeline with the file predicts what the run's base with the adapter predicts."""
     prompt = "a photo of a sks toy"
     loaded = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
@@ -221,7 +221,7 @@ def test_a_resumed_run_gives_the_same_bits(
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_inspect_says_who_reads_it(result: train.Result) -> None:
+def test_inspect_reports_which_programs_read_it(result: train.Result) -> None:
     for path in (result.adapter, result.exports["peft"]):
         report = inspect.inspect(path)
         assert report.family == "sd3" and set(report.components) == {"unet", "text_encoder", "text_encoder_2"}
@@ -238,14 +238,14 @@ def test_an_adapter_for_another_kind_of_model_is_named(tmp_path: Path) -> None:
     assert (report.model, report.family, report.readers) == ("FLUX.1", None, {})
 
 
-def test_names_alone_tell_the_family(result: train.Result) -> None:
+def test_layer_names_identify_the_family(result: train.Result) -> None:
     from lorakit.formats import identify
 
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(result.adapter).items()}
     assert identify.adapter_family(identify.modules(shapes), shapes, {}) == ("sd3", "names")
 
 
-def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
+def test_merge_equals_base_and_adapter_and_extract_inverts_it(
     result: train.Result, folder: Path, tmp_path: Path
 ) -> None:
     weights = formats.read(result.adapter)
@@ -276,7 +276,7 @@ def test_merging_gives_what_base_and_adapter_give_and_extracting_gives_it_back(
         ({"adapter__method": "dora"}, "the diffusers format cannot carry this DoRA"),
     ],
 )
-def test_what_it_cannot_do_is_reported_before_anything_is_written(
+def test_unsupported_options_are_refused_before_writing(
     folder: Path, photos: Path, tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(LorakitError, match=words.replace("(", r"\(")):
@@ -284,7 +284,7 @@ def test_what_it_cannot_do_is_reported_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_uniform_levels_may_be_shifted(folder: Path) -> None:
+def test_a_timestep_shift_is_allowed_with_uniform_sampling(folder: Path) -> None:
     info = families.describe(folder)
     shifted = config.load(None, {"train.steps": 1, "train.timestep_sampling": "uniform", "train.timestep_shift": 3.0})
     assert families.unsuited(info, shifted) == []
@@ -311,7 +311,7 @@ def test_a_pipeline_of_diffusers_can_be_adapted(pipeline: Any) -> None:
 
 
 @pytest.mark.slow
-def test_operations_at_true_size_are_those_that_torch_counts() -> None:
+def test_operations_at_true_size_equal_torchs_count() -> None:
     with torch.device("meta"):
         model = SD3Transformer2DModel(**MEDIUM)
         inputs = torch.empty(1, 16, 128, 128), torch.empty(1, 77 + 256, 4096), torch.empty(1, 2048)

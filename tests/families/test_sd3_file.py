@@ -73,7 +73,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert all(torch.equal(one[part][name], other[part][name]) for name in one[part]), part
 
 
-def test_the_file_loads_to_the_bits_of_the_folder(file: Path, room: Path) -> None:
+def test_the_file_has_the_weights_of_the_folder(file: Path, room: Path) -> None:
     there, here = families.describe(room / "folder"), describe(file, room)
     facts = [
         (i.layers, i.untrained_layers, i.cross_dim, i.max_tokens, i.text_tokens, i.bucket_multiple, i.latent_channels)
@@ -97,7 +97,7 @@ def test_the_file_loads_to_the_bits_of_the_folder(file: Path, room: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", sd3_files.KINDS)
-def test_diffusers_converter_makes_the_same_of_each_kind(kind: str, tmp_path: Path) -> None:
+def test_diffusers_converter_gives_the_same_weights_for_each_kind(kind: str, tmp_path: Path) -> None:
     """3 medium has no qk norm, 3.5 large has qk norm, and 3.5 medium also has a second attention."""
     from diffusers.loaders import single_file_utils as theirs
 
@@ -131,7 +131,7 @@ FIRST = {
 LACKS = {"context_block.attn.proj", "context_block.mlp.fc1", "context_block.mlp.fc2"}
 
 
-def test_names_of_the_real_models_are_those_of_the_published_code() -> None:
+def test_names_of_the_real_model_equal_the_published_codes() -> None:
     from diffusers import SD3Transformer2DModel
 
     with torch.device("meta"):
@@ -155,7 +155,7 @@ def test_names_of_the_real_models_are_those_of_the_published_code() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["named", "beside", "comfyui", "host", "diffusers", "whole model"])
-def test_encoders_come_from_files_of_their_own(
+def test_encoders_are_read_from_separate_files(
     place: str, bare: Path, pipeline: Any, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "models" / "checkpoints" / bare.name
@@ -184,7 +184,7 @@ def test_encoders_come_from_files_of_their_own(
     assert torch.equal(*(text["encoder_hidden_states"] for text in texts))
 
 
-def test_without_encoders_the_way_is_reported(
+def test_missing_encoders_are_reported_with_advice(
     bare: Path, file: Path, room: Path, tmp_path: Path, pipeline: Any
 ) -> None:
     words = refusal(bare, room)
@@ -204,7 +204,7 @@ def test_without_encoders_the_way_is_reported(
 OFFLINE = "base incl_clips_t5xxl.safetensors has T5 and no tokenizer for it on this machine, and HF_HUB_OFFLINE is set"
 
 
-def test_t5_without_a_tokenizer_is_refused_with_both_ways(
+def test_t5_without_a_tokenizer_is_refused_with_both_remedies(
     file: Path, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -246,7 +246,7 @@ def test_the_tokenizer_of_t5_is_fetched_once(
     assert (alone.eos_token_id, alone.pad_token_id, alone.bos_token_id) == (1, 0, None)
 
 
-def test_t5_is_left_out(file: Path, room: Path) -> None:
+def test_t5_can_be_disabled(file: Path, room: Path) -> None:
     """Without T5 its states are zeros, as in diffusers; layers, sizes and the base's hash exclude it."""
     infos = [describe(file, room, t5=False), families.describe(ModelConfig(base=str(room / "folder"), t5=False))]
     zeros = []
@@ -283,7 +283,7 @@ def test_families_without_t5_refuse_the_option(tiny_sd1: Path) -> None:
         ),
     ],
 )
-def test_a_missing_tensor_is_named(key: str, words: str, file: Path, room: Path, tmp_path: Path) -> None:
+def test_a_tensor_missing_in_the_file_is_named(key: str, words: str, file: Path, room: Path, tmp_path: Path) -> None:
     weights = load_file(file)
     del weights[key]
     save_file(weights, tmp_path / "x.safetensors")
@@ -298,7 +298,7 @@ def test_a_missing_tensor_is_named(key: str, words: str, file: Path, room: Path,
         ("context_block.mlp.fc1.bias", "lacks unet.transformer_blocks.1.ff_context.net.0.proj.bias"),
     ],
 )
-def test_a_block_has_all_of_what_some_blocks_lack(key: str, words: str, file: Path, room: Path, tmp_path: Path) -> None:
+def test_an_incomplete_optional_block_is_refused(key: str, words: str, file: Path, room: Path, tmp_path: Path) -> None:
     first, last = f"{U}joint_blocks.0.", f"{U}joint_blocks.1."
     weights = {name.replace(last, f"{U}joint_blocks.2."): tensor for name, tensor in load_file(file).items()}
     weights |= {name.replace(first, last): t.clone() for name, t in weights.items() if name.startswith(first)}
@@ -362,7 +362,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("output", ["x.safetensors", "folder"])
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_merged_models_have_the_products_in_them(
+def test_merged_weights_include_the_adapters_products(
     form: str, output: str, file: Path, room: Path, tmp_path: Path
 ) -> None:
     base = describe(file, room) if form == "file" else families.describe(room / "folder")
@@ -376,7 +376,7 @@ def test_merged_models_have_the_products_in_them(
 
 @pytest.mark.parametrize("output", ["x.safetensors", "folder"])
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_a_merged_model_is_without_t5_where_it_is_left_out(
+def test_a_merged_model_lacks_t5_if_it_is_disabled(
     form: str, output: str, file: Path, room: Path, tmp_path: Path
 ) -> None:
     base = (
@@ -414,7 +414,7 @@ def test_encoders_that_are_not_in_the_file_go_into_a_merged_folder(
     assert all(torch.equal(one, other) for one, other in zip(*texts, strict=True))
 
 
-def test_fp8_becomes_half_precision_and_the_rest_stays(pipeline: Any, room: Path, tmp_path: Path) -> None:
+def test_fp8_becomes_half_precision_in_a_merged_model(pipeline: Any, room: Path, tmp_path: Path) -> None:
     """The published file with T5 in 8 bits has this form."""
     weights = {
         name: t.to(torch.float8_e4m3fn if sd3_files.T5 in name else torch.float16)
@@ -461,7 +461,7 @@ def test_a_tensor_of_another_shape_is_named(
     assert words in refusal(path, room)
 
 
-def test_the_shapes_are_those_of_the_libraries() -> None:
+def test_shapes_equal_the_libraries() -> None:
     for norm, dual in sd3_files.KINDS.values():
         with torch.device("meta"):
             model = diffusers.SD3Transformer2DModel(num_layers=3, qk_norm=norm, dual_attention_layers=dual)
@@ -475,7 +475,7 @@ def test_the_shapes_are_those_of_the_libraries() -> None:
         assert expected == dict(fit._t5(config.to_dict()))
 
 
-def test_a_t5_without_its_words_and_a_transformer_alone_are_named(
+def test_a_t5_without_its_embedding_and_a_lone_transformer_are_refused(
     bare: Path, room: Path, pipeline: Any, tmp_path: Path
 ) -> None:
     folder = sd3_files.write_encoders(tmp_path / "encoders", pipeline, "clip_l", "clip_g", "t5xxl")

@@ -48,7 +48,7 @@ def describe(file: Path, folder: Path | None = None, **options: Any) -> families
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str, base_files: Any) -> None:
+def test_a_file_has_the_weights_of_the_folder_it_was_written_from(family: str, base_files: Any) -> None:
     _, folder, file = base_files[family]
     there, here = families.describe(folder), describe(file, folder)
     assert (here.layers, here.untrained_layers, here.cross_dim) == (
@@ -83,7 +83,7 @@ def test_a_file_loads_to_the_bits_of_the_folder_it_was_written_from(family: str,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_converters_make_the_same_of_the_file(family: str, base_files: Any) -> None:
+def test_diffusers_converters_give_the_same_weights(family: str, base_files: Any) -> None:
     """The tests' writer and the loader's table both agree with diffusers' converters."""
     from diffusers.loaders import single_file_utils as theirs
 
@@ -115,7 +115,7 @@ def test_placing_a_folder_is_the_inverse_of_reading_a_file(family: str, base_fil
     assert ldm.place(family, shapes) == read
 
 
-def test_names_of_the_real_models_are_those_of_published_lists() -> None:
+def test_names_of_the_real_models_equal_published_lists() -> None:
     """With sgm block names, kohya's names equal LDM's with dots replaced by underscores. Frozen lists at true
     dimensions have every layer."""
     lists = Path(__file__).parents[1] / "formats" / "keys"
@@ -149,7 +149,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_configurations_of_the_real_models_are_the_published_ones(family: str) -> None:
+def test_configurations_of_the_real_models_equal_the_published_ones(family: str) -> None:
     """Configurations that follow from shapes alone equal the published ones, and models built from them have the same
     tensors."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -232,7 +232,7 @@ def with_extra(base_files: Any, family: str, path: Path, extra: dict[str, Any], 
         ),
     ],
 )
-def test_what_it_predicts_is_read_and_reported(
+def test_the_prediction_type_is_read_and_reported(
     family: str, extra: list[str], metadata: dict[str, str], expected: Any, words: str, base_files: Any, tmp_path: Path
 ) -> None:
     file = with_extra(base_files, family, tmp_path, {key: torch.zeros(0) for key in extra}, **metadata)
@@ -244,7 +244,7 @@ def test_what_it_predicts_is_read_and_reported(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sd2_without_a_word_is_recognized_by_the_spread_of_a_bias(
+def test_the_prediction_type_of_sd2_follows_from_the_spread_of_a_bias(
     dtype: torch.dtype, base_files: Any, tmp_path: Path
 ) -> None:
     """A 512-base and a 768-v model have the same keys and shapes. lorakit decides by ComfyUI's rule."""
@@ -262,7 +262,7 @@ def test_sd2_without_a_word_is_recognized_by_the_spread_of_a_bias(
         bias.data = original
 
 
-def test_the_user_has_the_last_word_on_the_prediction_type(base_files: Any) -> None:
+def test_the_option_overrides_the_prediction_type(base_files: Any) -> None:
     _, folder, file = base_files["sdxl"]
     for base in (file, folder):
         plain = families.describe(base)
@@ -279,7 +279,7 @@ def test_the_user_has_the_last_word_on_the_prediction_type(base_files: Any) -> N
 
 
 @pytest.mark.slow
-def test_every_precision_that_files_come_in_is_read(base_files: Any, tmp_path: Path) -> None:
+def test_every_common_precision_is_read(base_files: Any, tmp_path: Path) -> None:
     pipeline, folder, _ = base_files["sd1"]
     weight = pipeline.unet.conv_in.weight.detach()
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
@@ -288,7 +288,7 @@ def test_every_precision_that_files_come_in_is_read(base_files: Any, tmp_path: P
         assert torch.equal(family.denoiser.conv_in.weight, weight.to(dtype).float())
 
 
-def test_a_file_that_is_read_may_be_replaced_meanwhile(base_files: Any, tmp_path: Path) -> None:
+def test_a_file_may_be_overwritten_after_loading(base_files: Any, tmp_path: Path) -> None:
     """The file is not memory-mapped, so loaded weights stay unchanged."""
     pipeline, folder, _ = base_files["sd1"]
     file = small_models.write(tmp_path / "x.safetensors", "sd1", pipeline)
@@ -298,7 +298,7 @@ def test_a_file_that_is_read_may_be_replaced_meanwhile(base_files: Any, tmp_path
     assert torch.equal(family.denoiser.conv_in.weight, before)
 
 
-def test_the_identity_is_of_the_content_not_of_the_name(base_files: Any, tmp_path: Path) -> None:
+def test_the_hash_covers_the_content_and_not_the_name(base_files: Any, tmp_path: Path) -> None:
     file = base_files["sd1"][2]
     copy = tmp_path / "renamed.safetensors"
     copy.write_bytes(file.read_bytes())
@@ -313,7 +313,7 @@ def test_the_identity_is_of_the_content_not_of_the_name(base_files: Any, tmp_pat
     assert describe(copy).hash != describe(file).hash
 
 
-def test_early_files_without_the_level_text_model_are_read(base_files: Any, tmp_path: Path) -> None:
+def test_early_files_without_text_model_in_their_keys_are_read(base_files: Any, tmp_path: Path) -> None:
     _, folder, file = base_files["sd1"]
     tensors = {name.replace(".transformer.text_model.", ".transformer."): t for name, t in load_file(file).items()}
     save_file(tensors, tmp_path / "early.safetensors")
@@ -322,7 +322,7 @@ def test_early_files_without_the_level_text_model_are_read(base_files: Any, tmp_
     families.load(actual, "cpu", torch.float32)
 
 
-def test_sd2_in_sgm_s_spelling_is_sd2(base_files: Any, tmp_path: Path) -> None:
+def test_sd2_with_sgms_key_names_is_sd2(base_files: Any, tmp_path: Path) -> None:
     _, folder, file = base_files["sd2"]
     prefixes = "cond_stage_model.model.", "conditioner.embedders.0.model."
     tensors = {name.replace(*prefixes): tensor for name, tensor in load_file(file).items()}
@@ -330,7 +330,7 @@ def test_sd2_in_sgm_s_spelling_is_sd2(base_files: Any, tmp_path: Path) -> None:
     assert describe(tmp_path / "sgm.safetensors", folder).layers == describe(file, folder).layers
 
 
-def test_averages_and_buffers_of_training_are_left_alone(base_files: Any, tmp_path: Path) -> None:
+def test_averages_and_buffers_of_training_are_ignored(base_files: Any, tmp_path: Path) -> None:
     extra = {"model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3), "betas": torch.zeros(1000)}
     file = with_extra(base_files, "sd1", tmp_path, extra)
     assert describe(file).layers == describe(base_files["sd1"][2]).layers
@@ -339,7 +339,7 @@ def test_averages_and_buffers_of_training_are_left_alone(base_files: Any, tmp_pa
 # -- the tokenizer --------------------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_is_the_one_given_or_that_beside_the_file(base_files: Any, tmp_path: Path) -> None:
+def test_the_tokenizer_comes_from_the_option_or_beside_the_file(base_files: Any, tmp_path: Path) -> None:
     _, folder, file = base_files["sd1"]
     assert (
         describe(file, folder).tokenizer() == describe(file, folder / "tokenizer").tokenizer() == folder / "tokenizer"
@@ -350,7 +350,7 @@ def test_the_tokenizer_is_the_one_given_or_that_beside_the_file(base_files: Any,
     assert describe(copy).tokenizer() == tmp_path / "tokenizer"
 
 
-def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(base_files: Any, tmp_path: Path) -> None:
+def test_an_unfit_tokenizer_is_refused_with_the_option(base_files: Any, tmp_path: Path) -> None:
     _, folder, file = base_files["sd1"]
     other = tmp_path / "other" / "tokenizer"
     tiny.save_tokenizer(other)
@@ -367,7 +367,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_with_the_option(base_files: Any,
 
 
 @pytest.mark.slow
-def test_words_that_fill_up_are_each_encoder_s_own(base_files: Any) -> None:
+def test_each_encoder_has_its_own_padding_token(base_files: Any) -> None:
     for family, expected in {"sd1": [tiny.SPECIAL[1]], "sd2": ["!"], "sdxl": [tiny.SPECIAL[1], "!"]}.items():
         _, folder, file = base_files[family]
         loaded = families.load(describe(file, folder / "tokenizer"), "cpu", torch.float32)
@@ -397,7 +397,7 @@ def test_other_models_in_one_file_are_named(names: list[str], words: str, tmp_pa
     assert f"file.safetensors {words}" in refusal(file)
 
 
-def test_a_missing_autoencoder_and_an_unknown_tensor_are_named(base_files: Any, tmp_path: Path) -> None:
+def test_a_missing_vae_and_an_unknown_tensor_are_named(base_files: Any, tmp_path: Path) -> None:
     tensors = load_file(base_files["sd1"][2])
     path = tmp_path / "x.safetensors"
     save_file({name: t for name, t in tensors.items() if not name.startswith("first_stage_model.")}, path)
@@ -418,7 +418,7 @@ def test_a_tensor_of_the_wrong_shape_is_found_before_it_is_loaded(base_files: An
     assert words in refusal(tmp_path / "x.safetensors", tokenizer=str(folder))
 
 
-def test_a_half_downloaded_file_says_how_much_is_there(base_files: Any, tmp_path: Path) -> None:
+def test_an_incomplete_download_is_reported_with_its_size(base_files: Any, tmp_path: Path) -> None:
     content = base_files["sd1"][2].read_bytes()
     (tmp_path / "half.safetensors").write_bytes(content[: len(content) // 2])
     assert "(50 %): download it again" in refusal(tmp_path / "half.safetensors")

@@ -79,7 +79,7 @@ EXTRAS: dict[str, dict[str, list[str]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", EXTRAS)
-def test_keys_that_no_program_reads_are_ignored_and_reported(family: str, base_files: Any, tmp_path: Path) -> None:
+def test_unused_keys_are_ignored_and_reported(family: str, base_files: Any, tmp_path: Path) -> None:
     folder, tensors = base_files[family]
     message, quiet = EXTRAS[family]["said"], EXTRAS[family]["quiet"]
     info = describe(write(tmp_path, tensors | {name: torch.zeros(2, 2) for name in [*message, *quiet]}), folder)
@@ -95,7 +95,7 @@ def test_keys_that_no_program_reads_are_ignored_and_reported(family: str, base_f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["scale_weight", "weight_scale", "rows", "blocks", "int8"])
-def test_weights_of_eight_bits_are_multiplied_by_their_scale(layout: str, base_files: Any, tmp_path: Path) -> None:
+def test_eight_bit_weights_are_multiplied_by_their_scale(layout: str, base_files: Any, tmp_path: Path) -> None:
     folder, tensors = base_files["sd1"]
     scaled: dict[str, torch.Tensor] = {f"{U}scaled_fp8": torch.zeros(2, dtype=FP8)}
     expected, changed = dict(tensors), 0
@@ -128,7 +128,7 @@ def test_weights_of_eight_bits_are_multiplied_by_their_scale(layout: str, base_f
     same_weights(*(families.load(i, "cpu", torch.float32) for i in (info, plain)), tolerance=1e-7)
 
 
-def test_a_quantization_that_is_not_read_is_refused_by_the_description(base_files: Any, tmp_path: Path) -> None:
+def test_an_unsupported_quantization_is_refused_before_loading(base_files: Any, tmp_path: Path) -> None:
     _, tensors = base_files["sd1"]
     key = f"{U}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     packed = tensors | {key: torch.zeros(512, 1, dtype=torch.uint8), f"{key}.absmax": torch.ones(16)}
@@ -179,7 +179,7 @@ def test_every_value_of_fp8_is_read_without_torch(dtype: torch.dtype, tmp_path: 
     assert torch.equal(torch.tensor(values).nan_to_num(9e9), codes.float().nan_to_num(9e9))
 
 
-def test_a_scale_for_a_complete_weight_has_any_shape_of_one_number() -> None:
+def test_a_single_scale_may_have_any_shape() -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(FP8)
     for scale in (torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([[2.0]])):
         assert torch.equal(weight_files.dequantize(weight, scale), weight.float() * 2)
@@ -223,7 +223,7 @@ DISTILLED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DISTILLED)
-def test_distilled_models_are_read_from_their_shapes(name: str, base_files: Any, tmp_path: Path) -> None:
+def test_distilled_models_are_recognized_by_their_shapes(name: str, base_files: Any, tmp_path: Path) -> None:
     family, changes = DISTILLED[name]
     folder, tensors = base_files[family]
     unet = small_models.unet(family, **small_models.SMALL[family] | changes)
@@ -252,7 +252,7 @@ def test_distilled_models_are_read_from_their_shapes(name: str, base_files: Any,
         ({"num_train_timesteps": 4000}, "another noise schedule (num_train_timesteps 4000)"),
     ],
 )
-def test_a_folder_of_another_schedule_is_refused(
+def test_a_scheduler_with_another_schedule_is_refused(
     changes: dict[str, Any], words: str, base_files: Any, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(base_files["sdxl"][0], tmp_path / "base")

@@ -11,14 +11,14 @@ from lorakit.core import registry
 from lorakit.families import spec, unet
 
 
-def test_every_spec_is_named_as_the_registry_names_it() -> None:
+def test_every_spec_has_its_name_in_the_registry() -> None:
     assert all(family.name == name for name, family in registry.FAMILIES.items())
     assert list(registry.versions()) == ["sd1", "sd2", "sdxl", "sd3"]
     for name, (family, version) in registry.versions().items():
         assert registry.family_of(name) is family and registry.version_of(name) is version
 
 
-def test_classes_of_a_spec_are_those_of_diffusers_and_of_the_protocol() -> None:
+def test_classes_of_a_spec_exist_and_follow_the_protocol() -> None:
     import diffusers
 
     for family in registry.FAMILIES.values():
@@ -50,17 +50,17 @@ def test_presets_of_every_version_exist() -> None:
         ("StableDiffusion3Pipeline", "sd3"),
     ],
 )
-def test_the_longest_beginning_of_a_pipeline_class_tells_the_family(pipeline: str, name: str) -> None:
+def test_the_longest_prefix_of_a_pipeline_class_gives_the_family(pipeline: str, name: str) -> None:
     spec_of_class = families.of_pipeline(pipeline)
     assert spec_of_class is not None and spec_of_class.name == name
 
 
 @pytest.mark.parametrize("pipeline", ["StableDiffusionUpscalePipeline", "FluxPipeline", ""])
-def test_other_pipelines_are_of_no_family(pipeline: str) -> None:
+def test_other_pipelines_have_no_family(pipeline: str) -> None:
     assert families.of_pipeline(pipeline) is None
 
 
-def test_a_width_that_no_version_has_is_of_the_first() -> None:
+def test_an_unknown_width_gives_the_first_version() -> None:
     family = registry.FAMILIES["sd"]
     assert [family.version(width).name for width in (768, 1024, 32)] == ["sd1", "sd2", "sd1"]
 
@@ -74,12 +74,12 @@ def test_the_sides_of_buckets_are_multiples_of_what_the_unet_halves() -> None:
     assert unet.bucket_multiple(layers, 4) == 16
 
 
-def test_attention_is_counted_with_its_queries() -> None:
+def test_attention_is_counted_for_each_query() -> None:
     layers = {f"unet.mid_block.attentions.0.transformer_blocks.0.attn{n}.to_q": (8, 8) for n in (1, 2)}
     assert [use.attended for use in unet.layer_uses(layers, 4, 6, 77)] == [24 * 24, 24 * 77]
 
 
-def test_an_unknown_family_is_named_with_where_families_come_from() -> None:
+def test_an_unknown_family_is_refused_with_advice() -> None:
     with pytest.raises(ValueError, match=r"unknown family 'flux'; known: sd1, sd2, sdxl, sd3\. .* lorakit\.families"):
         registry.family_of("flux")
 
@@ -103,6 +103,6 @@ def test_an_installed_package_adds_a_family_by_an_entry_point(tmp_path: Path) ->
     assert process.stdout.split() == ["sd1", "sd2", "sdxl", "sd3", "mine", "mine", "False"]
 
 
-def test_a_version_without_v_names_is_called_the_same_for_both() -> None:
+def test_a_version_without_v_names_has_one_name() -> None:
     tags = spec.Tags("plain", "plain/lora", "P")
     assert tags.of(spec.VELOCITY) == tags.of(spec.EPSILON) == ("plain", "plain/lora")

@@ -95,7 +95,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_family_is_one_folder_and_one_line(
+def test_a_family_needs_one_folder_and_one_line(
     family: str,
     base: Path,
     photos: Path,
@@ -124,7 +124,7 @@ def test_a_family_is_one_folder_and_one_line(
         assert re.search(r"for +Aurora(.|\n)+format +(peft|PEFT)", successful("inspect", exported))
 
 
-def test_size_conditions_that_a_model_forgets_are_missed_by_its_denoiser(
+def test_missing_size_conditions_fail_in_the_denoiser(
     family: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "modules" / "aurora" / "model.py"
@@ -136,7 +136,7 @@ def test_size_conditions_that_a_model_forgets_are_missed_by_its_denoiser(
         loaded.predict(torch.zeros((1, 4, 8, 8)), torch.tensor([1]), condition)
 
 
-def test_a_text_encoder_that_a_spec_forgets_learns_no_words(
+def test_a_text_encoder_missing_from_the_spec_learns_no_word(
     family: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = config.LoraConfig(rank=2, new_tokens=1, train_text_encoder=False)
@@ -161,7 +161,7 @@ def test_the_hub_fetches_the_parts_that_a_spec_names(monkeypatch: pytest.MonkeyP
     assert sorted(hub.base_files("a/b", ["model_index.json", *parts])) == sorted(["model_index.json", *parts])
 
 
-def test_without_the_line_the_base_is_refused(
+def test_without_its_line_the_base_is_refused(
     family: str, base: Path, photos: Path, lorakit: Callable[..., tuple[int, str]]
 ) -> None:
     code, printed = lorakit("check", photos, *options(base))
@@ -170,7 +170,7 @@ def test_without_the_line_the_base_is_refused(
     assert re.search(rf"base \S+ is an AuroraDiffusionPipeline; lorakit trains {there}", printed)
 
 
-def test_files_of_a_family_have_its_own_name_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_familys_own_denoiser_name_is_read_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = "prior.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     shapes = {f"{layer}.lora_A.weight": (4, 8), f"{layer}.lora_B.weight": (8, 4)}
     assert not identify.modules(shapes)

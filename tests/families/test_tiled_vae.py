@@ -37,7 +37,7 @@ def draw(*shape: int) -> torch.Tensor:
 # Strips of one row, strips of several rows with a shorter last one, and one strip.
 @pytest.mark.parametrize("strip", [1, 20_000, tiled_vae.STRIP])
 @pytest.mark.parametrize("size", [(64, 64), (72, 104)])
-def test_encoding_by_strips_is_encoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
+def test_encoding_in_strips_equals_encoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
     pixels = draw(2, 3, *size).clamp(-1, 1)
     untiled = vae.encode(pixels).latent_dist.parameters
     actual = tiled_vae.encode(vae, pixels, strip)
@@ -48,7 +48,7 @@ def test_encoding_by_strips_is_encoding(vae: Any, strip: int, size: tuple[int, i
 @pytest.mark.slow
 @pytest.mark.parametrize("strip", [1, 20_000, tiled_vae.STRIP])
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)])
-def test_decoding_by_strips_is_decoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
+def test_decoding_in_strips_equals_decoding(vae: Any, strip: int, size: tuple[int, int]) -> None:
     latents = draw(2, 4, *size)
     untiled = vae.decode(latents).sample
     actual = tiled_vae.decode(vae, latents, strip)
@@ -56,7 +56,7 @@ def test_decoding_by_strips_is_decoding(vae: Any, strip: int, size: tuple[int, i
     assert (actual - untiled).norm() / untiled.norm() < 1e-5
 
 
-def test_an_untiled_picture_is_left_to_the_vae_where_it_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_tiled_only_if_it_does_not_fit(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = draw(1, 3, 64, 64).clamp(-1, 1)
     expected = loading.encode_image(vae, pixels)
     assert tiled_vae.fits(vae, 10**12, tiled_vae.ENCODING)  # a CPU has no separate memory, so this is always true
@@ -66,7 +66,7 @@ def test_an_untiled_picture_is_left_to_the_vae_where_it_fits(vae: Any, monkeypat
         torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-5)
 
 
-def test_room_is_what_the_card_has_free_and_what_torch_holds_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_includes_torchs_unused_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(block_out_channels=(128,)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 10**9, 8 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 10**9)

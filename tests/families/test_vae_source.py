@@ -91,7 +91,7 @@ def test_every_form_is_the_same_vae(form: str, base: str, room: Path) -> None:
     assert f"vae: {place(room, form)}, as model.vae says" in info.notes and not info.warnings
 
 
-def test_it_is_part_of_what_the_base_is(room: Path) -> None:
+def test_the_vae_changes_the_bases_hash(room: Path) -> None:
     """Caches, checkpoints and class images use the hash, and `resume` compares it."""
     hashes = [described(room, "sd1", vae).hash for vae in ("", room / "folder", room / "ldm.safetensors")]
     assert len(set(hashes)) == 3 and hashes[1] == described(room, "sd1", room / "folder").hash
@@ -102,7 +102,7 @@ def test_it_is_part_of_what_the_base_is(room: Path) -> None:
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
 @pytest.mark.parametrize("base", ["sd1", "sd1.safetensors", "no-vae.safetensors"])
 @pytest.mark.parametrize("form", ["fp16", "ldm", "old names"])
-def test_a_merged_model_has_it(form: str, base: str, output: str, room: Path, tmp_path: Path) -> None:
+def test_a_merged_model_contains_the_vae(form: str, base: str, output: str, room: Path, tmp_path: Path) -> None:
     info = described(room, base, place(room, form))
     name = next(name for name in info.layers if name.endswith("attn1.to_q"))
     rows, columns = info.layers[name]
@@ -115,7 +115,7 @@ def test_a_merged_model_has_it(form: str, base: str, output: str, room: Path, tm
     assert "vae" in merged.configs["model_index"]
 
 
-def test_a_base_without_one_is_refused_with_the_option(room: Path, tmp_path: Path) -> None:
+def test_a_base_without_a_vae_is_refused_with_the_option(room: Path, tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match=r"lacks its vae .* or give one by model.vae \(--vae\)"):
         described(room, "no-vae.safetensors")
     folder = shutil.copytree(room / "sd1", tmp_path / "base", ignore=shutil.ignore_patterns("vae"))
@@ -147,14 +147,14 @@ def altered(folder: Path, target: Path, **config: Any) -> Path:
     ],
     ids=str,
 )
-def test_another_familys_is_refused(change: dict[str, Any], reason: str, room: Path, tmp_path: Path) -> None:
+def test_a_vae_of_another_family_is_refused(change: dict[str, Any], reason: str, room: Path, tmp_path: Path) -> None:
     vae = altered(room / "folder", tmp_path / "vae", **change)
     with pytest.raises(LorakitError, match=f"model.vae: .*{reason}") as error:
         described(room, "sd1", vae)
     assert texts.sentences("zh-Hant").translated(str(error.value))
 
 
-def test_an_early_configuration_names_no_scale(room: Path, tmp_path: Path, tiny_sdxl: Path) -> None:
+def test_an_early_configuration_has_the_default_scaling_factor(room: Path, tmp_path: Path, tiny_sdxl: Path) -> None:
     """stabilityai/sd-vae-ft-mse has such a configuration: the default 0.18215 applies, which is not SDXL's value."""
     vae = altered(room / "folder", tmp_path / "vae", scaling_factor=None)
     assert described(room, "sd1", vae).configs["vae"].get("scaling_factor") is None
@@ -175,7 +175,7 @@ def test_an_early_configuration_names_no_scale(room: Path, tmp_path: Path, tiny_
         ("owner/name/vae.safetensors", None, "is not in the cache and HF_HUB_OFFLINE is set"),
     ],
 )
-def test_what_is_no_vae_is_refused(name: str, content: Any, reason: str, room: Path, tmp_path: Path) -> None:
+def test_other_files_than_vaes_are_refused(name: str, content: Any, reason: str, room: Path, tmp_path: Path) -> None:
     path = tmp_path / name
     if content == {}:
         path.mkdir()
@@ -188,7 +188,7 @@ def test_what_is_no_vae_is_refused(name: str, content: Any, reason: str, room: P
     assert texts.sentences("zh-Hant").translated(str(error.value))
 
 
-def test_a_name_of_another_family_is_warned_of(room: Path, tmp_path: Path, tiny_sdxl: Path) -> None:
+def test_a_vae_named_after_another_family_gives_a_warning(room: Path, tmp_path: Path, tiny_sdxl: Path) -> None:
     """A VAE file does not contain its scaling factor."""
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -203,7 +203,7 @@ def test_a_name_of_another_family_is_warned_of(room: Path, tmp_path: Path, tiny_
         assert any(f"{name} is called like a VAE of another family" in line for line in preflight(config).warnings)
 
 
-def test_a_hub_id_is_fetched_and_pinned(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vae_with_a_hub_id_is_fetched_and_pinned(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     served = altered(room / "folder", tmp_path / "served")
@@ -224,7 +224,7 @@ def test_a_hub_id_is_fetched_and_pinned(room: Path, tmp_path: Path, monkeypatch:
     assert vae_of(families.describe(pinned)).keys() == vae_of(info).keys()
 
 
-def test_the_commands_take_it(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_take_a_vae(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     base = ["--base", str(room / "no-vae.safetensors"), "--set", f"model.tokenizer={room / 'sd1'}"]
@@ -235,7 +235,7 @@ def test_the_commands_take_it(room: Path, tmp_path: Path, capsys: pytest.Capture
     assert "vae" not in capsys.readouterr().err
 
 
-def test_samples_are_decoded_by_it(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_samples_are_decoded_by_the_vae(tiny_sd1: Path, tmp_path: Path) -> None:
     """The latents stay the same, because the UNet does not use the VAE; only the decoded pictures differ."""
     info = families.describe(tiny_sd1)
     name = next(name for name in info.layers if name.endswith("attn1.to_q"))
@@ -256,6 +256,6 @@ def test_samples_are_decoded_by_it(tiny_sd1: Path, tmp_path: Path) -> None:
     assert np.array_equal(pictures[1], pictures[2]) and not np.array_equal(pictures[0], pictures[1])
 
 
-def test_the_keys_of_a_model_say_the_scale_of_its_vae(room: Path, tiny_sdxl: Path) -> None:
+def test_a_checkpoints_keys_determine_the_scaling_factor_of_its_vae(room: Path, tiny_sdxl: Path) -> None:
     with pytest.raises(LorakitError, match=r"^model\.vae: .* has scaling factor 0\.18215, and base .* has 0\.13025"):
         families.describe(ModelConfig(base=str(tiny_sdxl), vae=str(room / "checkpoint.safetensors")))

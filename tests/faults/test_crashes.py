@@ -44,7 +44,7 @@ def quietly(work: Any, *arguments: object) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path, kind):
+def test_a_file_has_its_old_or_its_new_content(tmp_path, kind):
     count = 0
     for place, point in crash.points(
         tmp_path,
@@ -68,7 +68,7 @@ def save(folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [3, 4])  # step 3 exists already, step 4 is new
-def test_a_checkpoint_is_there_after_every_death(tmp_path, kind, step):
+def test_a_complete_checkpoint_exists_after_every_kill(tmp_path, kind, step):
     def prepare(place: Path) -> None:
         for number in (2, 3):
             save(place, number)
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_there_after_every_death(tmp_path, kind, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_folder_is_begun_anew_or_resumed_after_every_death(tmp_path, kind):
+def test_a_run_starts_again_or_resumes_after_every_kill(tmp_path, kind):
     def begin(place: Path) -> None:
         settings = {"train.steps": 2, "output.folder": str(place / "run"), "data.name": "sks toy", "data.folder": "x"}
         run = RunFolder.create(config.load(None, settings))
@@ -143,7 +143,7 @@ def test_exports_and_caches_are_complete_or_absent(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_queue_loses_no_job_but_the_one_being_added(tmp_path, kind):
+def test_the_queue_loses_at_most_the_job_being_added(tmp_path, kind):
     def prepare(place: Path) -> None:
         Queue(place).command(["doctor"], place / "a")
 
@@ -155,7 +155,7 @@ def test_the_queue_loses_no_job_but_the_one_being_added(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_runs_that_are_really_killed_end_with_the_same_bits(tmp_path, monkeypatch):
+def test_runs_killed_by_sigkill_end_with_the_same_bits(tmp_path, monkeypatch):
     """Each kill is a SIGKILL in a training run, which is then resumed. Set `LORAKIT_KILLS=300` for a long test."""
     count = int(os.environ.get("LORAKIT_KILLS", "4"))
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))

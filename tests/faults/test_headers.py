@@ -10,7 +10,7 @@ from lorakit.formats import inspect, read
 
 
 @pytest.mark.parametrize("name", hostile.DAMAGED)
-def test_damage_is_named_in_one_line(tmp_path, name):
+def test_damage_is_reported_in_one_line(tmp_path, name):
     content, text = hostile.DAMAGED[name]
     path = hostile.write(tmp_path, name, content)
     for command in (safetensors_header.read, inspect.inspect, read):
@@ -25,7 +25,7 @@ def test_damage_is_named_in_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", hostile.COMPLETE)
-def test_what_the_library_reads_is_read(tmp_path, name):
+def test_files_that_the_library_reads_are_read(tmp_path, name):
     content = hostile.COMPLETE[name]
     header = safetensors_header.read(hostile.write(tmp_path, name, content))
     assert {key: list(shape) for key, shape in header.shapes().items()} == {
@@ -36,7 +36,7 @@ def test_what_the_library_reads_is_read(tmp_path, name):
 @pytest.mark.parametrize(
     "start", [b"\x80\x02", b"\x80\x05", b"<!", b"PK\x03\x04", b"\x89PNG", b"GGUF", b"\xff\xd8\xff", b"<htm", b"<?xm"]
 )
-def test_a_length_that_begins_like_another_format(tmp_path, start):
+def test_a_length_with_another_formats_first_bytes_is_read(tmp_path, start):
     length = int.from_bytes(start[:2], "little") + 65536  # a test can only use the two lowest bytes of a length
     content = hostile.header_of_length(length)
     assert content[:2] == start[:2]
@@ -45,7 +45,7 @@ def test_a_length_that_begins_like_another_format(tmp_path, start):
         safetensors_header.read(hostile.write(tmp_path, "y", content[:9000]))
 
 
-def test_no_caption_takes_for_ever():
+def test_prompt_patterns_take_linear_time():
     """Patterns that backtrack took hours for these captions."""
     size = 20_000
     for text in (":" + "1" * size, "[" + ":1" * size, "[x:" + "1:" * size, "a" + " " * size, " " * size + "BREA"):

@@ -27,7 +27,7 @@ STRANGE += ["9" * 300, "\u00e9" * 150, "", "con", "NUL", "aux.v1", "com1", "lpt\
 
 
 @pytest.mark.parametrize("word", STRANGE)
-def test_a_word_that_an_adapter_carries_cannot_be_written_elsewhere(tmp_path, word):
+def test_a_word_in_an_adapter_cannot_lead_outside_the_folder(tmp_path, word):
     assert not is_file_name(word)
     file = tmp_path / "in" / "deep" / "x.safetensors"
     file.parent.mkdir(parents=True)
@@ -47,7 +47,7 @@ def test_a_word_that_an_adapter_carries_cannot_be_written_elsewhere(tmp_path, wo
 
 
 @pytest.mark.parametrize("word", ["sks", "sks-2", "sks.v1", "<s0>", "\u732b"])
-def test_words_of_other_programs_are_brought_back(tmp_path, word):
+def test_ordinary_words_of_other_programs_are_read(tmp_path, word):
     save_file(TENSORS | {f"bundle_emb.{word}.emb_params": torch.ones(1, 768)}, tmp_path / "x.safetensors")
     assert list(read(tmp_path / "x.safetensors").embeddings) == [word] and is_file_name(word)
 
@@ -55,7 +55,7 @@ def test_words_of_other_programs_are_brought_back(tmp_path, word):
 @pytest.mark.parametrize(
     "table", [{"a": name} for name in STRANGE] + [{"a": 1}, {"a": ["x"]}, {"a": None}, [], None, "x", 3]
 )
-def test_an_index_lists_files_beside_it(tmp_path, table):
+def test_an_index_may_only_list_files_beside_it(tmp_path, table):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": table}), encoding="utf-8")
     with pytest.raises(LorakitError, match="is no name of a file beside it") as caught:
@@ -66,7 +66,7 @@ def test_an_index_lists_files_beside_it(tmp_path, table):
 @pytest.mark.parametrize(
     "tables", [{"x" * 3000: {}}, {"train": {"x" * 3000: 1}}, {"optimizer": {"args": {"\x1b[2J" * 1000: None}}}]
 )
-def test_a_config_names_strange_keys_shortly(tables):
+def test_strange_keys_of_a_config_are_reported_in_short_lines(tables):
     with pytest.raises(ConfigError) as caught:
         from_tables(tables, {})
     assert all(len(problem) < 300 and problem.isprintable() for problem in caught.value.problems)
@@ -86,7 +86,7 @@ DEVICE = r"{} = '{}': Windows keeps this name for a device, and has no file of i
         ({"data.name": "sks dog", "output.folder": "runs/Prn.old"}, "output.folder", "Prn.old"),
     ],
 )
-def test_a_run_has_no_name_that_windows_keeps(options: dict[str, object], key: str, name: str):
+def test_device_names_of_windows_are_refused_for_a_run(options: dict[str, object], key: str, name: str):
     tables: dict[str, dict[str, object]] = {"train": {"steps": 1}}
     for dotted, value in options.items():
         section, _, option = dotted.partition(".")
@@ -97,7 +97,7 @@ def test_a_run_has_no_name_that_windows_keeps(options: dict[str, object], key: s
     from_tables({"train": {"steps": 1}, "data": {"name": "aux dog"}, "output": {"folder": "runs/console"}})
 
 
-def test_an_adapter_has_no_name_that_windows_keeps(tmp_path, capsys):
+def test_device_names_of_windows_are_refused_for_an_adapter(tmp_path, capsys):
     save_file(TENSORS, tmp_path / "x.safetensors", {"ss_base_model_version": "sd_v1"})
     file, out = str(tmp_path / "x.safetensors"), str(tmp_path / "out")
     for command in (["combine", file, file, "--name", "con"], ["combine", file, file, "--name", "com1.safetensors"]):
@@ -109,7 +109,7 @@ def test_an_adapter_has_no_name_that_windows_keeps(tmp_path, capsys):
     assert not (tmp_path / "out").exists() and not (tmp_path / "NUL.safetensors").exists()
 
 
-def test_the_rows_of_a_batch_have_no_such_names(tmp_path):
+def test_device_names_of_windows_are_refused_in_a_batch(tmp_path):
     for name in ("aux", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name / "a.png")

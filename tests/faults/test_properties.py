@@ -71,7 +71,7 @@ def mutations(content: bytes) -> SearchStrategy[bytes]:
 
 @budget
 @given(st.sampled_from(list(hostile.COMPLETE.values())).flatmap(mutations))
-def test_a_header_is_read_exactly_where_the_library_reads_it(tmp_path, content):
+def test_a_header_is_read_if_and_only_if_the_library_reads_it(tmp_path, content):
     problem = _header_problem(hostile.write(tmp_path, "x", content))
     assert (problem is None) == _is_header(content) or re.search(STRICTER, str(problem)), problem
 
@@ -104,7 +104,7 @@ VALID = st.sampled_from([hostile.entry(), hostile.entry(offsets=(24, 48)), hosti
 @pytest.mark.slow
 @budget
 @given(st.dictionaries(TEXTS | st.just("__metadata__"), ENTRIES | VALID | ANYTHING, max_size=4))
-def test_any_json_is_read_as_a_header_exactly_where_the_library_reads_it(tmp_path, table):
+def test_any_json_header_is_read_if_and_only_if_the_library_reads_it(tmp_path, table):
     content = hostile.file_of(table)
     problem = _header_problem(hostile.write(tmp_path, "x", content))
     assert (problem is None) == _is_header(content) or re.search(STRICTER, str(problem)), problem
@@ -248,7 +248,7 @@ def _config_problems(read_config: Callable[[], object]) -> Sequence[str]:
         st.sampled_from(KEYS).map(lambda key: f"{key}=" + "[" * 3000),
     )
 )
-def test_any_set_is_a_value_or_a_problem(text):
+def test_any_set_argument_gives_a_value_or_a_problem(text):
     def override() -> None:
         key, value = parse_override(text)
         load(None, {"train.steps": 2, key: value})
@@ -259,7 +259,7 @@ def test_any_set_is_a_value_or_a_problem(text):
 
 @budget
 @given(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=4))
-def test_any_value_of_an_option_is_taken_or_a_problem(values):
+def test_any_value_of_an_option_is_accepted_or_a_problem(values):
     tables: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
