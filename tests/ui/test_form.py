@@ -159,6 +159,10 @@ def test_the_front_end_names_no_option_and_trains_nothing():
         ("go on with --set train.steps=4", "go on with --set train.steps=4"),
         ("`train.steps` and a/train.steps and photo.txt", "`train.steps` and a/train.steps and photo.txt"),
         ("train.stepz is no option", "train.stepz is no option"),
+        ("give it with --base", "give it with “Base model”"),
+        ("give a VAE by model.vae (--vae)", "give a VAE by “VAE”"),
+        ("lorakit merge a --base BASE", "lorakit merge a --base BASE"),
+        ("--base-model x: leave --no-base out", "--base-model x: leave --no-base out"),
     ],
 )
 def test_a_message_names_options_as_the_page_does(message: str, line: str):

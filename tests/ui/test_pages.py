@@ -364,7 +364,10 @@ def test_a_photo_is_left_out_and_brought_back(workspace: Workspace, train: Train
     with gr.Blocks():
         page = PhotosPage(workspace, T)
     values, _ = answered(train, tiny_sd1)
-    assert train.plan(values, SAY)[1]["interactive"] is False
+    plan, start = train.plan(values, SAY)
+    assert start["interactive"] is False
+    assert "press “Leave out” below each of them on the page “Photos”" in plan
+    assert "在「照片」頁按每張照片下方的「不使用」" in train.plan(values, texts.sayer("zh-Hant"))[0]
     lines = page.exclude(str(folder), "old/*", "1.png")
     assert lines == "old/*\n1.png"
     values, _ = answered(train, tiny_sd1, data__exclude=lines)

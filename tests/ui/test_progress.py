@@ -4,16 +4,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
+from lorakit.core.messages import Message, to_lines  # noqa: E402
 from lorakit.runs import nvidia  # noqa: E402
 from lorakit.ui import app, language, texts  # noqa: E402
 from lorakit.ui.pages.runs import RunsPage  # noqa: E402
-from lorakit.ui.pages.try_it import drawing_line  # noqa: E402
+from lorakit.ui.pages.try_it import TryPage, drawing_line  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 
@@ -26,6 +28,20 @@ def test_a_drawing_says_how_many_pictures_are_there(tmp_path: Path) -> None:
     assert workspace.queue.pictures(job.number) == (2, 4)
     assert "Drawing: 2 of 4 … (" in drawing_line(workspace, job, say)
     assert "第 2 張，共 4 張" in drawing_line(workspace, job, texts.sayer("zh-Hant"))
+
+
+def test_a_drawing_without_a_base_names_the_field_of_the_page(tmp_path: Path) -> None:
+    """The command says `--base`. A new embedding of another program names no base, so this is met with these."""
+    workspace = Workspace(tmp_path / "runs", [tmp_path])
+    with gr.Blocks():
+        page = TryPage(workspace, language.Translations())
+    job = workspace.queue.command(["sample", "cat.pt"], workspace.runs / "tries" / "one")
+    problem = Message("{file} does not say what base it was trained on: give it with --base", "cat.pt")
+    (workspace.queue.folder / "000001.log").write_text(to_lines(problem))
+    workspace.queue._write(replace(job, state="failed"))
+    for name, field in (("en", "“Base model”"), ("zh-Hant", "「基礎模型」"), ("ja", "「ベースモデル」")):
+        text, is_going = page.status(texts.sayer(name))
+        assert field in text and "cat.pt" in text and "--base" not in text and not is_going
 
 
 def test_a_front_end_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

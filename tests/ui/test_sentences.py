@@ -23,6 +23,7 @@ from lorakit.families.describe import INPAINTING
 from lorakit.families.facts import noise_schedule, other_models
 from lorakit.families.ldm import NOTHING_SAYS
 from lorakit.runs import plan, quickstart
+from lorakit.runs.preflight import preflight
 from lorakit.ui import texts
 from lorakit.ui.texts.sentences import Sentences
 
@@ -48,6 +49,27 @@ def parts(text: str) -> Iterator[str]:
 
 
 # -- how it is done -------------------------------------------------------------------------------------------------
+
+
+def test_no_space_stands_between_two_words_of_a_script_without_spaces():
+    table = Sentences({"{one} and {other}": "{one} 與 {other}", "toy": "玩具", "the word {word}": "「{word}」"}, {})
+    quoted = Message("the word {word}", "a b")
+    assert table.translated(Message("{one} and {other}", "toy", "toy")) == "玩具與玩具"
+    assert table.translated(Message("{one} and {other}", quoted, "a toy")) == "「a b」與 a toy"
+    assert table.translated(Message("{one} and {other}", "a", "b")) == "a 與 b"
+
+
+@pytest.mark.parametrize("name", sorted({*texts.LANGUAGES} - {"en"}))
+def test_the_plan_has_no_space_between_two_words_of_a_script_without_spaces(name: str, tmp_path: Path):
+    wide = "[\u3000-\u30ff\u4e00-\u9fff\uff00-\uff60]"
+    stray = re.compile(f"{wide} [“”]|[“”] {wide}|{wide} {wide}")
+    for number in range(4):
+        Image.effect_noise((96, 96), 50 + 20 * number).convert("RGB").save(tmp_path / f"{number}.png")
+    answers = {quickstart.PHOTOS: str(tmp_path), quickstart.NAME: "sks toy"}
+    ready = preflight(quickstart.config_for_answers(answers, "quick", changed={"train.prior": "images"}))
+    lines = [texts.sayer(name).explain(line) for line in [*ready.plan.lines(), *ready.warnings]]
+    assert any("sks toy" in line for line in lines) and len(lines) > 8
+    assert [line for line in lines if stray.search(line)] == []
 
 
 def test_a_message_is_translated_by_its_template_with_its_values():

@@ -132,7 +132,7 @@ class CaptionTools:
         try:
             plan = self.plan(path, change, config or Config())
         except LorakitError as error:
-            return widgets.problem(say.translate(str(error))), "", off
+            return widgets.problem(say.explain(str(error))), "", off
         if not plan:
             return widgets.quiet(say("captions.no_change")), "", off
         rows = [[photo.relative, photo.caption or "", text] for photo, text in plan[:ROWS]]
@@ -155,7 +155,7 @@ class CaptionTools:
                     writer.write(photo, text)
                     progress(count, len(plan))
         except LorakitError as error:
-            return widgets.problem(say.translate(str(error)))
+            return widgets.problem(say.explain(str(error)))
         return widgets.good(say("captions.changed", count=len(plan)))
 
     @staticmethod
@@ -174,7 +174,7 @@ class CaptionTools:
         try:
             result = caption_edits.undo(self.workspace.roots.resolve(path))
         except LorakitError as error:
-            return widgets.problem(say.translate(str(error)))
+            return widgets.problem(say.explain(str(error)))
         parts = [widgets.good(say("captions.undone", count=len(result.restored)))]
         if result.changed_since:
             names = ", ".join(result.changed_since[:8])
@@ -205,7 +205,7 @@ class CaptionTools:
             finally:
                 self._processes.pop(folder, None)
         except LorakitError as error:
-            return widgets.problem(say.translate(str(error)))
+            return widgets.problem(say.explain(str(error)))
         counts = {"count": len(result["captions"]), "others": result["had_one"]}
         parts = [
             widgets.good(say("captions.stopped", **counts) if result["stopped"] else say("captions.written", **counts))

@@ -216,7 +216,7 @@ class ComparePage:
             adapters = [self._adapter(run, file) for file in files]
             base = quickstart.base_of(run.config_file)
         except LorakitError as problem:
-            return widgets.problem(say.translate(str(problem))), gr.skip()
+            return widgets.problem(say.explain(str(problem))), gr.skip()
         for number, adapter in enumerate(adapters):
             target = run.path / GRIDS / f"{datetime.now():%Y-%m-%d-%H%M%S}-{number + 1}-{adapter.stem}"
             arguments = ["sample", str(adapter), f"--strength={','.join(strengths.replace(',', ' ').split()) or 1}"]
@@ -241,7 +241,7 @@ class ComparePage:
             if going[0].state == "running":
                 text = drawing_line(self.workspace, going[0], say)
         elif jobs and jobs[-1].state != "done":
-            text = widgets.problem(say.translate(self.workspace.why(jobs[-1].number)) or say(f"state.{jobs[-1].state}"))
+            text = widgets.problem(say.explain(self.workspace.why(jobs[-1].number)) or say(f"state.{jobs[-1].state}"))
         return [text, self.grids_of(name, say), gr.Timer(active=bool(going))]
 
     def _adapter(self, run: RunFolder, name: str) -> Path:

@@ -174,6 +174,10 @@ class TrainPage:
         for line in result.problems:
             key = quickstart.PHOTOS if line in photos else form.field_of(line, self.fields)
             problems.setdefault(key, []).append(say.explain(line))
+        readable = {item.readable for item in result.report.items} if result.report else set()
+        if readable == {True, False}:
+            button, tab = say("photos.leave_out"), say("tab.photos")
+            problems.setdefault(quickstart.PHOTOS, []).append(say("train.leave_out", button=button, tab=tab))
         return problems
 
     def _follow(

@@ -94,7 +94,7 @@ class TryPage:
             adapter, own_base = self._file(name)
             model = form.resolve_path(quickstart.BASE, base, self.workspace.roots) if base else own_base
         except LorakitError as problem:
-            return widgets.problem(say.translate(str(problem)))
+            return widgets.problem(say.explain(str(problem)))
         target = self.workspace.unused(TRIES)
         arguments = ["sample", str(adapter), "--output", str(target)]
         arguments.append("--strength=" + ",".join(f"{strength:g}" for strength in dict.fromkeys(strengths)))
@@ -141,7 +141,7 @@ class TryPage:
         if job.state == "running":
             return drawing_line(self.workspace, job, say), True
         if job.state != "done":
-            why = say.translate(self.workspace.why(job.number)) or say(f"state.{job.state}")
+            why = say.explain(self.workspace.why(job.number)) or say(f"state.{job.state}")
             return widgets.problem(why), False
         return "", False
 

@@ -13,11 +13,16 @@ from pathlib import Path
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message, some
 from lorakit.ui import form
-from lorakit.ui.texts.sentences import Sentences
+from lorakit.ui.texts.sentences import Sentences, meet
 
 FOLDER = Path(__file__).parent
 # Matches an option's dotted key in a message, but not in a command or a file name.
 OPTION_KEY = re.compile(r"(?<![\w`./-])(?<!--set )[a-z]+\.[a-z_0-9]+(?![\w/]|\.\w)")
+# Flags of the commands that a page has a field for.
+FLAGS = {"--base": "option.model.base", "--vae": "option.model.vae", "--prompt": "captions.prompt"}
+NAMES = re.compile(rf"{OPTION_KEY.pattern}|(?<![\w-])(?:{'|'.join(FLAGS)})(?![\w-])")
+# A flag in brackets after the key of its option.
+TWICE = re.compile(r" ?[(（]--vae[)）]")
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,17 @@ class Say:
         return table.translated(text) or "\n".join(table.translated(line) or line for line in lines)
 
     def explain(self, text: str) -> str:
-        """Translate a message and replace keys of options with their labels, except in commands."""
-        names, say = table(self.language), self
-        return OPTION_KEY.sub(
-            lambda match: say("train.quoted", name=names[key]) if (key := f"option.{match[0]}") in names else match[0],
-            self.translate(text),
-        )
+        """Translate a message. Replace option keys and flags with the labels of their fields, except in commands."""
+        say, names, text = self, table(self.language), TWICE.sub("", self.translate(text))
+        result, end = "", 0
+        for match in NAMES.finditer(text):
+            key = FLAGS.get(match[0], f"option.{match[0]}")
+            line = text[: match.start()].rpartition("\n")[2]
+            if key not in names or (match[0] in FLAGS and "lorakit " in line):
+                continue
+            result = meet(meet(result, text[end : match.start()]), say("train.quoted", name=names[key]))
+            end = match.end()
+        return meet(result, text[end:])
 
 
 @dataclass(frozen=True)

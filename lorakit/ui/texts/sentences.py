@@ -6,9 +6,15 @@ any order. A value that is a message, or a text of the table, is translated too.
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Mapping
 
 from lorakit.core.messages import Joined, Message
+
+# Characters of scripts without spaces between words; with the quotation marks of simplified Chinese.
+WIDE = re.compile("[\u3000-\u30ff\u3400-\u9fff\uff00-\uff60]")
+EDGE = re.compile("[\u3000-\u30ff\u3400-\u9fff\uff00-\uff60“”]")
 
 
 class Sentences:
@@ -34,6 +40,30 @@ class Sentences:
             return template
         values = {name: self.translated(str(value)) or value for name, value in text.values.items()}
         try:
-            return template.format(**values)
+            return fill(template, values)
         except (KeyError, IndexError, ValueError):  # the values come from a log file, which may have been changed
             return None
+
+
+def fill(template: str, values: Mapping[str, str | float]) -> str:
+    """Format a template. A space around a name is dropped where it would separate two characters of such a script."""
+    text = ""
+    for literal, name, spec, conversion in string.Formatter().parse(template):
+        text = meet(text, literal)
+        if name is not None:
+            field = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
+            text = meet(text, field.format(**values))
+    return text
+
+
+def meet(before: str, after: str) -> str:
+    """Two parts of a text, without the space between two characters of a script that has none."""
+    if before.endswith(" ") and _touch(before[-2:-1], after[:1]):
+        return before[:-1] + after
+    if after.startswith(" ") and _touch(before[-1:], after[1:2]):
+        return before + after[1:]
+    return before + after
+
+
+def _touch(one: str, other: str) -> bool:
+    return bool((WIDE.match(one) and EDGE.match(other)) or (EDGE.match(one) and WIDE.match(other)))
