@@ -15,7 +15,7 @@ from lorakit.cli import threads
 from lorakit.cli.imports import model_imports
 from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Terminal, print_json, print_lines
-from lorakit.cli.train_commands import Command, add_run_options, resolve
+from lorakit.cli.train_commands import Command, add_run_options, exclusion, resolve
 from lorakit.core.errors import ConfigError, StopRequested
 from lorakit.core.events import Events, StopRequest
 from lorakit.core.messages import Message
@@ -54,7 +54,8 @@ def run_probe_rate(args: argparse.Namespace) -> int:
         raise ConfigError([Message("{name} finds its learning rate itself: nothing to probe", config.optimizer.name)])
     if config.adapter.whole_model:
         raise ConfigError([Message("probe-rate is for adapters; adapter.method is {method}", config.adapter.method)])
-    ready = preflight(config, fetch=True).or_raise()
+    result = preflight(config, fetch=True)
+    ready = result.or_raise(exclusion(result))
     events = Events(terminal)
     try:
         with stop_on_signals() as stop:

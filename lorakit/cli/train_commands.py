@@ -22,7 +22,7 @@ from lorakit.config import sample_prompts
 from lorakit.core import atomic
 from lorakit.core.errors import LorakitError, Stopped, StopRequested
 from lorakit.core.events import Event, Listener
-from lorakit.core.messages import Message, join
+from lorakit.core.messages import Message
 from lorakit.core.names import quote
 from lorakit.runs import launch
 from lorakit.runs.run_folder import RunFolder
@@ -164,7 +164,7 @@ def run_check(args: argparse.Namespace) -> int:
     elif text := result.to_text():
         print_lines(text)
     if result.problems:
-        complain("\n".join([*result.problems, *_exclusion(result)]))
+        complain("\n".join([*result.problems, *exclusion(result)]))
     return 1 if result.problems else 0
 
 
@@ -181,9 +181,7 @@ def run_train(args: argparse.Namespace) -> int:
     # Checked before the slow imports of torch and diffusers.
     with _progress_of_photos(terminal) as check:
         result = preflight(resolve(args, terminal), check=check, fetch=True)
-    if advice := _exclusion(result):
-        raise LorakitError(join("\n", [*result.problems, *advice]))
-    ready = result.or_raise()
+    ready = result.or_raise(exclusion(result))
     for line in ready.lines():
         terminal.say(line)
     with model_imports():
@@ -358,7 +356,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
     return config
 
 
-def _exclusion(result: Preflight) -> list[str]:
+def exclusion(result: Preflight) -> list[str]:
     """Advice to exclude the unreadable photos. Empty if they are more than `EXCLUSION_LIMIT`, or all photos."""
     items = result.report.items if result.report else []
     names = [item.relative for item in items if not item.readable]

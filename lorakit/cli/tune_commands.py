@@ -17,7 +17,7 @@ from lorakit.cli import threads
 from lorakit.cli.imports import model_imports
 from lorakit.cli.signals import stop_on_signals
 from lorakit.cli.terminal import Terminal, print_json, print_lines, remark
-from lorakit.cli.train_commands import Command, add_run_options, resolve
+from lorakit.cli.train_commands import Command, add_run_options, exclusion, resolve
 from lorakit.config import Config
 from lorakit.core import atomic, install
 from lorakit.core.errors import ConfigError, LorakitError, Stopped
@@ -63,7 +63,8 @@ def run_tune(args: argparse.Namespace) -> int:
 
     folder = Path(args.output).resolve()
     args.output = str(folder / "trial")
-    ready = preflight(resolve(args, Terminal(sys.stderr if args.json else sys.stdout))).or_raise()
+    result = preflight(resolve(args, Terminal(sys.stderr if args.json else sys.stdout)))
+    ready = result.or_raise(exclusion(result))
     if ready.plan.holdout_count == 0:
         raise ConfigError(["tune judges runs by held-out photos: give 10 photos or more, and train.holdout above 0"])
     study = _study(folder, ready.config.train.seed)

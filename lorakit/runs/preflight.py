@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,14 +79,14 @@ class Preflight:
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    def or_raise(self) -> Ready:
+    def or_raise(self, advice: Sequence[str] = ()) -> Ready:
         """Return this preflight as `Ready` if it has no problems.
 
         Raises:
-            LorakitError: there are problems; the message lists each on its own line.
+            LorakitError: there are problems; the message lists each on its own line, then the lines of `advice`.
         """
         if self.problems or self.info is None or self.report is None or self.plan is None:
-            raise LorakitError(join("\n", self.problems))
+            raise LorakitError(join("\n", [*self.problems, *advice]))
         return Ready(self.config, self.info, self.report, self.plan, (), self.warnings)
 
     def lines(self) -> list[str]:

@@ -61,7 +61,7 @@ def test_a_preset_of_stable_diffusion_needs_a_base(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "lorakit: --preset subject-sdxl needs the model it is for: name it with --base\n"
 
 
-@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("command", ["check", "train", "probe-rate"])
 def test_unreadable_photos_are_left_out_by_the_option_that_is_named(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
