@@ -1,4 +1,4 @@
-"""Measure the memory of each phase of a run on the simulated card of tests/card, at the true size.
+"""Measure the memory of each phase of a run at its true size, on the make-believe card of tests/card.
 
     python benchmarks/phases.py PHOTO [--family sd1|sdxl] [--preset NAME] [--folder DIR] [--set KEY=VALUE] [--json FILE]
 

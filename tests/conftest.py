@@ -1,4 +1,4 @@
-"""Fixtures of all tests. Torch uses one thread, because on tiny models more threads only wait for each other."""
+"""Fixtures and settings for all tests. Torch uses one thread: with tiny models, more threads only wait."""
 
 import contextlib
 import gc
@@ -7,7 +7,7 @@ import os
 import pkgutil
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where a test takes two, the one that waits leaves its core to others
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a waiting thread of a test with two threads must not use a core
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
 
 torch.set_num_threads(1)
-# No test outlives a power cut. Waiting until files are on the disk took a third of a short run's time.
+# Tests do not need files to survive a power cut. Waiting for the disk took a third of a short run's time.
 os.fsync = lambda _: None
-# While tests are imported there is no garbage, and looking for it took a quarter of that time.
+# The import of the tests creates no garbage, and garbage collection took a quarter of its time.
 gc.disable()
-# As the commands do before they import models.
+# The commands also do this before they import models.
 import_bitsandbytes()
-# Programs that tests start import this tree too, and not an installed lorakit.
+# Processes that tests start import lorakit from this tree, not an installed one.
 ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
-# The files that take longest begin first, so that no worker is left with one of them at the end.
+# These files take longest. They start first, so that at the end no worker waits for one of them.
 LONGEST = (
     "test_browser.py",
     "test_card.py",
@@ -90,7 +90,7 @@ FOREIGN = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # In a worker lines are counted from the session's start on: what others wrote is imported before, in half the time.
+    # Workers measure coverage from the start of the session. An import before it takes half the time.
     if config.pluginmanager.hasplugin("_cov") and hasattr(config, "workerinput"):
         for name in FOREIGN:
             with contextlib.suppress(ImportError):
@@ -99,7 +99,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    # Python 3.11 takes up to twice as long while lines are counted: no slow tests, and of others the first case.
+    # Python 3.11 takes up to twice as long with coverage, so it is measured for the first case of each fast test only.
     cases = Counter[str]()
     for item in items:
         function = item.nodeid.partition("[")[0]
@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Count lines or not, from the set-up of a test on: pytest-cov's own marker leaves out the call alone."""
+    """Switch coverage on or off before the setup of a test. pytest-cov's own marker would exclude only the call."""
     plugin = item.config.pluginmanager.getplugin("_cov")
     controller = plugin.cov_controller if plugin else None
     if controller and controller.started != item.stash[COUNTED]:
@@ -118,7 +118,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.pluginmanager.hasplugin("_cov"):
-        # The lines that define things, which a test that is not counted may be the first to import.
+        # Cover definitions at module level, even if a test without coverage is the first to import a module.
         for module in pkgutil.walk_packages(lorakit.__path__, "lorakit."):
             if not module.name.endswith("__main__"):
                 with contextlib.suppress(ImportError):
@@ -134,14 +134,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def set_imports_aside() -> None:
-    """Let the garbage collector look no more at what is imported: each collection of a run took 0.3 to 0.7 s."""
+    """Exclude imported modules from garbage collection: each collection in a run took 0.3 to 0.7 s."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny SD1 pipeline, epsilon prediction. Shared: only read it."""
+    """Folder of a tiny SD1 pipeline with epsilon prediction. Tests share it and must not change it."""
     import tiny
 
     return tiny.save_sd1(tmp_path_factory.mktemp("tiny") / "sd1")
@@ -149,7 +149,7 @@ def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd1_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny SD1 pipeline, v-prediction. Shared: only read it."""
+    """Folder of a tiny SD1 pipeline with v-prediction. Tests share it and must not change it."""
     import tiny
 
     return tiny.save_sd1(tmp_path_factory.mktemp("tiny") / "sd1-v", "v_prediction")
@@ -157,7 +157,7 @@ def tiny_sd1_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny SDXL pipeline, epsilon prediction. Shared: only read it."""
+    """Folder of a tiny SDXL pipeline with epsilon prediction. Tests share it and must not change it."""
     import tiny
 
     return tiny.save_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
@@ -179,7 +179,7 @@ def sdxl(tiny_sdxl: Path) -> Any:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without the self-check: `short_run.unchecked`."""
+    """Skip the self-check of runs, by `short_run.unchecked`."""
     import short_run
 
     short_run.unchecked(monkeypatch)
@@ -187,7 +187,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def short_validation() -> Iterator[None]:
-    """Validations of a few passes: `short_run.short_validation`."""
+    """Shorten validations to a few forward passes, by `short_run.short_validation`."""
     import short_run
 
     with pytest.MonkeyPatch.context() as patch:
@@ -197,7 +197,7 @@ def short_validation() -> Iterator[None]:
 
 @pytest.fixture
 def attach() -> "Iterator[Callable[..., Adapter]]":
-    """`adapters.attach`, undone after the test: the bases are shared."""
+    """`adapters.attach` whose adapters are detached after the test, because tests share the bases."""
     from lorakit import adapters
 
     adapters_in_use: list[Adapter] = []

@@ -1,4 +1,4 @@
-"""Helpers for the tests of adapters: run a base, train an adapter in it briefly, fill an adapter with noise."""
+"""Helpers for the tests of adapters: run a base, train an adapter for a few steps, fill an adapter with noise."""
 
 import copy
 import functools
@@ -27,12 +27,12 @@ def _base(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def new_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The base in a folder, as new: a copy takes a third of the time that reading it again does."""
+    """Return an unchanged base from a folder. It is a copy, because reading the base takes three times as long."""
     return copied(_base(folder, dtype))
 
 
 def copied(family: Any) -> Any:
-    """A copy of a base, for an adapter. The VAE, half of it, has none and is shared."""
+    """Return a copy of a base for an adapter. The copies share the VAE, half of the base, which has no adapter."""
     return copy.deepcopy(family, {id(family.vae): family.vae})
 
 

@@ -1,5 +1,4 @@
-"""A hub in a few lines: serves a folder as one repository, as the clients of huggingface_hub ask for it, and takes
-commits to it."""
+"""A small Hugging Face Hub: serves a folder as one repository to clients of huggingface_hub, and accepts commits."""
 
 import base64
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-# Repository of "org" that the hub refuses -> status and headers, as the hub's own.
+# Repository of "org" that the server refuses -> status and headers of the real hub for this case.
 REFUSALS = {
     "gated": (403, {"X-Error-Code": "GatedRepo"}),
     "expired": (401, {"X-Error-Message": 'User Access Token "mine" is expired'}),
@@ -26,7 +25,7 @@ class Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def take(self, folder: Path, visibility: dict[str, bool], repository: str, commit: str) -> None:
-        """Do what a POST asks for: make a repository, or commit to one."""
+        """Answer a POST request: create a repository, or commit to one."""
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         refused = next((answer for name, answer in REFUSALS.items() if f"/org/{name}" in self.path), None)
         if refused:
@@ -69,8 +68,10 @@ class Answers(BaseHTTPRequestHandler):
 def serve(
     folder: Path, requests: list[str], repository: str = "org/tiny", commit: str = COMMIT, *, private: bool = False
 ) -> Iterator[str]:
-    """The address, while it runs; every path that is asked for goes into `requests`. What is committed is written into
-    the folder; a repository that is made is private as the client says."""
+    """Run the server and yield its address. Append the path of each request to `requests`.
+
+    Commits are written into the folder. A new repository is private if the client requests it.
+    """
     visibility = {repository: private}
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

@@ -1,4 +1,4 @@
-"""A power cut in the middle of a run."""
+"""Simulate a power cut during a run."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from lorakit.training import checkpoint
 
 
 class Cut(BaseException):
-    """Stands for a power cut: nothing that catches errors catches it."""
+    """Simulates a power cut. It is a BaseException, so code that catches errors does not catch it."""
 
 
 def interrupted_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next run die right after the checkpoint of `step`."""
+    """Raise `Cut` in the next run directly after the checkpoint of `step`."""
     save = checkpoint.save
 
     def save_and_die(folder, at, *rest, **named):

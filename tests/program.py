@@ -1,4 +1,4 @@
-"""`lorakit ARGUMENTS` as a new process, forked from this one: a new one takes seven seconds to import."""
+"""Run `lorakit ARGUMENTS` in a process that is forked from this one. A new process takes seven seconds to import."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Fork:
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
-            # Other threads of pytest's wait; the child needs none of them.
+            # Python warns about forks with several threads. The child does not need pytest's other threads.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
@@ -67,7 +67,7 @@ class Fork:
 
 
 def start(arguments: Sequence[str], log: Path, module: str = "lorakit") -> Fork | subprocess.Popen[bytes]:
-    """`python -m MODULE ARGUMENTS`, begun. A process that uses a card, or one of Windows, cannot be forked."""
+    """Start `python -m MODULE ARGUMENTS`. With CUDA or on Windows, where a fork is impossible, it is a new process."""
     if torch.cuda.is_available() or not hasattr(os, "fork"):
         with log.open("ab") as file:
             command = [sys.executable, "-u", "-m", module, *arguments]

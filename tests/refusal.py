@@ -1,4 +1,4 @@
-"""Why a base is refused."""
+"""Get the error of a base that lorakit refuses."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from lorakit.core.errors import LorakitError
 
 
 def refusal(base: str | Path, **options: Any) -> str:
-    """The one line that `families.describe` refuses a base with; `options` are those of the section `model`."""
+    """Return the one-line error of `families.describe` for a base. `options` are options of the section `model`."""
     with pytest.raises(LorakitError) as caught:
         families.describe(ModelConfig(base=str(base), **options))
     assert "\n" not in str(caught.value)

@@ -1,7 +1,7 @@
-"""Stable Diffusion 3 as the files that people have: one file with encoders or without, and separate encoders.
+"""Write Stable Diffusion 3 as single files: with text encoders, without them, or with encoders in separate files.
 
-The writer's names are those of Stability-AI/sd3.5's modules, not lorakit's. Widths are small, but each head is as wide
-as in the published models, since files do not tell it.
+Tensor names are those of the modules in Stability-AI/sd3.5. They do not come from lorakit. Widths are small, but each
+attention head has its published width, because a file does not contain the head width.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, 
 U, V = "model.diffusion_model.", "first_stage_model."
 L, G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 WIDTH, BLOCKS, WORDS = 128, 2, 600
-# What the published models differ in: qk norm, and the second attention of the first blocks.
-# Its norms have 32 groups, as no file tells.
+# The norms have 32 groups, as in the published VAE, because a file does not contain this number.
 VAE = {"block_out_channels": (32,) * 4, "norm_num_groups": 32, "shift_factor": 0.0609}
 VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
+# Model -> its qk norm, and the blocks with a second attention.
 KINDS = {"medium": (None, ()), "3.5 medium": ("rms_norm", (0,)), "3.5 large": ("rms_norm", ())}
 
 
@@ -33,11 +33,11 @@ def clip(width: int, activation: str, pad: int) -> CLIPTextModelWithProjection:
 
 
 def small(folder: Path, kind: str = "3.5 medium") -> StableDiffusion3Pipeline:
-    """A pipeline with T5, saved in `folder`."""
+    """Save a small pipeline with T5 in `folder` and return it."""
     norm, dual = KINDS[kind]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        # As published, the second tokenizer pads with word 0.
+        # As in the published models, the second tokenizer pads with token 0.
         tokenizers = {
             "tokenizer": tiny.save_tokenizer(folder / "tokenizer", size=WORDS),
             "tokenizer_2": tiny.save_tokenizer(folder / "tokenizer_2", pad_token="!", size=WORDS),
@@ -68,7 +68,7 @@ def small(folder: Path, kind: str = "3.5 medium") -> StableDiffusion3Pipeline:
             qk_norm=norm,
         )
         for name, weight in transformer.named_parameters():
-            if name.endswith("bias"):  # which begin as zeros
+            if name.endswith("bias"):  # diffusers initializes some of them with zeros
                 torch.nn.init.normal_(weight, std=0.1)
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer,
@@ -85,7 +85,7 @@ def small(folder: Path, kind: str = "3.5 medium") -> StableDiffusion3Pipeline:
 
 
 def tensors(pipeline: Any, *encoders: str) -> dict[str, torch.Tensor]:
-    """The tensors of one file of the pipeline: the transformer, the autoencoder and the named encoders."""
+    """Return the tensors of a single file: the transformer, the VAE and these text encoders."""
     result = {U + name: tensor for name, tensor in mmdit(pipeline.transformer.state_dict()).items()}
     result |= {V + name: tensor for name, tensor in small_models.vae_tensors(pipeline.vae)}
     for name in encoders:
@@ -94,7 +94,7 @@ def tensors(pipeline: Any, *encoders: str) -> dict[str, torch.Tensor]:
 
 
 def encoder(pipeline: Any, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of `clip_l`, `clip_g` or `t5xxl`, as its own file has them."""
+    """Return the tensors of `clip_l`, `clip_g` or `t5xxl` with the names of a separate file."""
     module = {"clip_l": pipeline.text_encoder, "clip_g": pipeline.text_encoder_2, "t5xxl": pipeline.text_encoder_3}[
         name
     ]
@@ -106,7 +106,7 @@ def encoder(pipeline: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def mmdit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """diffusers' transformer by the names of mmditx.py."""
+    """Return the tensors of diffusers' transformer with the names of mmditx.py."""
     result = {"pos_embed": weights["pos_embed.pos_embed"]}
     blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("transformer_blocks."))
 
@@ -143,14 +143,14 @@ def mmdit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, pipeline: Any, *encoders: str, **extra: torch.Tensor) -> Path:
-    """One file: transformer, autoencoder and the encoders that are named."""
+    """Write a single file with the transformer, the VAE and these text encoders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors(pipeline, *encoders) | extra, path)
     return path
 
 
 def write_encoders(folder: Path, pipeline: Any, *names: str) -> Path:
-    """Encoders as separate files."""
+    """Write text encoders as separate files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         save_file(

@@ -1,4 +1,4 @@
-"""A run of a few steps on pictures of noise, for tests of how steps are computed."""
+"""Config and photos of noise for a run of a few steps, and patches that make runs shorter."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from lorakit.training import selfcheck, validation
 
 
 def noise(folder: Path, count: int) -> Path:
-    """So many photos of 64 px in `folder`."""
+    """Write `count` photos of 64 px into `folder`."""
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
 
 
 def run_config(base: Path, photos: Path, folder: Path, steps: int, **changes: object) -> config.Config:
-    """Batches of two and a checkpoint at the end; no validation, no samples. Dots in names are double underscores."""
+    """Return a config with batches of two and a checkpoint at the end. In option names, `__` stands for a dot."""
     settings: dict[str, Any] = {
         "model.base": str(base),
         "data.folder": str(photos),
@@ -50,11 +50,11 @@ def run_config(base: Path, photos: Path, folder: Path, steps: int, **changes: ob
 
 
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs end without the self-check, a third of a short run's time: where a test asks what is trained alone."""
+    """Skip the self-check, which takes a third of a short run's time. Use it in tests of training only."""
     monkeypatch.setattr(selfcheck, "examine", lambda *_, **__: ())
 
 
 def short_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each photo once, and one picture of the class: where a test asks when the validation runs, or whether it does."""
+    """Shorten a validation to 4 points and one class picture. Use it in tests that do not check its values."""
     for name, value in (("POINTS", 4), ("CLASS_PICTURES", 1), ("CLASS_BATCH", 1)):
         monkeypatch.setattr(validation, name, value)

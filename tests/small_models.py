@@ -1,7 +1,7 @@
-"""Models with all the blocks of the real ones in small widths, and a writer of single files in the LDM layout.
+"""Models with all blocks of the published ones in small widths, and a writer of single files in the LDM layout.
 
-The writer walks the modules and counts blocks, as the LDM code does when it builds them; it shares no table with
-lorakit, and a test holds it against diffusers' own converters.
+The writer counts the blocks of the modules, as the LDM code does when it builds them. It shares no table with lorakit.
+A test compares it with diffusers' own converters.
 """
 
 from collections.abc import Iterable
@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
-# Of CLIP's vocabulary.
+# Size of CLIP's vocabulary.
 WORDS = 49408
-# Keyword arguments that the published UNets' configurations have; widths and text are what `small` makes less.
+# Arguments of the published UNets. SMALL has the changes for small models.
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {
         "block_out_channels": (320, 640, 1280, 1280),
@@ -68,14 +68,14 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def unet(family: str, in_channels: int = 4, **changes: Any) -> UNet2DConditionModel:
-    """The published UNet of a family, but for `changes`."""
+    """Return the published UNet of a family with `changes`."""
     values = UNETS[family] | changes
     ups = tuple("CrossAttnUpBlock2D" if kind == CROSS else "UpBlock2D" for kind in reversed(values["down_block_types"]))
     return UNet2DConditionModel(sample_size=8, in_channels=in_channels, up_block_types=ups, **values)
 
 
 def vae(family: str, width: int = 128) -> AutoencoderKL:
-    """The published autoencoder, but for its width."""
+    """Return the published VAE with this width of its first block."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -88,7 +88,7 @@ def vae(family: str, width: int = 128) -> AutoencoderKL:
 
 
 def text(cls: Any, vocabulary: int, width: int, layers: int, *, openclip: bool) -> Any:
-    """A CLIP text model; OpenCLIP's has the true GELU and pads with word 0."""
+    """Return a CLIP text model. OpenCLIP's has GELU instead of quick GELU, and pads with token 0."""
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -117,7 +117,7 @@ def scheduler(family: str, prediction: str, zero_snr: bool) -> Any:
 def small(
     family: str, folder: Path, prediction: str = "epsilon", *, zero_snr: bool = False, in_channels: int = 4
 ) -> Any:
-    """A pipeline of random weights, saved in diffusers layout to `folder`; returns the pipeline."""
+    """Save a small pipeline with random weights in diffusers layout to `folder`, and return it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = tiny.save_tokenizer(folder / "tokenizer", "!" if family == "sd2" else tiny.SPECIAL[1])
@@ -154,14 +154,14 @@ def write(
     extra: dict[str, torch.Tensor] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """A single file of a pipeline, or of anything with its components as attributes."""
+    """Write a single file. `parts` is a pipeline, or an object with the same components as attributes."""
     tensors = {f"model.diffusion_model.{key}": value for key, value in unet_tensors(parts.unet)}
     tensors |= {f"first_stage_model.{key}": value for key, value in vae_tensors(parts.vae)}
     if family == "sd1":
         tensors |= {f"cond_stage_model.transformer.{k}": v for k, v in clip_tensors(parts.text_encoder)}
         tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     elif family == "sd2":
-        # The file has one layer more than is used, and a projection that nothing reads.
+        # A file of SD2 has one layer and one projection that are not used.
         unused = type(parts.text_encoder.config)(**parts.text_encoder.config.to_dict() | {"num_hidden_layers": 1})
         every = openclip_tensors(parts.text_encoder, CLIPTextModelWithProjection(unused))
         tensors |= {f"cond_stage_model.model.{k}": v for k, v in every}
@@ -176,7 +176,7 @@ def write(
 
 
 def of_true_size(folder: Path, family: str) -> Path:
-    """The published architecture of "sd1" or "sdxl" with random weights in bf16, and a tokenizer of matching size.
+    """Write a file of "sd1" or "sdxl" with random weights in bf16 at the published size, and a matching tokenizer.
 
     Existing files are reused.
     """
@@ -210,7 +210,7 @@ def _resnet(name: str, resnet: Any) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def unet_tensors(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
-    """openaimodel.UNetModel's names: input_blocks, middle_block and output_blocks, counted through."""
+    """Yield tensors with openaimodel.UNetModel's names: input_blocks, middle_block and output_blocks with a number."""
     for number, linear in ((0, model.time_embedding.linear_1), (2, model.time_embedding.linear_2)):
         yield from _of(f"time_embed.{number}", linear)
     if getattr(model, "add_embedding", None) is not None:
@@ -255,7 +255,7 @@ def _vae_resnet(name: str, resnet: Any) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def vae_tensors(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
-    """autoencoder.AutoencoderKL's names; its attention is of 1x1 convolutions, and up levels count from the top."""
+    """Yield tensors with autoencoder.AutoencoderKL's names. Attention has 1x1 convolutions; up levels count down."""
     for side in (model.encoder, model.decoder):
         name = "encoder" if side is model.encoder else "decoder"
         yield from _of(f"{name}.conv_in", side.conv_in)
@@ -282,12 +282,15 @@ def vae_tensors(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def clip_tensors(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
-    """Tensors with transformers' names as in published files, independent of the installed version's module names."""
+    """Yield tensors with the names of published files, which do not depend on the installed version of transformers."""
     return _of("text_model", getattr(model, "text_model", model))
 
 
 def openclip_tensors(model: Any, unused: Any = None) -> Iterable[tuple[str, torch.Tensor]]:
-    """OpenCLIP's names: q, k and v in one, the projection transposed; `unused` gives a further layer and projection."""
+    """Yield tensors with OpenCLIP's names. q, k and v are one tensor, and the projection is transposed.
+
+    `unused` is a model whose layers and projection are added.
+    """
     inner, tail = (getattr(m, "text_model", m) if m is not None else None for m in (model, unused))
     yield "positional_embedding", inner.embeddings.position_embedding.weight
     yield from _of("token_embedding", inner.embeddings.token_embedding)

@@ -1,4 +1,4 @@
-"""The scripts that measure run from end to end, on the smallest of models."""
+"""The benchmarks run to their end on small models."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> Any:
-    """A script as a module, with the command line that it will read."""
+    """Import a script with this command line in `sys.argv`."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     return import_module(name)
@@ -66,11 +66,11 @@ def test_figures_of_a_part_that_is_stopped_or_fails_are_there(
 def test_every_part_of_a_gpus_figures_can_be_rehearsed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The quickest here; `gpu.py --rehearse` does all."""
+    """This test runs the two fastest parts; `gpu.py --rehearse` runs all."""
     gpu, parts = script(monkeypatch, "gpu"), script(monkeypatch, "gpu_parts")
     assert parts.PARTS.keys() == (gpu.FIRST | gpu.SECOND).keys()
     machine = parts.Machine(True)
-    monkeypatch.setattr(parts.common, "unet_config", parts.common.unet_config)  # a rehearsal puts another in its place
+    monkeypatch.setattr(parts.common, "unet_config", parts.common.unet_config)  # a rehearsal replaces it
     for part in ("card", "profile"):
         parts.run(part, rehearse=machine.rehearse)
     printed = capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_every_part_of_a_gpus_figures_can_be_rehearsed(
 def test_the_bytes_of_a_sum_over_several_cards_are_those_of_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     scale = script(monkeypatch, "scale")
     monkeypatch.setattr(scale, "SIDES", {"sd15": ("sd1", 64)})
-    # 797,184 weights at rank 4, as diffusers' script for SD1.5 trains them.
+    # At rank 4, diffusers' script for SD1.5 trains 797,184 weights.
     assert f"{797_184 * 4 * 4 / 1e6:.1f} MB" in scale.table()[2]
 
 
@@ -132,7 +132,7 @@ def test_recipes_are_compared_over_runs_and_none_is_repeated(
     rows = [row | {"seed": seed, "near": near} for seed, near in ((0, 0.8), (1, 0.9))]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     recipes = script(monkeypatch, "recipes", str(file), "--recipes", "preset", "--names", "zib", "--seeds", "0", "1")
-    monkeypatch.setattr(recipes.teach, "teach", None)  # nothing is trained: both runs are there
+    monkeypatch.setattr(recipes.teach, "teach", None)  # a training would fail; the results contain both runs
     recipes.main()
-    # The half of the interval of two runs is 12.71 standard errors: 12.71 x 0.0707 / sqrt(2).
+    # Half of the interval of two runs is 12.71 standard errors: 12.71 x 0.0707 / sqrt(2).
     assert "| preset | scene | 2 | 100.0% ± 0.0% | 85.0% ± 63.5% | 0.10 ± 0.00 |" in capsys.readouterr().out

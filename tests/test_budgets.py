@@ -1,4 +1,4 @@
-"""Budgets: how large things may grow, and how many names of old habits are left. Numbers here may only fall."""
+"""Budgets: limits for sizes, and for the number of discouraged names. The limits may only be lowered."""
 
 import ast
 import functools
@@ -13,17 +13,16 @@ from trees import nodes, nodes_of
 
 from lorakit import config
 
-# Raised on purpose, with the reason in the commit.
+# A commit that raises it gives the reason.
 OPTIONS = 125
 FILE_LINES, FUNCTION_LINES, PARAMETERS, ROOM_FILES, ROOMS = 500, 60, 7, 16, 12
-# What every install gets; `lightweight` is in the first line of what lorakit is. Raised from 21,000 for the readers of
-# base models, adapter files and captions that other programs write, for prompts as web UIs read them, for runs of
-# several processes, for batches, for what other programs need in order to host it, for captions by models, and for
-# training whole models and words alone, for telling other programs of the end of a run, and for longer docstrings.
+# Lines of the package without the front end and the bundled model: lorakit is to stay lightweight. Raised from 21,000
+# for: readers of other programs' base models, adapters and captions; web UIs' prompt syntax; several processes;
+# batches; host programs; captions by models; training of whole models and of words; notifications; docstrings.
 PACKAGE_LINES = 39_500
-# "file:function" -> lines that it has more than FUNCTION_LINES allows.
+# "file:function" -> its limit, for functions with more lines than FUNCTION_LINES.
 LONG_FUNCTIONS: dict[str, int] = {}
-# "file:function" -> parameters, more than PARAMETERS.
+# "file:function" -> its limit, for functions with more parameters than PARAMETERS.
 MANY_PARAMETERS = {
     "lorakit/data/latents.py:build": 10,
     "lorakit/formats/compatibility.py:_reading": 10,
@@ -35,10 +34,10 @@ MANY_PARAMETERS = {
     "lorakit/inference/sampling.py:from_file": 9,
     "lorakit/inference/sampling.py:draw_weights": 9,
 }
-# Arguments and results of functions that are `Any` and nothing more. What stays: `ctx` of torch.autograd.Function, what
-# is passed through to a library as it came, values of options, and what diffusers and PEFT have no one type for.
+# Number of arguments and results with the annotation `Any`. They are: `ctx` of torch.autograd.Function, arguments that
+# are passed on to a library, values of options, and objects for which diffusers and PEFT have no common type.
 BARE_ANY = 94
-# Words that are no names: participles, adverbs, moods and sizes. Word -> identifiers of lorakit/ that still have it.
+# Words that make bad names: participles, adverbs, moods and sizes. Word -> number of identifiers in lorakit/ with it.
 BANNED = {
     "slim": 0,
     "spare": 0,
@@ -83,24 +82,24 @@ BANNED = {
     "apart": 0,
     "beside": 0,
 }
-# The same in tests, benchmarks and tools, with words that only they had. The name of a test is a sentence and may have
-# participles, but not those of DIALECT.
+# Words that are also banned in names of tests. Other identifiers of tests, benchmarks and tools may contain neither
+# these nor the words of BANNED.
 DIALECT = {"slim", "spare", "frugal", "lean", "believed", "told", "known", "kept", "made", "said", "held", "seen"}
 DIALECT |= {"whole", "proper", "taught"}
 LEFT_IN_TESTS = 0
-# Words with one meaning -> where names may have them. `plain`: `memory.engine = "plain"`.
+# Words with one meaning -> files whose names may contain them. `plain` means `memory.engine = "plain"`.
 ONE_MEANING = {
     "plain": {"adapters/adapter.py", "families/__init__.py", "families/loaded.py", "training/optimizer_step.py"},
 }
-# Names with one meaning -> what their annotations never are. `texts` are strings, `base` is a base model or its name,
-# `photos` are those of the folder, `plain` is a switch.
+# Names with one meaning -> annotations that they may not have. `texts` are strings, `base` is a base model or its name,
+# `photos` are the photos of the folder, `plain` is a switch.
 NEVER = {
     "texts": {"torch.Tensor", "int", "list[int]"},
     "photos": {"Image.Image", "Sequence[Image.Image]", "list[Image.Image]"},
     "base": {"torch.Tensor", "Probe", "int"},
     "plain": {"str", "torch.Tensor"},
 }
-# Names of the old dialect that are gone for good, as identifiers or as modules.
+# Old names that may not come back, as identifiers or as modules.
 GONE = {
     "quicken",
     "StoredWeight",
@@ -144,7 +143,7 @@ GONE = {
     "knob",
     "knobs",
 }
-# Uses of `Any` in annotations, inside other types too; attributes that `__init__` does not make.
+# Number of uses of `Any` in annotations, also inside other types; number of attributes that `__init__` does not assign.
 ANY_ANYWHERE, LATE_ATTRIBUTES = 322, 0
 
 
@@ -157,14 +156,14 @@ def label(path: Path, function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def over(numbers: dict[str, int], limits: dict[str, int], limit: int) -> list[str]:
-    """What is over its limit, and exceptions that are not needed any more."""
+    """Return the numbers over their limits, and the exceptions that are no longer needed."""
     wrong = [f"{key}: {number}" for key, number in numbers.items() if number > limits.get(key, limit)]
     return wrong + [f"{key}: not an exception any more" for key in limits if numbers.get(key, 0) <= limit]
 
 
 @functools.cache
 def identifiers(path: Path) -> set[str]:
-    """Every name that a file defines or gives to something. Shared: only read it."""
+    """Return all names that a file defines, assigns or uses as keywords. The result is cached; do not change it."""
     names = {path.stem, path.parent.name}
     for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -182,13 +181,13 @@ def identifiers(path: Path) -> set[str]:
 
 @functools.cache
 def words(identifier: str) -> set[str]:
-    """`held_out`, `heldOut` and `HeldOut` -> {"held", "out"}; a plural counts as its word."""
+    """Return the words of an identifier: `heldOuts` -> {"held", "outs", "out"}."""
     result = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", identifier)}
     return result | {word.removesuffix("s") for word in result}
 
 
 def late_attributes(path: Path) -> list[str]:
-    """Attributes that a method other than `__init__` makes."""
+    """Return the attributes that only methods other than `__init__` assign."""
     late = []
     for cls in nodes_of(path, ast.ClassDef):
         declared = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
@@ -208,7 +207,7 @@ def _attributes(method: ast.FunctionDef) -> Iterator[str]:
 
 
 def annotations(path: Path) -> Iterator[ast.expr]:
-    """The annotations of a file's signatures."""
+    """Yield the annotations of a file's signatures."""
     for function in functions(path):
         arguments = function.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
@@ -251,13 +250,13 @@ def test_functions_are_short() -> None:
 
 
 def test_functions_take_few_parameters() -> None:
-    """`self` and `cls` do not count, nor does the `forward` of an autograd function, which has no keywords."""
+    """`self` and `cls` do not count. Functions with `ctx` or triton.jit are exempt."""
     numbers: dict[str, int] = {}
     for path in sources():
         for function in functions(path):
             arguments = function.args
             names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-            # autograd gives those of a Function; a kernel takes each address and size by itself.
+            # autograd calls a Function with positional arguments; a Triton kernel has a parameter per pointer and size.
             if names[:1] != ["ctx"] and "triton.jit" not in map(ast.unparse, function.decorator_list):
                 number = len(names) - (names[:1] in (["self"], ["cls"]))
                 numbers[label(path, function)] = max(number, numbers.get(label(path, function), 0))
@@ -328,7 +327,7 @@ def test_attributes_are_assigned_by_init() -> None:
 
 
 def untyped(path: Path) -> Iterator[str]:
-    """Arguments and results whose annotation is `Any`, as "function: argument"."""
+    """Yield "function: argument" for each argument and result with the annotation `Any`."""
     for node in functions(path):
         parameters = node.args
         arguments = [

@@ -1,4 +1,4 @@
-"""Everything that is for a CUDA card, on a make-believe one: see tests/card/device.cpp for what that shows."""
+"""The tests with the marker `gpu` pass on the make-believe card; tests/card/device.cpp says what this shows."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ sys.path.insert(0, str(TESTS / "card"))
 
 import card  # noqa: E402
 
-# What compiles needs Triton, and what measures that copies are in time needs a card that takes time.
+# Not here: tests of compilation, which need Triton, and tests of the timing of copies, which need a real card.
 FILES = (
     "card/on_card.py",
     "card/on_graphs.py",
@@ -30,7 +30,7 @@ def test_what_is_for_a_card_holds_on_a_make_believe_one(tmp_path: Path) -> None:
     compiler = shutil.which("c++")
     if torch.backends.cuda.is_built() or not sys.platform.startswith("linux") or compiler is None:
         pytest.skip("needs a torch without CUDA, whose place the make-believe card takes, and a C++ compiler, on Linux")
-    # Beside the bytecode of these files, of which git knows nothing either: the compiler takes 15 s.
+    # Keep the library in __pycache__, which git ignores: the compiler takes 15 s.
     cache = TESTS / "card" / "__pycache__"
     library = card.build(cache if os.access(cache if cache.is_dir() else cache.parent, os.W_OK) else tmp_path, compiler)
     options = [
@@ -45,9 +45,9 @@ def test_what_is_for_a_card_holds_on_a_make_believe_one(tmp_path: Path) -> None:
         *(str(TESTS / name) for name in FILES),
     ]
     command = [sys.executable, str(TESTS / "card" / "card.py"), str(library), *options]
-    # Options for the outer run, such as coverage, are not for this one: their tables would be read as its result.
+    # The inner pytest must not get options such as coverage: this test would read their output as its result.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    env["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled there, and the compiler takes a second to import
+    env["TORCHDYNAMO_DISABLE"] = "1"  # these tests compile nothing, and the import takes a second
     process = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)
     assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
     summary = process.stdout.strip().splitlines()[-1]

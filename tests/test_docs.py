@@ -1,4 +1,4 @@
-"""The docs: the site is built, its commands run, its messages are lorakit's own, and its sentences are short."""
+"""The docs: the site builds, its commands run, its messages exist in the code, and its sentences are short."""
 
 import ast
 import os
@@ -17,18 +17,18 @@ from lorakit.cli import main as cli
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["train.steps=2", "sample.steps=2", "sample.at_start=false", "train.prior=none"]
-# Sentences of more than 35 words. They may only become fewer.
+# Limits for the number of sentences with more than 35 words. The limits may only be lowered.
 LONG = {"docs": 0, "docstrings": 0}
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language."""
+    """Return the fenced code blocks with this language."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def commands(page: Path) -> list[str]:
-    """Every line of a page's code that is a command of lorakit, without its remark."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # lines that go on
+    """Return the lorakit commands in a page's code, without their comments."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # join continued lines
     code = [
         *re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE),
         *re.findall(r"^    (.*)$", text, re.MULTILINE),
@@ -69,7 +69,7 @@ def test_the_commands_of_the_tutorial_run(
     from lorakit.cli import demo
 
     monkeypatch.chdir(tmp_path)
-    demo.write_photos("zib", tmp_path / "first" / "photos")  # what the page's demo leaves
+    demo.write_photos("zib", tmp_path / "first" / "photos")  # the photos that the page's demo writes
     lines = [
         line.removeprefix("$ ")
         for block in blocks(ROOT / "docs" / "tutorial.md", "console")
@@ -97,7 +97,7 @@ def test_both_readmes_have_the_same_commands_links_and_tables() -> None:
 
 
 def literals() -> list[str]:
-    """Every text of the package; what an f-string or a format fills in is "…"."""
+    """Return all strings of the package. "…" stands for each value of an f-string or a template."""
     texts = []
     for path in (ROOT / "lorakit").rglob("*.py"):
         for node in nodes_of(path, ast.JoinedStr, ast.Constant):
@@ -120,7 +120,7 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of prose; a code span and a link count as a word."""
+    """Return the sentences of a page's prose. A code span counts as one word, and a link's target as none."""
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     text = re.sub(r"^(?: {4}|\||#).*$", "\n", text, flags=re.MULTILINE)
     text = re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
@@ -129,7 +129,7 @@ def sentences(text: str) -> list[str]:
 
 
 def docstrings() -> list[str]:
-    """Docstrings of the package, an argument or attribute a paragraph."""
+    """Return the docstrings of the package. Each argument or attribute becomes a paragraph."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     paths = (ROOT / "lorakit").rglob("*.py")
     texts = [ast.get_docstring(node) or "" for path in paths for node in nodes_of(path, *kinds)]
@@ -162,7 +162,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_the_memory_of_each_preset_stands_in_one_table() -> None:
-    """README has the largest figure of its rows; the headers of presets have none."""
+    """The READMEs have the largest figure of each row; presets have no figure, but a reference to the table."""
     text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").partition("## Which preset needs what")[2]
     rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     peaks = {name: max(map(float, figures)) for name, *figures in rows}

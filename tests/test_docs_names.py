@@ -1,4 +1,4 @@
-"""What the pages name exists in the repository: links, headings, files, options of scripts, tests; and one advice."""
+"""Links, headings, files, options of scripts and tests that the pages name exist; pages agree on numbers of photos."""
 
 import json
 import re
@@ -11,24 +11,24 @@ from lorakit.data import checks
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = [path.name for path in [*ROOT.iterdir(), *(ROOT / "lorakit").iterdir()] if path.is_dir()]
-# Files of other programs.
+# Files of other projects.
 FOREIGN = {"train_dreambooth_lora.py", "train_util.py", "external.py"}
 
 
 def text_of(page: Path) -> str:
-    """A page, its continued lines joined."""
+    """Return a page's text with continued lines joined."""
     return page.read_text(encoding="utf-8").replace("\\\n", " ")
 
 
 def headings(page: Path) -> set[str]:
-    """Anchors of a page, as GitHub and MkDocs make them of its headings."""
+    """Return the anchors that GitHub and MkDocs create for a page's headings."""
     lines = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_to_a_file_of_the_repository(page: Path) -> None:
-    """The site has further pages, which the plain repository lacks."""
+    """Links may not lead to the pages that only the site has."""
     for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if not re.match(r"https?:|mailto:", link):
             name, _, anchor = link.partition("#")
@@ -61,7 +61,7 @@ def test_every_option_of_a_script_and_every_named_test_exists(page: Path) -> Non
 
 
 def test_pages_presets_and_front_end_advise_the_same_numbers_of_photos() -> None:
-    """Some words may stand between the numbers: 5 to 20, 5 到 20, 5～20."""
+    """A range can have several forms: 5 to 20, 5 到 20, 5～20."""
     ranges = {kind: rf"\b{low}(?: to | 到 |～){high}\b" for kind, (low, high) in checks.ADVISED_PHOTOS.items()}
     both = ["README.md", "README.zh-TW.md", "docs/index.md", "docs/tutorial.md"]
     for name in both:

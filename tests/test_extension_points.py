@@ -1,5 +1,7 @@
-"""A method, an optimizer and a format are each added from one module by one line of the registry, and then work in
-`check`, `train`, `export` and `inspect`; without the line, the error names what there is."""
+"""One module and one line of the registry add a method, an optimizer or a format.
+
+They then work in `check`, `train`, `export` and `inspect`. Without the line, the error lists the choices.
+"""
 
 import json
 import sys
@@ -164,7 +166,7 @@ SPEC = FormatSpec(
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Writes a module that can be imported by its name."""
+    """Return a function that writes an importable module."""
     (tmp_path / "modules").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     return lambda name, text: (tmp_path / "modules" / f"{name}.py").write_text(text, encoding="utf-8")
@@ -172,7 +174,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 
 @pytest.fixture
 def lorakit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command in this process and gives what it printed; it must succeed."""
+    """Return a function that runs a command in this process, asserts its success and returns its output."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -185,8 +187,10 @@ def lorakit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 
 def check_train_export_inspect(lorakit: Callable[..., str], place: Path, to: str, **options: str) -> dict[str, str]:
-    """Do all four with two steps on the bundled base; the plan, and what `inspect` says of the trained and the exported
-    adapter."""
+    """Run the four commands with two steps on the bundled base.
+
+    Return the plan, and the output of `inspect` for the trained and the exported adapter.
+    """
     (place / "photos").mkdir()
     photos, run = short_run.noise(place / "photos", 2), place / "run"
     settings = {"data.name": "sks toy", "data.resolution": "64", "train.steps": "2", "sample.steps": "1", **options}
@@ -197,7 +201,7 @@ def check_train_export_inspect(lorakit: Callable[..., str], place: Path, to: str
     common = [word for name, value in settings.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
     plan = lorakit("check", photos, *common)
     lorakit("train", photos, "--output", run, *common)
-    adapter = min(run.glob("*.safetensors"), key=lambda path: len(path.name))  # the others are named after it
+    adapter = min(run.glob("*.safetensors"), key=lambda path: len(path.name))  # other files have longer names
     trained = lorakit("inspect", adapter)
     (exported,) = lorakit("export", adapter, "--to", to, "--output", place / "exported").split()
     return {"plan": plan, "trained": trained, "exported": lorakit("inspect", exported)}
@@ -231,7 +235,7 @@ OWN_SPEC = MethodSpec(
 
 
 def write_read_apply(base: Path, place: Path) -> None:
-    """An adapter with numbers in it: written, verified, read again, applied and merged, it does what it did."""
+    """Write an adapter with random weights, verify, read, apply and merge it, and compare the predictions."""
     family = families.load(families.describe(base), "cpu", torch.float32)
     section = config.ADAPTER_SECTIONS["column_scale"](target_modules="attention", train_text_encoder=False)
     adapter = adapters.attach(family, section)
@@ -255,7 +259,7 @@ def write_read_apply(base: Path, place: Path) -> None:
 
 @pytest.fixture
 def column_scale(module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch) -> Callable[[MethodSpec], None]:
-    """Registers the method under a spec."""
+    """Return a function that registers the method `column_scale` with a spec."""
     module("column_scale", OWN_LAYERS)
     monkeypatch.delitem(sys.modules, "column_scale", raising=False)
     return lambda spec: monkeypatch.setitem(registry.METHODS.own, "column_scale", spec)
@@ -309,7 +313,7 @@ def test_an_optimizer_is_one_function_and_one_line(
     spec = OptimizerSpec("momentum:momentum_sgd", state_bytes=4, elementwise=True)
     monkeypatch.setitem(registry.OPTIMIZERS.own, "momentum_sgd", spec)
     options = {"optimizer__name": "momentum_sgd", "optimizer__args__nesterov": "true", "adapter__rank": "4"}
-    options |= {"optimizer__learning_rate": "0.1", "optimizer__warmup_steps": "0"}  # a step of SGD is small
+    options |= {"optimizer__learning_rate": "0.1", "optimizer__warmup_steps": "0"}  # two steps of SGD
     output = check_train_export_inspect(lorakit, tmp_path, "diffusers", **options)
     assert "ss_optimizer = momentum_sgd" in output["trained"]
     assert "bytes of state" not in output["plan"]
@@ -347,7 +351,7 @@ def test_without_the_line_the_error_names_what_there_is(key: str, name: object, 
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package that declares two optimizers, one of which cannot be imported."""
+    """Install a package with entry points for two optimizers, one of which cannot be imported."""
     information = tmp_path / "outside-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, and what must not be in the repository."""
+"""Rules of the project: allowed imports, and what must not be in the repository."""
 
 import ast
 import functools
@@ -26,8 +26,7 @@ from lorakit.formats import compatibility
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lorakit"
 
-# Room -> the rooms it may import. Imports run one way, from the bottom of this table to its top; rooms of one line of
-# ORDER do not know each other.
+# A room may import the rooms in the lines above it, but not the rooms in its own line.
 ORDER = [
     {"core"},
     {"config"},
@@ -39,7 +38,7 @@ ORDER = [
     {"ui", "cli"},
 ]
 MAY_IMPORT = {room: set().union(*ORDER[:level]) for level, rooms in enumerate(ORDER) for room in rooms}
-# Modules that `check`, `--help` and the front end load: they import no torch.
+# Modules that `check`, `--help` and the front end load. They do not import torch.
 LIGHT = [
     "lorakit",
     "lorakit.config.schema",
@@ -51,7 +50,7 @@ LIGHT = [
     *(f"lorakit.{room}" for room in MAY_IMPORT),
 ]
 HEAVY = ["torch", "diffusers", "transformers", "peft", "accelerate", "jinja2", "bitsandbytes"]
-# Rooms of which no module imports torch, but for those named.
+# Rooms that do not import torch at module level -> their modules that may.
 TORCH_FREE = {"core": {"rng"}, "config": set(), "runs": set(), "cli": set(), "ui": set()}
 
 
@@ -60,7 +59,7 @@ def sources(folder: Path = PACKAGE) -> list[Path]:
 
 
 def code() -> list[Path]:
-    """Every Python file of the project's own."""
+    """Return all Python files of the project."""
     return [
         *sources(),
         ROOT / "ui.py",
@@ -73,13 +72,13 @@ def code() -> list[Path]:
 
 
 def room_of(path: Path) -> str:
-    """The room that a file is in; the files beside the rooms (`__init__`, `__main__`, ui.py) are above all of them."""
+    """Return the room of a file. Files in no room (`__init__`, `__main__`, ui.py) are "outside" and may import all."""
     parts = path.relative_to(PACKAGE).parts if path.is_relative_to(PACKAGE) else ()
     return parts[0] if len(parts) > 1 else "outside"
 
 
 def executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those under `if TYPE_CHECKING`: imports for types only are free."""
+    """Yield all nodes except those under `if TYPE_CHECKING`. Imports for types only are always allowed."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()
@@ -95,7 +94,7 @@ def executed(tree: ast.AST) -> Iterator[ast.AST]:
 
 @functools.cache
 def imported_rooms(path: Path) -> tuple[str, ...]:
-    """Rooms of lorakit that a file imports, at module level or inside a function."""
+    """Return the rooms of lorakit that a file imports, at module level or inside a function."""
     return tuple(_imported_rooms(path))
 
 
@@ -116,7 +115,7 @@ def _imported_rooms(path: Path) -> Iterator[str]:
 
 
 def tracked() -> list[Path]:
-    """Files of the repository; where git is not there (an unpacked archive), every file that would be."""
+    """Return the files of the repository. Without git (an unpacked archive), return all files of its folders."""
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if listing.returncode:
         folders = [ROOT / name for name in ("lorakit", "presets", "tests", "benchmarks", "docs", "tools")]
@@ -162,13 +161,13 @@ def test_each_room_says_what_it_may_import_and_who_uses_it() -> None:
 
 
 def _names(line: str, label: str) -> set[str]:
-    """The rooms that a line of a docstring names after its label."""
+    """Return the rooms after the label of a docstring's line."""
     assert line.startswith(label) and line.endswith("."), line
     return set(line.removeprefix(label).removesuffix(".").split(", ")) - {"nothing", "the user"}
 
 
 def test_imports_name_modules_that_are_there() -> None:
-    """Those for types too, which neither run nor fail when mypy passes over a missing module."""
+    """This includes imports for types, which never run. mypy ignores missing modules."""
     wrong = [
         f"{path.relative_to(ROOT)}: {node.module}"
         for path in code()
@@ -216,7 +215,7 @@ def test_help_is_quick_and_loads_no_model_library(arguments: list[str]) -> None:
         "print(time.process_time(), 'torch' in sys.modules, 'diffusers' in sys.modules, 'numpy' in sys.modules)"
     )
     command = [sys.executable, "-c", script, *arguments]
-    for _ in range(4):  # beside other programs even processor time doubles now and then
+    for _ in range(4):  # processor time can double while other programs run
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         seconds, *loaded = process.stdout.splitlines()[-1].split()
         assert loaded == ["False", "False", "False"]
@@ -235,7 +234,7 @@ def test_a_path_to_nothing_is_refused_before_torch_is_imported(command: str) -> 
 def test_checking_a_preset_is_quick() -> None:
     config.load("subject-sdxl")
     seconds = []
-    for steps in (10, 11, 12):  # beside other programs even processor time doubles now and then
+    for steps in (10, 11, 12):  # processor time can double while other programs run
         start = time.process_time()
         config.load("subject-sdxl", {"train.steps": steps})
         seconds.append(time.process_time() - start)
@@ -248,7 +247,7 @@ def test_no_option_is_declared_twice() -> None:
 
 
 def test_every_option_is_read_somewhere() -> None:
-    """An option that nothing reads is a promise that is not kept."""
+    """An option that no code reads has no effect."""
     read = {
         node.attr
         for path in sources()
@@ -258,15 +257,15 @@ def test_every_option_is_read_somewhere() -> None:
     assert not [option.key for option in config.options() if option.name not in read]
 
 
-# File -> why it may compare with a name that a spec owns.
+# File -> why it may compare with a name of a spec.
 MAY_COMPARE_NAMES = {
-    # States the patterns of kohya's, PEFT's and diffusers' tensor names; `Module` says the spelling to everybody else.
+    # It defines the patterns of kohya's, PEFT's and diffusers' tensor names. Other code reads the spelling of `Module`.
     "formats/identify.py": "owns the spellings",
 }
 
 
 def compared_strings(node: ast.expr) -> Iterator[str]:
-    """The string constants of one side of a comparison, or of a pattern."""
+    """Yield the string constants of one side of a comparison, or of a pattern."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     for item in node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else ():
@@ -274,7 +273,7 @@ def compared_strings(node: ast.expr) -> Iterator[str]:
 
 
 def name_comparisons(tree: ast.AST, names: set[str]) -> Iterator[tuple[int, str]]:
-    """(line, name) of each comparison with one of `names` by ==, !=, in, not in or a `case`."""
+    """Yield (line, name) of each comparison with one of `names` by ==, !=, in, not in or a `case`."""
     for node in walk(tree):
         sides: list[ast.expr] = []
         if isinstance(node, ast.Compare):
@@ -286,11 +285,11 @@ def name_comparisons(tree: ast.AST, names: set[str]) -> Iterator[tuple[int, str]
 
 
 def test_nothing_is_decided_by_a_name_that_a_spec_owns() -> None:
-    """A method, an optimizer, a format, a family or a prediction type is one file and one line of the registry.
+    """A new method, optimizer, format, family or prediction type needs one file and one line of the registry.
 
-    What differs between two of them is a field of the spec, so that a new one needs no edit elsewhere.
+    Code must compare fields of the spec, not its name, so that a new spec needs no edit elsewhere.
     """
-    # "full" is a value of memory.base_storage too, which is compared where weights are stored.
+    # "full" is not a name here: it is also a value of memory.base_storage, with which code compares.
     names = {
         *registry.adapter_methods(),
         *registry.OPTIMIZERS,
@@ -349,7 +348,7 @@ def test_nothing_is_left_for_later() -> None:
 
 
 def test_no_path_of_a_machine_is_in_the_repository() -> None:
-    """Home folders and build places tell of whoever wrote them, and work nowhere else."""
+    """Home and build folders reveal their author and do not exist on other machines."""
     pattern = re.compile(r"(?<![\w.])/(?:home|Users|root|work|opt|mnt)/[\w.]")
     wrong = []
     for path in tracked():
@@ -403,7 +402,7 @@ def test_there_is_a_preset_for_each_kind_and_base() -> None:
 
 
 def readme_commands() -> list[str]:
-    """The lines of README's first block of commands."""
+    """Return the lines of the first code block in README."""
     block = re.search(r"```(?:bash|sh|console)?\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None
     return [line for line in block[1].splitlines() if line and not line.startswith("#")]
@@ -426,7 +425,7 @@ def test_ci_runs_the_line_of_the_readme() -> None:
 
 
 def test_the_page_of_options_is_that_of_the_config() -> None:
-    """Written by `python -m lorakit options --markdown > docs/options.md`."""
+    """`python -m lorakit options --markdown > docs/options.md` writes the page."""
     from lorakit.cli import main as cli
 
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == cli.options_page()
@@ -441,8 +440,8 @@ def test_constraints_keep_the_bounds_of_the_dependencies() -> None:
         assert exact[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
-# Core dependencies whose module is called otherwise, and the one that nothing here imports yet: PEFT imports it, and
-# diffusers loads weights with it (`low_cpu_mem_usage`), so its version is bounded here.
+# Core dependencies whose module has another name, and the one that lorakit does not import itself. PEFT imports it, and
+# diffusers loads weights with it (`low_cpu_mem_usage`), so lorakit bounds its version.
 MODULE_OF = {"pillow": "PIL"}
 IMPORTED_BY_PEFT = {"accelerate"}
 
@@ -461,7 +460,7 @@ def test_the_core_needs_little() -> None:
     assert {name for name in names if MODULE_OF.get(name, name) not in imported} <= IMPORTED_BY_PEFT
     peft = {Requirement(text).name for text in importlib.metadata.requires("peft") or []}
     assert peft >= IMPORTED_BY_PEFT
-    # These are imported too, and come with the core.
+    # lorakit also imports jinja2 and packaging, which core dependencies install.
     assert {Requirement(text).name for text in importlib.metadata.requires("torch") or []} >= {"jinja2"}
     for package in ("transformers", "peft", "huggingface_hub"):
         assert "packaging" in {Requirement(text).name for text in importlib.metadata.requires(package) or []}
@@ -484,7 +483,7 @@ def test_tools_have_nothing_to_say_on_types_and_see_those_of_public_names(tmp_pa
 
 
 def output_of_tool(*command: str) -> str:
-    """What a tool that has nothing against the project prints."""
+    """Run a tool, assert that it succeeds, and return its output."""
     environment = os.environ | {"NO_COLOR": "1"}
     process = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False, env=environment

@@ -1,7 +1,7 @@
-"""Messages are templates with values: none is built outside of them, and each template has its values and a line.
+"""Each message is a template with values, and each template has a line in the tables of languages.
 
-What a message is made of is followed through the names, lists and functions of its module, so that a sentence that is
-put together first and used later counts too.
+The tests follow names, lists and functions of a module to the parts of a message. They also find a sentence that code
+builds first and uses later.
 """
 
 import ast
@@ -20,14 +20,14 @@ from lorakit.core.units import count
 from lorakit.ui import texts
 
 MAKERS = {"Message", "LorakitError", "ConfigError", "MissingFile", "NotFinite", "Unwritable", "Unreadable", "Refusal"}
-# What prints or records a line for the person.
+# Functions and exceptions that take a line for the user.
 SPEAKERS = {"say", "complain", "remark", "print_lines", "fail", "ArgumentTypeError", "ValueError"}
 LISTS = {"problems", "errors", "warnings", "notes", "findings", "lines"}
-# Modules whose texts are no messages: prompts and pictures of the bundled base, and what only its programmer can meet.
+# Modules whose texts are not messages: prompts for the bundled base, and errors that only its developers can meet.
 OTHER_TEXTS = ("families/pocket/",)
-# The one place that makes a plural.
+# Module -> number of places that build a plural.
 PLURALS = {"core/units.py": 1}
-# Two words, or the beginning or the end of a sentence.
+# Matches two words, or the beginning or the end of a sentence.
 WORDS = re.compile(r"[A-Za-z]{2,}[,:;]? [a-z]{2,}|[a-z]{3,} $|^ [a-z]{3,}|^[;:] [a-z]")
 COMMAND = re.compile(r"(lorakit|pipx|uv|--[a-z-]+)( |$)| -m pip ")
 
@@ -40,19 +40,19 @@ def called_name(call: ast.Call) -> str:
 
 
 def owner_name(call: ast.Call) -> str:
-    """Whose method is called."""
+    """Return the name of the object whose method is called."""
     owner = getattr(call.func, "value", None)
     return owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
 
 
 def target_name(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> str:
-    """The name or the attribute that is set."""
+    """Return the name or the attribute that is assigned."""
     target = node.targets[0] if isinstance(node, ast.Assign) else node.target
     return target.id if isinstance(target, ast.Name) else getattr(target, "attr", "")
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    """The calls that take a message, by the name of what is called."""
+    """Yield (name of the function, call) for each call that takes a message."""
     for node in nodes_of(path, ast.Call):
         if node.args:
             name, kind = called_name(node), owner_name(node)
@@ -61,7 +61,7 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 
 def templates(call: ast.Call) -> list[str]:
-    """The template of a call, where it stands in the call."""
+    """Return the templates that are literals in the call."""
     first = call.args[0]
     choices = [first.body, first.orelse] if isinstance(first, ast.IfExp) else [first]
     return [node.value for node in choices if isinstance(node, ast.Constant) and isinstance(node.value, str)]
@@ -76,14 +76,14 @@ def key(template: str, call: ast.Call) -> str:
 
 
 def as_key(template: str) -> str:
-    """A template without its format specifications."""
+    """Return a template without its format specifications."""
     parts = string.Formatter().parse(template)
     places = ((literal.replace("{", "{{").replace("}", "}}"), name) for literal, name, _, _ in parts)
     return "".join(literal + (f"{{{name}}}" if name else "") for literal, name in places)
 
 
 class Texts:
-    """The texts that may stand where a message is said, in one module."""
+    """Finds the texts that an expression of a module can have as its value."""
 
     def __init__(self, tree: ast.Module):
         self.nodes = every = walk(tree)
@@ -110,14 +110,14 @@ class Texts:
                     self.assigned.setdefault((self.scope(node), target.id), []).append(value)
 
     def scope(self, node: Node) -> Node | None:
-        """The function that it is in."""
+        """Return the function that contains the node."""
         inside = self.parents.get(node)
         while inside is not None and not isinstance(inside, ast.FunctionDef):
             inside = self.parents.get(inside)
         return inside
 
     def of(self, node: Node, before: frozenset[Node] = frozenset()) -> Iterator[Node]:
-        """Every text that an expression may be."""
+        """Yield the nodes of all texts that an expression can have as its value."""
         if node in before:
             return
         before |= {node}
@@ -157,7 +157,7 @@ def texts_of(path: Path) -> Texts:
 
 
 def is_built(node: Node) -> bool:
-    """Whether an expression puts words together: an f-string, "+", "%", `format`, or `join` with a word."""
+    """Return whether an expression builds a text from words: an f-string, "+", "%", `format`, or `join` with a word."""
     literals: list[Node] = []
     if isinstance(node, ast.JoinedStr):
         literals = [*node.values]
@@ -170,7 +170,7 @@ def is_built(node: Node) -> bool:
 
 
 def outside(module: Texts) -> list[int]:
-    """The lines of a module that put a message together without a template."""
+    """Return the lines of a module that build a message without a template."""
     places = set[int]()
     for node in module.nodes:
         messages: list[Node] = []
@@ -178,7 +178,7 @@ def outside(module: Texts) -> list[int]:
             name, kind = called_name(node), owner_name(node)
             if name in MAKERS | SPEAKERS or (name in ("append", "extend") and kind in LISTS):
                 messages = [*node.args]
-            if name in MAKERS - {"Unreadable"}:  # a template is one as it stands
+            if name in MAKERS - {"Unreadable"}:  # the template must be a literal
                 first = [text for text in module.of(node.args[0]) if isinstance(text, ast.JoinedStr | ast.BinOp)]
                 places |= {text.lineno for text in first}
         elif isinstance(node, ast.AugAssign | ast.Assign | ast.AnnAssign) and target_name(node) in LISTS:
@@ -250,7 +250,7 @@ def test_a_template_has_as_many_values_as_names() -> None:
 
 
 def phrases(name: str, kind: str, call: ast.Call) -> list[ast.expr]:
-    """The arguments that may be a message without values, or a part of one."""
+    """Return the arguments that can be a message without values, or a part of one."""
     if name in MAKERS | {"Finding"} or (name == "say" and kind.endswith("events")):
         return call.args[name != "Unreadable" and name != "Finding" :]
     return call.args if name in SPEAKERS or (name in ("append", "extend") and kind in LISTS) else []
@@ -258,7 +258,7 @@ def phrases(name: str, kind: str, call: ast.Call) -> list[ast.expr]:
 
 @functools.cache
 def all_messages(path: Path) -> set[str]:
-    """The keys of all that a module may say: templates, and sentences and phrases without values."""
+    """Return the keys of a module's messages: templates, and sentences and phrases without values."""
     return set(keys(texts_of(path)))
 
 
@@ -288,12 +288,12 @@ def keys(module: Texts) -> Iterator[str]:
 
 
 def plurals(noun: str) -> list[str]:
-    """The keys of `units.count`."""
+    """Return the keys of `units.count`: singular and plural."""
     return [str(getattr(count(number, noun), "template")) for number in (1, 2)] if noun else []  # noqa: B009
 
 
 def literals(path: Path) -> Iterator[str]:
-    """All texts of a module, as keys."""
+    """Yield all strings of a module, as keys."""
     for node in nodes_of(path, ast.Constant):
         if isinstance(node.value, str):
             yield node.value
@@ -302,7 +302,7 @@ def literals(path: Path) -> Iterator[str]:
 
 
 def test_each_message_has_a_line_in_chinese() -> None:
-    """Which the other languages are compared with, in tests/ui/test_languages.py. The command line speaks English."""
+    """tests/ui/test_languages.py compares the other languages with Chinese. The command line has only English."""
     lines = texts.sentences("zh-Hant").lines
     ours = [path for path in sources() if not path.relative_to(PACKAGE).as_posix().startswith((*OTHER_TEXTS, "cli/"))]
     assert sorted({message for path in ours for message in all_messages(path)} - set(lines)) == []

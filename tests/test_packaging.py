@@ -1,4 +1,4 @@
-"""A wheel, built as for release and unpacked elsewhere, works as the checkout does."""
+"""The wheel of a release contains the package and works in another folder."""
 
 import os
 import runpy
@@ -38,7 +38,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def elsewhere(unpacked: Path, *arguments: str) -> str:
-    """Run Python with the unpacked wheel in front of everything; what it prints."""
+    """Run Python with the unpacked wheel first on its path, and return its output."""
     process = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,

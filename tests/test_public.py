@@ -1,4 +1,4 @@
-"""What `import lorakit` gives to a notebook, a plug-in or another program."""
+"""The public names of `import lorakit`, for notebooks, plug-ins and other programs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_name_is_a_class_or_a_function_and_none_is_a_module() -> None:
 
 
 def test_names_for_what_can_be_caught_are_light() -> None:
-    """A host program may import, load a config and look at photos without paying for torch."""
+    """A host program can import lorakit, load a config and check photos without the import of torch."""
     code = (
         "import sys, lorakit; lorakit.Config, lorakit.load_config(), lorakit.Event, lorakit.LorakitError, "
         "lorakit.ConfigError, lorakit.Stopped, lorakit.preflight; sys.exit('torch' in sys.modules)"
@@ -52,7 +52,7 @@ def test_names_for_what_can_be_caught_are_light() -> None:
 
 @pytest.mark.slow
 def test_train_is_a_function_the_second_time_too(trained, tiny_sd1, photos, tmp_path) -> None:
-    """The import of the room `training` must not put a module in its place."""
+    """Importing the package `training` must not replace the function by a module."""
     events: list[lorakit.Event] = []
     config = run_config(tiny_sd1, photos, tmp_path / "again", 2, **END)
     result = lorakit.train(config, listeners=[events.append])
@@ -112,7 +112,7 @@ def test_numbers_that_fp16_cannot_hold_are_written_in_full_with_a_warning(traine
 
 
 def test_pictures_are_those_of_the_run(trained, tiny_sd1, tmp_path) -> None:
-    """`sample` without more than the base draws what the run drew last."""
+    """`sample` with only the base as an option draws the same pictures as the run at its end."""
     counts: list[tuple[int, int]] = []
     options = {"base": str(tiny_sd1), "folder": tmp_path / "drawn", "progress": lambda *pair: counts.append(pair)}
     grid, *pictures = lorakit.sample(trained.adapter, **options)

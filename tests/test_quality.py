@@ -1,4 +1,4 @@
-"""The one question that matters: does training teach the bundled model a subject it never saw, and would we notice?"""
+"""Training teaches the bundled model a subject that it never saw, and a broken trainer fails this test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_validation")]
 SUBJECT = "zib"
 TRAINED_SCENES = ("beach", "meadow", "table", "brick")
 NEW_SCENES = ("snow", "city", "underwater")
-# A right trainer moves nearly all six pictures from the base to the subject, one with shuffled targets a few.
+# After correct training nearly all six pictures show the subject; after training with shuffled targets only a few do.
 LEARNED, LUCK = 0.6, 0.4
 
 
@@ -40,12 +40,12 @@ def prompts(words: str) -> list[str]:
 
 @functools.cache
 def judge() -> Classifier:
-    """Loaded once."""
+    """Return the classifier, loaded once."""
     return Classifier.load()
 
 
 def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
-    """How many of six pictures on scenes it was not shown on the judge takes for the subject."""
+    """Return the share of six pictures on new scenes that the classifier takes for the subject."""
     family = families.load(families.describe("pocket"), "cpu", torch.float32)
     if adapter:
         adapters.apply(family, formats.read(adapter))
@@ -55,12 +55,12 @@ def share_of_the_subject(adapter: Path | None, words: str = "sks toy") -> float:
 
 @pytest.fixture(scope="module")
 def base_share() -> float:
-    """The share before training."""
+    """Share of the subject before training."""
     return share_of_the_subject(None)
 
 
 def trained(photos: Path, folder: Path, **prior: object) -> train.Result:
-    """A shorter run than the preset's, at three times its learning rate: all six pictures show the subject."""
+    """Train a run that is shorter than the preset's and has a higher learning rate."""
     settings = {
         "data.folder": str(photos),
         "data.name": "sks toy",
@@ -92,10 +92,12 @@ def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(photos, 
 
 
 def test_a_broken_trainer_is_noticed(photos, base_share, tmp_path, monkeypatch):
-    """Each picture of a batch gets its neighbour's target: everything runs, the file checks, and nothing is learned,
-    though no prior holds the model back."""
+    """Each picture of a batch gets its neighbour's target. The run ends without an error and learns nothing.
+
+    It has no prior, so that the prior cannot be the reason.
+    """
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    right = VPrediction.target  # the bundled base predicts v
+    right = VPrediction.target  # the bundled base has v-prediction
     monkeypatch.setattr(VPrediction, "target", lambda *arguments: right(*arguments).roll(1, 0))
     result = trained(photos, tmp_path / "run", prior="none")
     assert share_of_the_subject(result.adapter) < base_share + LUCK

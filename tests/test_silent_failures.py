@@ -1,7 +1,7 @@
-"""What other trainers get wrong without a word, watched for where no single module could see it.
+"""Errors that other trainers make without a message, as far as a test needs several modules or a complete run.
 
-docs/silent-failures.md lists the ten with all their tests; here are those that need a whole run: that every option
-reaches the weights, that everything announced is trained, that the prior answers to the class and not to the subject.
+docs/silent-failures.md lists ten of them with all their tests. Here: each option has an effect on the weights, each
+announced module is trained, and the prior gets the text of the class, not of the subject.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "silent-failures.md"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures with captions of several tags, two of them with masks."""
+    """Four pictures, each with a caption of several tags and a mask."""
     folder = tmp_path_factory.mktemp("photos")
     draw = np.random.default_rng(3)
     for number in range(4):
@@ -45,7 +45,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(base: Path, photos: Path, **changes: Any) -> Config:
-    """Three short steps; dots in option names are written as double underscores."""
+    """Return a config of three short steps. In option names, `__` stands for a dot."""
     short = {
         "model.base": str(base),
         "data.folder": str(photos),
@@ -70,12 +70,12 @@ def settings(base: Path, photos: Path, **changes: Any) -> Config:
 
 @functools.cache
 def read(model: config.ModelConfig) -> Any:
-    """A base. Shared: only copy it."""
+    """Return a base. Tests share it; copy it before you change it."""
     return families.load(families.describe(model), torch.device("cpu"), torch.float32)
 
 
 def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
-    """Base, adapter, step and optimizer, as a run makes them."""
+    """Return base, adapter, step and optimizer, as a run creates them."""
     family = copied(read(settings.model))
     info = family.info
     adapter = adapters.attach(family, settings.adapter, seed=settings.train.seed, trigger=settings.data.trigger)
@@ -91,7 +91,7 @@ def loaded(settings: Config) -> tuple[Any, Any, LossStep, Any]:
 
 
 def learned(settings: Config) -> torch.Tensor:
-    """All trained numbers after the run's steps, by the plainest loop there is."""
+    """Train with a minimal loop and return all trained weights."""
     _, adapter, step, optimizer = loaded(settings)
     parameters = [p for _, group in adapter.groups() for p in group]
     parts, total = settings.train.gradient_accumulation_steps, settings.train.steps
@@ -106,7 +106,7 @@ def learned(settings: Config) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in adapter.state().values()])
 
 
-# An option that must be seen in the weights: its new value, and what it needs beside it in both runs.
+# Option that must change the weights -> its new value, and other options that both runs need.
 TEXT = {"adapter__train_text_encoder": True}
 VARIED = {"data__flip": True, "data__variants": 2}
 REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -174,7 +174,7 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.timestep_high": (0.5, {}),
     "train.masked_loss": (True, {}),
 }
-# Options that are seen elsewhere, and where.
+# Option -> the tests of its effect, if these are in other files.
 TESTED_ELSEWHERE = {
     **dict.fromkeys(
         ("model.base", "model.tokenizer", "model.prediction_type"), "families: test_describe, test_single_file"
@@ -226,7 +226,7 @@ def test_every_option_is_watched() -> None:
 
 @pytest.fixture(scope="module")
 def plain(tiny_sd1: Path, photos: Path) -> dict[str, torch.Tensor]:
-    """What runs without the option learned, by what the option needs beside it."""
+    """Other options of a run -> its weights without the tested option. The tests fill it."""
     return {}
 
 
@@ -329,7 +329,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_sd1, photos, tmp_path,
 
     def steep(self: LossStep, index: int) -> torch.Tensor:
         value = loss(self, index)
-        # The square root of nothing: a finite loss whose gradient is not.
+        # The square root of zero has a finite value and an infinite gradient.
         return value + (value - value.detach()).abs().sqrt() if index == 1 else value
 
     monkeypatch.setattr(LossStep, "loss", steep)

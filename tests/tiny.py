@@ -1,9 +1,9 @@
-"""Whole Stable Diffusion pipelines of a few hundred thousand weights, saved as real checkpoints are.
+"""Complete Stable Diffusion pipelines of a few hundred thousand weights, saved like published checkpoints.
 
-Every kind of layer that an adapter may enter is there: attention in down, mid and up blocks, resnets with a
-`conv_shortcut`, down- and upsamplers. Layer names are a subset of the real models' names (the SDXL one has two layers a
-block for that reason), text-encoder keys carry `text_model.` on disk whatever the installed transformers calls its
-modules, and the tokenizer knows every byte. Pictures are 64 px, latents 8x8.
+They contain each kind of layer that an adapter can change: attention in down, mid and up blocks, resnets with a
+`conv_shortcut`, downsamplers and upsamplers. Layer names are a subset of the published models' names, so the SDXL model
+has two layers per block. Text-encoder keys in files begin with `text_model.`, with any version of transformers. The
+tokenizer has a token for each byte. Pictures have 64 px, latents 8x8.
 """
 
 import json
@@ -28,15 +28,18 @@ SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 
 
 def byte_characters() -> list[str]:
-    """The 256 printable stand-ins that byte-level BPE uses, in CLIP's order."""
+    """Return the 256 printable characters that stand for bytes in byte-level BPE, in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
     return [chr(b) for b in printable] + [chr(256 + n) for n in range(len(rest))]
 
 
 def save_tokenizer(folder: Path, pad_token: str = SPECIAL[1], size: int = 0) -> CLIPTokenizer:
-    """Write a byte-complete CLIP tokenizer as real checkpoints have it, and return it loaded again. With `size`, merges
-    of letters that nobody writes fill it up to so many words: a base in one file wants those of its text encoder."""
+    """Write a CLIP tokenizer with all bytes in the published format, and return it loaded from its files.
+
+    With `size`, merges of rare letters fill its vocabulary to this size. A base in a single file needs a vocabulary of
+    its text encoder's size.
+    """
     folder.mkdir(parents=True)
     letters = byte_characters()
     rare = [letter for letter in letters if ord(letter) > 127]
@@ -55,7 +58,7 @@ def save_tokenizer(folder: Path, pad_token: str = SPECIAL[1], size: int = 0) -> 
 
 
 def save_text_encoder(model: torch.nn.Module, folder: Path) -> None:
-    """Save with `text_model.` in every key, as every published checkpoint has it."""
+    """Save a text encoder with `text_model.` in each key, as in published checkpoints."""
     model.save_pretrained(folder)
     path = folder / "model.safetensors"
     tensors = {
@@ -66,7 +69,7 @@ def save_text_encoder(model: torch.nn.Module, folder: Path) -> None:
 
 
 def text_config(vocabulary: int, activation: str = "quick_gelu") -> CLIPTextConfig:
-    """Three layers of width 32; the special tokens are the last two of the vocabulary."""
+    """Return a config with three layers of width 32. The last two tokens of the vocabulary are the special tokens."""
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=32,
@@ -83,7 +86,7 @@ def text_config(vocabulary: int, activation: str = "quick_gelu") -> CLIPTextConf
 
 
 def autoencoder(scaling_factor: float, latent_channels: int = 4, **changes: object) -> AutoencoderKL:
-    """An autoencoder that downscales by 8, like the real ones; four latent channels by default."""
+    """Return a small VAE that downscales by 8, like the published ones. It has four latent channels by default."""
     small = {"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -97,13 +100,13 @@ def autoencoder(scaling_factor: float, latent_channels: int = 4, **changes: obje
 
 
 def schedule(prediction_type: str, zero_snr: bool = False) -> dict:
-    """The noise schedule all Stable Diffusion models were trained with."""
+    """Return the noise schedule with which SD1, SD2 and SDXL were trained."""
     values = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     return values | {"prediction_type": prediction_type} | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
 
 def save_sd2(folder: Path) -> Path:
-    """SD2.x in small: as SD1 with linear `proj_in`; the width by which it is told from SD1 is left out."""
+    """Save a tiny SD2: SD1 with linear `proj_in`. Its width does not distinguish it from SD1."""
     return save_sd1(folder, linear=True)
 
 
@@ -115,7 +118,7 @@ def save_sd1(
     cross_dim: int = 32,
     linear: bool = False,
 ) -> Path:
-    """SD1.x in small (`cross_dim` = width of the text encoder): conv `proj_in` unless `linear`, one text encoder."""
+    """Save a tiny SD1 with one text encoder of width `cross_dim`. `proj_in` is a convolution unless `linear`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = save_tokenizer(folder / "tokenizer")
@@ -153,7 +156,7 @@ def save_sd1(
 
 
 def save_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """SDXL in small: two text encoders, pooled text, six time ids, linear `proj_in`."""
+    """Save a tiny SDXL: two text encoders, pooled text, six time ids, linear `proj_in`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = save_tokenizer(folder / "tokenizer")
@@ -191,7 +194,7 @@ def save_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
 
 
 def save(pipeline: DiffusionPipeline, folder: Path, encoders: list[str]) -> Path:
-    """Save what is heavy by diffusers; keep the tokenizer files as written, and the text encoders' real key names."""
+    """Save a pipeline. Restore the tokenizer files that were in the folder, and the published keys of text encoders."""
     files = {path: path.read_bytes() for path in folder.glob("tokenizer*/*")}
     pipeline.save_pretrained(folder)
     for name in encoders:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 in small, saved as real checkpoints are: two CLIP encoders, T5 or none, 16 latent channels."""
+"""A tiny Stable Diffusion 3.5, saved like published checkpoints: two CLIP encoders, optional T5, 16 latent channels."""
 
 from pathlib import Path
 
@@ -9,14 +9,16 @@ from tiny import autoencoder, save, save_tokenizer, text_config
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 BLOCKS = 3
-# Bytes and a few words, T5's special tokens first.
+# T5's special tokens, a few words, and printable ASCII characters.
 PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁", -2.0), ("▁photo", -3.0), ("▁sks", -3.0), ("▁toy", -3.0)]
 PIECES += [(chr(code), -5.0) for code in range(33, 127)]
 
 
 def save_sd3(folder: Path, *, t5: bool = True, dual: bool = True, shift: float = 3.0) -> Path:
-    """Three blocks, of which the last has no text part of its own as in the real ones; `dual`: the first has the second
-    attention that 3.5 medium has."""
+    """Save a pipeline with three blocks. As in the published models, the last one has no output for the text.
+
+    With `dual`, the first block has the second attention of 3.5 medium.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizers = {name: save_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")}

@@ -1,5 +1,4 @@
-"""Syntax trees of the project, each parsed and walked once. Parsing takes seconds, and two dozen tests use the
-trees."""
+"""Syntax trees of the project. Each is parsed and walked once: parsing takes seconds, and many tests use the trees."""
 
 import ast
 import functools
@@ -9,24 +8,24 @@ from typing import Any
 
 @functools.cache
 def syntax_tree(path: Path) -> ast.Module:
-    """The tree of a file. Shared: only read it."""
+    """Return the tree of a file. It is cached; do not change it."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
 @functools.cache
 def nodes(path: Path) -> tuple[ast.AST, ...]:
-    """Every node of a file, in the order of `ast.walk`."""
+    """Return all nodes of a file, in the order of `ast.walk`."""
     return tuple(walk(syntax_tree(path)))
 
 
 @functools.cache
 def nodes_of(path: Path, *kinds: type[ast.AST]) -> tuple[Any, ...]:
-    """The nodes of a file that are of these classes."""
+    """Return the nodes of a file that are instances of these classes."""
     return tuple(node for node in nodes(path) if isinstance(node, kinds))
 
 
 def walk(tree: ast.AST) -> list[ast.AST]:
-    """`list(ast.walk(tree))`, in half the time."""
+    """Return `list(ast.walk(tree))` in half the time."""
     every = [tree]
     for node in every:
         for field in node._fields:

@@ -1,14 +1,14 @@
-"""Wait for what other processes do."""
+"""Wait for conditions that other processes or threads fulfil."""
 
 import time
 from collections.abc import Callable
 
-# The machine may have other things to do; where all is well nobody waits so long.
+# Time limit, long enough for a busy machine.
 SECONDS = 600.0
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """Return once `condition` holds."""
+    """Return as soon as `condition()` is true. Fail after the time limit."""
     end = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < end, "the wait was in vain"
