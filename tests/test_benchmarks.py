@@ -21,7 +21,7 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> Any:
 
 
 @pytest.mark.slow
-def test_the_loops_of_a_gpu_run_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
+def test_gpu_loops_run_on_a_cpu_and_plot_draws_their_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, picture = tmp_path / "rows.json", tmp_path / "rows.png"
@@ -36,7 +36,7 @@ def test_the_loops_of_a_gpu_run_on_a_cpu_at_reduced_size_and_its_rows_are_drawn(
         assert images.width > 400 and len(images.getcolors(2**24) or []) > 2
 
 
-def test_figures_of_a_part_that_is_stopped_or_fails_are_there(
+def test_figures_of_a_stopped_and_of_a_failed_part_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu = script(monkeypatch, "gpu")
@@ -63,7 +63,7 @@ def test_figures_of_a_part_that_is_stopped_or_fails_are_there(
 
 
 @pytest.mark.slow
-def test_every_part_of_a_gpus_figures_can_be_rehearsed(
+def test_parts_of_the_gpu_benchmark_run_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """This test runs the two fastest parts; `gpu.py --rehearse` runs all."""
@@ -82,7 +82,7 @@ def test_every_part_of_a_gpus_figures_can_be_rehearsed(
 
 
 @pytest.mark.slow
-def test_the_bytes_of_a_sum_over_several_cards_are_those_of_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_scale_has_the_bytes_of_an_adapters_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     scale = script(monkeypatch, "scale")
     monkeypatch.setattr(scale, "SIDES", {"sd15": ("sd1", 64)})
     # At rank 4, diffusers' script for SD1.5 trains 797,184 weights.
@@ -97,7 +97,7 @@ def test_the_bytes_of_a_sum_over_several_cards_are_those_of_the_adapter(monkeypa
         ("--convolutions", ["lorakit", "cudnn.benchmark", "channels first"]),
     ],
 )
-def test_the_loops_of_a_gpu_have_further_questions(
+def test_gpu_loops_compare_streaming_and_convolutions(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, loops: list[str]
 ) -> None:
     script(monkeypatch, "gpu_loops", "--device", "cpu", "--quick", "--only", "sd15", option).main()
@@ -113,9 +113,7 @@ def test_a_step_has_at_most_three_fifths_of_the_plain_loops_operations(monkeypat
     assert ours["value"] <= 0.6 * plain["value"] and ours["ratio"] == pytest.approx(plain["value"] / ours["value"])
 
 
-def test_a_picture_without_rows_of_the_unit_says_which_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plot_names_the_units_if_no_row_has_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.json"
     file.write_text('[{"name": "a", "value": 1.0, "unit": "ms", "ratio": null}]', encoding="utf-8")
     plot = script(monkeypatch, "plot", str(file), "--output", str(tmp_path / "x.png"), "--unit", "GiB")
@@ -123,7 +121,7 @@ def test_a_picture_without_rows_of_the_unit_says_which_there_are(
         plot.main()
 
 
-def test_recipes_are_compared_over_runs_and_none_is_repeated(
+def test_recipes_shows_means_over_runs_and_repeats_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "results.jsonl"

@@ -263,7 +263,7 @@ def test_functions_take_few_parameters() -> None:
     assert not over(numbers, MANY_PARAMETERS, PARAMETERS)
 
 
-def test_banned_words_become_fewer() -> None:
+def test_banned_words_stay_within_the_budget() -> None:
     places: dict[str, list[str]] = {word: [] for word in BANNED}
     for path in sources():
         for identifier in sorted(identifiers(path)):
@@ -273,7 +273,7 @@ def test_banned_words_become_fewer() -> None:
     assert not wrong
 
 
-def test_banned_words_in_tests_become_fewer() -> None:
+def test_banned_words_in_tests_stay_within_the_budget() -> None:
     places = [
         f"{path.relative_to(ROOT)}:{identifier}"
         for room in ("tests", "benchmarks", "tools")
@@ -284,7 +284,7 @@ def test_banned_words_in_tests_become_fewer() -> None:
     assert len(places) <= LEFT_IN_TESTS, places
 
 
-def test_words_with_one_meaning_stay_where_they_mean_it() -> None:
+def test_words_with_one_meaning_are_only_in_their_files() -> None:
     others = {
         f"{path.relative_to(ROOT)}:{identifier}"
         for path in sources()
@@ -307,11 +307,11 @@ def test_names_with_one_meaning_have_no_other_type() -> None:
     assert not places
 
 
-def test_names_of_the_old_dialect_do_not_come_back() -> None:
+def test_old_names_do_not_come_back() -> None:
     assert not [f"{path.relative_to(ROOT)}:{name}" for path in sources() for name in identifiers(path) & GONE]
 
 
-def test_any_becomes_rarer() -> None:
+def test_uses_of_any_stay_within_the_budget() -> None:
     count = sum(
         isinstance(part, ast.Name) and part.id == "Any"
         for path in sources()
@@ -365,7 +365,9 @@ def test_signatures_name_their_types() -> None:
     ],
     ids=["untyped", "identifiers", "late attributes"],
 )
-def test_what_is_counted(tmp_path: Path, source: str, measure, expected) -> None:
+def test_untyped_arguments_identifiers_and_late_attributes_are_found(
+    tmp_path: Path, source: str, measure, expected
+) -> None:
     path = tmp_path / "source.py"
     path.write_text(source, encoding="utf-8")
     measured = measure(path)

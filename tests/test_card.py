@@ -26,7 +26,7 @@ COUNT = 41
 
 
 @pytest.mark.slow
-def test_what_is_for_a_card_holds_on_a_make_believe_one(tmp_path: Path) -> None:
+def test_gpu_tests_pass_on_the_make_believe_card(tmp_path: Path) -> None:
     compiler = shutil.which("c++")
     if torch.backends.cuda.is_built() or not sys.platform.startswith("linux") or compiler is None:
         pytest.skip("needs a torch without CUDA, whose place the make-believe card takes, and a C++ compiler, on Linux")

@@ -109,7 +109,7 @@ def literals() -> list[str]:
     return texts
 
 
-def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+def test_messages_of_the_troubleshooting_page_are_in_the_code() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
     assert len(messages) > 20
@@ -136,7 +136,7 @@ def docstrings() -> list[str]:
     return [re.sub(r"^\s*\w+(?:, \w+)*: ", "\n\n", text, flags=re.MULTILINE) for text in texts]
 
 
-def test_long_sentences_become_fewer() -> None:
+def test_sentences_have_at_most_35_words() -> None:
     texts = {"docs": [page.read_text(encoding="utf-8") for page in PAGES], "docstrings": docstrings()}
     for kind, limit in LONG.items():
         long = [sentence for text in texts[kind] for sentence in sentences(text) if len(sentence.split()) > 35]
@@ -161,7 +161,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert "Raises" in page and "lorakit.train" in page
 
 
-def test_the_memory_of_each_preset_stands_in_one_table() -> None:
+def test_readmes_and_presets_agree_with_the_table_of_memory() -> None:
     """The READMEs have the largest figure of each row; presets have no figure, but a reference to the table."""
     text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").partition("## Which preset needs what")[2]
     rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)

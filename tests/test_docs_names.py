@@ -60,7 +60,7 @@ def test_every_option_of_a_script_and_every_named_test_exists(page: Path) -> Non
         assert f"def {test}(" in (ROOT / "tests" / name).read_text(encoding="utf-8"), f"{name}::{test}"
 
 
-def test_pages_presets_and_front_end_advise_the_same_numbers_of_photos() -> None:
+def test_pages_presets_and_front_end_recommend_the_same_number_of_photos() -> None:
     """A range can have several forms: 5 to 20, 5 到 20, 5～20."""
     ranges = {kind: rf"\b{low}(?: to | 到 |～){high}\b" for kind, (low, high) in checks.ADVISED_PHOTOS.items()}
     both = ["README.md", "README.zh-TW.md", "docs/index.md", "docs/tutorial.md"]

@@ -265,7 +265,7 @@ def column_scale(module: Callable[[str, str], None], monkeypatch: pytest.MonkeyP
     return lambda spec: monkeypatch.setitem(registry.METHODS.own, "column_scale", spec)
 
 
-def test_a_method_brings_layers_of_its_own(
+def test_a_method_can_have_its_own_layers(
     column_scale: Callable[[MethodSpec], None], lorakit: Callable[..., str], tiny_sd1: Path, tmp_path: Path
 ) -> None:
     column_scale(OWN_SPEC)
@@ -284,7 +284,7 @@ def test_a_method_brings_layers_of_its_own(
     [{"factors": ()}, {"change": ""}, {"layers": "lora"}, {"trained_weights": "lorakit.adapters.targets:lora_weights"}],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_a_forgotten_piece_of_a_method_is_noticed(
+def test_a_method_with_a_wrong_spec_fails(
     column_scale: Callable[[MethodSpec], None], tiny_sd1: Path, tmp_path: Path, wrong: dict[str, object]
 ) -> None:
     column_scale(replace(OWN_SPEC, **wrong))  # type: ignore[arg-type]
@@ -293,7 +293,7 @@ def test_a_forgotten_piece_of_a_method_is_noticed(
 
 
 @pytest.mark.slow
-def test_a_method_with_layers_of_its_own_is_one_file_and_one_line(
+def test_a_method_with_its_own_layers_is_one_file_and_one_line(
     column_scale: Callable[[MethodSpec], None], lorakit: Callable[..., str], tmp_path: Path
 ) -> None:
     column_scale(OWN_SPEC)
@@ -344,7 +344,7 @@ CHECK = ["--set", "data.name=sks toy", "--set", "train.steps=2"]
         ("output.formats", ("plain",), r"output.formats = \['plain'\]: choose from kohya, diffusers, peft"),
     ],
 )
-def test_without_the_line_the_error_names_what_there_is(key: str, name: object, message: str) -> None:
+def test_without_the_line_the_error_lists_the_choices(key: str, name: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config.load(None, {"train.steps": 1, key: name})
 

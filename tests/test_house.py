@@ -133,7 +133,7 @@ def test_imports_run_one_way() -> None:
     assert not wrong
 
 
-def test_imports_for_types_only_are_free(tmp_path: Path) -> None:
+def test_imports_for_types_only_do_not_count(tmp_path: Path) -> None:
     path = PACKAGE / "core" / "sample.py"
     tree = ast.parse(
         "if TYPE_CHECKING:\n    import lorakit.ui\nelse:\n    import lorakit.cli\ndef f():\n    import lorakit.data"
@@ -142,7 +142,7 @@ def test_imports_for_types_only_are_free(tmp_path: Path) -> None:
     assert imported == {"lorakit.cli", "lorakit.data"} and room_of(path) == "core"
 
 
-def test_the_table_has_every_room_and_no_other() -> None:
+def test_the_table_of_rooms_is_complete() -> None:
     assert {room_of(path) for path in sources()} == {*MAY_IMPORT, "outside"}
 
 
@@ -166,7 +166,7 @@ def _names(line: str, label: str) -> set[str]:
     return set(line.removeprefix(label).removesuffix(".").split(", ")) - {"nothing", "the user"}
 
 
-def test_imports_name_modules_that_are_there() -> None:
+def test_imported_modules_exist() -> None:
     """This includes imports for types, which never run. mypy ignores missing modules."""
     wrong = [
         f"{path.relative_to(ROOT)}: {node.module}"
@@ -180,7 +180,7 @@ def test_imports_name_modules_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("room", sorted(TORCH_FREE))
-def test_rooms_without_torch(room: str) -> None:
+def test_torch_free_rooms_import_no_torch(room: str) -> None:
     wrong = []
     for path in sources(PACKAGE / room):
         if path.stem not in TORCH_FREE[room]:
@@ -191,7 +191,7 @@ def test_rooms_without_torch(room: str) -> None:
     assert not wrong
 
 
-def test_the_table_has_no_circle() -> None:
+def test_the_table_of_rooms_has_no_cycle() -> None:
     visited: set[str] = set()
     left = dict(MAY_IMPORT)
     while left:
@@ -284,7 +284,7 @@ def name_comparisons(tree: ast.AST, names: set[str]) -> Iterator[tuple[int, str]
             yield from ((side.lineno, name) for name in compared_strings(side) if name in names)
 
 
-def test_nothing_is_decided_by_a_name_that_a_spec_owns() -> None:
+def test_code_compares_no_name_of_a_spec() -> None:
     """A new method, optimizer, format, family or prediction type needs one file and one line of the registry.
 
     Code must compare fields of the spec, not its name, so that a new spec needs no edit elsewhere.
@@ -340,14 +340,14 @@ def test_no_error_is_swallowed() -> None:
     assert not wrong
 
 
-def test_nothing_is_left_for_later() -> None:
+def test_code_has_no_marks_of_unfinished_work_and_no_utils_module() -> None:
     mark = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X:"]))
     wrong = [str(path.relative_to(ROOT)) for path in code() if mark.search(path.read_text(encoding="utf-8"))]
     assert not wrong
     assert not list(PACKAGE.rglob("utils.py"))
 
 
-def test_no_path_of_a_machine_is_in_the_repository() -> None:
+def test_the_repository_contains_no_path_of_a_machine() -> None:
     """Home and build folders reveal their author and do not exist on other machines."""
     pattern = re.compile(r"(?<![\w.])/(?:home|Users|root|work|opt|mnt)/[\w.]")
     wrong = []
@@ -362,14 +362,14 @@ def test_no_path_of_a_machine_is_in_the_repository() -> None:
     assert not wrong
 
 
-def test_every_optimizer_of_the_registry_is_there() -> None:
+def test_every_optimizer_of_the_registry_can_be_imported() -> None:
     for spec in registry.OPTIMIZERS.values():
         assert callable(registry.resolve(spec.build))
     with pytest.raises(KeyError):
         _ = registry.OPTIMIZERS["nothing"]
 
 
-def test_every_format_of_the_registry_is_there() -> None:
+def test_formats_have_all_consumers_and_different_endings() -> None:
     consumers = [key for spec in registry.FORMATS.values() for key in spec.consumers]
     assert set(consumers) == set(compatibility.CONSUMERS)
     endings = [spec.ending for spec in registry.FORMATS.values()]
@@ -386,7 +386,7 @@ def test_the_registry_and_the_adapter_sections_name_the_same_methods() -> None:
 
 
 @pytest.mark.parametrize("name", config.preset_names())
-def test_presets_load_say_what_they_need_and_come_back_equal(name: str) -> None:
+def test_presets_load_state_their_needs_and_survive_a_round_trip(name: str) -> None:
     loaded = config.load(name)
     assert config.from_tables(tomllib.loads(config.to_toml(loaded))) == loaded
     assert loaded.train.steps_per_image, "length is said per photo"
@@ -424,7 +424,7 @@ def test_ci_runs_the_line_of_the_readme() -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=False).returncode == 0
 
 
-def test_the_page_of_options_is_that_of_the_config() -> None:
+def test_the_page_of_options_is_up_to_date() -> None:
     """`python -m lorakit options --markdown > docs/options.md` writes the page."""
     from lorakit.cli import main as cli
 
@@ -446,7 +446,7 @@ MODULE_OF = {"pillow": "PIL"}
 IMPORTED_BY_PEFT = {"accelerate"}
 
 
-def test_the_core_needs_little() -> None:
+def test_the_core_has_at_most_ten_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {Requirement(requirement).name for requirement in project["dependencies"]}
     assert len(names) <= 10
@@ -467,12 +467,12 @@ def test_the_core_needs_little() -> None:
 
 
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"]], ids=" ".join)
-def test_tools_have_nothing_to_say(command: list[str]) -> None:
+def test_ruff_passes(command: list[str]) -> None:
     output_of_tool(*command, ".")
 
 
 @pytest.mark.slow
-def test_tools_have_nothing_to_say_on_types_and_see_those_of_public_names(tmp_path: Path) -> None:
+def test_mypy_passes_and_sees_the_types_of_public_names(tmp_path: Path) -> None:
     lines = ["import lorakit", "reveal_type(lorakit.train)", "reveal_type(lorakit.Event('step').kind)"]
     lines += ["def show(stop: lorakit.Stopped) -> None:", "    reveal_type(stop.step)"]
     (tmp_path / "use.py").write_text("\n".join(lines), encoding="utf-8")
@@ -492,7 +492,7 @@ def output_of_tool(*command: str) -> str:
     return process.stdout
 
 
-def test_json_of_the_options_is_json() -> None:
+def test_options_prints_every_option_as_json() -> None:
     process = subprocess.run(
         [sys.executable, "-m", "lorakit", "options", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -52,7 +52,7 @@ def elsewhere(unpacked: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
+def test_the_wheel_contains_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     files = [path for path in (ROOT / "lorakit").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -65,7 +65,7 @@ def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
     assert "lorakit/py.typed" in names
 
 
-def test_nothing_else_is_inside(wheel: Path) -> None:
+def test_the_wheel_contains_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert not [name for name in names if "__pycache__" in name or name.startswith(("tests/", "benchmarks/", "docs/"))]

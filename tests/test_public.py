@@ -41,7 +41,7 @@ def test_every_name_is_a_class_or_a_function_and_none_is_a_module() -> None:
         _ = lorakit.nothing
 
 
-def test_names_for_what_can_be_caught_are_light() -> None:
+def test_config_events_and_errors_load_without_torch() -> None:
     """A host program can import lorakit, load a config and check photos without the import of torch."""
     code = (
         "import sys, lorakit; lorakit.Config, lorakit.load_config(), lorakit.Event, lorakit.LorakitError, "
@@ -51,7 +51,7 @@ def test_names_for_what_can_be_caught_are_light() -> None:
 
 
 @pytest.mark.slow
-def test_train_is_a_function_the_second_time_too(trained, tiny_sd1, photos, tmp_path) -> None:
+def test_train_stays_a_function_after_a_run(trained, tiny_sd1, photos, tmp_path) -> None:
     """Importing the package `training` must not replace the function by a module."""
     events: list[lorakit.Event] = []
     config = run_config(tiny_sd1, photos, tmp_path / "again", 2, **END)
@@ -102,7 +102,7 @@ def test_an_adapter_is_loaded_saved_inspected_and_applied(trained, tiny_sd1, tmp
     assert not torch.allclose(before, after, atol=1e-6)
 
 
-def test_numbers_that_fp16_cannot_hold_are_written_in_full_with_a_warning(trained, tmp_path) -> None:
+def test_weights_beyond_fp16_are_written_in_float32_with_a_warning(trained, tmp_path) -> None:
     weights = lorakit.load_adapter(trained.adapter)
     name, layer = next(iter(weights.layers.items()))
     layer.up.fill_(1e6)
@@ -111,7 +111,7 @@ def test_numbers_that_fp16_cannot_hold_are_written_in_full_with_a_warning(traine
     assert torch.equal(lorakit.load_adapter(paths["kohya"]).layers[name].up, layer.up)
 
 
-def test_pictures_are_those_of_the_run(trained, tiny_sd1, tmp_path) -> None:
+def test_sample_draws_the_last_pictures_of_the_run(trained, tiny_sd1, tmp_path) -> None:
     """`sample` with only the base as an option draws the same pictures as the run at its end."""
     counts: list[tuple[int, int]] = []
     options = {"base": str(tiny_sd1), "folder": tmp_path / "drawn", "progress": lambda *pair: counts.append(pair)}

@@ -91,7 +91,7 @@ def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(photos, 
     assert share_of_the_subject(result.adapter, "toy") < after - 0.2
 
 
-def test_a_broken_trainer_is_noticed(photos, base_share, tmp_path, monkeypatch):
+def test_a_broken_trainer_teaches_nothing(photos, base_share, tmp_path, monkeypatch):
     """Each picture of a batch gets its neighbour's target. The run ends without an error and learns nothing.
 
     It has no prior, so that the prior cannot be the reason.

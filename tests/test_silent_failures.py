@@ -218,7 +218,7 @@ TESTED_ELSEWHERE = {
 }
 
 
-def test_every_option_is_watched() -> None:
+def test_every_option_is_in_one_of_the_two_tables() -> None:
     keys = {option.key for option in config.options()}
     assert REACH_THE_WEIGHTS.keys() | TESTED_ELSEWHERE.keys() == keys
     assert not REACH_THE_WEIGHTS.keys() & TESTED_ELSEWHERE.keys()
@@ -251,7 +251,7 @@ def test_an_option_reaches_the_weights(
 
 
 @pytest.mark.slow
-def test_what_must_not_reach_the_weights_does_not(
+def test_cache_and_checkpointing_do_not_change_the_weights(
     tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
@@ -266,7 +266,7 @@ def test_what_must_not_reach_the_weights_does_not(
     ("text", "checkpointing", "parts", "cache"),
     [(True, False, 1, "disk"), (True, True, 2, "memory"), (False, True, 1, "disk"), (False, False, 2, "memory")],
 )
-def test_all_that_is_announced_is_trained(tiny_sd1, photos, tmp_path, monkeypatch, text, checkpointing, parts, cache):
+def test_every_announced_module_is_trained(tiny_sd1, photos, tmp_path, monkeypatch, text, checkpointing, parts, cache):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     run_config = settings(
         tiny_sd1,
@@ -294,9 +294,7 @@ def test_all_that_is_announced_is_trained(tiny_sd1, photos, tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("prior", ["images", "teacher"])
-def test_the_prior_answers_to_the_class_and_the_photo_to_its_caption(
-    tiny_sd1, photos, tmp_path, monkeypatch, prior, text
-):
+def test_the_prior_uses_the_class_text_and_a_photo_its_caption(tiny_sd1, photos, tmp_path, monkeypatch, prior, text):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     extra = {"train__class_images": 5} if prior == "images" else {}
     run_config = settings(tiny_sd1, photos, train__prior=prior, adapter__train_text_encoder=text, **extra)
