@@ -68,10 +68,8 @@ class Answers(BaseHTTPRequestHandler):
 def serve(
     folder: Path, requests: list[str], repository: str = "org/tiny", commit: str = COMMIT, *, private: bool = False
 ) -> Iterator[str]:
-    """Run the server and yield its address. Append the path of each request to `requests`.
-
-    Commits are written into the folder. A new repository is private if the client requests it.
-    """
+    """Run the server and yield its address. `requests` gets the path of each request. Commits change the folder. A new
+    repository is private if the client requests it."""
     visibility = {repository: private}
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

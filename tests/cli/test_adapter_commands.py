@@ -1,4 +1,4 @@
-"""Export, resize, combine, merge and extract as commands."""
+"""The commands export, resize, combine, merge and extract."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ NAMES = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_{part}" for
 
 
 def adapter(seed: int = 0, family: str = "sd1") -> AdapterWeights:
-    """Rank 4 on two layers of the tiny pipelines' middle block, which are 64 wide and attend to text of width 32."""
+    """Return a rank-4 LoRA of two layers in the tiny pipelines' middle block: width 64, text width 32."""
     generator = torch.Generator().manual_seed(seed)
     layers = {
         name: LoraLayer(torch.randn(4, into, generator=generator), torch.randn(64, 4, generator=generator) * 0.1, 2.0)
@@ -109,6 +109,6 @@ def test_nothing_is_written_over_without_force(
     assert "exists already: name another folder with --output, or give --force" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert run(*arguments, "--force") == 0
-    if fmt == "kohya":  # a lone side file of another adapter is as precious
+    if fmt == "kohya":  # a side file without its adapter is not overwritten either
         next(path for path in before if path.suffix == ".safetensors").unlink()
         assert run(*arguments) == 1

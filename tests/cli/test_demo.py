@@ -1,4 +1,4 @@
-"""The demo: its photos, and all of it once in little."""
+"""The demo: its photos, and a short run of the command."""
 
 import json
 from pathlib import Path

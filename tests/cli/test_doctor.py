@@ -1,4 +1,4 @@
-"""The doctor's findings, from machines that are described to it."""
+"""The findings of `lorakit doctor` for descriptions of machines."""
 
 import importlib.metadata
 import json
@@ -20,12 +20,12 @@ def states(lines: list[Line]) -> dict[str, str]:
     ("capability", "architectures", "runs"),
     [
         ((9, 0), ["sm_80", "sm_90"], True),
-        ((8, 6), ["sm_80", "sm_90"], True),  # machine code of 8.0 runs on 8.6
+        ((8, 6), ["sm_80", "sm_90"], True),  # 8.6 runs machine code for 8.0
         ((8, 9), ["sm_50", "sm_86"], True),
-        ((12, 0), ["sm_80", "sm_90"], False),  # a card newer than this torch
-        ((12, 0), ["sm_80", "sm_90", "compute_90"], True),  # PTX is compiled for it
+        ((12, 0), ["sm_80", "sm_90"], False),  # the card is newer than this torch
+        ((12, 0), ["sm_80", "sm_90", "compute_90"], True),  # the driver compiles the PTX for it
         ((12, 0), ["sm_120"], True),
-        ((6, 1), ["sm_75", "sm_80"], False),  # a card this torch has dropped
+        ((6, 1), ["sm_75", "sm_80"], False),  # this torch no longer supports the card
         ((6, 1), ["compute_75"], False),
         ((9, 0), ["sm_90a"], True),
         ((9, 0), [], False),

@@ -1,4 +1,4 @@
-"""What a program that started lorakit reads on its stdout, where a run ends early."""
+"""The last line of `--json` on stdout when a run ends early."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_a_run_that_ends_early_says_so_in_its_last_line(
         raise error
 
     monkeypatch.setattr(training, "resume", refuse)
-    monkeypatch.setattr(RunFolder, "require", lambda _: None)  # there is no such run
+    monkeypatch.setattr(RunFolder, "require", lambda _: None)  # the run need not exist
     assert cli.main(["resume", "runs/a", "--json"]) in (1, 130)
     out = capsys.readouterr().out
     event = json.loads(out)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: words, exit codes, pipes, and the whole main job once through it."""
+"""The command line: arguments, exit codes, pipes, and one complete train, inspect, export and sample."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(short_validation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a command in an empty folder: (exit code, stdout, stderr)."""
+    """Return a function that runs a command in an empty folder and returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LORAKIT_TRACEBACK", raising=False)
 
@@ -43,7 +43,7 @@ def run(short_validation, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Four pictures of noise, 64 px."""
+    """Four pictures of noise with 64 px."""
     folder = tmp_path / "photos"
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command line through a real shell; `lorakit` stands for this checkout's."""
+    """Run a command line in bash. `lorakit` in it is this checkout."""
     root = Path(cli.__file__).parents[2]
     program = f"{sys.executable} -m lorakit"
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONUTF8", "LC_ALL", "LANG")}
@@ -148,7 +148,7 @@ def test_the_demo_overwrites_nothing(run: Run, tmp_path: Path) -> None:
     assert err == "lorakit: there/photos is not empty; name another place with --output\n"
 
 
-# -- what goes wrong beyond the user --------------------------------------------------------------------------------
+# -- errors that the user did not cause -----------------------------------------------------------------------------
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -205,7 +205,7 @@ def test_an_interrupt_exits_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) 
 def test_every_line_of_an_error_is_prefixed(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, lines: str
 ) -> None:
-    monkeypatch.setattr(RunFolder, "require", lambda _: None)  # there is no such run
+    monkeypatch.setattr(RunFolder, "require", lambda _: None)  # the run need not exist
     monkeypatch.setattr("lorakit.training.run.resume", raising(error))
     assert run("resume", "runs/a")[::2] == (code, lines)
 
@@ -231,7 +231,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_output_that_cannot_be_written_is_no_error(redirection: str) -> None:
-    """Python gives no stdout at all where it was closed, and complains at exit of what it could not flush."""
+    """If stdout is closed, Python sets `sys.stdout` to None. At exit it reports output that it cannot flush."""
     process = shell(f"lorakit options {redirection}")
     assert (process.returncode, process.stderr) == (0, "")
     process = shell(f"lorakit train nowhere {redirection}")
@@ -254,7 +254,7 @@ def test_help_fits_any_terminal_and_has_no_colours(columns: str) -> None:
     assert "--subject" in process.stdout
 
 
-# -- which preset ---------------------------------------------------------------------------------------------------
+# -- the choice of the preset ---------------------------------------------------------------------------------------
 
 
 def arguments(*words: str) -> Any:
@@ -262,7 +262,7 @@ def arguments(*words: str) -> Any:
 
 
 def resolved(*words: str) -> tuple[config.Config, str]:
-    """The config that the arguments come to, and what was said of the preset."""
+    """Return the config of these arguments, and the note about the preset."""
     import io
 
     from lorakit.cli.terminal import Terminal
@@ -317,7 +317,7 @@ def test_a_resolved_config_is_a_preset_that_makes_the_same_run(tmp_path: Path) -
 
 
 def small(base: Path, *more: str) -> list[str]:
-    """Arguments of a run on a tiny base that takes moments."""
+    """Return the arguments of a short run on a tiny base."""
     settings = {
         "data.resolution": "64",
         "train.steps": "2",
@@ -344,7 +344,7 @@ def test_check_ends_with_the_plan(run: Run, photos: Path, tiny_sd1: Path) -> Non
 
 
 def scripted(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script in its own Python."""
+    """Run a script in a new Python process."""
     command, root = [sys.executable, "-c", script, *arguments], Path(cli.__file__).parents[2]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
 
@@ -408,7 +408,7 @@ def test_warnings_do_not_fail_the_check(run: Run, photos: Path, tiny_sd1: Path) 
     assert "the same file" in out
 
 
-# -- the main job ---------------------------------------------------------------------------------------------------
+# -- train, inspect, export, sample ---------------------------------------------------------------------------------
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -462,7 +462,7 @@ def test_a_run_without_an_effect_fails(run: Run, photos: Path, tiny_sd1: Path) -
     assert "self-check failed" in err
 
 
-# -- the others -----------------------------------------------------------------------------------------------------
+# -- other commands -------------------------------------------------------------------------------------------------
 
 
 def test_doctor_exits_with_1_where_something_is_bad(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Answers to what beginners type and ask: unknown flags, one file of an odd base, rates of the text."""
+"""Answers to errors of beginners: unknown flags, merging an unusual base into one file, rates of text encoders."""
 
 import shlex
 from pathlib import Path
@@ -17,7 +17,7 @@ from lorakit.families import describe
     ("flag", "hints"),
     [
         ("--rank", ["adapter.rank"]),
-        ("--outputs", ["adapter.outputs"]),  # of one method alone
+        ("--outputs", ["adapter.outputs"]),  # only one method has this option
         ("--batch-size=4", ["train.batch_size"]),
         ("--learning_rat", ["optimizer.learning_rate"]),
         ("--stepz", ["train.steps", "sample.steps"]),
@@ -56,7 +56,7 @@ def test_wrong_words_are_answered_with_what_was_meant(
 
 
 def test_a_preset_of_stable_diffusion_needs_a_base(capsys: pytest.CaptureFixture[str]) -> None:
-    """On the bundled base it would be a run of twelve hours at 1024 pixels."""
+    """With the bundled base, the run would train twelve hours at 1024 px."""
     assert cli.main(["train", "photos", "--subject", "sks dog", "--preset", "subject-sdxl"]) == 2
     assert capsys.readouterr().err == "lorakit: --preset subject-sdxl needs the model it is for: name it with --base\n"
 

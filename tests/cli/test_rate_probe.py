@@ -1,4 +1,4 @@
-"""A learning rate is found in one short run: the rate rises as it should, and what cannot be probed is refused."""
+"""`probe-rate` finds a learning rate in one short run: the rates rise evenly, and other methods are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.cli import main as cli, rate_probe
 
 
 def words(base: Path, folder: Path, *more: str) -> list[str]:
-    """`probe-rate` on three photos of noise."""
+    """Return the arguments of `probe-rate` on three photos of noise."""
     (folder / "photos").mkdir(exist_ok=True)
     noise(folder / "photos", 3)
     start = ["probe-rate", str(folder / "photos"), "--subject", "sks toy", "--base", str(base)]
@@ -33,7 +33,7 @@ def test_the_rate_rises_evenly_and_the_proposal_follows(tiny_sd1, tmp_path, caps
     assert ratios == pytest.approx([3000 ** (1 / 11)] * 11)
     best = max(gains)
     assert best > 0 and result["proposal"] == pytest.approx(rates[gains.index(best)] / 3)
-    # At a hundredth of the rate, hardly anything is learned in a step.
+    # At the lowest rate, the adapter learns almost nothing in a step.
     assert abs(gains[0]) < best / 2
     assert not list(tmp_path.glob("runs*"))
 

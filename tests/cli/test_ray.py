@@ -1,4 +1,4 @@
-"""A batch on a Ray cluster: lost workers and machines cost nothing but time."""
+"""A batch on a Ray cluster: a lost worker or machine does not change the results."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_a_machine_without_the_shared_folder_is_named(tmp_path: Path) -> None:
 
 
 class Lost(Exception):
-    """Stands in for Ray's error of a task."""
+    """A stand-in for Ray's error of a lost task."""
 
 
 def test_errors_of_ray_become_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for Ray, which is not installed everywhere: a task that ends with a code, and one that is lost."""
+    """A stand-in for Ray has a task that ends with an exit code and a lost task, so that the test runs without Ray."""
 
     def init(address: str, log_to_driver: bool) -> None:
         if address != "local":
@@ -86,7 +86,7 @@ def test_a_killed_worker_and_a_lost_machine_change_no_bit(tmp_path: Path, tiny_s
     import ray
     from ray.cluster_utils import Cluster
 
-    # The same photos six times: one undisturbed run says what all six adapters are.
+    # Six runs with the same photos must give the adapter of one run without interruption.
     for number in range(6):
         (tmp_path / "photos" / f"p{number}").mkdir(parents=True)
         noise(tmp_path / "photos" / f"p{number}", 3)
@@ -139,12 +139,12 @@ def test_a_killed_worker_and_a_lost_machine_change_no_bit(tmp_path: Path, tiny_s
 
 
 def _tensors(file: bytes) -> bytes:
-    """The part of a safetensors file after its header, which has times."""
+    """Return the bytes of a safetensors file after its header, because the header contains times."""
     return file[8 + int.from_bytes(file[:8], "little") :]
 
 
 def _training(runs: Path, node: Any) -> int:
-    """The process of a run on that node that has saved a checkpoint and is not at its end."""
+    """Return the process id of a run on this node that has saved a checkpoint and has not ended."""
     parent = node.all_processes["raylet"][0].process.pid
     end = time.monotonic() + 300
     while time.monotonic() < end:

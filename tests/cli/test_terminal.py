@@ -1,4 +1,4 @@
-"""What is written to a terminal and to a pipe, and that nothing written can end a run."""
+"""The output to a terminal and to a pipe. An error of the output never ends a run."""
 
 import ast
 import errno
@@ -18,7 +18,7 @@ from lorakit.core.units import duration
 
 
 class Screen(io.StringIO):
-    """A terminal that keeps what was written to it."""
+    """A terminal that records its output."""
 
     encoding = "utf-8"
 
@@ -26,7 +26,7 @@ class Screen(io.StringIO):
         return True
 
     def visible(self) -> list[str]:
-        """The lines as a terminal leaves them: a carriage return begins the line again and overwrites."""
+        """Return the lines that a terminal shows. After a carriage return, text overwrites the line."""
         lines = []
         for text in self.getvalue().split("\n"):
             line: list[str] = []
@@ -43,7 +43,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ticking(step: float = 1.0):  # type: ignore[no-untyped-def]
-    """A clock that goes on by `step` seconds whenever it is looked at."""
+    """Return a clock that advances by `step` seconds with each call."""
     now = iter(range(10**9))
     return lambda: next(now) * step
 
@@ -250,7 +250,7 @@ def test_what_would_command_the_terminal_is_escaped():
 
 
 def test_every_line_of_a_command_is_written_where_nobody_may_be_reading() -> None:
-    """`print` raises where the terminal is gone or the log's disk is full; `terminal.write` does not."""
+    """`print` raises if the terminal is gone or the disk is full; `terminal.write` does not."""
     folder = Path(terminal.__file__).parent
     calls = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     names = {node.func.id for node in calls if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}

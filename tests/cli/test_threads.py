@@ -1,4 +1,4 @@
-"""A command computes on the cores that are idle, or on as many as OMP_NUM_THREADS says."""
+"""A command uses as many threads as there are idle cores, or the number in OMP_NUM_THREADS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A search over rate, rank and length, whose trials are runs."""
+"""`tune` searches rate, rank and length; each trial is a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
 
 
 def command(base: Path, folder: Path, count: int) -> list[str]:
-    """`tune` on so many photos."""
+    """Return the arguments of `tune` on `count` photos."""
     (folder / "photos").mkdir()
     noise(folder / "photos", count)
     settings = {"train.steps": 8, "data.resolution": 64, "memory.device": "cpu", "train.validate_at_end": True}

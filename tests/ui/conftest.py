@@ -1,4 +1,4 @@
-"""A front end that serves, and browsers to look at it."""
+"""Fixtures: front ends in their own processes, and a browser."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 class FrontEnd:
-    """`lorakit ui` as its own process; `address` once it serves."""
+    """`lorakit ui` in its own process. The constructor returns when it serves its page at `address`."""
 
     def __init__(self, room: Path, *arguments: str):
         self.room = room
         command = [sys.executable, "-m", "lorakit", "ui", "--runs", str(room / "runs"), "--root", str(room), *arguments]
-        # Nothing is compiled here, and torch's compiler takes a second to import in each process that it starts.
+        # Without torch's compiler, each process that the front end starts imports a second faster.
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "TORCHDYNAMO_DISABLE": "1"}
         self.process = subprocess.Popen(
             command,
@@ -30,7 +30,7 @@ class FrontEnd:
             text=True,
             env=environment,
             cwd=room,
-            # A shell's background jobs, these tests perhaps among them, ignore Ctrl-C, and children inherit that.
+            # A background job of a shell ignores SIGINT, and so do its children. These tests can be such a job.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.lines: list[str] = []
@@ -41,7 +41,7 @@ class FrontEnd:
                 break
         assert self.process.poll() is None, "".join(self.lines)
         self.address = self.lines[-1].split()[-1]
-        # An unread pipe would hold the process up.
+        # The process would block if nobody read its pipe.
         self.reader = threading.Thread(target=self._drain, daemon=True)
         self.reader.start()
 
@@ -51,7 +51,7 @@ class FrontEnd:
             self.lines.append(line)
 
     def close(self) -> None:
-        """End it and every process that it started."""
+        """Kill the front end and all processes that it started."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -63,14 +63,14 @@ class FrontEnd:
             self.process.stdout.close()
 
     def stop(self) -> None:
-        """End it as Ctrl-C does; runs live on."""
+        """End the front end by SIGINT, like Ctrl-C. Runs continue."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait(600)
 
 
 @pytest.fixture(scope="module")
 def front_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., FrontEnd]]:
-    """Starts front ends; at the end, they and what they started are ended."""
+    """Return a function that starts a front end. The fixture kills all front ends and their processes at the end."""
     pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
     started: list[FrontEnd] = []
 
@@ -85,7 +85,7 @@ def front_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[object]:
-    """Debian's Chromium, headless."""
+    """The system's Chromium, headless."""
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'lorakit[test]'")
     binary = next((path for path in CHROMIUM if Path(path).exists()), None)
     if binary is None:

@@ -1,4 +1,4 @@
-"""Which files the pages offer as adapters, and what they say of those for the bundled base."""
+"""The files that the pages offer as adapters, and what they say about adapters for the bundled base."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_the_pages_list_adapters_without_models(tmp_path: Path) -> None:
     run.mkdir()
     layer = "lora_unet_mid_block_attentions_0_proj_in"
     lora = {f"{layer}.lora_down.weight": torch.ones(2, 4, 1, 1), f"{layer}.lora_up.weight": torch.ones(4, 2, 1, 1)}
-    for name in ("toy", "small-model"):  # the second is of somebody who called the subject so
+    for name in ("toy", "small-model"):  # the second name is an adapter of a subject "small-model"
         save_file(lora, run / f"{name}.safetensors")
     save_file({"model.diffusion_model.out.2.weight": torch.ones(4, 4, 3, 3)}, run / "toy-model.safetensors")
     (run / "broken-model.safetensors").write_bytes(b"no")

@@ -1,4 +1,4 @@
-"""The endpoints for other programs, by plain HTTP and by Gradio's client."""
+"""The endpoints for other programs, called by plain HTTP and by Gradio's client."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ NAMES = ["start", "stop", "resume", "runs", "run", "captions", "samples"]
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three photos, and a run of them that was interrupted with a checkpoint and two pictures."""
+    """Three photos, and an interrupted run on them with a checkpoint and two pictures."""
     room = tmp_path_factory.mktemp("api")
     photos = room / "photos"
     photos.mkdir()
@@ -50,14 +50,14 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(room: Path) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", "")
-        patch.setattr(Queue, "start", lambda queue: None)  # nothing is trained here
+        patch.setattr(Queue, "start", lambda queue: None)  # these tests do not train
         server = app.serve(Workspace(room / "runs", [room]), app.parser().parse_args([]), block=False)
         yield server
         server.close()
 
 
 def call(server: Server, name: str, *values: object) -> object:
-    """The endpoint's answer, or the line that it refuses with."""
+    """Return the endpoint's answer, or the line of its error."""
     request = urllib.request.Request(
         f"{server.address}/gradio_api/run/{name}",
         json.dumps({"data": values}).encode(),
@@ -96,7 +96,7 @@ def test_captions_are_read_and_written(server: Server, room: Path):
     assert call(server, "captions", str(room / "photos")) == {"0.png": "", "1.png": "", "2.png": ""}
     assert call(server, "captions", "photos", {"1.png": "sks toy on grass"})["1.png"] == "sks toy on grass"
     assert (room / "photos" / "1.txt").read_text() == "sks toy on grass\n"
-    # One wrong name, and nothing is written.
+    # If one name is wrong, no caption is written.
     assert call(server, "captions", "photos", {"0.png": "a", "9.png": "b"}) == "9.png: no such photo"
     assert not (room / "photos" / "0.txt").exists()
 

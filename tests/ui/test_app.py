@@ -1,4 +1,4 @@
-"""The server of the front end, and what it answers without a page."""
+"""The server of the front end: its start, its address, its proxies."""
 
 import argparse
 import os
@@ -52,7 +52,7 @@ def test_gradio_is_imported_without_the_environments_proxies(monkeypatch: pytest
 
     monkeypatch.setenv("ALL_PROXY", f"socks5://{DEAD}")
     with commands.without_proxies():
-        httpx.Client().close()  # as Gradio makes one when it is imported
+        httpx.Client().close()  # importing Gradio also creates a client
         assert "ALL_PROXY" not in os.environ
     assert os.environ["ALL_PROXY"] == f"socks5://{DEAD}"
 
@@ -63,7 +63,7 @@ def test_a_base_behind_a_socks_proxy_says_what_is_missing():
 
 
 class Slow(Server):
-    """A server whose thread starts it once `gate` opens, or ends before."""
+    """A server whose thread starts to serve when `gate` opens, or ends without a start."""
 
     def __init__(self, page: object, *, fails: bool = False):
         super().__init__(page, "127.0.0.1", None)
@@ -76,7 +76,7 @@ class Slow(Server):
 
 def test_a_slow_start_is_waited_for(page: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     server, seconds = Slow(page), []
-    # Each look at the clock is a minute later: a start that counts seconds gives up before the gate opens.
+    # Each sleep stands for a minute: a start with a time limit would give up before the gate opens.
     monkeypatch.setattr("time.sleep", lambda _: (seconds.append(60), len(seconds) > 20 and server.gate.set()))
     server.start()
     server.close()

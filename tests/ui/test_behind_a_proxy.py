@@ -1,4 +1,4 @@
-"""The page below a path of another server, as the nginx lines of docs/front-end.md have it."""
+"""The page below a path of another server, behind a proxy like nginx in docs/front-end.md."""
 
 import http.client
 import threading
@@ -13,12 +13,12 @@ from PIL import Image
 from waiting import SECONDS
 
 PREFIX = "/lorakit"
-# Headers of one connection, which a proxy does not pass on.
+# Hop-by-hop headers, which a proxy does not forward.
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Takes the prefix off the path, and passes the request on; what has no prefix is not found."""
+    """Removes the prefix from the path and forwards the request. Paths without the prefix get 404."""
 
     target = 0
     strays: ClassVar[list[str]] = []
@@ -36,7 +36,7 @@ class Proxy(BaseHTTPRequestHandler):
             connection.request(self.command, self.path.removeprefix(PREFIX), body or None, headers)
             answer = connection.getresponse()
             content = answer.read()
-        except (http.client.HTTPException, OSError):  # Gradio's heartbeat never ends; the program did
+        except (http.client.HTTPException, OSError):  # Gradio's heartbeat is still open when the front end ends
             self.close_connection = True
             return
         finally:
@@ -52,7 +52,7 @@ class Proxy(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing is logged."""
+        """Write no log."""
 
 
 @pytest.fixture
@@ -83,13 +83,13 @@ def test_the_page_works_below_a_path(front_end, chromium, proxy: ThreadingHTTPSe
     field = page.locator("#photos-folder input")
     field.fill(str(tmp_path / "photos"))
     field.press("Enter")
-    # The thumbnail is loaded, and a caption is saved: pictures and events go below the path too.
+    # The thumbnail loads and a caption is saved, so the paths of pictures and events also have the prefix.
     page.wait_for_function("() => document.querySelector('.lk-card img')?.naturalWidth > 0")
     page.locator("textarea[data-photo='00.png']").fill("noise")
     page.locator(".lk-save").click()
     page.locator("#photos-caption-message").get_by_text("Caption of photos/00.png saved.").wait_for()
     assert (tmp_path / "photos" / "00.txt").read_text() == "noise\n"
     assert [url for url in addresses if not url.startswith((f"{public}/", "data:", "blob:"))] == []
-    # A browser asks for this one by itself.
+    # The browser requests the icon itself.
     assert [path for path in Proxy.strays if path != "/favicon.ico"] == []
     page.context.close()

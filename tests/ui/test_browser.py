@@ -22,13 +22,13 @@ from lorakit.ui import texts
 
 pytestmark = pytest.mark.slow
 TABS = ("photos", "train", "runs", "compare", "try", "adapter")
-# Every look at the files once a second costs the browser as much computing as the run that is looked at.
+# Poll every three seconds: polls every second use as much processor time as the run.
 SLOW_CLOCK = """const every = window.setInterval;
 window.setInterval = (act, wait, ...rest) => every(act, wait === 1000 ? 3000 : wait, ...rest);"""
 
 
 class Person:
-    """Somebody in front of a browser. `asked` collects every address that the page asked for."""
+    """A user with a browser. `requests` has the address of each request of the page."""
 
     def __init__(self, chromium, address: str, **options):
         self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-US"} | options)
@@ -47,7 +47,7 @@ class Person:
         self.page.locator("#pages button[role=tab]").nth(TABS.index(name)).click()
 
     def choose(self, element: str, text: object) -> None:
-        """Type into a field with suggestions."""
+        """Enter a text into a field with suggestions."""
         field = self.page.locator(f"#{element} input")
         field.fill(str(text))
         field.press("Enter")
@@ -59,7 +59,7 @@ class Person:
         self.page.locator(f"#{element}").get_by_text(text).first.wait_for()
 
     def answer(self, **options: object) -> None:
-        """Fill in options, and wait until each is told as changed."""
+        """Fill in options, and wait until the page lists each as changed."""
         if not self.page.locator("#option-train-seed").is_visible():
             self.page.locator("#train-options > button").click()
         for name, value in options.items():
@@ -68,7 +68,7 @@ class Person:
             self.says("train-changed", texts.table("en")[f"option.{name.replace('__', '.')}"])
 
     def start(self) -> str:
-        """Press the button once it may be pressed; the name of the run."""
+        """Click the start button when it is enabled, and return the name of the new run."""
         before = set(self.runs())
         self.page.locator("#train-start:enabled").click()
         self.page.locator("#run-status section").wait_for()
@@ -85,7 +85,7 @@ class Person:
         return int(self.page.locator("#run-status section").get_attribute("data-step"))
 
     def sees(self, state: str, step: str = "") -> None:
-        """Wait for a state, and a step, on the page of runs. A run that failed instead fails the test at once."""
+        """Wait for a state and a step on the page of runs. Fail at once if the run has failed."""
         selector = f'#run-status section[data-state="{state}"]' + (f'[data-step="{step}"]' if step else "")
         failed = '#run-status section[data-state="failed"]'
         self.page.locator(f"{selector}, {failed}").first.wait_for()
@@ -94,7 +94,7 @@ class Person:
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place with photos and a folder without."""
+    """A folder with photos and an empty folder."""
     room = tmp_path_factory.mktemp("room")
     demo.write_photos("zib", room / "photos")
     for caption in (room / "photos").glob("*.txt"):
@@ -105,7 +105,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(front_end, room: Path):
-    """One front end for all tests here."""
+    """The front end of all tests in this file."""
     return front_end(room, "--max-upload", "1")
 
 
@@ -118,7 +118,7 @@ def person(chromium, served) -> Iterator[Person]:
 
 def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     page = person.page
-    # Upload: photos and something that is none.
+    # Upload photos and a file that is no picture.
     (room / "bad.jpg").write_text("not a picture")
     files = [*sorted((room / "photos").iterdir())[:4], room / "bad.jpg"]
     page.locator("#photos-upload input[type=file]").set_input_files(files)
@@ -126,7 +126,7 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     person.says("photos-message", "bad.jpg: text, not a picture")
     page.locator(".lk-card img").nth(3).wait_for()
     (upload,) = (room / "runs" / "uploads").iterdir()
-    # A caption, edited in place; what it says is shown as it is, and runs nothing.
+    # Edit a caption. The page shows HTML in it as text and does not run it.
     caption = page.locator("textarea[data-photo='01.png']")
     caption.fill("sks toy <b>{{value}} ${1+1}</b>")
     caption.blur()
@@ -134,7 +134,7 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     caption.locator("+ .lk-save").click()
     person.says("photos-caption-message", f"Caption of {upload.name}/01.png saved.")
     assert (upload / "01.txt").read_text() == "sks toy <b>{{value}} ${1+1}</b>\n"
-    # Five questions, of which the photos are answered already, and options that make the run short.
+    # Answer the five questions, of which the page has filled in the photos, and shorten the run.
     page.locator("#photos-next").click()
     assert page.locator("#option-data-folder input").input_value() == str(upload)
     person.fill("data.name", "sks toy")
@@ -153,13 +153,13 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     with page.expect_download() as download:
         page.locator("#run-download").click()
     assert Path(download.value.path()).read_bytes() == (run / state.adapter).read_bytes()
-    # The same file beside the pictures of its step.
+    # The button beside the pictures of the last step offers the same file.
     page.locator("#run-samples button[data-take='6']").click()
     with page.expect_download() as download:
         page.locator("#run-file a").first.click()
     assert Path(download.value.path()).read_bytes() == (run / state.adapter).read_bytes()
     compare_and_export(person, run)
-    # What the adapter is, and the same in another format.
+    # Inspect the adapter and convert it to another format.
     person.tab("adapter")
     person.choose("adapter-path", run / state.adapter)
     for fact in ("sks", "toy"):
@@ -169,7 +169,7 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     person.says("adapter-message", "Written: ")
     (converted,) = (room / "runs" / "converted").glob("*/*")
     assert inspect.inspect(converted).format == "PEFT folder"
-    # Nothing was asked of any other machine.
+    # The page sent no request to another machine.
     assert len(person.requests) > 50
     assert [url for url in person.requests if not url.startswith((served.address, "data:", "blob:"))] == []
 
@@ -185,7 +185,7 @@ def compare_and_export(person: Person, run: Path) -> None:
     page.locator("#compare-export").click()
     person.says("compare-message", "Exported: ")
     assert list((run / "exports").glob("**/*.safetensors"))
-    # A grid of prompts and strengths, drawn by the queue.
+    # The queue draws a grid of prompts and strengths.
     page.locator("#compare-draw > button").click()
     page.locator("#compare-strengths :is(input, textarea)").fill("0, 1")
     page.locator("#compare-go").click()
@@ -206,8 +206,7 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     run = room / "runs" / name
     person.sees("running")
     wait_for(lambda: run_folder.read(run).step >= 10 and list(run.glob("checkpoints/*/complete")))
-    # Held still in mid-run, it is at the same step before the program is closed, in another one, and in a second
-    # browser.
+    # While the run is suspended, the first front end, a second one and a second browser show the same step.
     with suspended(run_folder.read(run).pid):
         step = str(run_folder.read(run).step)
         person.sees("running", step)
@@ -221,7 +220,7 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
         other.page.get_by_role("tab", name="執行紀錄", exact=True).click()
         other.sees("running", step)
         other.page.locator("#run-status").get_by_text("執行中", exact=True).wait_for()
-    # The program that began it is closed, and the run goes on. The log stays at its end.
+    # The front end that started the run has ended, and the run continues. The log stays scrolled to its end.
     wait_for(lambda: run_folder.read(run).step > int(step))
     assert run_folder.status(run) == "running"
     person.page.wait_for_function(
@@ -234,7 +233,7 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     person.page.locator("#run-resume").click()
     person.sees("running")
     other.sees("running")
-    # The second browser stops what the first one started.
+    # The second browser stops the run that the first one started.
     other.page.locator("#run-stop").click()
     person.sees("stopped")
     stopped = run_folder.read(run)
@@ -243,18 +242,18 @@ def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, f
     assert inspect.inspect(run / stopped.adapter).trigger == "sks toy"
     person.page.locator("#run-resume").wait_for()
     sees_buttons(person, visible=("run-delete",), hidden=("run-save-now", "run-sample-now", "run-notify"))
-    # Any run of the list can be looked at.
+    # Each run of the list can be opened.
     oldest = min(person.runs())
     person.page.locator(f'[data-run="{oldest}"]').click()
     person.page.locator("#run-status h2").get_by_text(oldest).wait_for()
     person.page.wait_for_url(lambda url: "tab=runs" in url and f"run={oldest}" in url)
-    # The address is a link to that run, for another browser too.
+    # The address is a link to that run and works in another browser.
     other.open(person.page.url)
     other.page.locator("#run-status h2").get_by_text(oldest).wait_for()
 
 
 def sees_buttons(person: Person, *, visible: tuple[str, ...], hidden: tuple[str, ...]) -> None:
-    """Open "Settings, notes and more" of a run, and look which buttons it has."""
+    """Open "Settings, notes and more" of a run, and check which buttons are visible."""
     person.page.locator("#run-tools > button").click()
     for name in visible:
         person.page.locator(f"#{name}").wait_for()
@@ -264,7 +263,7 @@ def sees_buttons(person: Person, *, visible: tuple[str, ...], hidden: tuple[str,
 
 @contextmanager
 def suspended(pid: int) -> Iterator[None]:
-    """The process stands still."""
+    """Suspend the process in this context."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -273,7 +272,7 @@ def suspended(pid: int) -> Iterator[None]:
 
 
 def test_a_caption_stays_with_its_photo_when_another_folder_comes(person: Person, room: Path):
-    """It belongs to the photo that it was typed for, whatever the page shows by the time it is saved."""
+    """A caption is saved for the photo for which it was typed, even if the page shows another folder by then."""
     for name, colour in (("A", "red"), ("B", "blue")):
         (room / name).mkdir()
         Image.new("RGB", (64, 64), colour).save(room / name / "00.png")
@@ -288,7 +287,7 @@ def test_a_caption_stays_with_its_photo_when_another_folder_comes(person: Person
     person.choose("photos-folder", room / "A")
     person.page.locator(f"textarea[data-file='{room}/A/00.png']").wait_for()
     assert field.input_value() == "written for A"
-    # The folder's field has the other folder, but its cards have not come yet.
+    # The field names the other folder, but the page still shows the cards of the first one.
     person.page.locator("#photos-folder input").fill(str(room / "B"))
     person.page.locator(".lk-save").click()
     person.page.locator(f"textarea[data-file='{room}/B/00.png']").wait_for()
@@ -321,7 +320,7 @@ def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, roo
     person.fill("adapter.rank", "4")
     person.says("option-adapter-rank", "Changed from the preset")
     person.says("train-changed", "Rank: 8 → 4")
-    # A reload keeps the answers, and comes back to the page.
+    # A reload restores the answers and opens the same page.
     person.open(page.url)
     page.locator("#option-data-name").wait_for()
     page.wait_for_function("document.querySelector('#option-data-name :is(input, textarea)').value === 'sks toy'")
@@ -333,7 +332,7 @@ def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, roo
     person.choose("option-model-base", "pocket")
     person.choose("option-data-folder", room / "empty")
     person.says("train-plan", "0 images in")
-    # A preset's difference is shown before it is applied.
+    # The page shows the changes of a preset before it is applied.
     page.locator("#preset input").click()
     page.get_by_role("option", name="style-sdxl", exact=True).click()
     person.says("preset-difference", "Rank")
@@ -352,25 +351,25 @@ def test_everything_is_reached_by_keyboard_and_fits_a_phone(chromium, served, ro
     assert page.evaluate("document.body.classList.contains('dark')")
     person.choose("photos-folder", room / "photos")
     page.locator(".lk-card img").first.wait_for()
-    # A button that leads to another page and goes away gives the focus to the tab of that page.
+    # A button opens another page and disappears; the focus moves to the tab of that page.
     page.locator("#photos-next").focus()
     page.keyboard.press("Enter")
     page.wait_for_function("document.activeElement.matches('#pages [role=tab][aria-selected=true]')")
     assert page.locator("#pages button[role=tab]").nth(1).get_attribute("aria-selected") == "true"
     for name in TABS:
-        # The check may redraw its cards while the keys go through them, which takes their marks: then once more.
+        # The check can replace the cards, and their marks, while the keys go through them. Then try again.
         deadline = time.monotonic() + SECONDS
         missed = missed_by_keyboard(page, name)
         while missed and time.monotonic() < deadline:
             missed = missed_by_keyboard(page, name)
         assert missed == set(), name
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
-    boxes = page.locator("button.upload-container")  # what they say is their name
+    boxes = page.locator("button.upload-container")  # their text is their accessible name
     assert boxes.count() >= 2 and page.locator("button.upload-container[aria-label]").count() == 0
 
 
 def missed_by_keyboard(page, name: str) -> set[str]:
-    """What of a page the keys do not come to: the arrow to its tab, and from there the tab key through all it holds."""
+    """Return the elements of a page that the Tab key does not reach from the page's tab."""
     page.locator("#pages button[role=tab]").nth(TABS.index(name)).focus()
     page.keyboard.press("Enter")
     reachable = set(page.evaluate(REACHABLE))
@@ -382,7 +381,7 @@ def missed_by_keyboard(page, name: str) -> set[str]:
     return reachable - reached
 
 
-# Marks whatever can be used on the page that is open, and gives the marks.
+# Marks all elements of the open page that a user can operate, and returns the marks.
 REACHABLE = """() => {
   const shown = [...document.querySelectorAll('#pages :is(button, input, textarea, select, summary)')].filter(
     (one) => one.checkVisibility({visibilityProperty: true}) && !one.disabled && one.type !== 'file'
@@ -397,12 +396,12 @@ def test_only_what_is_offered_is_served(served):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{served.address}/{path}")
         assert refused.value.code in (403, 404)
-    # A page from elsewhere that gives its own name this machine's address.
+    # DNS rebinding: the name of another site resolves to this machine's address.
     request = urllib.request.Request(served.address, headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request)
     assert refused.value.code == 400
-    # More than --max-upload.
+    # An upload over --max-upload is refused.
     head = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
     form = {"Content-Type": "multipart/form-data; boundary=cut"}
     for size, code in ((1000, 200), (1_100_000, 413)):

@@ -1,4 +1,4 @@
-"""Many captions changed on the page of photos: preview, change, undo, and a model that writes them."""
+"""Changes of many captions on the page of photos: preview, change, undo, and captions by a model."""
 
 import subprocess
 import sys

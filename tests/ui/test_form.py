@@ -146,7 +146,7 @@ def test_the_front_end_names_no_option_and_trains_nothing():
     for path in [ROOT / "ui.py", *(ROOT / "lorakit/ui").glob("*.py")]:
         code = path.read_text(encoding="utf-8")
         named = {key for key in keys if f'"{key}"' in code or f"'{key}'" in code}
-        # The adapter's section is a tagged union: its tag says which options there are.
+        # The adapter's section is a tagged union. Its tag, the method, decides which options exist.
         assert named <= {"adapter.method"}, path.name
         assert not re.search(r"\btorch\b(?! never)|diffusers\.|backward\(|optimizer\.step", code), path.name
 

@@ -1,4 +1,4 @@
-"""What is refused before a page sees it, by plain HTTP."""
+"""Requests that the server refuses before the page gets them, sent by plain HTTP."""
 
 import http.client
 from collections.abc import Iterator

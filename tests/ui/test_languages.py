@@ -1,4 +1,4 @@
-"""A file in ui/texts/ is a language: each says what English says, with the same values, and the page sends one."""
+"""The language files in ui/texts/: each has the lines of English with the same values, and the page uses one."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from lorakit.ui import form, texts
 
 OTHERS = [name for name in texts.LANGUAGES if name != "en"]
 PARTS = {"about", "texts", "sections", "options", "choices", "joints", "sentences"}
-# How many lines a language that machines made lacks, or has too many, while others are changed; may only fall.
+# Number of missing or unused lines that a machine-made language may have. The limit may only be lowered.
 LACKING = 0
 
 
 def lines(language: str) -> Iterator[tuple[str, str, str]]:
-    """Part, key and text of a language."""
+    """Yield part, key and text of each line of a language."""
     for part in PARTS - {"about"}:
         for key, text in vars(texts.source(language))[part].items():
             yield from ((part, key, one) for one in (text if part == "options" else [text]))
@@ -81,10 +81,10 @@ def test_a_language_says_what_english_says_with_the_same_values(language: str):
         if part == "texts" and key in english["texts"]:
             assert values(text) == values(english["texts"][key]), key
         elif part == "sentences" and "{" in key.replace("{{", ""):
-            # A translation may leave out one value.
+            # A translation may omit one value.
             assert values(text) <= values(key) and len(values(key) - values(text)) <= 1, key
     assert all(len(pair) == 2 for pair in content["options"].values())
-    # Between two asterisks the page reads emphasis, and takes them away.
+    # The page removes a pair of asterisks and emphasizes the text between them.
     table = texts.table(language)
     assert [key for key, text in table.items() if key.startswith("help.") and text.count("*") > 1] == []
 
@@ -105,7 +105,7 @@ GOOD = {"about": {"name": "X", "locale": "xx", "serves": ["xx"], "by_machine": F
 
 
 def folder_with(place: Path, content: bytes) -> Path:
-    """English as it is, and a file of another language."""
+    """Write a folder with the English file and a file of another language."""
     (place / "en.json").write_bytes((texts.FOLDER / "en.json").read_bytes())
     (place / "xx.json").write_bytes(content)
     return place

@@ -1,4 +1,4 @@
-"""The page that is served, by plain HTTP: its size, its language, what it answers to values that no page sends."""
+"""The page by plain HTTP: its size, its language, and its answers to values of a wrong type."""
 
 import gzip
 import http.client
@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def ask(server: Server, path: str, payload: object = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers; POST where something is sent."""
+    """Return status, body and headers of a GET request, or of a POST request with this payload."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     body = None if payload is None else json.dumps(payload)
@@ -63,8 +63,7 @@ def test_a_choice_on_the_page_goes_before_the_browsers_language(
 
 
 def function_with(server: Server, kind: str) -> tuple[int, list[str], int]:
-    """An event that is sent to the server with a component of that kind: its number, its inputs, the component's
-    place among them."""
+    """Find an event with an input of this kind; return its number, the kinds of its inputs, and this input's index."""
     config = json.loads(ask(server, "/config")[1])
     kinds = {component["id"]: component["type"] for component in config["components"]}
     for event in config["dependencies"]:
@@ -99,7 +98,7 @@ def test_events_of_the_page_are_not_offered_to_programs(server: Server):
 
 
 def test_no_script_declares_what_gradio_gives_to_it(server: Server):
-    """Such a script does not run at all."""
+    """A script that declares one of these names does not run."""
     reserved = "element|trigger|props|server|upload|watch"
     scripts = [c["props"].get("js_on_load") or "" for c in json.loads(ask(server, "/config")[1])["components"]]
     assert len([script for script in scripts if script]) > 3

@@ -1,4 +1,4 @@
-"""The pages' handlers, called as the browser calls them."""
+"""The handlers of the pages, called with the values that the browser sends."""
 
 import re
 from dataclasses import replace
@@ -42,7 +42,7 @@ def train(workspace: Workspace) -> TrainPage:
 
 
 def answered(train: TrainPage, base: Path, **more: object) -> tuple[list[object], dict[str, object]]:
-    """Values of all widgets, and what the page remembers, for somebody who answered the questions."""
+    """Return the values of all widgets and the marks of the page after a user has answered the questions."""
     marks = dict(train.marks.value)
     fields = {key: marks["values"][key] for key in train.keys} | {
         quickstart.PHOTOS: str(train.workspace.roots.paths[0]),
@@ -59,7 +59,7 @@ def test_the_complete_page_is_built(workspace: Workspace):
 
 
 def answer(train: TrainPage, marks: dict[str, object], values: list[object]) -> tuple[object, ...]:
-    """(plan, changed, start, marks, draft, what each widget is told) after an answer."""
+    """Return (plan, changed, start, marks, draft, option -> update of its widget) after an answer."""
     plan, changed, start, _, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
     return plan, changed, start, marks, draft, dict(zip(train.keys, updates, strict=True))
 
@@ -70,10 +70,10 @@ def test_answers_lead_to_a_plan(train: TrainPage, tiny_sd1: Path):
     assert start["interactive"] is False
     plan, start = train.plan([draft["values"][key] for key in train.keys], SAY)
     assert "The plan" in plan and "3 photos" in plan and start["interactive"] is True
-    # The base is another family's: every option went with its preset.
+    # The base belongs to another family, so all options have changed to its preset.
     assert marks["values"]["data.resolution"] == 512
     assert updates["data.resolution"]["value"] == 512
-    # The photos are looked at by now: the plan that is shown stays until the next one is there.
+    # The check of the photos has ended. The page keeps the plan until the next one is ready.
     assert answer(train, marks, [draft["values"][key] for key in train.keys])[0] == gr.skip()
 
 
@@ -85,7 +85,7 @@ def test_the_page_refuses_what_a_run_refuses(train: TrainPage, tiny_sd1: Path):
     message, name = train.begin(values, SAY)
     assert message.count("format cannot carry this DoRA") == 2 and name is None and not train.workspace.queue.jobs()
     assert "裝不下這個 DoRA" in train.plan(values, texts.sayer("zh-Hant"))[0]
-    # What a program does not read keeps nobody from training.
+    # A format that some program cannot read does not prevent training.
     values, _ = answered(train, tiny_sd1, adapter__method="dora")
     plan, start = train.plan(values, SAY)
     assert "dora in the kohya format is honoured by" in plan and start["interactive"] is True
@@ -96,7 +96,7 @@ def test_what_was_changed_by_hand_stays(train: TrainPage, tiny_sd1: Path):
     _, changed, _, marks, draft, updates = answer(train, marks, values)
     assert "value" not in updates["data.resolution"] and "Changed from the preset" in updates["data.resolution"]["info"]
     assert "Resolution: 512 → 128" in changed
-    # The preset's length gives way to one of one's own, and comes back when that is taken back.
+    # A user's own length replaces the preset's. If the user removes it, the preset's length returns.
     before = marks["values"]["train.steps_per_image"]
     assert before and updates["train.steps_per_image"]["value"] == ""
     fields = draft["values"] | {"train.steps": ""}
@@ -108,7 +108,7 @@ def test_what_belongs_to_a_change_gives_way_as_on_the_command_line(train: TrainP
     values, marks = answered(train, Path("pocket"))
     fields = dict(zip(train.keys, values, strict=True)) | {quickstart.BASE: "pocket", "train.prior": "none"}
     *_, draft, updates = answer(train, marks, [fields[key] for key in train.keys])
-    # The preset's class images mean nothing without that prior, and would be an error.
+    # The preset's number of class images would be an error without the prior, so it is reset.
     assert updates["train.class_images"]["value"] == TrainConfig.class_images
     plan, start = train.plan([draft["values"][key] for key in train.keys], SAY)
     assert "The plan" in plan and start["interactive"] is True
@@ -134,7 +134,7 @@ def test_a_base_outside_of_the_roots_is_not_looked_at(train: TrainPage):
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, for this process and for those it starts."""
+    """An empty cache of the hub for this process and for processes that it starts."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
@@ -151,7 +151,7 @@ def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
     values, marks = answered(train, Path("org/tiny"))
     with hub_server.serve(tiny_sd1, requests) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        # The user's own word on the network holds for what is asked for, too.
+        # The user's own HF_HUB_OFFLINE also applies to a download that the user requests.
         monkeypatch.setattr(commands, "USERS", "1")
         reply = train.fetch_base(values, SAY)
         assert "base org/tiny is not in the cache and HF_HUB_OFFLINE is set" in reply and "lk-problem" in reply
@@ -166,12 +166,12 @@ def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
         assert requests == [], "typing, planning and starting ask nothing of the network"
         assert "org/tiny is on this machine now" in train.fetch_base(values, SAY)
         assert requests
-    # The hub is gone: the base is here.
+    # The hub is offline now, and the base is in the cache.
     plan, _, _, fetch, _, draft, *_ = train.answer("balanced", marks, values, SAY)
     assert fetch["visible"] is False
     plan, start = train.plan([draft["values"][key] for key in train.keys], SAY)
     assert "from the hub: org/tiny@" in plan and start["interactive"] is True
-    # And one that cannot be had says why.
+    # The download of another base fails with its reason.
     values, _ = answered(train, Path("org/other"))
     reply = train.fetch_base(values, SAY)
     assert "base org/other is not in the cache and cannot be fetched from" in reply and "lk-problem" in reply
@@ -240,7 +240,7 @@ def test_a_page_of_photos(workspace: Workspace, train: TrainPage, tiny_sd1: Path
     summary, cards = photos.checked(folder, 0, config, SAY)
     assert cards.count('<li class="lk-card') == PAGE and "trained at 64 × 64" in cards
     assert "lk-crop" in cards, "a photo of 90 x 64 is cropped, and it is shown where"
-    # What is known is told at once.
+    # The next call returns the results of the check at once.
     assert photos.show(folder, 0, config, SAY)[:2] == [summary, cards]
     _, cards, _, previous, _, following, _, first, _ = photos.show(folder, 10 * PAGE, config, SAY)
     assert first == PAGE and cards.count('<li class="lk-card') == 2
@@ -291,21 +291,21 @@ def test_only_checkpoints_that_have_a_file_are_offered(workspace: Workspace, tin
     (run.checkpoints / "step-000010" / "complete").touch()
     run.update(state="done", step=15, steps=15, adapter="toy.safetensors")
     run.unlock()
-    # Step 5 was rotated away; it was marked while it was there.
+    # The run deleted the checkpoint of step 5, which the user had marked before.
     (place / "choice.json").write_text('{"step": 5}')
     table, _, steps, *_ = page.show("one", SAY)
     assert [step for _, step in steps["choices"]] == [10, 15] and steps["value"] == 15
     assert table.count("no file: the run keeps") == 1 and "step 5" in table and "marked as best" in table
     assert "no longer has a file of its own" in page.mark_best("one", 5, SAY)
     assert "Step 10 is marked" in page.mark_best("one", 10, SAY) and page.show("one", SAY)[2]["value"] == 10
-    # The page of runs offers the same files, each beside its pictures; a checkpoint without pictures too.
+    # The page of runs offers the same files beside their pictures, and also a checkpoint without pictures.
     (run.checkpoints / "step-000012").mkdir()
     (run.checkpoints / "step-000012" / "complete").touch()
     samples = _samples(workspace, run, read(place), SAY)
     assert re.findall(r"data-take=(\d+)", samples) == ["15", "12", "10"] and "no file: the run keeps" in samples
     message, file = export_step(workspace, "one", 15, "", SAY)
     assert "Exported: toy.safetensors" in message and Path(file["value"][0]).read_bytes() == b"adapter"
-    # The file of the last step, deleted by hand.
+    # The user deletes the file of the last step.
     (place / "toy.safetensors").unlink()
     assert [step for _, step in page.show("one", SAY)[2]["choices"]] == [10]
     assert "no longer has a file of its own" in export_step(page.workspace, "one", 15, "kohya", SAY)[0]
@@ -321,7 +321,7 @@ def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: W
     assert not (workspace.runs / "gone").exists()
     for text in ("abc", "0, x", "1;2", "nan"):
         assert "is no strength: give numbers" in page.draw_grids("gone", ["a.safetensors"], "", text, SAY)[0]
-    # Nothing chosen at all.
+    # No run is chosen.
     for message in (
         export_step(page.workspace, None, None, "kohya", SAY)[0],
         page.draw_grids(None, [], "", "1", SAY)[0],
@@ -406,7 +406,7 @@ def test_only_photos_that_the_run_was_trained_on_are_near(workspace: Workspace, 
     Image.effect_noise((90, 64), 9).convert("RGB").save(tmp_path / "photos" / "later.png")
     Image.effect_noise((80, 64), 9).convert("RGB").save(tmp_path / "photos" / "1.png")
     assert [path.name for path, _ in _photos_of(run, workspace)] == ["0.png", "2.png"]
-    run.write_plan({})  # of a run that has no list
+    run.write_plan({})  # a plan without a list of photos
     assert len(_photos_of(run, workspace)) == 4
 
 
@@ -419,13 +419,13 @@ def test_ones_own_presets_are_used_and_carried(train: TrainPage, tmp_path: Path)
     assert train.restore({"values": {}, "preset": path})[3] == path
     text = Path(path).read_text()
     assert "rank = 3" in text and str(tmp_path / "photos") not in text, "photos are no part of a preset"
-    # It is shown as what would change, and applied.
+    # The page shows what the preset changes, and applies it.
     others = answered(train, Path("pocket"))[0]
     assert "Rank" in train.difference_of(path, "balanced", others, SAY)
     updates = dict(zip(train.keys, train.apply_preset(path, "balanced", marks, others)[1:], strict=True))
     assert updates["adapter.rank"]["value"] == 3
     assert train.export_of(path)["visible"] and not train.export_of("/etc/passwd")["visible"]
-    # It is not written over; another program's file is refused; a file of that kind is taken in.
+    # A preset is not overwritten. A file with a wrong value is refused.
     values = [fields[key] for key in train.keys]
     assert "already: give another name" in train.keep_preset("my small one", values, SAY)[0]
     assert "Give the preset a name" in train.keep_preset(" ", values, SAY)[0]

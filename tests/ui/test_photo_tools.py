@@ -1,4 +1,4 @@
-"""The page of photos as a tool: turn, crop, several folders. Nothing is written into a folder of photos."""
+"""The tools of the page of photos: turn, crop, mask, several folders. They write no file into a folder of photos."""
 
 import base64
 import io
@@ -76,8 +76,8 @@ def test_a_mask_is_painted_shown_and_undone(workspace: Workspace) -> None:
     bright = masked.sum() / plain.sum()
     assert masked.shape == (90, 60) and 0.35 < bright < 0.55
     assert masked[15:20, 20:25].mean() == pytest.approx(plain[15:20, 20:25].mean(), rel=0.15)
-    assert masked[60:, :].mean() < 0.35 * plain[60:, :].mean()  # the lower half is left out
-    # The option that counts masks goes on with the first stroke, and off with the last where there is no mask file.
+    assert masked[60:, :].mean() < 0.35 * plain[60:, :].mean()  # the mask excludes the lower half
+    # The first stroke switches `train.masked_loss` on. Removing the last one switches it off if no mask file exists.
     config = config_of(workspace)
     assert page.uses_masks("", lines, False, config) is True and page.uses_masks(lines, lines, False, config) is False
     lines = PhotosPage.edit(PhotosPage.edit(lines, "a.png", "unpaint"), "a.png", "unpaint")
@@ -86,7 +86,7 @@ def test_a_mask_is_painted_shown_and_undone(workspace: Workspace) -> None:
     )
     Image.new("L", (60, 60), 255).save(toys / "b.mask.png")
     assert page.uses_masks('{"a.png" = "erase 9 1 2"}', lines, True, config) is True
-    # What no page sends changes nothing.
+    # Values that the page cannot send change nothing.
     assert PhotosPage.edit(lines, "a.png", "paint", [1, 2] * 3000, (10, 1)) == lines
     assert PhotosPage.edit(lines, "a.png", "paint", [1, 2], (-10, 1)) == lines
     assert {path: path.read_bytes() for path in before} == before

@@ -1,4 +1,4 @@
-"""Pictures as they were drawn, in the viewer and on the page that tries adapters."""
+"""Pictures in the viewer, on the compare page and on the page that tries adapters."""
 
 import base64
 import io

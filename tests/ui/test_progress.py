@@ -1,4 +1,4 @@
-"""How far a drawing is, what a card does, and the end of a front end that another program started."""
+"""The progress of a drawing, the state of the GPU, and the end of a front end that another program started."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""No request of the page is long: a proxy between browser and program may cut off what is silent for some seconds."""
+"""No request of the page takes long, because a proxy may close a connection that is silent for some seconds."""
 
 import re
 import threading
@@ -23,13 +23,13 @@ from lorakit.ui import app, commands, language, tasks as tasks_module, texts  # 
 from lorakit.ui.tasks import Tasks  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
-# Events that are answered in their own request: they read and write files of some kilobytes, or look at names.
+# Events whose own request returns the result. They read or write files of some kilobytes, or only names.
 PLAIN = {
     "add_folder", "answer", "apply", "choose", "difference", "edit", "end", "go_on", "grid_status",
     "handler", "keep", "look", "poll", "presets", "remedy", "remove_folder", "restore", "reuse", "runs",
     "save_caption", "show", "take", "visit",
 }  # fmt: skip
-# Milliseconds that a request may take here, on any machine that is not at its end.
+# Time limit of a request in milliseconds, long enough for a busy machine.
 LONGEST = 5000
 
 
@@ -53,7 +53,7 @@ def test_every_event_that_can_be_long_is_polled(workspace: Workspace):
 
 
 def test_a_slow_task_holds_no_request_of_the_page(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
-    """Every event that is polled, with work that does not end before the last has been asked."""
+    """The test sends each polled event, with work that does not end before all requests have returned."""
     gate, start = threading.Event(), Tasks.start
     monkeypatch.setattr(tasks_module, "PATIENCE", 0.05)
 
@@ -78,7 +78,7 @@ def test_a_slow_task_holds_no_request_of_the_page(workspace: Workspace, monkeypa
 
 @pytest.fixture
 def gate(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """What takes long takes as long as the gate is closed: check, download, conversion and captions."""
+    """Check, download, conversion and captions wait until this gate opens."""
     gate, file = threading.Event(), workspace.roots.paths[0] / "x.safetensors"
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     shapes = {"lora_down.weight": (2, 768), "lora_up.weight": (320, 2)}
@@ -126,7 +126,7 @@ def test_what_takes_long_says_so_in_a_browser_and_no_request_is_long(
         page.locator("body[data-ready]").wait_for()
         choose("photos-folder", root / "photos")
         page.locator("#photos-cards .lk-card").first.wait_for()
-        # The check says which photo it is at, or for how long it has worked, whichever comes first.
+        # The check shows either the number of its photo or the seconds of its work.
         wait_for_line("photos-summary", re.compile(f"{re.escape(texts.sayer('en')('photos.checking'))}|Working"))
         page.locator("#captions > button").click()
         page.locator("#captions-write").click()
@@ -138,7 +138,7 @@ def test_what_takes_long_says_so_in_a_browser_and_no_request_is_long(
         page.locator("#pages button[role=tab]").nth(5).click()
         choose("adapter-path", root / "x.safetensors")
         page.locator("#adapter-convert").click()
-        wait_for_line("adapter-message", re.compile(r"([6-9]|\d\d) s"))  # longer than any request may be
+        wait_for_line("adapter-message", re.compile(r"([6-9]|\d\d) s"))  # longer than the limit of a request
         gate.set()
         page.locator("#adapter-file a").first.wait_for()
     finally:

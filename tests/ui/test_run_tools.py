@@ -1,4 +1,4 @@
-"""What one does with a run on its page: settings, names and notes, remedies, queue and trash."""
+"""The tools for a run on its page: settings, names and notes, remedies, queue and trash."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_a_runs_settings_fill_the_form(page: RunsPage, run: RunFolder, tmp_path:
     filled = dict(zip(train.keys, widgets, strict=True))
     assert folder == str(tmp_path / "photos") and filled[quickstart.NAME] == "sks toy" and preset == ""
     assert (filled["adapter.rank"], filled["train.steps"], filled["memory.base_storage"]) == (7, "9", "nf4")
-    # They stay, as what was changed by hand does.
+    # They stay like options that the user has changed.
     draft = train.answer("balanced", marks, widgets, SAY)[5]
     assert draft["values"]["adapter.rank"] == 7 and draft["values"]["train.steps"] == "9"
     for name in ("two", "../one", ""):
@@ -154,7 +154,7 @@ BUTTONS = ("run-again", "run-save-now", "run-sample-now", "run-first", "run-noti
 
 
 def offered(page: RunsPage, name: str) -> set[str]:
-    """The buttons below "Settings, notes and more" that a page shows for a run."""
+    """Return the buttons below "Settings, notes and more" that the page shows for a run."""
     updates = {
         component.elem_id: bool(update.get("visible", True))
         for component, update in zip(page.outputs, page.poll(name, {}, SAY), strict=True)

@@ -1,4 +1,4 @@
-"""The page of runs: every state has its reason, and what a button said is over with the state that it was said of."""
+"""The page of runs: it shows the reason of each state, and a button's message disappears when the state changes."""
 
 import errno
 import json
@@ -50,7 +50,7 @@ def run(page: RunsPage, tmp_path: Path) -> RunFolder:
 
 
 def kill(run: RunFolder) -> None:
-    """As a killed process leaves it."""
+    """Change the state of a run to that of a killed process."""
     text = run.state_file.read_text()
     atomic.write(run.state_file, text.replace(f'"pid": {run._state.pid}', '"pid": 999999999'))
 
@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_before_its_process_is_gone(page: RunsPag
     queue._write(replace(job, state="running", pid=run._state.pid, pid_start=run._state.pid_start))
     with pytest.raises(LorakitError, match="one is in the queue already"):
         queue.resume(run.path)
-    run.request_stop()  # it saves, and then ends
+    run.request_stop()  # the run still has to save before it ends
     assert queue.resume(run.path).state == "waiting"
     assert queue.cancel(queue.waiting()[0].number)
     run.stop_file.unlink()
@@ -110,7 +110,7 @@ def test_a_run_that_was_stopped_offers_its_file(page: RunsPage, run: RunFolder):
 
 
 def test_a_file_that_cannot_be_offered_says_why(page: RunsPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
-    """There is no button, and the page says what failed, why and what to do; while it is being copied it says that."""
+    """The page shows no button, but the error, its reason and a remedy. First it says that the file is being copied."""
     gate = threading.Event()
 
     def copy(source: Path, target: Path) -> None:

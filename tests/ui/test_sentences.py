@@ -1,4 +1,4 @@
-"""What other rooms say is said in every language of the page: plans, findings about photos, problems of a config."""
+"""Messages of the other packages are translated: plans, findings about photos, problems of a config."""
 
 import dataclasses
 import itertools
@@ -28,27 +28,27 @@ from lorakit.ui import texts
 from lorakit.ui.texts.sentences import Sentences
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
-# Those that a person keeps; what machines made of them may lack a line for a while, see test_languages.py.
+# The tables of languages that people translate. test_languages.py checks those that a machine makes.
 TABLES = {
     name: texts.sentences(name) for name in texts.LANGUAGES if name != "en" and not texts.source(name).about.by_machine
 }
 
 
 def lacking(lines: list[str]) -> list[str]:
-    """Those that some language has no line for, parts of messages among them."""
+    """Return the lines, and parts of lines, for which a language has no translation."""
     every = [part for line in dict.fromkeys(lines) for part in parts(line)]
     return [part for part in every if any(table.translated(part) is None for table in TABLES.values())]
 
 
 def parts(text: str) -> Iterator[str]:
-    """A message and the messages in it."""
+    """Yield a message and the messages in its values."""
     if not isinstance(text, Joined):
         yield text
     inside = text.parts if isinstance(text, Joined) else text.values.values() if isinstance(text, Message) else ()
     yield from (part for value in inside if isinstance(value, Message) for part in parts(value))
 
 
-# -- how it is done -------------------------------------------------------------------------------------------------
+# -- translation of one message -------------------------------------------------------------------------------------
 
 
 def test_no_space_stands_between_two_words_of_a_script_without_spaces():
@@ -86,10 +86,10 @@ def test_a_message_is_translated_by_its_template_with_its_values():
     cause = Message("{file}: {what}", Message("{names} and {count} more", "a {b}", 2), "damaged")
     assert table.translated(cause) == "« a {b} et 2 autres » : abîmé"
     assert table.translated(join("; ", [cause, "else"])) == "« a {b} et 2 autres » : abîmé ; else"
-    # What has no line stays as it is, as does a finished sentence that only looks like one.
+    # A message without a line is not translated, nor is a plain string that only looks like a message.
     assert table.translated(Message("{file}: {what}!", "a", "damaged")) is None
     assert table.translated("a.png: damaged") is None and table.translated("") is None
-    # A log that another program wrote.
+    # A log of another program can lack values.
     assert table.translated(from_json("a: b", {"key": "{file}: {what}", "values": {"file": "a"}})) is None
 
 
@@ -101,7 +101,7 @@ def test_english_stays_as_it_is_and_chinese_is_translated_line_by_line():
 
 
 def test_chinese_is_written_as_in_taiwan():
-    """Marks of the full width beside Chinese, and no word of the mainland's for what Taiwan calls otherwise."""
+    """Punctuation after Chinese characters has full width, and the words are those of Taiwan, not of the mainland."""
     content = vars(texts.source("zh-Hant"))
     every = [text for part in ("texts", "sections", "choices", "sentences") for text in content[part].values()]
     for text in [*every, *itertools.chain(*content["options"].values())]:
@@ -111,11 +111,11 @@ def test_chinese_is_written_as_in_taiwan():
         )
 
 
-# -- everything that can be said ------------------------------------------------------------------------------------
+# -- all messages ---------------------------------------------------------------------------------------------------
 
 
 def plans(tiny_sd1: Path) -> Iterator[plan.Plan]:
-    """Plans of every preset, with lengths of every kind, and photos in one size and in several."""
+    """Yield plans of all presets, with each kind of length, and with photos of one size and of several sizes."""
     lengths: list[dict[str, Any]] = [
         {"train.steps": 30},
         {"train.steps": 500, "train.batch_size": 1, "train.gradient_accumulation_steps": 1},
@@ -152,7 +152,7 @@ def test_every_line_of_a_plan_is_translated(tiny_sd1: Path, monkeypatch: pytest.
         all_plans.append(dataclasses.replace(all_plans[0], host=10**9, ram=ram))
     lines = [line for one in all_plans for line in one.lines()]
     assert lacking(lines) == []
-    # As someone reads it: no English word but names of the field's.
+    # The translated plan contains none of these English words.
     translated = texts.sayer("zh-Hant").translate(join("\n", all_plans[1].lines()))
     assert not re.search(r"\b(photos?|steps?|about|modules|weights|each|draw|encode|held|estimate)\b", translated), (
         translated
@@ -176,7 +176,7 @@ def test_notes_about_a_base_are_translated():
 
 
 def bad_photos(photos: Path) -> None:
-    """A folder with everything that can be found in one."""
+    """Write photos with each problem that the check can find."""
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     Image.fromarray(noise).save(photos / "sharp.png")
     (photos / "copy.png").write_bytes((photos / "sharp.png").read_bytes())
@@ -237,7 +237,7 @@ def test_every_finding_about_photos_is_translated(tmp_path: Path):
         kinds |= {key for key, findings in vars(report).items() if key in ("errors", "warnings", "notes") and findings}
     assert kinds == {"errors", "warnings", "notes"}
     assert lacking(lines) == []
-    # Nearly every sentence of checks, decode and photo_folder was made here, so that none is only thought to fit.
+    # The test covers nearly all sentences of checks, decode and photo_folder.
     assert len({re.sub(r"\d+|\"[^\"]*\"|[\w /]+\.\w{3,4}", "", line) for line in lines}) > 40
 
 
@@ -273,7 +273,7 @@ def problems(tables: dict[str, Any], **overrides: Any) -> list[str]:
 def test_every_problem_of_a_config_is_translated(tmp_path: Path):
     steps = {"train": {"steps": 1}}
     problem_lines = problems({"trian": {}, "zzz": {}, "data": 3})
-    # Every option with a value of every wrong kind.
+    # Give each option a wrong value of each type.
     for wrong in (object, 10**12, -(10**12), float("nan"), True, "nonsense", ["nonsense"], [], [3], 0, 0.5, None):
         for method in config.ADAPTER_SECTIONS:
             settings = {k.key: wrong for k in config.options(method) if k.key != "adapter.method"}

@@ -1,4 +1,4 @@
-"""Events that take long return at once, and are asked for until they end."""
+"""Long events return at once, and the page polls them until they end."""
 
 import json
 import threading
@@ -21,7 +21,7 @@ SAY = texts.sayer("en")
 
 
 class Page:
-    """A page whose button works until `gate` opens, seen as a browser sees it: plain requests."""
+    """A page whose button works until `gate` opens, and the plain requests that a browser sends to it."""
 
     def __init__(self) -> None:
         self.gate, self.result, self.progress = threading.Event(), ["<p>ready</p>", "two"], (0, 0)
@@ -53,7 +53,7 @@ class Page:
         return answer["data"], time.monotonic() - begin
 
     def end(self) -> list[object]:
-        """What a look shows once the work has ended."""
+        """Poll until the work has ended, and return the last answer."""
         until = time.monotonic() + SECONDS
         while active((answer := self.call("look", None)[0])[-1]):
             assert time.monotonic() < until
@@ -77,13 +77,13 @@ def active(timer: object) -> bool:
 def test_a_long_event_returns_at_once_and_says_how_far_it_is(page: Page):
     page.progress = (40, 300)
     (line, *_, timer), seconds = page.call("begin", None, None)
-    assert "40 of 300" in line and active(timer) and seconds < 20  # the work waits for half a minute
+    assert "40 of 300" in line and active(timer) and seconds < 20  # the work would take 30 s
     (line, *_, timer), _ = page.call("look", None)
     assert "40 of 300" in line and active(timer)
     page.gate.set()
     first, second, *_, timer = page.end()
     assert (first, second) == ("<p>ready</p>", "two") and not active(timer)
-    # Delivered once; a late look changes nothing.
+    # The result is sent once. A later poll returns nothing new.
     late, _ = page.call("look", None)
     assert "ready" not in str(late) and not active(late[-1])
 

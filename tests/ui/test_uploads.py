@@ -11,7 +11,7 @@ from lorakit.ui.uploads import Upload, take_in
 
 
 def files(folder: Path, *specifications: str) -> list[Path]:
-    """Files as a browser's upload leaves them, each in its own folder: "name" or "name=content"."""
+    """Write files like a browser's upload, each in its own folder. A specification is "name" or "name=content"."""
     paths = []
     for number, (name, _, content) in enumerate(one.partition("=") for one in specifications):
         path = folder / str(number) / name
@@ -31,7 +31,7 @@ TWINS = "several files are called {}, and which belong together is not known; up
     ("names", "captions", "refused"),
     [
         (["a.png", "a.txt=a dog", "b.png=blue", "b.txt=a cat"], {"a.png": "a dog", "b.png": "a cat"}, []),
-        # Two folders with equal names: no caption is anybody's for certain.
+        # Two folders have files of the same names, so it is not clear which caption belongs to which photo.
         (
             ["00.png=red", "00.txt=a dog", "00.png=blue", "00.txt=a cat"],
             {"00.png": None, "00-2.png": None},
@@ -156,7 +156,7 @@ def test_links_of_an_archive_are_left_out(tmp_path: Path):
     [
         (lambda content: b"PK no zip", "damaged, or not a zip; unpack it yourself"),
         (lambda content: content.replace(content[60:90], bytes(30), 1), "damaged, or not a zip; unpack it yourself"),
-        # The flag of an encrypted entry, in its header and in the directory.
+        # Set the flag of an encrypted entry in its header and in the directory.
         (
             lambda content: (content[:6] + b"\x01" + content[7:]).replace(b"PK\x01\x02\x14\x03\x14\x00\x00",
                                                                          b"PK\x01\x02\x14\x03\x14\x00\x01"),

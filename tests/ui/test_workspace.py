@@ -35,7 +35,7 @@ def opened(address: str) -> Image.Image:
 
 def test_thumbnails_are_upright_small_and_the_photos_colour(tmp_path: Path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned: shown 400 wide, 600 high
+    exif[0x0112] = 6  # rotated: the photo is shown with 400 x 600 px
     path = photo(tmp_path / "a.jpg", (600, 400), "#c08040", exif=exif)
     thumbnail = Thumbnails().get(path, 90)
     assert thumbnail.size == (400, 600) and thumbnail.problem == ""
@@ -69,7 +69,7 @@ def test_a_page_of_large_photos_is_quick(tmp_path: Path):
         noise.save(path, quality=85)
     start = time.process_time()
     thumbnail = Thumbnails().several([Photo(path, path.name) for path in paths])
-    # 12 megapixels decoded in full and scaled take half a second and more.
+    # Decoding 12 megapixels in full and scaling them takes more than half a second.
     assert (time.process_time() - start) / len(paths) < 0.25
     assert sum(len(one.address) for one in thumbnail) / len(thumbnail) < 60_000
 
@@ -102,7 +102,7 @@ def test_a_linked_photo_has_its_caption_beside_the_link(tmp_path: Path):
     link.symlink_to(path)
     assert workspace.save_caption(link, "a dog") == link.with_suffix(".txt")
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
-    # A caption that is a link to elsewhere is not written through.
+    # A caption is not written through a link that leads outside of the roots.
     link.with_suffix(".txt").unlink()
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
@@ -159,7 +159,7 @@ def test_a_word_changed_decodes_no_photo_again(tmp_path: Path, tiny_sd1: Path):
         .items[0]
         .readable
     )
-    # The same size and time, but no picture any more: who decoded it again would find it out.
+    # The file has the same size and time but is no picture now. Decoding it again would fail.
     before = path.stat()
     path.write_bytes(b"x" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -221,7 +221,7 @@ def test_a_large_file_that_is_copied_for_the_download_holds_nothing_up(tmp_path:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No link, and no room for a copy."""
+    """Hard links fail, and the disk has no space for a copy."""
 
     def copy(source: Path, target: Path) -> None:
         Path(target).write_bytes(b"wei")
