@@ -1,9 +1,10 @@
-"""A make-believe CUDA card for tests, where torch was built without CUDA and there is a C++ compiler.
+"""A make-believe CUDA card for tests with a torch without CUDA. It needs a C++ compiler.
 
     python tests/card/card.py LIBRARY PYTEST-ARGUMENTS...
 
-runs pytest in a process whose torch has the card; `build` makes LIBRARY. See device.cpp for what it is and is not. What
-needs CUDA's own Python side is made up here: streams, events and graphs. There is no Triton, hence no `torch.compile`.
+runs pytest in a process whose torch has the card. `build` compiles LIBRARY; device.cpp says what the card shows. This
+module and graphs.py replace torch's Python code for CUDA: streams, events and graphs. There is no Triton, so
+`torch.compile` does not work.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SOURCE = Path(__file__).with_name("device.cpp")
 
 
 def build(folder: Path, compiler: str) -> Path:
-    """Compile the card's library into `folder`, unless it is there for this source, torch, Python and compiler."""
+    """Compile the card's library into `folder`, unless it exists for this source, torch, Python and compiler."""
     import torch
     from torch.utils import cpp_extension
 
@@ -41,15 +42,17 @@ def build(folder: Path, compiler: str) -> Path:
 
 
 def present(library: Path) -> Any:
-    """Give this process a torch with the card; what counts its memory, copies and waits comes back: `torch.cuda.card`.
-    torch must not be imported yet: it asks once whether there is CUDA."""
+    """Import torch with the card. Return `torch.cuda.card`, which counts memory, copies and waits.
+
+    Call it before torch is imported, because torch looks for a card only at its import.
+    """
     assert "torch" not in sys.modules, "torch looks for a card when it is imported"
     module_spec = importlib.util.find_spec("torch")
     assert module_spec is not None and module_spec.origin is not None
     for name in ("libc10.so", "libtorch_cpu.so", "libtorch.so", "libtorch_python.so"):
         ctypes.CDLL(str(Path(module_spec.origin).parent / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    # These look for more of CUDA than there is, if they are told of a card.
+    # Import these before the card is visible: with a card, they would look for parts of CUDA that it does not have.
     import bitsandbytes  # noqa: F401
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
@@ -61,7 +64,7 @@ def present(library: Path) -> Any:
     card: Any = importlib.util.module_from_spec(spec)
     loader.exec_module(card)
     _play_cuda(torch, card)
-    # The plan tells by torch's version whether it can use CUDA; this one can.
+    # The plan reads torch's version to see whether torch can use CUDA. This torch can.
     from lorakit.runs import plan
 
     plan._no_cuda = lambda: False
@@ -77,7 +80,7 @@ def _play_cuda(torch: Any, card: Any) -> None:
         new, old = (torch.empty(size, dtype=torch.uint8, device=storage.device) for size in (storage.nbytes(), 0))
         return new.copy_(old.set_(storage, 0, (storage.nbytes(),), (1,))).untyped_storage()
 
-    # `with torch.device(...)` knows the functions that make tensors by what they were when it first looked.
+    # `with torch.device(...)` caches torch's factory functions. Fill this cache before `torch.empty` is replaced.
     torch.utils._device._device_constructors()
     empty, pinned = torch.empty, set[int]()
 
@@ -86,14 +89,14 @@ def _play_cuda(torch: Any, card: Any) -> None:
         if pin_memory:
             pinned.add(array.untyped_storage().data_ptr())
         elif pinned and type(array) is torch.Tensor and array.device.type == "cpu":
-            pinned.discard(array.untyped_storage().data_ptr())  # that of pinned memory which was freed
+            pinned.discard(array.untyped_storage().data_ptr())  # reused address of freed pinned memory
         return array
 
     cuda._lazy_init = cuda.synchronize = lambda *_: None
     cuda.empty_cache, cuda.memory_snapshot = card.empty_cache, graphs.snapshot
 
     def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
-        cuda._utils._get_device_index(0 if device is None else device)  # refuses a device without an index
+        cuda._utils._get_device_index(0 if device is None else device)  # raises for a device without an index
         card.set_room(int(fraction * 2**34))
 
     cuda.set_per_process_memory_fraction = set_per_process_memory_fraction

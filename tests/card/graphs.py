@@ -1,4 +1,4 @@
-"""Streams, events and graphs of the make-believe card (`card.py`), as torch's Python side has them."""
+"""Streams, events and graphs of the make-believe card (`card.py`), with the interface of torch's Python classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Event:
 
 
 class Stream:
-    """The main one does everything at once; another leaves its copies from the host until somebody waits."""
+    """The main stream runs everything at once. Other streams delay their copies from the host until a wait."""
 
     device_index = 0
     device = torch.device("cuda", 0)
@@ -31,7 +31,7 @@ class Stream:
     __hash__ = object.__hash__
 
     def __ne__(self, other: object) -> bool:
-        return other is not None and self is not other  # as torch's streams compare with None
+        return other is not None and self is not other  # torch's streams compare like this with None
 
     def wait_stream(self, other: Stream) -> None:
         if not other.main:
@@ -90,7 +90,7 @@ class Graph:
 
 
 class Capture:
-    """Like torch's: where a capture fails, its stream, pool and generators stay as they are."""
+    """As in torch, a failed capture does not restore its stream, pool and generators."""
 
     def __init__(self, graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"):
         self.graph, self.on = graph, On(stream or Stream())

@@ -1,7 +1,8 @@
-"""Whole runs on a card: what they train, what they wait for, and what is on it when.
+"""Complete runs on a card: their results, their waits for the card, and which modules are on it.
 
-On the make-believe card (`card.py`) they equal runs on the CPU, whose kernels compute there. A real card draws other
-random numbers than a CPU: its runs are compared with runs on it without CUDA graphs, under deterministic kernels.
+The make-believe card (`card.py`) uses the CPU's kernels, so its runs must equal runs on the CPU. A real card draws
+other random numbers than a CPU. Its runs are compared with runs without CUDA graphs on the same card, with
+deterministic kernels.
 """
 
 import json
@@ -27,27 +28,27 @@ from lorakit.families import loading
 from lorakit.training import loop, run as train
 from lorakit.training.optimizer_step import OptimizerStep
 
-# The make-believe card counts and limits more than a real one.
+# The make-believe card has counters and limits that a real card does not have.
 card: Any = getattr(torch.cuda, "card", None)
 counted = pytest.mark.skipif(card is None, reason="needs the make-believe card, which counts")
 pytestmark = [
     pytest.mark.usefixtures("short_validation"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
 ]
-# A real card multiplies in TF32, and AdamW makes whole steps of small gradients.
+# A real card multiplies in TF32, and AdamW turns small differences of gradients into large ones of weights.
 CLOSE = 2e-3 if card is not None else 1e-2
 EXACT: dict[str, object] = {} if card is not None else {"train__deterministic": True}
 STEPS = 4
 PASS = "CUDA graphs are on: each batch shape is captured at its first step, at most 16"
 GRAPH = f"{PASS}, and clipping with the optimizer step"
 GRAPHS_OFF = "CUDA graphs are off: "
-# Said where a capture failed.
+# Parts of the messages about a failed capture.
 FAILED = ("CUDA graphs are off, training", "runs without a CUDA graph")
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny bases, by family."""
+    """Family -> tiny base."""
     folder = tmp_path_factory.mktemp("bases")
     return {
         "sd1": tiny.save_sd1(folder / "sd1"),
@@ -58,13 +59,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five photos: two batches of two and one of one."""
+    """Five photos: two batches of two photos and one of one photo."""
     return short_run.noise(tmp_path_factory.mktemp("photos"), 5)
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache for each test, and all the room there is on the card."""
+    """Give each test its own cache; remove the card's memory limit after each test."""
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     yield
     if card is not None:
@@ -83,7 +84,7 @@ def log_values(run: Path, event: str = "message", field: str = "message") -> lis
 
 
 ALL: dict[str, object] = {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
-# What differs from an ordinary run, and how the steps are said to be issued.
+# (family, changes to the config, message about CUDA graphs).
 CASES: list[tuple[str, dict[str, object], str]] = [
     ("sd1", {"optimizer__lr_scheduler": "cosine", "optimizer__warmup_steps": 2, **ALL}, GRAPH),
     ("sd1", {"adapter__dropout": 0.3, "optimizer__name": "lion"}, PASS),
@@ -132,7 +133,7 @@ def test_a_run_on_a_card_trains_what_one_without_its_tricks_trains(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "skipped"), [("bf16", 0), ("fp16", 1)])
 def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path, monkeypatch, precision, skipped):
-    """Also where the first steps overflow in fp16, which are skipped."""
+    """In fp16 the first steps overflow and are skipped."""
     monkeypatch.setattr(loading, "FP16_GRADIENT_SCALE", 2.0**28)
     monkeypatch.setattr("lorakit.training.loop.READ_EVERY", 1)
     short_run.unchecked(monkeypatch)
@@ -156,7 +157,7 @@ def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path, 
     ],
 )
 def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, changes):
-    """Nor is anything of the photos copied: what the host sends for a step is smaller than one latent."""
+    """Photos are not copied in a step either: the host's copies for a step are smaller than one latent."""
     syncs: list[tuple[int, int]] = []
     step = OptimizerStep.__call__
 
@@ -170,13 +171,13 @@ def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, c
     monkeypatch.setattr(loop, "READ_EVERY", STEPS)
     short_run.unchecked(monkeypatch)
     train.train(run_config(bases["sd1"], photos, tmp_path / "run", train__batch_size=5, **changes))
-    # At the first step a graph is compared with the pass without it, at the second another with the optimizer's step.
+    # The first two steps compare graphs with eager execution: one of the pass, and one of the optimizer step.
     assert [waits for waits, _ in syncs[2:]] == [0] * (STEPS - 2)
     assert max(copied for _, copied in syncs[2:]) < 4 * 8 * 8 * 4
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, look: Callable[[Any], Any], *parts: str) -> None:
-    """Whenever one of these modules of a base is about to compute, `look` is given the base."""
+    """Call `look` with the base before each forward pass of one of these modules."""
     load = families.load
 
     def watched(*args):
@@ -194,7 +195,7 @@ def where(module: Any) -> str:
 
 @pytest.mark.gpu
 def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, monkeypatch):
-    """Until the checked file is drawn from: where text encoders compute there is no UNet, and the other way round."""
+    """While a text encoder computes, the UNet is not on the card, and the other way round."""
     alone: set[tuple[str, ...]] = set()
 
     def look(family):
@@ -207,7 +208,7 @@ def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, mon
 
 @pytest.mark.gpu
 def test_t5_has_left_the_card_when_the_unet_computes(bases, photos, tmp_path, monkeypatch):
-    """Though the other text encoders stay, as they are trained."""
+    """The other text encoders stay on the card, because they are trained."""
     there: set[tuple[str, ...]] = set()
 
     def look(family):
@@ -216,7 +217,7 @@ def test_t5_has_left_the_card_when_the_unet_computes(bases, photos, tmp_path, mo
     watch(monkeypatch, look, "unet")
     changes = {"adapter__train_text_encoder": True, "output__formats": ["diffusers"], **ALL}
     train.train(run_config(bases["sd3"], photos, tmp_path / "run", **changes))
-    assert there == {("cuda", "cuda", "cpu"), ("cpu", "cpu", "cpu")}  # the latter in the check of the file
+    assert there == {("cuda", "cuda", "cpu"), ("cpu", "cpu", "cpu")}  # all on the CPU: the self-check
 
 
 @pytest.mark.gpu

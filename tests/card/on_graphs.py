@@ -1,4 +1,4 @@
-"""CUDA graphs where a card is unkind: captures that fail, memory that is given back, as torch leaves both behind."""
+"""CUDA graphs after failed captures, and after their memory was released."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from lorakit.engine import cuda_graphs
 
 MIB = 2**20
-# The make-believe card counts more than a real one tells.
+# The make-believe card has counters that a real card does not have.
 card: Any = getattr(torch.cuda, "card", None)
 counted = pytest.mark.skipif(card is None, reason="needs the make-believe card, which counts")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")]
@@ -25,7 +25,7 @@ class Row:
 
 
 class Step:
-    """A pass over MiB of activations that draws from two generators, one of them the default one."""
+    """A training step with activations of some MiB and its own random generator."""
 
     def __init__(self, hidden: Callable[[torch.Tensor], Any] = lambda loss: None):
         self.weight, self.hidden = torch.nn.Parameter(torch.ones(MIB, device="cuda")), hidden
@@ -53,7 +53,7 @@ class Step:
 
 
 def wait_in_a_capture(loss: torch.Tensor) -> None:
-    """What only a capture shows."""
+    """Synchronize with the card, but only during a capture."""
     if torch.cuda.is_current_stream_capturing():
         loss.item()
 
@@ -65,7 +65,7 @@ def break_in_a_capture(loss: torch.Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def torch_in_order() -> Iterator[None]:
-    """Every test leaves a torch that draws, gives memory back, and computes on its first stream."""
+    """After each test, torch must draw random numbers, release memory and use its first stream."""
     stream = torch.cuda.current_stream()
     yield
     assert torch.cuda.current_stream() == stream
@@ -78,14 +78,14 @@ def torch_in_order() -> Iterator[None]:
 
 @pytest.mark.parametrize("hidden", [wait_in_a_capture, break_in_a_capture])
 def test_after_a_capture_that_fails_all_goes_on_without_it(hidden) -> None:
-    """Generators draw, memory is given back, steps give what they give, and other captures succeed."""
+    """Generators draw, memory is released, steps have their usual results, and other captures succeed."""
     step = Step(hidden)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     with pytest.raises(cuda_graphs.CaptureFailed):
         step.values(step.graphed)
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 8 * MIB  # the gradient, and what is rounded up
+    assert torch.cuda.memory_reserved() <= before + 8 * MIB  # the gradient and the allocator's rounding
     first, second = (step.values(lambda begin: step.backward(begin())) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     other = Step()
@@ -117,7 +117,7 @@ def test_a_wait_is_found_before_a_capture_begins() -> None:
 
 
 def test_graphs_come_back_after_their_memory_was_given_back() -> None:
-    """Though somebody still holds the results of the last step."""
+    """Results of earlier steps are still referenced and stay right."""
     step = Step()
     weights = [torch.zeros(4, device="cuda")]
     optimizer_step = cuda_graphs.GraphedOptimizerStep(lambda: weights[0].add_(1).sum(), lambda: weights, step.capture)
@@ -136,7 +136,7 @@ def test_graphs_come_back_after_their_memory_was_given_back() -> None:
 
 @counted
 def test_the_first_step_holds_one_set_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the capture, whose pool the make-believe card cannot tell: its graphs keep all that they compute."""
+    """The test measures the memory before the capture, because graphs of the make-believe card keep all results."""
     graph, peaks = torch.cuda.CUDAGraph, list[int]()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: peaks.append(torch.cuda.max_memory_reserved()) or graph())
     step = Step()
@@ -149,6 +149,6 @@ def test_the_first_step_holds_one_set_of_activations(monkeypatch: pytest.MonkeyP
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step.values(step.graphed)
-    copies = 5 * step.weight.nbytes  # of gradients, for the comparison
+    copies = 5 * step.weight.nbytes  # copies of gradients for the comparison
     assert copies < activations / 2
     assert peaks[0] - before <= activations + copies

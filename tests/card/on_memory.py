@@ -1,4 +1,4 @@
-"""What a card has free, what the pools of its graphs hold, and what a run does with that."""
+"""Free memory of a card, memory in the pools of graphs, and how a run uses both."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,7 @@ def no_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def graph_with_pool(size: int) -> Any:
-    """A graph whose pool has room for twice so many bytes, none of them in use between replays."""
+    """Return the replay of a graph whose pool reserves twice `size` bytes and uses none of them between replays."""
 
     def compute() -> torch.Tensor:
         return torch.ones(size, dtype=torch.uint8, device="cuda").mul(2).sum()
@@ -35,7 +35,7 @@ def graph_with_pool(size: int) -> Any:
 
 
 def test_a_run_stays_within_what_is_free_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card without a limit gives more, as drivers on Windows do from the host's memory."""
+    """Without a limit, a card can provide more memory: drivers on Windows use the host's."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 * MIB, TOTAL))
     before = torch.cuda.memory_reserved()
     line = device_memory.prepare(CUDA)
@@ -69,7 +69,7 @@ def test_the_pool_of_a_graph_is_no_room_and_is_in_the_peak() -> None:
 def test_weights_arrive_where_the_system_pins_little(
     monkeypatch: pytest.MonkeyPatch, limit: int, all_pinned: bool, has_ring: bool
 ) -> None:
-    """Copies from memory that is not pinned go through a ring that is, whose slots are not filled too early."""
+    """Weights in memory that is not pinned go through a pinned ring, whose slots are not overwritten too early."""
     size, empty, slabs = 2**16, torch.empty, []
 
     def limited(*shape: Any, pin_memory: bool = False, **named: Any) -> Any:
@@ -80,7 +80,7 @@ def test_weights_arrive_where_the_system_pins_little(
 
     monkeypatch.setattr(torch, "empty", limited)
     monkeypatch.setattr(weight_storage, "SLAB_BYTES", size)
-    # The last is larger than a slot of the ring.
+    # The last weight is larger than a slot of the ring.
     sizes = [size] * 8 + [2 * size]
     offloader = WeightOffloader(sizes, CUDA, window=4 * size)
     parts = [offloader.put(n, [torch.full((each // 4,), float(n + 1))]) for n, each in enumerate(sizes)]

@@ -1,4 +1,4 @@
-"""Rates of blocks, several data sets and misspelt keys in configs of sd-scripts, and what is filled in."""
+"""Import of sd-scripts' configs: rates of blocks, several data sets, misspelt keys and sd-scripts' defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs of other trainers, and paths of Windows in TOML: what is said, and what becomes of them."""
+"""Import of other trainers' configs, and Windows paths in TOML: the resulting options and the messages."""
 
 from __future__ import annotations
 

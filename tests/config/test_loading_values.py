@@ -1,4 +1,4 @@
-"""Values that mean another thing under another option, that train nothing, or that no reader takes."""
+"""Values whose meaning depends on another option, values that train nothing, and values that Python cannot read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from lorakit import config
 from lorakit.config import ConfigError, Option
 
-PRESET = "subject-sd15"  # at 1e-4
+PRESET = "subject-sd15"  # its learning rate is 1e-4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files of sample prompts, and prompts that are drawn again with the settings that a picture was drawn with."""
+"""Files of sample prompts, and prompts with the settings of an earlier picture."""
 
 import argparse
 import json

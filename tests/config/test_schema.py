@@ -1,4 +1,4 @@
-"""Strict reading: every rule of config.py, and that what is written comes back equal."""
+"""The rules of the config: names, values, contradictions, presets and overrides, and a round trip through TOML."""
 
 import dataclasses
 import math
@@ -18,14 +18,14 @@ STEPS = {"train.steps": 1}
 
 
 def problems(overrides: dict[str, Any], tables: dict[str, Any] | None = None) -> list[str]:
-    """What `from_tables` complains of."""
+    """Return the problems that `from_tables` reports."""
     with pytest.raises(ConfigError) as caught:
         config.from_tables(tables or {}, overrides)
     return caught.value.problems
 
 
 def problem(key: str, value: Any) -> str:
-    """The only complaint about one value."""
+    """Return the only problem with a value."""
     problem_list = problems({**STEPS, key: value})
     assert len(problem_list) == 1
     return problem_list[0]
@@ -69,7 +69,7 @@ class Block(config.LoraConfig):
 
 
 def test_an_option_of_another_method_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`adapter` is a union on `method`: what only one method has is unknown under another."""
+    """`adapter` is a union on `method`: an option of one method is unknown with another."""
 
     spec = MethodSpec("lorakit.adapters.lora:LORA", section=f"{__name__}:Block")
     monkeypatch.setitem(METHODS.own, "block", spec)
@@ -232,7 +232,7 @@ def test_what_belongs_together_is_no_contradiction(overrides: dict[str, Any]) ->
     assert {key: loaded[key.split(".")[0]][key.split(".")[1]] for key in overrides} == overrides
 
 
-# -- layers ---------------------------------------------------------------------------------------------------------
+# -- presets and overrides ------------------------------------------------------------------------------------------
 
 
 def test_an_override_lies_over_the_preset() -> None:
@@ -299,7 +299,7 @@ def test_an_unknown_preset_names_the_nearest_and_all() -> None:
     assert "style-pocket" in str(caught.value)
 
 
-# -- the command line's spelling ------------------------------------------------------------------------------------
+# -- overrides of the command line ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_no_place_on_the_machine_is_in_the_metadata() -> None:
 
 # -- every option -----------------------------------------------------------------------------------------------------
 
-# What an option needs beside it to be allowed to change.
+# Other options that an option needs, so that it may change.
 TEXT_RATES = [f"optimizer.text_encoder_{name}" for name in ("learning_rate", "2_learning_rate", "stop")]
 SCHEDULES = {
     "min_lr_ratio": "wsd",
@@ -411,7 +411,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
 
 
 def another(option: Option) -> Any:
-    """A valid value that is not the default."""
+    """Return a valid value that differs from the default."""
     kinds: Any = typing.get_args(option.type)
     choices = option.choices or (kinds if typing.get_origin(option.type) is typing.Literal else ())
     if typing.get_origin(option.type) is dict:

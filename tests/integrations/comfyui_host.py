@@ -1,4 +1,4 @@
-"""ComfyUI as its nodes see it: the functions of its modules that lorakit's nodes call, with what each does there."""
+"""A stand-in for ComfyUI: the functions that lorakit's nodes call, with the behaviour that they have in ComfyUI."""
 
 import importlib.util
 import sys
@@ -12,11 +12,11 @@ FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 
 
 class InterruptProcessingException(Exception):
-    """As `comfy.model_management` has it."""
+    """The exception of `comfy.model_management`."""
 
 
 class Patcher:
-    """A model or text encoder of ComfyUI: patches go onto a clone."""
+    """A model or text encoder of ComfyUI. Patches are applied to a clone."""
 
     def __init__(self, patches: tuple = ()):
         self.patches = patches
@@ -29,9 +29,9 @@ class Host:
     """A ComfyUI whose folders are in `root`.
 
     Attributes:
-        interrupt: whether the person pressed Cancel.
-        bars: (value, total, preview) of every update of a progress bar.
-        calls: names of what was called of the memory management.
+        interrupt: whether the user pressed Cancel.
+        bars: (value, total, preview) of each update of a progress bar.
+        calls: names of the called functions of the memory management.
     """
 
     def __init__(self, root: Path):
@@ -81,13 +81,13 @@ class Host:
             raise InterruptProcessingException
 
     def update(self, value: int, total: int, preview: object) -> None:
-        self.throw()  # the real one's hook does that
+        self.throw()  # ComfyUI's own hook also raises
         self.bars.append((value, total, preview))
         self.on_bar()
 
 
 def load_nodes(monkeypatch: pytest.MonkeyPatch, host: Host, folder: Path = FOLDER) -> ModuleType:
-    """The package as ComfyUI imports it: by its path, under a name with no dots."""
+    """Import the package like ComfyUI does: by its path, with a name without dots."""
     for name, module in host.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     name = str(folder).replace(".", "_x_")

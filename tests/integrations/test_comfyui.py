@@ -1,4 +1,4 @@
-"""The nodes for ComfyUI without ComfyUI; `integrations/comfyui/try_server.py` runs them in it."""
+"""The nodes for ComfyUI with a stand-in for ComfyUI. `integrations/comfyui/try_server.py` runs them in ComfyUI."""
 
 import ast
 import inspect
@@ -47,14 +47,14 @@ def photos(tmp_path: Path) -> Path:
 
 
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """A stand-in for lorakit's Python: a shell script that gets lorakit's arguments."""
+    """Replace lorakit's Python by a shell script that gets lorakit's arguments."""
     path = tmp_path / "python"
     path.write_text(f"#!/bin/sh\nshift 3\n{script}\n")
     path.chmod(0o755)
     monkeypatch.setenv("LORAKIT_PYTHON", str(path))
 
 
-# -- what ComfyUI expects of nodes ------------------------------------------------------------------------------------
+# -- ComfyUI's rules for nodes ----------------------------------------------------------------------------------------
 
 
 def test_every_node_keeps_to_the_contract(nodes: ModuleType) -> None:
@@ -66,7 +66,7 @@ def test_every_node_keeps_to_the_contract(nodes: ModuleType) -> None:
         names = [key for section in inputs.values() for key in section]
         assert len(names) == len(set(names))
         method.bind(**dict.fromkeys(names))
-        method.bind(**dict.fromkeys(inputs["required"]))  # the rest may be left unconnected
+        method.bind(**dict.fromkeys(inputs["required"]))  # the other inputs are optional
         assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) > 0
         assert node.CATEGORY == "lorakit" and node.DESCRIPTION
         for key, (kind, *options) in ((key, value) for key, value in inputs["required"].items()):
@@ -107,7 +107,7 @@ def test_the_registry_gets_what_it_asks_for() -> None:
     assert table["project"]["dependencies"] == [], "the host's packages are left alone"
 
 
-# -- where lorakit is -------------------------------------------------------------------------------------------------
+# -- finding lorakit --------------------------------------------------------------------------------------------------
 
 
 def test_a_host_without_lorakit_says_the_one_line(
@@ -271,7 +271,7 @@ def test_cancelled_before_there_is_a_run(
 def test_cancel_saves_and_the_same_again_goes_on(
     nodes: ModuleType, host: Host, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stand-in waits for the file that a run is stopped by, and for its second start for `resume`."""
+    """The stand-in waits for the stop file of a run. At its second start it must get `resume`."""
     program(
         tmp_path,
         monkeypatch,
@@ -300,7 +300,7 @@ def test_cancel_saves_and_the_same_again_goes_on(
 
 @pytest.mark.slow
 def test_the_bundled_base_is_trained(nodes: ModuleType, host: Host, photos: Path) -> None:
-    """ComfyUI does not load that base: the models that come out are the ones that went in, adapted."""
+    """ComfyUI cannot load that base, so the node returns its input models with the adapter."""
     base = nodes.NODE_CLASS_MAPPINGS["LorakitTrain"].INPUT_TYPES()["required"]["base"][0][-1]
     options = "train.prior=none\n[train]\nbatch_size=1\nholdout=0\nvalidate_at_end=false\n[sample]\nat_start=false\n"
     options += "at_end=false\n[memory]\ndevice=cpu\n[adapter]\nrank=2\ntrain_text_encoder=false"

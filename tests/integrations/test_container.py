@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be checked without docker; LORAKIT_DOCKER=1 builds it where docker is."""
+"""The Dockerfile, checked without Docker. With LORAKIT_DOCKER=1 a test also builds the image."""
 
 import fnmatch
 import json
@@ -20,18 +20,18 @@ from lorakit.core.errors import LorakitError
 from lorakit.ui import access, app
 
 ROOT = Path(__file__).resolve().parents[2]
-# Python of Ubuntu's releases.
+# Release of Ubuntu -> its version of Python.
 PYTHONS = {"24.04": "3.12", "22.04": "3.10"}
 
 
 def instructions(name: str) -> list[str]:
-    """What follows an instruction, each in a line."""
+    """Return the arguments of each instruction of this name."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     return re.findall(rf"^{name}\s+(.*)$", text, re.MULTILINE)
 
 
 def is_copied(path: str) -> bool:
-    """Whether .dockerignore lets a file into the build: the last line that fits counts."""
+    """Return whether .dockerignore includes a file in the build. The last matching line decides."""
     included = True
     for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
         pattern = line.lstrip("!")
@@ -57,7 +57,7 @@ def test_what_is_copied_is_there_and_nothing_else_goes_in() -> None:
     for source in sources:
         assert (ROOT / source).exists() and is_copied(source), source
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
-    assert set(wheel["wheel"]["only-include"]) <= set(sources)  # what the package is built of
+    assert set(wheel["wheel"]["only-include"]) <= set(sources)  # the sources of the package
     for path in ("runs", "photos/a.png", ".env", ".git/config", "model.safetensors", "tests/tiny.py", ".venv/x"):
         assert not is_copied(path), path
     assert is_copied("lorakit/cli/main.py") and not is_copied("lorakit/cli/__pycache__/main.cpython-312.pyc")

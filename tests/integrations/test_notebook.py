@@ -1,4 +1,4 @@
-"""The notebook is its .py, and runs."""
+"""The notebook equals its .py, and it runs."""
 
 import sys
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 def test_the_notebook_is_its_py_without_outputs() -> None:
-    """Made by `jupytext --to ipynb notebooks/first_run.py`."""
+    """`jupytext --to ipynb notebooks/first_run.py` writes the notebook."""
     notebook = nbformat.read(FOLDER / "first_run.ipynb", 4)
     source = jupytext.read(FOLDER / "first_run.py")
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
@@ -31,9 +31,9 @@ def test_the_notebook_is_its_py_without_outputs() -> None:
 
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
-    """What runs a notebook's cells. In this process: a kernel of its own would import torch once more."""
+    """A shell that runs a notebook's cells in this process. A separate kernel would import torch again."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # the shell takes its place
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # the shell replaces it
     monkeypatch.chdir(tmp_path)
     yield InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))
     InteractiveShell.clear_instance()
@@ -51,13 +51,13 @@ def test_the_notebook_runs(shell: InteractiveShell, tmp_path: Path, monkeypatch)
                 result = shell.run_cell(cell.source)
             result.raise_error()
             text += captured.stdout
-            for output in captured.outputs:  # an update takes the place of what is shown
+            for output in captured.outputs:  # an update replaces the output with the same id
                 displays[(output.transient or {}).get("display_id", str(len(displays)))] = output.data
     skipped = "put photos into the folder my-photos" if torch.cuda.is_available() else "no GPU here"
     assert "16 photos; the first caption: a photo of a sks toy" in text and f"skipped: {skipped}" in text
     assert "who reads it" in text
     lines = [data.get("text/html", "") for data in displays.values()]
-    assert "done: sks-toy.safetensors" in lines  # the listener's one line, as it was last
+    assert "done: sks-toy.safetensors" in lines  # the last text in the listener's line
     pictures = [data for data in displays.values() if "image/png" in data]
-    assert len(pictures) == 3 + 1 + 1  # photos, the newest samples, base and adapter
+    assert len(pictures) == 3 + 1 + 1  # three photos, the newest samples, and the comparison of base and adapter
     assert lorakit.load_adapter(tmp_path / "work" / "run" / "sks-toy.safetensors").layers

@@ -1,4 +1,4 @@
-"""The extension of AUTOMATIC1111 and Forge: its tab under a stub of their modules, with a real front end beside it."""
+"""The extension of AUTOMATIC1111 and Forge: its tab with stubs of their modules and a real front end."""
 
 import ast
 import json
@@ -30,15 +30,15 @@ from lorakit.ui.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = ROOT / "integrations" / "webui"
-# A port that the front end does not look at: a real host listens on its own, this one does not.
+# The address of the host's page. A real host listens there; in these tests nothing does.
 ORIGIN = "http://127.0.0.1:7777"
-# The tree of these tests, whatever is installed: the child process takes nothing from the environment.
+# Import lorakit from this tree: the child process gets no PYTHONPATH from the environment.
 PROGRAM = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lorakit.cli.main import main; sys.exit(main())"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 class Host:
-    """What the extension uses of the host, and what it did with it. Names: AUTOMATIC1111 1.10 and Forge, modules/."""
+    """Stubs of the host's modules, with the names of AUTOMATIC1111 1.10 and Forge. They record the calls."""
 
     def __init__(self, data: Path):
         self.calls: list[str] = []
@@ -77,7 +77,7 @@ class Host:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, dict[str, Any]]]:
-    """The host, and the tab's module as the host runs it."""
+    """The host, and the names of the tab's file after the host has run it."""
     data = tmp_path_factory.mktemp("host")
     host = Host(data)
     with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +87,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, dic
         import lorakit_child
 
         patch.setattr(lorakit_child, "command", lambda: [sys.executable, "-c", PROGRAM])
-        patch.setattr(lorakit_child, "POLL", 3600.0)  # the tests look by themselves
+        patch.setattr(lorakit_child, "POLL", 3600.0)  # the tests call `look` themselves
         tab = runpy.run_path(str(EXTENSION / "scripts" / "lorakit_tab.py"))
         yield host, tab
         host.callbacks["on_script_unloaded"]()
@@ -121,14 +121,14 @@ def test_a_real_page_is_framed_by_this_host_alone(loaded) -> None:
     with urllib.request.urlopen(url, timeout=30) as answer:
         text = answer.read().decode()
         headers = {name.lower(): value for name, value in answer.getheaders()}
-    assert "lorakit" in text and "some-model.safetensors" in text  # a base of the host's is offered
+    assert "lorakit" in text and "some-model.safetensors" in text  # the page offers a base of the host
     assert headers["content-security-policy"] == f"frame-ancestors 'self' {ORIGIN}" and "x-frame-options" not in headers
     request = urllib.request.Request(f"{url}gradio_api/upload", b"", {"Origin": ORIGIN}, method="POST")
-    with pytest.raises(urllib.error.HTTPError) as refused:  # it may frame the page, and no more
+    with pytest.raises(urllib.error.HTTPError) as refused:  # the host's page may only frame it
         urllib.request.urlopen(request, timeout=30)
     assert refused.value.code == 403
     refused.value.close()
-    assert tab["show"](SimpleNamespace(headers={"origin": ORIGIN})) == frame  # the same one
+    assert tab["show"](SimpleNamespace(headers={"origin": ORIGIN})) == frame  # the front end is still running
     assert "stopped" in tab["stop"]()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
@@ -163,7 +163,7 @@ def test_a_run_has_the_card_and_its_adapter_comes_into_the_list(loaded) -> None:
 
 
 class OldHeaders:
-    """Headers as gradio 3.41 has them."""
+    """Headers with the interface of Gradio 3.41."""
 
     def __init__(self, **values: str):
         vars(self).update(values)
@@ -196,7 +196,7 @@ def test_what_a_person_must_do_is_reported(loaded, tmp_path, monkeypatch) -> Non
     write_state(tmp_path / "runs" / "dead", state="running", pid=2**22 + 1)
     calls: list[Any] = []
     watcher = child.Watcher(tmp_path / "runs", "a1111", tmp_path, lambda: calls.append(1), calls.append)
-    watcher.look()  # the process of that run is gone
+    watcher.look()  # the process of that run has ended
     assert calls == []
     assert watcher.install(tmp_path / "none.safetensors") == [] and watcher.messages
 
