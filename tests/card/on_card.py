@@ -113,9 +113,7 @@ CASES: list[tuple[str, dict[str, object], str]] = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "changes", "issued"), CASES)
-def test_a_run_on_a_card_trains_what_one_without_its_tricks_trains(
-    bases, photos, tmp_path, monkeypatch, family, changes, issued
-):
+def test_a_run_on_a_card_equals_its_reference(bases, photos, tmp_path, monkeypatch, family, changes, issued):
     there = train.train(run_config(bases[family], photos, tmp_path / "card", **EXACT, **changes))
     changes = {name: value for name, value in changes.items() if name != "memory__stream_base"}
     short_run.unchecked(monkeypatch)
@@ -132,7 +130,7 @@ def test_a_run_on_a_card_trains_what_one_without_its_tricks_trains(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "skipped"), [("bf16", 0), ("fp16", 1)])
-def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path, monkeypatch, precision, skipped):
+def test_graphs_in_half_precision_pass_their_verification(bases, photos, tmp_path, monkeypatch, precision, skipped):
     """In fp16 the first steps overflow and are skipped."""
     monkeypatch.setattr(loading, "FP16_GRADIENT_SCALE", 2.0**28)
     monkeypatch.setattr("lorakit.training.loop.READ_EVERY", 1)
@@ -156,7 +154,7 @@ def test_in_half_precision_the_graphs_are_verified_too(bases, photos, tmp_path, 
         {"adapter__train_text_encoder": True, "train__prior": "teacher"},
     ],
 )
-def test_nothing_is_waited_for_in_a_step(bases, photos, tmp_path, monkeypatch, changes):
+def test_a_step_does_not_wait_for_the_card(bases, photos, tmp_path, monkeypatch, changes):
     """Photos are not copied in a step either: the host's copies for a step are smaller than one latent."""
     syncs: list[tuple[int, int]] = []
     step = OptimizerStep.__call__
@@ -194,7 +192,7 @@ def where(module: Any) -> str:
 
 
 @pytest.mark.gpu
-def test_each_part_of_the_base_is_on_the_card_alone(bases, photos, tmp_path, monkeypatch):
+def test_unet_and_text_encoder_are_on_the_card_one_at_a_time(bases, photos, tmp_path, monkeypatch):
     """While a text encoder computes, the UNet is not on the card, and the other way round."""
     alone: set[tuple[str, ...]] = set()
 
@@ -237,7 +235,7 @@ def test_small_pictures_are_encoded_together(bases, photos, tmp_path, monkeypatc
 
 @counted
 @pytest.mark.gpu
-def test_a_card_that_is_full_is_reported_with_what_to_change(bases, photos, tmp_path):
+def test_a_full_card_is_reported_with_remedies(bases, photos, tmp_path):
     settings = run_config(bases["sd1"], photos, tmp_path / "run", sample__at_start=True)
     card.set_room(card.live() + families.describe(settings.model).bytes["unet"] + 2**18)
     with pytest.raises(LorakitError, match=r"^step 1: not enough memory on the device; cheapest first, set memory\."):
@@ -248,7 +246,7 @@ def test_a_card_that_is_full_is_reported_with_what_to_change(bases, photos, tmp_
 
 
 @pytest.mark.gpu
-def test_a_stopped_run_goes_on_to_the_same_bits(bases, photos, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_bits(bases, photos, tmp_path, monkeypatch):
     short_run.unchecked(monkeypatch)
     straight = train.train(run_config(bases["sd1"], photos, tmp_path / "straight", **EXACT))
     step = OptimizerStep.__call__

@@ -77,7 +77,7 @@ def torch_in_order() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("hidden", [wait_in_a_capture, break_in_a_capture])
-def test_after_a_capture_that_fails_all_goes_on_without_it(hidden) -> None:
+def test_torch_works_without_the_graph_after_a_failed_capture(hidden) -> None:
     """Generators draw, memory is released, steps have their usual results, and other captures succeed."""
     step = Step(hidden)
     torch.cuda.empty_cache()
@@ -95,7 +95,7 @@ def test_after_a_capture_that_fails_all_goes_on_without_it(hidden) -> None:
             assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-def test_graphs_that_live_go_on_where_a_further_capture_fails() -> None:
+def test_earlier_graphs_work_after_a_failed_capture() -> None:
     switch: list[bool] = []
     step = Step(lambda loss: wait_in_a_capture(loss) if switch else None)
     expected = step.values(step.graphed)
@@ -109,14 +109,14 @@ def test_graphs_that_live_go_on_where_a_further_capture_fails() -> None:
 
 
 @counted
-def test_a_wait_is_found_before_a_capture_begins() -> None:
+def test_a_synchronization_is_found_before_the_capture() -> None:
     step, captures = Step(lambda loss: loss.item()), card.captures()
     with pytest.raises(cuda_graphs.CaptureFailed, match="synchroniz"):
         step.values(step.graphed)
     assert card.captures() == captures
 
 
-def test_graphs_come_back_after_their_memory_was_given_back() -> None:
+def test_graphs_are_captured_again_after_their_memory_was_released() -> None:
     """Results of earlier steps are still referenced and stay right."""
     step = Step()
     weights = [torch.zeros(4, device="cuda")]

@@ -34,7 +34,7 @@ def graph_with_pool(size: int) -> Any:
     return cuda_graphs.CudaCapturer()(compute, ())
 
 
-def test_a_run_stays_within_what_is_free_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stays_within_the_memory_that_is_free_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a limit, a card can provide more memory: drivers on Windows use the host's."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 * MIB, TOTAL))
     before = torch.cuda.memory_reserved()
@@ -50,7 +50,7 @@ def test_a_run_stays_within_what_is_free_when_it_begins(monkeypatch: pytest.Monk
     del some
 
 
-def test_the_pool_of_a_graph_is_no_room_and_is_in_the_peak() -> None:
+def test_the_pool_of_a_graph_is_not_free_and_counts_in_the_peak() -> None:
     device_memory.prepare(CUDA)
     before = device_memory.free_bytes(CUDA)
     torch.cuda.reset_peak_memory_stats()
@@ -66,7 +66,7 @@ def test_the_pool_of_a_graph_is_no_room_and_is_in_the_peak() -> None:
 
 
 @pytest.mark.parametrize(("limit", "all_pinned", "has_ring"), [(99, True, False), (5, False, True), (1, False, False)])
-def test_weights_arrive_where_the_system_pins_little(
+def test_weights_are_copied_if_little_memory_can_be_pinned(
     monkeypatch: pytest.MonkeyPatch, limit: int, all_pinned: bool, has_ring: bool
 ) -> None:
     """Weights in memory that is not pinned go through a pinned ring, whose slots are not overwritten too early."""

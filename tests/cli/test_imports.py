@@ -11,7 +11,7 @@ import lorakit
 from lorakit.cli import imports
 
 
-def test_the_collector_rests_while_imports_last_and_looks_at_none_of_them_later(monkeypatch: pytest.MonkeyPatch):
+def test_garbage_collection_is_off_during_imports_and_skips_their_objects(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     compile, before = torch.compile, gc.get_freeze_count()
     try:
@@ -25,7 +25,7 @@ def test_the_collector_rests_while_imports_last_and_looks_at_none_of_them_later(
     assert torch.compile is compile
 
 
-def test_what_is_imported_already_is_left_to_the_collector():
+def test_garbage_collection_stays_on_if_transformers_is_imported():
     import transformers  # noqa: F401
 
     before = gc.get_freeze_count()
@@ -43,7 +43,7 @@ def test_bitsandbytes_comes_without_torchs_compiler():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True False True\n"
 
 
-def test_a_public_name_leaves_the_collector_as_it_was():
+def test_a_public_name_does_not_switch_garbage_collection():
     assert lorakit.Event and gc.isenabled()
     gc.disable()
     try:

@@ -40,6 +40,6 @@ def test_a_run_that_ends_early_says_so_in_its_last_line(
     assert capsys.readouterr().out == ""
 
 
-def test_numbers_that_are_no_json_are_null_and_paths_names() -> None:
+def test_nan_and_inf_are_null_in_json_and_paths_are_names() -> None:
     event = Event("validation", 3, {"mse": float("nan"), "bands": [0.5, float("inf")], "source": Path("folder/a")})
     assert event.to_json() == {"event": "validation", "step": 3, "mse": None, "bands": [0.5, None], "source": "a"}

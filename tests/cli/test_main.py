@@ -133,7 +133,7 @@ def test_wrong_settings_exit_with_2_and_a_line_each(run: Run, arguments: list[st
         (["import-config", "none.toml"], "none.toml does not exist"),
     ],
 )
-def test_what_cannot_be_done_exits_with_1_and_one_line(run: Run, arguments: list[str], message: str) -> None:
+def test_a_failed_command_exits_with_1_and_one_line(run: Run, arguments: list[str], message: str) -> None:
     code, _, err = run(*arguments)
     assert code == 1
     assert err.startswith("lorakit: ") and err.count("\n") == 1
@@ -158,7 +158,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-def test_an_error_of_ours_is_one_line_and_a_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_one_line_and_a_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "every_option", raising(ZeroDivisionError("one\ntwo")))
     code, out, err = run("options")
     assert (code, out) == (1, "")
@@ -170,14 +170,14 @@ def test_an_error_of_ours_is_one_line_and_a_log(run: Run, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("mine"), LorakitError("yours")])
-def test_who_asks_for_the_traceback_gets_it(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_lorakit_traceback_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(config, "every_option", raising(error))
     monkeypatch.setenv("LORAKIT_TRACEBACK", "1")
     with pytest.raises(type(error)):
         run("options")
 
 
-def test_too_little_memory_is_reported_with_the_ways_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_with_remedies(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(config, "every_option", raising(torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")))
@@ -210,7 +210,7 @@ def test_every_line_of_an_error_is_prefixed(
     assert run("resume", "runs/a")[::2] == (code, lines)
 
 
-def test_a_stopped_demo_is_no_error_of_ours(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_demo_is_no_internal_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from lorakit.training import run as train
 
     monkeypatch.setattr(train, "train", raising(train.Stopped(Path("there/run"), 13)))
@@ -222,7 +222,7 @@ def test_a_stopped_demo_is_no_error_of_ours(run: Run, monkeypatch: pytest.Monkey
 # -- pipes and terminals --------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     process = shell("lorakit options | head -n 1")
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout == 'model.base = "pocket"  (text)\n'
@@ -238,7 +238,7 @@ def test_output_that_cannot_be_written_is_no_error(redirection: str) -> None:
     assert process.returncode == 1 and "internal error" not in process.stderr
 
 
-def test_names_that_the_locale_does_not_know_are_refused_with_the_way(tmp_path: Path) -> None:
+def test_names_outside_of_the_locale_are_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "фото").mkdir()
     process = shell(f"lorakit check '{tmp_path}/фото'", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     (line,) = process.stderr.splitlines()
@@ -299,14 +299,14 @@ def test_a_named_preset_is_used_without_a_note() -> None:
     assert settings.data.resolution == 1024
 
 
-def test_set_lies_over_the_flags_and_the_flags_over_the_preset() -> None:
+def test_set_overrides_flags_and_flags_override_the_preset() -> None:
     settings, _ = resolved(
         "--subject", "sks toy", "--output", "out", "--set", "data.name=zwx cat", "--set", "adapter.rank=3"
     )
     assert (settings.data.name, settings.adapter.rank, settings.output.folder) == ("zwx cat", 3, "out")
 
 
-def test_a_resolved_config_is_a_preset_that_makes_the_same_run(tmp_path: Path) -> None:
+def test_a_resolved_config_works_as_a_preset(tmp_path: Path) -> None:
     first, _ = resolved("--subject", "sks toy", "--set", "train.steps=7")
     (tmp_path / "config.toml").write_text(config.to_toml(first), encoding="utf-8")
     reloaded, _ = resolved("--preset", str(tmp_path / "config.toml"))
@@ -360,7 +360,7 @@ def test_check_loads_no_model(photos: Path, tiny_sd1: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begins", [False, True])
-def test_what_a_run_will_do_or_why_it_cannot_is_reported_before_the_model_libraries_are_loaded(
+def test_plan_and_errors_are_reported_before_the_model_libraries_are_loaded(
     photos: Path, tiny_sd1: Path, begins: bool
 ) -> None:
     if not begins:

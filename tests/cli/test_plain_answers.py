@@ -43,9 +43,7 @@ def test_a_flag_that_is_an_option_is_named_as_one(
         (["train", "my", "photos"], "lorakit train: error: unrecognized arguments: photos; put quotes around a path"),
     ],
 )
-def test_wrong_words_are_answered_with_what_was_meant(
-    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_words_get_a_suggestion(words: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: object = cli.main(words)
     except SystemExit as end:
@@ -79,9 +77,7 @@ def test_unreadable_photos_are_left_out_by_the_option_that_is_named(
     assert "photos: 2 to train on" in capsys.readouterr().out
 
 
-def test_a_base_that_one_file_does_not_tell_is_merged_into_a_folder_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unusual_base_is_merged_into_a_folder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = describe("pocket").layers
     name = next(name for name in layers if name.endswith("attn1.to_q"))
     rows, columns = layers[name]
@@ -109,5 +105,5 @@ def test_a_base_that_one_file_does_not_tell_is_merged_into_a_folder_only(
         ({"text_encoder_2_learning_rate": 2e-3}, "learning rate: 0.001, text encoder 2 0.002"),
     ],
 )
-def test_the_plan_says_what_text_encoders_learn_at(rates: dict[str, float], line: str) -> None:
+def test_the_plan_shows_the_rate_of_text_encoders(rates: dict[str, float], line: str) -> None:
     assert lr_schedule.text_rates(config.OptimizerConfig(learning_rate=1e-3, **rates)) == line

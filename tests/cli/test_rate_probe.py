@@ -45,17 +45,17 @@ def test_the_rate_rises_evenly_and_the_proposal_follows(tiny_sd1, tmp_path, caps
         (["adapter.method=full"], "probe-rate is for adapters; adapter.method is full"),
     ],
 )
-def test_what_has_no_rate_of_an_adapter_is_refused(tmp_path, capsys, more, text) -> None:
+def test_prodigy_and_full_training_cannot_be_probed(tmp_path, capsys, more, text) -> None:
     assert cli.main(words(Path("pocket"), tmp_path, *more)) == 2
     assert capsys.readouterr().err.endswith(f"lorakit: {text}\n")
 
 
-def test_it_needs_a_step_for_each_look(tmp_path, capsys) -> None:
+def test_a_probe_needs_at_least_twelve_steps(tmp_path, capsys) -> None:
     assert cli.main([*words(Path("pocket"), tmp_path), "--steps", "11"]) == 2
     assert capsys.readouterr().err == "lorakit: --steps is 12 or more\n"
 
 
-def test_rates_of_text_encoders_rise_with_it_and_no_schedule_lowers_them() -> None:
+def test_rates_of_text_encoders_rise_too_and_have_no_schedule() -> None:
     optimizer = config.load("subject-pocket").optimizer
     rates = rate_probe._rates(optimizer, 0.5)
     assert (rates.learning_rate, rates.text_encoder_learning_rate) == (5e-4, 1.5e-3)
@@ -63,7 +63,7 @@ def test_rates_of_text_encoders_rise_with_it_and_no_schedule_lowers_them() -> No
     assert (rates.lr_scheduler, rates.warmup_ratio, rates.warmup_steps) == ("constant", 0.0, 0)
 
 
-def test_a_bar_for_each_rate_and_a_word_where_nothing_was_learned() -> None:
+def test_each_rate_has_a_bar_and_no_gain_has_a_note() -> None:
     lines = list(rate_probe._lines([(1e-4, 0.05), (1e-3, 0.1), (1e-2, -2.0)], 1e-3 / 3))
     assert [line.count("#") for line in lines] == [0, 20, 40, 0, 0]
     assert lines[-1].startswith("proposal: optimizer.learning_rate = 0.00033, a third")

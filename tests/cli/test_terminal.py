@@ -68,7 +68,7 @@ def test_in_a_pipe_there_is_a_line_for_each_twentieth() -> None:
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
-def test_a_run_that_is_cut_short_still_says_where_it_stood() -> None:
+def test_a_run_that_ends_early_prints_its_last_step() -> None:
     stream = io.StringIO()
     with pytest.raises(RuntimeError), Terminal(stream).progress(100) as bar:
         bar.advance(3, 0.5)
@@ -76,7 +76,7 @@ def test_a_run_that_is_cut_short_still_says_where_it_stood() -> None:
     assert stream.getvalue() == "training 3/100  loss 0.5000\n"
 
 
-def test_a_resumed_run_counts_from_where_it_stands() -> None:
+def test_a_resumed_run_counts_from_its_first_new_step() -> None:
     stream = io.StringIO()
     with Terminal(stream).progress(100, 90) as bar:
         for step in range(91, 101):
@@ -93,7 +93,7 @@ def test_on_a_terminal_the_bar_stays_on_one_line() -> None:
     assert "\x1b" not in screen.getvalue()
 
 
-def test_the_bar_is_not_redrawn_faster_than_eyes_follow() -> None:
+def test_the_bar_is_redrawn_at_a_limited_rate() -> None:
     screen = Screen()
     with Terminal(screen, ticking(0.01)).progress(1000) as bar:
         for step in range(1, 1001):
@@ -185,7 +185,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(code: int) -> None:
     terminal.say("nor this")
 
 
-def test_a_character_that_the_terminal_does_not_know_becomes_a_question_mark() -> None:
+def test_a_character_outside_of_the_encoding_becomes_a_question_mark() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Terminal(stream).say("sks лиса")
@@ -209,7 +209,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_libraries_are_quiet_and_a_tqdm_bar_of_theirs_writes_nothing() -> None:
+def test_libraries_print_no_warnings_and_no_tqdm_bars() -> None:
     script = (
         "from lorakit.cli.terminal import quiet_libraries; quiet_libraries()\n"
         "import logging, warnings, tqdm\n"
@@ -222,7 +222,7 @@ def test_libraries_are_quiet_and_a_tqdm_bar_of_theirs_writes_nothing() -> None:
     assert (process.stdout, process.stderr) == ("", "")
 
 
-def test_who_asks_for_warnings_gets_them() -> None:
+def test_warnings_are_shown_with_the_option_of_python() -> None:
     script = (
         "from lorakit.cli.terminal import quiet_libraries; quiet_libraries(); import warnings; warnings.warn('loud')"
     )
@@ -232,7 +232,7 @@ def test_who_asks_for_warnings_gets_them() -> None:
     assert "loud" in process.stderr
 
 
-def test_what_the_user_set_stays() -> None:
+def test_a_verbosity_of_the_user_is_not_changed() -> None:
     script = "import os, lorakit.cli.terminal as t; t.quiet_libraries(); print(os.environ['TRANSFORMERS_VERBOSITY'])"
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "info"}
     process = subprocess.run(
@@ -242,14 +242,14 @@ def test_what_the_user_set_stays() -> None:
     assert logging.getLogger("lorakit").level == logging.NOTSET
 
 
-def test_what_would_command_the_terminal_is_escaped():
+def test_control_characters_are_escaped():
     stream = io.StringIO()
     terminal = Terminal(stream)
     terminal.say("a\x1b[31m\x07\u202e\rb\udce9\tc\nd")
     assert stream.getvalue() == "a\\x1b[31m\\x07\\u202e\\rb\\xe9\tc\nd\n"
 
 
-def test_every_line_of_a_command_is_written_where_nobody_may_be_reading() -> None:
+def test_commands_do_not_use_print() -> None:
     """`print` raises if the terminal is gone or the disk is full; `terminal.write` does not."""
     folder = Path(terminal.__file__).parent
     calls = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
@@ -257,7 +257,7 @@ def test_every_line_of_a_command_is_written_where_nobody_may_be_reading() -> Non
     assert "print" not in names and "print_lines" in names
 
 
-def test_work_before_training_has_a_bar_of_its_own() -> None:
+def test_work_before_training_has_its_own_bar() -> None:
     screen = Screen()
     terminal = Terminal(screen, ticking())
     for position in (12, 24):

@@ -16,7 +16,7 @@ from lorakit.cli import threads
     ("busy", "of", "free"),
     [(0, 2, 2), (3.5, 2, 2), (50, 2, 1), (100, 2, 1), (0, 1, 1), (30, 8, 6), (99, 64, 1), (12.5, 8, 7)],
 )
-def test_what_others_use_is_left_to_them_and_one_core_is_always_taken(busy, of, free):
+def test_idle_cores_are_counted_and_at_least_one_is_used(busy, of, free):
     assert threads.idle_cores(busy, of) == free
 
 
@@ -28,7 +28,7 @@ def test_the_idle_cores_become_threads(monkeypatch):
     assert os.environ[threads.THREADS] == "4"
 
 
-def test_whoever_set_the_number_of_threads_is_left_alone(monkeypatch):
+def test_a_number_of_threads_of_the_user_is_not_changed(monkeypatch):
     monkeypatch.setenv(threads.THREADS, "3")
     monkeypatch.setattr(threads, "available_cores", lambda: 8)
     threads.use_idle_cores()
@@ -36,7 +36,7 @@ def test_whoever_set_the_number_of_threads_is_left_alone(monkeypatch):
 
 
 @pytest.mark.slow
-def test_torch_computes_with_that_many():
+def test_torch_uses_this_number_of_threads():
     script = (
         "import os; os.environ['OMP_NUM_THREADS'] = ''; from lorakit.cli import threads; threads.use_idle_cores(); "
         "import torch; number = int(os.environ['OMP_NUM_THREADS']); "

@@ -34,7 +34,7 @@ def test_without_optuna_the_extra_is_named(tiny_sd1: Path, tmp_path: Path, capsy
     assert "tune needs optuna; install it with: " in line and "optuna>=" in line
 
 
-def test_only_drift_beyond_what_is_accepted_counts(tmp_path: Path) -> None:
+def test_only_drift_above_the_limit_worsens_the_score(tmp_path: Path) -> None:
     search = Search(config.load("subject-pocket"), 100, tmp_path, 0.1, str, lambda: False)
     assert search.score(0.5, 0.1) == 0.5 and search.score(0.5, 0.3) == pytest.approx(0.6)
 

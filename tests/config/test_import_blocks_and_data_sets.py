@@ -109,7 +109,7 @@ def test_folders_side_by_side_have_their_own_resolution_and_names() -> None:
     assert "C:\\d: photos in all of its folders are trained" in notes
 
 
-def test_folders_apart_are_listed() -> None:
+def test_folders_without_a_common_parent_are_listed() -> None:
     read, rest, _ = data_sets(
         {"resolution": 512, "subsets": [{"image_dir": "/a/x"}]}, {"resolution": 640, "subsets": [{"image_dir": "/b/y"}]}
     )
@@ -135,12 +135,12 @@ def test_folders_apart_are_listed() -> None:
         ("output_name", ""),
     ],
 )
-def test_a_misspelt_key_has_the_key_beside_it(key: str, hint: str) -> None:
+def test_a_misspelt_key_gets_a_suggestion(key: str, hint: str) -> None:
     _, rest = imported([], **{key: 3})
     assert rest == [f"{key} = 3{f' (did you mean {hint}?)' if hint else ''}"]
 
 
-def test_what_sd_scripts_would_fill_in_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_defaults_of_sd_scripts_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"network_module": "networks.lora"}), encoding="utf-8")
     assert main(["import-config", str(tmp_path / "a.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -154,7 +154,7 @@ def test_what_sd_scripts_would_fill_in_is_listed(tmp_path: Path, capsys: pytest.
     assert importing.convert({**TABLE, "network_alpha": 4}).notes == []
 
 
-def test_more_keys_have_their_twins(tmp_path: Path) -> None:
+def test_more_keys_are_converted(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a dog --w 512\n", encoding="utf-8")
     read, rest = imported(
         [],

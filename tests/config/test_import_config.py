@@ -54,7 +54,7 @@ ONE_TRAINER = {
 }
 
 
-def test_kohyas_options_come_over_and_the_rest_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kohyas_options_are_converted_and_others_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "my run.toml"
     source.write_text(KOHYA, encoding="utf-8")
     assert main(["import-config", str(source)]) == 0
@@ -113,7 +113,7 @@ def test_a_data_set_of_one_folder_and_configs_of_front_ends(tmp_path: Path) -> N
         ("w.toml", "[model]\nbase = \n", "w.toml: not valid TOML: [^;]*$"),
     ],
 )
-def test_what_is_no_preset_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_a_file_that_is_no_preset_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         config.load(tmp_path / name)
@@ -132,11 +132,11 @@ def test_what_is_no_preset_is_named(tmp_path: Path, name: str, text: str, messag
         (["--prompt", "'tis", "--prompt", "dogs'"], ["--prompt", "'tis", "--prompt", "dogs'"]),
     ],
 )
-def test_words_of_a_name_that_a_shell_parted_are_joined(argv: list[str], expected: list[str]) -> None:
+def test_words_of_a_name_without_quotes_are_joined(argv: list[str], expected: list[str]) -> None:
     assert _with_full_names(argv) == expected
 
 
-def test_what_sd_scripts_gives_to_its_network_comes_over() -> None:
+def test_network_arguments_of_sd_scripts_are_converted() -> None:
     arguments = ["loraplus_lr_ratio=16", "conv_dim=4", "rank_dropout=0.1", "module_dropout=0.2", "algo=x"]
     blocks = [2] * 12 + [0] + [4] * 12
     table = {"network_dim": 8, "network_module": "networks.lora", "scale_weight_norms": 1.0}
@@ -188,6 +188,6 @@ def test_every_pattern_of_an_imported_config_matches(family: str, values: int, c
         (21, "up_blocks.2.resnets.2.conv1"),
     ],
 )
-def test_blocks_of_sdxl_are_sd_scripts(index: int, layer: str) -> None:
+def test_blocks_of_sdxl_equal_those_of_sd_scripts(index: int, layer: str) -> None:
     patterns = sd_scripts.block_patterns(",".join(str(number) for number in range(23)))
     assert targets.last_match(patterns, f"unet.{layer}", -1.0) == index

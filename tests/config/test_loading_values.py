@@ -59,7 +59,7 @@ def test_a_rate_of_zero_is_refused_before_the_first_step(overrides: dict[str, An
 
 @pytest.mark.parametrize("key", ["train.steps", "optimizer.learning_rate", "data.name", "optimizer.args.eps"])
 @pytest.mark.parametrize("value", ["9" * 5000, "9" * 400, "[" * 2000, "{a=" * 2000, "1e" + "9" * 5000])
-def test_a_value_that_python_does_not_read_is_refused_in_a_short_line(key: str, value: str) -> None:
+def test_a_value_that_python_cannot_read_is_refused_with_a_short_line(key: str, value: str) -> None:
     try:
         config.load(PRESET, dict([config.parse_override(f"{key}={value}")]))
     except ConfigError as error:
@@ -69,19 +69,19 @@ def test_a_value_that_python_does_not_read_is_refused_in_a_short_line(key: str, 
 
 
 @pytest.mark.parametrize("text", ["steps = " + "9" * 5000, "steps = " + "[" * 5000])
-def test_a_file_that_python_does_not_read_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.toml").write_text(f"[train]\n{text}\n")
     with pytest.raises(ConfigError, match=r"mine\.toml: not valid TOML"):
         config.load(tmp_path / "mine.toml")
 
 
 @pytest.mark.parametrize("option", config.options(), ids=lambda option: option.key)
-def test_every_option_says_what_it_is(option: Option) -> None:
+def test_every_option_has_a_help_text(option: Option) -> None:
     assert option.help.endswith((".", "'"))
     assert len(option.help) <= 120
 
 
-def test_auto_is_a_value_only_where_it_means_something() -> None:
+def test_auto_is_refused_for_options_without_an_automatic_value() -> None:
     assert config.load("subject-sd15", {"memory.limit_gib": "auto"}).memory.limit_gib is None
     with pytest.raises(ConfigError, match=r"adapter\.alpha = 'auto': must be a number"):
         config.load("subject-sd15", {"adapter.alpha": "auto"})
@@ -98,7 +98,7 @@ def test_auto_is_a_value_only_where_it_means_something() -> None:
         {"adapter.ranks": {"\udcff": 4}},
     ],
 )
-def test_a_text_that_no_file_can_hold_is_refused(overrides: dict[str, Any]) -> None:
+def test_a_text_outside_of_utf8_is_refused(overrides: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         config.load("subject-sd15", overrides)
     assert f"{next(iter(overrides))} = " in str(error.value) and "not UTF-8; write it in UTF-8" in str(error.value)
@@ -106,6 +106,6 @@ def test_a_text_that_no_file_can_hold_is_refused(overrides: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("name", ["", "sks/toy toy", "a.b toy"])
-def test_a_word_to_learn_is_one_that_can_be_a_file(name: str) -> None:
+def test_new_tokens_need_a_trigger_that_can_be_a_file_name(name: str) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.new_tokens needs a trigger of letters and digits: begin data\.n"):
         config.load(PRESET, {"adapter.new_tokens": 1, "data.name": name})

@@ -83,7 +83,7 @@ def test_kohyas_json_and_toml_are_read(tmp_path: Path, name: str, content: str, 
         ("a.json", '[{"width": 64}]', "sample.prompts: .* a table needs a prompt"),
     ],
 )
-def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_a_file_without_prompts_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         sample_prompts.read_file(tmp_path / name)
@@ -104,7 +104,7 @@ def test_every_command_with_prompts_takes_files(command: str) -> None:
         (b"\xff\xfe\x00\x01\xd8", "cannot be read: it is not text in UTF-8"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "p.txt"
     if content is not None:
         file.write_bytes(content)
@@ -113,7 +113,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None, m
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "C:/me/samples.json", "sample_prompts.toml"])
-def test_a_file_given_as_a_prompt_is_refused_with_the_way(name: str) -> None:
+def test_a_file_name_as_a_prompt_is_refused_with_a_remedy(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(None, {"train.steps": 1, "sample.prompts": [name]})
     assert str(error.value) == f"sample.prompts: {name!r} is a file: give it with --prompts {name}"

@@ -77,7 +77,7 @@ def test_an_option_of_another_method_is_an_error(monkeypatch: pytest.MonkeyPatch
     assert problem("adapter.block_size", 8).startswith("unknown option adapter.block_size")
 
 
-def test_an_unknown_method_names_those_there_are() -> None:
+def test_an_unknown_method_lists_the_methods() -> None:
     assert problem("adapter.method", "lorra") == (
         "adapter.method = 'lorra': choose one of lora, rslora, dora, pissa, loha, lokr, full, embedding "
         "(did you mean lora?)"
@@ -164,7 +164,7 @@ def test_bounds_themselves_are_inside() -> None:
                 assert check_value(option, number_type(bound)) == (None, bound), option.key
 
 
-def test_unset_is_allowed_where_it_means_something() -> None:
+def test_options_with_a_meaning_for_none_may_be_none() -> None:
     loaded = config.from_tables({}, {**STEPS, "adapter.alpha": None, "train.min_snr_gamma": None})
     assert loaded.adapter.alpha is None
     assert loaded.train.min_snr_gamma is None
@@ -227,7 +227,7 @@ def test_contradictions_are_reported_at_once() -> None:
         {"optimizer.text_encoder_learning_rate": 1e-5, "adapter.new_tokens": 2, "data.name": "sks toy"},
     ],
 )
-def test_what_belongs_together_is_no_contradiction(overrides: dict[str, Any]) -> None:
+def test_options_that_belong_together_are_accepted(overrides: dict[str, Any]) -> None:
     loaded = config.as_tables(config.from_tables({}, {**STEPS, **overrides}))
     assert {key: loaded[key.split(".")[0]][key.split(".")[1]] for key in overrides} == overrides
 
@@ -235,7 +235,7 @@ def test_what_belongs_together_is_no_contradiction(overrides: dict[str, Any]) ->
 # -- presets and overrides ------------------------------------------------------------------------------------------
 
 
-def test_an_override_lies_over_the_preset() -> None:
+def test_an_override_replaces_a_value_of_the_preset() -> None:
     loaded = config.load("subject-sd15", {"adapter.rank": 7})
     assert loaded.adapter.rank == 7
     assert loaded.data.resolution == config.load("subject-sd15").data.resolution
@@ -252,7 +252,7 @@ def test_a_method_replaces_the_presets() -> None:
 
 
 @pytest.mark.parametrize("prior", ["none", "teacher"])
-def test_a_prior_replaces_the_presets_with_what_belongs_to_it(prior: str) -> None:
+def test_a_prior_replaces_the_presets_prior_and_its_options(prior: str) -> None:
     assert config.load("subject-pocket").train.class_images != config.TrainConfig.class_images
     train = config.load("subject-pocket", {"train.prior": prior}).train
     assert (train.prior, train.class_images) == (prior, config.TrainConfig.class_images)
@@ -264,7 +264,7 @@ def test_no_preset_means_the_defaults() -> None:
     assert config.load(None, STEPS) == config.Config(train=config.TrainConfig(steps=1))
 
 
-def test_a_file_of_ones_own_is_a_preset(tmp_path: Path) -> None:
+def test_a_file_of_the_user_is_a_preset(tmp_path: Path) -> None:
     file = tmp_path / "mein Förmchen.toml"
     file.write_text("\ufeff[train]\nsteps = 3\n[data]\nname = 'sks тест'\n", encoding="utf-8")
     loaded = config.load(file)
@@ -364,7 +364,7 @@ def test_numbers_come_back_from_toml_to_the_bit(value: float) -> None:
     assert reloaded == loaded
 
 
-def test_resolved_text_is_utf8_and_says_everything() -> None:
+def test_the_resolved_config_has_every_option_that_is_set() -> None:
     loaded = config.load("subject-pocket")
     tables = tomllib.loads(config.to_toml(loaded))
     option_names = {f"{section}.{name}" for section, table in tables.items() for name in table}
@@ -373,7 +373,7 @@ def test_resolved_text_is_utf8_and_says_everything() -> None:
     assert option_names | unset == {option.key for option in config.options()}
 
 
-def test_no_place_on_the_machine_is_in_the_metadata() -> None:
+def test_no_path_of_the_machine_is_in_the_metadata() -> None:
     secret = "/somewhere/private"
     places: dict[str, Any] = {option.key: secret for option in config.options() if option.path}
     assert " ".join(sorted(places)) == (
@@ -441,7 +441,7 @@ def test_every_option_changes_the_resolved_config(option: Option) -> None:
     assert config.from_tables(tomllib.loads(config.to_toml(after))) == after
 
 
-def test_a_config_cannot_be_written_into() -> None:
+def test_a_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.load().train.steps = 3  # type: ignore[misc]
 

@@ -57,7 +57,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Non
 # -- ComfyUI's rules for nodes ----------------------------------------------------------------------------------------
 
 
-def test_every_node_keeps_to_the_contract(nodes: ModuleType) -> None:
+def test_every_node_follows_the_rules_of_comfyui(nodes: ModuleType) -> None:
     assert nodes.NODE_CLASS_MAPPINGS.keys() == nodes.NODE_DISPLAY_NAME_MAPPINGS.keys()
     for name, node in nodes.NODE_CLASS_MAPPINGS.items():
         inputs = node.INPUT_TYPES()
@@ -101,7 +101,7 @@ def test_only_the_standard_library_is_imported_when_the_host_starts() -> None:
         assert not [node for node in imports if "lorakit" in ast.unparse(node)], path.name
 
 
-def test_the_registry_gets_what_it_asks_for() -> None:
+def test_pyproject_has_the_fields_of_comfyuis_registry() -> None:
     table = tomllib.loads((FOLDER / "pyproject.toml").read_text(encoding="utf-8"))
     assert table["project"].keys() >= {"name", "version", "description", "license"} and table["tool"]["comfy"]
     assert table["project"]["dependencies"] == [], "the host's packages are left alone"
@@ -110,7 +110,7 @@ def test_the_registry_gets_what_it_asks_for() -> None:
 # -- finding lorakit --------------------------------------------------------------------------------------------------
 
 
-def test_a_host_without_lorakit_says_the_one_line(
+def test_without_lorakit_the_error_has_the_line_that_installs_it(
     nodes: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: Host
 ) -> None:
     child = sys.modules[f"{nodes.__name__}.child"]
@@ -138,7 +138,9 @@ def test_a_host_without_lorakit_says_the_one_line(
         child.command()
 
 
-def test_where_it_is_installed_beside_the_host(nodes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lorakit_is_found_in_the_hosts_python_and_on_the_path(
+    nodes: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     child = sys.modules[f"{nodes.__name__}.child"]
     monkeypatch.delenv("LORAKIT_PYTHON")
     assert child.command() == [sys.executable, "-P", "-m", "lorakit"]
@@ -188,7 +190,7 @@ def test_pictures_of_the_graph_become_photos_with_captions(nodes: ModuleType, ho
         (".", None, "", "has no pictures"),
     ],
 )
-def test_photos_that_are_none(
+def test_wrong_inputs_of_photos_are_refused(
     nodes: ModuleType, folder: str, images: object, captions: str, message: str, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -208,7 +210,7 @@ def test_a_changed_folder_is_read_again(nodes: ModuleType, photos: Path) -> None
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
-def test_options_are_a_line_each(nodes: ModuleType) -> None:
+def test_each_line_of_the_options_is_an_option(nodes: ModuleType) -> None:
     module = sys.modules[f"{nodes.__name__}.nodes"]
     text = '# mine\nadapter.rank = 8\n\n[train]\nbatch_size=2\nnote = a = b\n[memory]\ndevice = "cpu"'
     assert module.assignments(text) == [
@@ -240,7 +242,7 @@ def test_the_same_settings_and_photos_are_the_same_run(nodes: ModuleType, photos
         ("exit 3", "lorakit ended with exit code 3"),
     ],
 )
-def test_what_goes_wrong_reaches_the_person(
+def test_errors_of_lorakit_reach_the_user(
     nodes: ModuleType,
     host: Host,
     photos: Path,
@@ -256,7 +258,7 @@ def test_what_goes_wrong_reaches_the_person(
     assert host.calls == ["unload_all_models", "soft_empty_cache"], "the card is lorakit's before it starts"
 
 
-def test_cancelled_before_there_is_a_run(
+def test_a_cancel_before_the_run_begins_ends_the_process(
     nodes: ModuleType, host: Host, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(tmp_path, monkeypatch, "exec sleep 60")
@@ -268,7 +270,7 @@ def test_cancelled_before_there_is_a_run(
         nodes.NODE_CLASS_MAPPINGS["LorakitCheck"]().check(str(photos), **RUN)
 
 
-def test_cancel_saves_and_the_same_again_goes_on(
+def test_cancel_saves_and_the_same_settings_resume(
     nodes: ModuleType, host: Host, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stand-in waits for the stop file of a run. At its second start it must get `resume`."""

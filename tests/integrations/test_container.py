@@ -51,7 +51,7 @@ def test_the_base_image_is_one_version_with_a_python_that_fits() -> None:
     assert set(extras.split(",")) <= project["optional-dependencies"].keys()
 
 
-def test_what_is_copied_is_there_and_nothing_else_goes_in() -> None:
+def test_the_build_gets_the_sources_of_the_package_and_nothing_else() -> None:
     sources = [source for line in instructions("COPY") for source in shlex.split(line)[:-1]]
     assert {"pyproject.toml", "lorakit", "presets", "constraints.txt"} <= set(sources)
     for source in sources:
@@ -63,7 +63,7 @@ def test_what_is_copied_is_there_and_nothing_else_goes_in() -> None:
     assert is_copied("lorakit/cli/main.py") and not is_copied("lorakit/cli/__pycache__/main.cpython-312.pyc")
 
 
-def test_its_command_is_one_of_lorakits_that_needs_a_password() -> None:
+def test_the_command_of_the_image_needs_a_password() -> None:
     (command,) = instructions("CMD")
     program, first, *rest = json.loads(command)
     args = app.parser().parse_args(rest)
@@ -83,7 +83,7 @@ def test_no_secret_is_in_the_image() -> None:
 @pytest.mark.skipif(
     not os.environ.get("LORAKIT_DOCKER") or shutil.which("docker") is None, reason="LORAKIT_DOCKER=1 and docker"
 )
-def test_the_image_builds_and_knows_its_commands() -> None:
+def test_the_image_builds_and_its_commands_run() -> None:
     subprocess.run(["docker", "build", "-t", "lorakit-test", str(ROOT)], check=True)
     line = ["docker", "run", "--rm", "lorakit-test", "lorakit", "--version"]
     assert "lorakit" in subprocess.run(line, capture_output=True, text=True, check=True).stdout

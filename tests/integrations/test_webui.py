@@ -112,7 +112,7 @@ def test_the_tab_has_its_name_and_settings(loaded) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_page_is_framed_by_this_host_alone(loaded) -> None:
+def test_a_real_page_can_be_framed_only_by_this_host(loaded) -> None:
     host, tab = loaded
     (Path(host.modules["modules.sd_models"].model_path) / "some-model.safetensors").write_bytes(b"")
     frame = tab["show"](SimpleNamespace(headers={"origin": ORIGIN}))
@@ -140,7 +140,7 @@ def write_state(run: Path, **facts: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_has_the_card_and_its_adapter_comes_into_the_list(loaded) -> None:
+def test_the_host_frees_the_card_for_a_run_and_lists_its_adapter(loaded) -> None:
     host, tab = loaded
     watcher, run = tab["watcher"], tab["WORK"] / "runs" / "one"
     host.calls.clear()
@@ -184,7 +184,7 @@ def test_the_origin_is_read_from_the_headers_of_either_gradio(loaded, monkeypatc
     assert "LORAKIT_PASSWORD" in tab["show"](SimpleNamespace(headers=headers))
 
 
-def test_what_a_person_must_do_is_reported(loaded, tmp_path, monkeypatch) -> None:
+def test_missing_password_encryption_and_a_failed_start_are_reported(loaded, tmp_path, monkeypatch) -> None:
     _, tab = loaded
     child = sys.modules["lorakit_child"]
     monkeypatch.delenv("LORAKIT_PASSWORD", raising=False)
@@ -217,7 +217,7 @@ def test_lorakit_is_found_or_lines_that_install_it_are_reported(monkeypatch, tmp
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
-def test_a_python_that_only_seems_to_be_there_is_passed_over(monkeypatch, tmp_path) -> None:
+def test_a_python_that_cannot_create_an_environment_is_skipped(monkeypatch, tmp_path) -> None:
     for minor, code in ((14, 127), (13, 1), (12, 0), (11, 0)):
         (tmp_path / f"python3.{minor}").write_text(f"#!/bin/sh\nexit {code}\n")
         (tmp_path / f"python3.{minor}").chmod(0o755)
@@ -227,7 +227,7 @@ def test_a_python_that_only_seems_to_be_there_is_passed_over(monkeypatch, tmp_pa
     assert find() == [str(tmp_path / "python3.12")]
 
 
-def test_on_windows_a_torch_for_the_card_comes_first(monkeypatch) -> None:
+def test_on_windows_torch_with_cuda_is_installed_first(monkeypatch) -> None:
     steps = runpy.run_path(str(EXTENSION / "lorakit_child.py"))["install_steps"]
     assert [len(words) for words in steps()] == [1]
     monkeypatch.setitem(steps.__globals__, "os", SimpleNamespace(name="nt"))

@@ -39,7 +39,7 @@ def test_hidden_files_are_not_opened(home: Path, typed: str):
 
 
 @pytest.mark.parametrize("typed", ["", "  ", "a\0b"])
-def test_nothing_is_no_path(home: Path, typed: str):
+def test_an_empty_text_is_no_path(home: Path, typed: str):
     with pytest.raises(LorakitError, match="type the path of a folder or a file"):
         Roots([home]).resolve(typed)
 

@@ -135,7 +135,7 @@ def test_a_run_is_queued_taken_out_and_resumed_by_gradios_client(server: Server,
         ("captions", ["photos", {"0.png": 3}], "0.png: a caption must be text"),
     ],
 )
-def test_what_is_wrong_is_refused_in_a_line(server: Server, name: str, values: list[object], line: str):
+def test_wrong_values_are_refused_with_one_line(server: Server, name: str, values: list[object], line: str):
     answer = call(server, name, *values)
     assert isinstance(answer, str) and line in answer and "Traceback" not in answer
 

@@ -111,7 +111,7 @@ def test_an_address_that_is_not_here_is_named(host: str, port: int | None, messa
         listen(host, port)
 
 
-def test_the_command_reports_it_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_reports_a_failed_start_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert app.main(["--runs", str(tmp_path / "runs"), "--root", str(tmp_path), "--port", str(port)]) == 1

@@ -193,7 +193,7 @@ def compare_and_export(person: Person, run: Path) -> None:
     assert len(list((run / "compare").glob("*/grid.png"))) == 1
 
 
-def test_a_run_outlives_everything_and_is_killed_resumed_and_stopped(chromium, front_end, served, room: Path):
+def test_a_run_outlives_the_front_end_and_is_killed_resumed_and_stopped(chromium, front_end, served, room: Path):
     first = front_end(room)
     person = Person(chromium, first.address)
     person.tab("train")
@@ -295,7 +295,7 @@ def test_a_caption_stays_with_its_photo_when_another_folder_comes(person: Person
     assert (room / "A" / "00.txt").read_text() == "written for A\n" and not (room / "B" / "00.txt").exists()
 
 
-def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, room: Path):
+def test_errors_are_shown_at_their_fields(person: Person, served, room: Path):
     page = person.page
     for path, message in (
         (room / "empty", "0 images in"),
@@ -345,7 +345,7 @@ def test_what_is_wrong_is_reported_where_it_is_wrong(person: Person, served, roo
     person.says("adapter-report", "is outside of")
 
 
-def test_everything_is_reached_by_keyboard_and_fits_a_phone(chromium, served, room: Path):
+def test_each_page_works_with_the_keyboard_and_fits_a_phone(chromium, served, room: Path):
     person = Person(chromium, served.address, viewport={"width": 390, "height": 844}, color_scheme="dark")
     page = person.page
     assert page.evaluate("document.body.classList.contains('dark')")
@@ -424,6 +424,6 @@ def test_others_are_not_let_in_without_a_password(arguments: list[str], tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_it_listens_on_this_machine_alone(served):
+def test_the_server_listens_on_this_machine_only(served):
     connections = psutil.Process(served.process.pid).net_connections()
     assert [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN] == ["127.0.0.1"]

@@ -60,7 +60,7 @@ def captions_of(folder: Path) -> dict[str, str]:
     ],
     ids=lambda value: value.tool if isinstance(value, Change) else None,
 )
-def test_what_the_preview_shows_is_done_and_undone(tools, folder, change, expected):
+def test_a_previewed_change_is_applied_and_undone(tools, folder, change, expected):
     before, named = captions_of(folder), settings(data__name="sks dog")
     message, table, button = tools.preview(str(folder), change, named, SAY)
     assert "captions would change" in message and button["interactive"] is True
@@ -82,7 +82,7 @@ def test_photos_that_are_left_out_keep_their_captions(tools, folder):
     assert captions_of(folder)["a"] == "a dog, grass" and captions_of(folder)["b"] == "photo, grass, sks dog\n"
 
 
-def test_what_is_missing_is_named_and_nothing_is_changed(tools, folder, tmp_path):
+def test_a_missing_input_is_named_and_no_caption_changes(tools, folder, tmp_path):
     assert "Train page first" in tools.preview(str(folder), Change("trigger"), settings(), SAY)[0]
     assert "Write the words first" in tools.change_all(str(folder), Change("front", " "), None, SAY)
     assert "No caption would change" in tools.preview(str(folder), Change("replace", "zebra"), None, SAY)[0]

@@ -62,7 +62,7 @@ def test_all_problems_come_at_once(tmp_path: Path):
     assert set(problems) == {"adapter.rank", "train.batch_size", "model.base"}
 
 
-def test_what_is_read_from_widgets():
+def test_values_are_read_from_widgets():
     fields = form.fields()
     assert fields["adapter.alpha"].read("") is None
     assert fields["adapter.alpha"].read("1e-1") == 0.1
@@ -78,7 +78,7 @@ def test_an_empty_prompt_stays_in_a_list():
     assert prompts.read(' a mug\n\n "" \na fish\n') == ("a mug", "", "a fish")
 
 
-def test_what_differs_from_the_preset():
+def test_changed_options_are_those_that_differ_from_the_preset():
     preset = form.values(config.load("subject-pocket"))
     assert form.changed(preset, preset) == {}
     assert form.changed(preset | {"adapter.rank": 9.0}, preset) == {"adapter.rank": (preset["adapter.rank"], 9.0)}
@@ -95,7 +95,7 @@ def test_quality_is_a_factor_on_the_presets_length():
     assert lengths["quick"] == pytest.approx(lengths["balanced"] / 2, abs=1)
 
 
-def test_every_text_that_is_asked_for_is_there_and_none_is_left_over():
+def test_every_used_text_exists_and_every_text_is_used():
     code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "lorakit/ui").rglob("*.py"))
     keys = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
     prefixed = (
@@ -177,6 +177,6 @@ def test_a_form_has_a_value_for_every_option_whatever_the_method(method: str) ->
     assert values["adapter.method"] == method and values["adapter.rank"] >= 1
 
 
-def test_a_list_of_texts_that_is_lines_already_stays_so():
+def test_lines_of_a_widget_stay_the_same():
     field = next(field for field in form.fields().values() if field.kind == "lines")
     assert field.to_widget(field.to_widget(("a toy", "b"))) == "a toy\nb"

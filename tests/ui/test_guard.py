@@ -45,7 +45,7 @@ def login(server: Server, password: str) -> tuple[int, str, dict[str, str]]:
     return ask(server, "POST", "/login", body, **{"Content-Type": "application/x-www-form-urlencoded"})
 
 
-def test_another_name_is_refused_with_what_to_do(served):
+def test_another_host_name_is_refused_with_a_remedy(served):
     server, _ = served
     status, text, _ = ask(server, "GET", "/", Host="evil.example")
     assert status == 400 and "lorakit: it is not known as evil.example" in text and "--public https://" in text
@@ -53,7 +53,7 @@ def test_another_name_is_refused_with_what_to_do(served):
         assert ask(server, "GET", "/", Host=host)[0] == 200, host
 
 
-def test_no_page_from_elsewhere_frames_or_uploads(served):
+def test_other_sites_can_neither_frame_the_page_nor_upload(served):
     server, workspace = served
     _, _, headers = ask(server, "GET", "/")
     assert headers["x-frame-options"] == "SAMEORIGIN" and "frame-ancestors 'self'" in headers["content-security-policy"]

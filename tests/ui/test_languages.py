@@ -54,7 +54,7 @@ def test_a_file_has_each_key_once_and_no_other_parts(language: str):
         ("ja;q=nan, jam, x;q=much", "en"),
     ],
 )
-def test_a_header_is_read_with_spaces_and_with_what_it_excludes(header: str, language: str):
+def test_accept_language_may_have_spaces_and_exclusions(header: str, language: str):
     assert texts.language_of(header) == language
 
 
@@ -89,7 +89,7 @@ def test_a_language_says_what_english_says_with_the_same_values(language: str):
     assert [key for key, text in table.items() if key.startswith("help.") and text.count("*") > 1] == []
 
 
-def test_what_a_language_lacks_is_in_english(monkeypatch: pytest.MonkeyPatch):
+def test_missing_lines_of_a_language_are_in_english(monkeypatch: pytest.MonkeyPatch):
     about = texts.About("x", "xx", ["xx"], True, "(made)")
     some = {"about": about, "texts": {"tab.train": "X"}, "options": {"model.vae": ["Y"]}}
     content = texts.Source(**{part: {} for part in PARTS} | some)
@@ -136,7 +136,7 @@ def test_a_file_that_is_no_language_is_named_and_left_out(tmp_path: Path, conten
     assert re.fullmatch(rf".*xx\.json: {reason}.*; the page leaves this language out", line)
 
 
-def test_a_text_with_other_places_is_in_english(tmp_path: Path):
+def test_a_text_with_other_values_is_shown_in_english(tmp_path: Path):
     own = {"tab.train": "X", "photos.count": "{cuont}", "photos.page": "{first", "unit.gib": "{value} G"}
     languages, problems = texts.read_all(folder_with(tmp_path, json.dumps(GOOD | {"texts": own}).encode()))
     assert languages["xx"].texts == {"tab.train": "X", "unit.gib": "{value} G"} and languages["xx"].sentences == {}
@@ -168,7 +168,7 @@ def test_the_command_says_which_file_is_broken_and_serves(
 
 
 @pytest.mark.parametrize("language", OTHERS)
-def test_commands_stay_as_they_are(language: str):
+def test_commands_are_not_translated(language: str):
     command = re.compile(r"(?<![\w-])--[a-z][a-z-]*|lorakit [a-z]+\b")
     for part, key, text in lines(language):
         english = texts.source("en").texts.get(key, text) if part == "texts" else key

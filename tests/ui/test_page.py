@@ -97,7 +97,7 @@ def test_events_of_the_page_are_not_offered_to_programs(server: Server):
     assert not information["unnamed_endpoints"]
 
 
-def test_no_script_declares_what_gradio_gives_to_it(server: Server):
+def test_no_script_declares_a_name_of_gradio(server: Server):
     """A script that declares one of these names does not run."""
     reserved = "element|trigger|props|server|upload|watch"
     scripts = [c["props"].get("js_on_load") or "" for c in json.loads(ask(server, "/config")[1])["components"]]

@@ -91,7 +91,7 @@ def test_the_page_refuses_what_a_run_refuses(train: TrainPage, tiny_sd1: Path):
     assert "dora in the kohya format is honoured by" in plan and start["interactive"] is True
 
 
-def test_what_was_changed_by_hand_stays(train: TrainPage, tiny_sd1: Path):
+def test_options_that_the_user_changed_stay(train: TrainPage, tiny_sd1: Path):
     values, marks = answered(train, tiny_sd1, data__resolution=128.0, train__steps="7")
     _, changed, _, marks, draft, updates = answer(train, marks, values)
     assert "value" not in updates["data.resolution"] and "Changed from the preset" in updates["data.resolution"]["info"]
@@ -104,7 +104,7 @@ def test_what_was_changed_by_hand_stays(train: TrainPage, tiny_sd1: Path):
     assert updates["train.steps_per_image"]["value"] == before
 
 
-def test_what_belongs_to_a_change_gives_way_as_on_the_command_line(train: TrainPage):
+def test_options_of_the_prior_are_reset_without_it(train: TrainPage):
     values, marks = answered(train, Path("pocket"))
     fields = dict(zip(train.keys, values, strict=True)) | {quickstart.BASE: "pocket", "train.prior": "none"}
     *_, draft, updates = answer(train, marks, [fields[key] for key in train.keys])
@@ -221,7 +221,7 @@ def test_photos_are_shown_whatever_the_base_is(workspace: Workspace, train: Trai
 @pytest.mark.parametrize(
     "value", [{}, None, [], {"values": 3}, {"values": {"no.such": 1}, "quality": "?", "preset": "?"}]
 )
-def test_what_a_browser_stores_may_be_anything(train: TrainPage, value: object):
+def test_any_value_in_the_browsers_storage_is_accepted(train: TrainPage, value: object):
     assert len(train.restore(value)) == 4 + len(train.keys)
 
 
@@ -397,7 +397,7 @@ def test_a_draft_of_another_program_is_left_out(train: TrainPage):
     assert restored == dict(zip(train.keys, start[4:], strict=True))
 
 
-def test_only_photos_that_the_run_was_trained_on_are_near(workspace: Workspace, tmp_path: Path):
+def test_only_photos_of_the_run_are_shown_with_it(workspace: Workspace, tmp_path: Path):
     config = quickstart.config_for_answers({quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.NAME: "x"}, "quick")
     run = RunFolder.create(replace(config, output=replace(config.output, folder=str(workspace.runs / "one"))))
     run.unlock()
@@ -410,7 +410,7 @@ def test_only_photos_that_the_run_was_trained_on_are_near(workspace: Workspace, 
     assert len(_photos_of(run, workspace)) == 4
 
 
-def test_ones_own_presets_are_used_and_carried(train: TrainPage, tmp_path: Path):
+def test_presets_of_the_user_are_written_applied_and_read(train: TrainPage, tmp_path: Path):
     values, marks = answered(train, Path("pocket"), adapter__rank=3.0)
     fields = dict(zip(train.keys, values, strict=True)) | {quickstart.BASE: "pocket", quickstart.NAME: ""}
     message, update = train.keep_preset("My small one!", [fields[key] for key in train.keys], SAY)

@@ -87,7 +87,7 @@ def page(workspace: Workspace) -> TryPage:
         return TryPage(workspace, T)
 
 
-def test_what_is_tried_is_a_job_with_all_that_was_set(page: TryPage, run: RunFolder):
+def test_trying_an_adapter_queues_a_job_with_all_settings(page: TryPage, run: RunFolder):
     assert page.adapters() == ["one/sks-toy.safetensors", "one/checkpoints/step-000004"]
     settings = {"sample.seed": 1234567890, "sample.steps": 0}
     assert page.start("one/sks-toy.safetensors", "a toy\n\n --x", [0.0, 0.75], "", settings, SAY) == ""
@@ -99,7 +99,7 @@ def test_what_is_tried_is_a_job_with_all_that_was_set(page: TryPage, run: RunFol
     assert "waiting" in page.status(SAY)[0] and page.status(SAY)[1]
 
 
-def test_a_checkpoint_is_written_as_a_file_first(page: TryPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_is_exported_before_it_is_tried(page: TryPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
     exported = []
     monkeypatch.setattr(commands, "export", lambda *arguments: exported.append(arguments) or [run.path / "x"])
     page.start("one/checkpoints/step-000004", "a", [1.0], "", {}, SAY)
@@ -117,11 +117,13 @@ def test_a_checkpoint_is_written_as_a_file_first(page: TryPage, run: RunFolder, 
         ("one/sks-toy.safetensors", "a", "/etc", "/etc is outside of"),
     ],
 )
-def test_what_cannot_be_drawn_says_why(page: TryPage, run: RunFolder, name: str, prompts: str, base: str, line: str):
+def test_a_failed_drawing_states_its_reason(
+    page: TryPage, run: RunFolder, name: str, prompts: str, base: str, line: str
+):
     assert line in page.start(name, prompts, [1.0], base, {}, SAY) and not page.workspace.queue.jobs()
 
 
-def test_it_says_what_it_waits_for_and_why_it_failed(page: TryPage, run: RunFolder):
+def test_the_page_shows_which_run_the_job_waits_for_and_why_it_failed(page: TryPage, run: RunFolder):
     queue = page.workspace.queue
     queue.command(["train"], page.workspace.runs / "night")
     page.start("one/sks-toy.safetensors", "a", [1.0], "", {}, SAY)

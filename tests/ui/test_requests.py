@@ -102,9 +102,7 @@ def gate(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[thre
 
 
 @pytest.mark.slow
-def test_what_takes_long_says_so_in_a_browser_and_no_request_is_long(
-    chromium: Any, workspace: Workspace, gate: threading.Event
-):
+def test_a_browser_shows_long_work_without_a_long_request(chromium: Any, workspace: Workspace, gate: threading.Event):
     root, lengths = workspace.roots.paths[0], dict[str, float]()
     server = app.serve(workspace, app.parser().parse_args([]), block=False)
     page = chromium.new_context(locale="en-US", viewport={"width": 1280, "height": 900}).new_page()

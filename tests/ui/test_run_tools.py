@@ -60,7 +60,7 @@ def test_a_runs_settings_fill_the_form(page: RunsPage, run: RunFolder, tmp_path:
             page.tools.answers_of(name)
 
 
-def test_a_run_that_notified_otherwise_says_that_it_does_so_no_more(page: RunsPage, run: RunFolder):
+def test_reusing_settings_warns_that_output_notify_is_not_used(page: RunsPage, run: RunFolder):
     own = configuration.load(run.config_file, {"output.notify": "https://box.example/secret"})
     run.config_file.write_text(configuration.to_toml(own), encoding="utf-8")
     built = app.build(page.workspace, T)
@@ -132,7 +132,7 @@ def test_advice_about_memory_is_buttons(page: RunsPage, run: RunFolder):
     assert page.tools.show("one", SAY)[6] == ""
 
 
-def test_a_checkpoint_and_pictures_come_when_asked_for(page: RunsPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_saves_and_draws_on_request(page: RunsPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoint, "require_finite", lambda *arguments: None)
     calls = []
     milestones = Milestones.__new__(Milestones)
@@ -163,7 +163,7 @@ def offered(page: RunsPage, name: str) -> set[str]:
     return {name for name in BUTTONS if updates.get(name, True)} if updates.get("run-tools", True) else set()
 
 
-def test_each_button_is_there_for_the_runs_that_it_is_of_use_for(page: RunsPage, run: RunFolder):
+def test_each_button_is_visible_for_the_runs_that_need_it(page: RunsPage, run: RunFolder):
     assert offered(page, "one") == {"run-again", "run-save-now", "run-sample-now", "run-notify", "run-words"}
     run.update(state="preparing")
     assert offered(page, "one") == {"run-again", "run-notify", "run-words"}, "it trains not yet"

@@ -85,7 +85,7 @@ def test_the_message_of_a_button_goes_with_the_state(page: RunsPage, run: RunFol
     assert look(page, first["hashes"])["message"] == ""
 
 
-def test_a_run_that_was_stopped_goes_on_before_its_process_is_gone(page: RunsPage, run: RunFolder):
+def test_a_stopped_run_can_be_queued_before_its_process_ends(page: RunsPage, run: RunFolder):
     queue = page.workspace.queue
     job = queue.command(["train"], run.path)
     queue._write(replace(job, state="running", pid=run._state.pid, pid_start=run._state.pid_start))
@@ -136,7 +136,7 @@ def test_a_file_that_cannot_be_offered_says_why(page: RunsPage, run: RunFolder, 
     assert file == gr.update(visible=False)
 
 
-def test_a_run_that_prepares_says_with_what_and_how_far_it_is(page: RunsPage, run: RunFolder):
+def test_a_run_in_preparation_shows_its_phase_and_progress(page: RunsPage, run: RunFolder):
     run.update(state="preparing")
     run.record(Event("phase", None, {"phase": "loading the base"}))
     run.update(state="preparing")
@@ -189,7 +189,7 @@ def test_states_that_did_not_change_are_not_read_again(page: RunsPage, run: RunF
     assert page.workspace.runs_and_jobs()[0][1].step == 3
 
 
-def test_resume_is_a_great_button_only_where_the_run_was_broken_off(page: RunsPage, run: RunFolder):
+def test_resume_is_a_large_button_only_after_an_interruption(page: RunsPage, run: RunFolder):
     assert look(page)["resume"] == gr.update(visible=False, variant="primary")
     run.update(state="stopped")
     assert look(page)["resume"] == gr.update(visible=True, variant="primary")

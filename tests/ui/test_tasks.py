@@ -74,7 +74,7 @@ def active(timer: object) -> bool:
     return isinstance(timer, dict) and timer.get("active") is True
 
 
-def test_a_long_event_returns_at_once_and_says_how_far_it_is(page: Page):
+def test_a_long_event_returns_at_once_with_its_progress(page: Page):
     page.progress = (40, 300)
     (line, *_, timer), seconds = page.call("begin", None, None)
     assert "40 of 300" in line and active(timer) and seconds < 20  # the work would take 30 s
@@ -88,7 +88,7 @@ def test_a_long_event_returns_at_once_and_says_how_far_it_is(page: Page):
     assert "ready" not in str(late) and not active(late[-1])
 
 
-def test_what_goes_wrong_is_reported_and_ends_it(page: Page, capsys: pytest.CaptureFixture[str]):
+def test_an_error_is_reported_and_ends_the_work(page: Page, capsys: pytest.CaptureFixture[str]):
     page.result = ValueError("a reason")
     page.gate.set()
     page.call("begin", None, None)
@@ -97,13 +97,13 @@ def test_what_goes_wrong_is_reported_and_ends_it(page: Page, capsys: pytest.Capt
     assert "ValueError: a reason" in capsys.readouterr().err
 
 
-def test_a_page_that_asks_a_new_program_is_answered(page: Page):
+def test_a_page_of_an_older_program_gets_an_answer(page: Page):
     page.session = "another"
     (line, *_, timer), _ = page.call("look", None)
     assert "has been restarted" in line and not active(timer)
 
 
-def test_work_of_unknown_length_says_what_came_so_far():
+def test_work_of_unknown_length_shows_its_progress():
     tasks, gate = Tasks(), threading.Event()
 
     def work(progress: Callable[[int, int], object]) -> list[str]:

@@ -73,7 +73,7 @@ def test_the_third_photo_of_a_name_does_not_take_anothers_caption(tmp_path: Path
     assert Image.open(caption.with_suffix(".png")).getpixel((0, 0)) == (0, 128, 0)
 
 
-def test_nothing_is_replaced_and_every_step_is_counted(tmp_path: Path):
+def test_uploads_replace_no_file_and_report_each_step(tmp_path: Path):
     place, steps = tmp_path / "place", []
     take_in(files(tmp_path / "up", "a.png", "a.txt=first"), place)
     paths = files(tmp_path / "more", "a.png=blue", "a.txt=second")
@@ -83,7 +83,7 @@ def test_nothing_is_replaced_and_every_step_is_counted(tmp_path: Path):
     assert not any(path.exists() for path in paths), "no copy stays in the shared place"
 
 
-def test_nothing_that_can_be_used_makes_no_folder(tmp_path: Path):
+def test_an_upload_without_photos_creates_no_folder(tmp_path: Path):
     upload = take_in(files(tmp_path / "up", "bad.jpg=broken"), tmp_path / "place")
     assert upload.photo_count == 0 and upload.refused[0].startswith("bad.jpg: ") and not (tmp_path / "place").exists()
 

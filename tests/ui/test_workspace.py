@@ -112,7 +112,7 @@ def test_a_linked_photo_has_its_caption_beside_the_link(tmp_path: Path):
     assert secret.read_text() == "secret"
 
 
-def test_the_text_before_stays_beside_a_caption(tmp_path: Path):
+def test_earlier_captions_stay_as_backups(tmp_path: Path):
     workspace = Workspace(tmp_path / "runs", [tmp_path / "photos"])
     place = photo(tmp_path / "photos" / "a.png").parent
     (place / "a.txt").write_bytes("früher\r\nzwei Zeilen".encode("latin-1"))
@@ -130,12 +130,12 @@ def test_the_text_before_stays_beside_a_caption(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", ".queue", "a/b", "/etc"])
-def test_a_run_is_a_name_below_the_runs(tmp_path: Path, name: str):
+def test_paths_are_no_names_of_runs(tmp_path: Path, name: str):
     with pytest.raises(LorakitError, match="is no run"):
         Workspace(tmp_path, []).run(name)
 
 
-def test_the_photos_are_looked_at_once(tmp_path: Path, tiny_sd1: Path):
+def test_photos_are_checked_once(tmp_path: Path, tiny_sd1: Path):
     workspace = Workspace(tmp_path / "runs", [tmp_path])
     for number in range(3):
         photo(tmp_path / "photos" / f"{number}.png", (64, 64), ("red", "green", "blue")[number])
@@ -149,7 +149,7 @@ def test_the_photos_are_looked_at_once(tmp_path: Path, tiny_sd1: Path):
     assert workspace.report(config) is not first
 
 
-def test_a_word_changed_decodes_no_photo_again(tmp_path: Path, tiny_sd1: Path):
+def test_a_new_name_decodes_no_photo_again(tmp_path: Path, tiny_sd1: Path):
     workspace = Workspace(tmp_path / "runs", [tmp_path])
     path = photo(tmp_path / "photos" / "0.png", (64, 64))
     answers = {quickstart.PHOTOS: str(tmp_path / "photos"), quickstart.BASE: str(tiny_sd1)}
@@ -197,7 +197,7 @@ def test_a_download_is_staged_once(tmp_path: Path):
     assert workspace.staged(file) == staged
 
 
-def test_a_large_file_that_is_copied_for_the_download_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_copy_for_a_download_does_not_block_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     workspace, gate, copied = Workspace(tmp_path / "runs", []), threading.Event(), threading.Event()
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
