@@ -70,7 +70,7 @@ def test_a_previewed_change_is_applied_and_undone(tools, folder, change, expecte
     assert {name: after[name] for name in expected} == expected and "d" not in after
     for name, text in after.items():
         assert (text == before[name]) is (f"<td>{name}.png</td>" not in table)
-    assert "captions as before." in tools.undo_last(str(folder), SAY)
+    assert "captions restored." in tools.undo_last(str(folder), SAY)
     assert captions_of(folder) == before
     assert "沒有可復原的說明文字修改" in tools.undo_last(str(folder), ZH)
 
@@ -83,8 +83,8 @@ def test_photos_that_are_left_out_keep_their_captions(tools, folder):
 
 
 def test_a_missing_input_is_named_and_no_caption_changes(tools, folder, tmp_path):
-    assert "Train page first" in tools.preview(str(folder), Change("trigger"), settings(), SAY)[0]
-    assert "Write the words first" in tools.change_all(str(folder), Change("front", " "), None, SAY)
+    assert "on the Train page" in tools.preview(str(folder), Change("trigger"), settings(), SAY)[0]
+    assert "Enter the words first" in tools.change_all(str(folder), Change("front", " "), None, SAY)
     assert "No caption would change" in tools.preview(str(folder), Change("replace", "zebra"), None, SAY)[0]
     assert "No photos yet" in tools.preview("", Change("trigger"), None, SAY)[0]
     for message in (
@@ -112,7 +112,7 @@ def test_the_command_says_what_a_model_did_or_why_not(tools, folder):
     (folder / "d.txt").write_text("now each has one")
     everything = settings(data__name="sks 'dog'", data__exclude=("b.png", 'a"b*'), memory__device="cpu")
     message = tools.write_all(str(folder), WISHES, everything, SAY)
-    assert "0 captions written; 3 photos had one" in message and not tools._processes
+    assert "0 captions written. 3 photos already had a caption" in message and not tools._processes
     (folder / "d.txt").unlink()
     outside = str(Path(__file__).parent)
     assert "is outside of" in tools.write_all(str(folder), WISHES | {"model": outside}, None, SAY)

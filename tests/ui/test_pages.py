@@ -157,14 +157,14 @@ def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
         assert "base org/tiny is not in the cache and HF_HUB_OFFLINE is set" in reply and "lk-problem" in reply
         monkeypatch.setattr(commands, "USERS", "0")
         plan, _, start, fetch, marks, draft, *updates = train.answer("balanced", marks, values, SAY)
-        notice = "org/tiny is not a path on this machine, and as a hub id it is not downloaded yet."
+        notice = "org/tiny is not a path on this machine, and no hub model of this name is downloaded yet."
         assert notice in plan and fetch["visible"] is True and start["interactive"] is False
         assert dict(zip(train.keys, updates, strict=True))[quickstart.BASE]["info"].startswith(f"✕ {notice}")
         assert notice in train.plan(values, SAY)[0]
         message, name = train.begin(values, SAY)
         assert notice in message and name is None and not train.workspace.queue.jobs()
         assert requests == [], "typing, planning and starting ask nothing of the network"
-        assert "org/tiny is on this machine now" in train.fetch_base(values, SAY)
+        assert "org/tiny is downloaded" in train.fetch_base(values, SAY)
         assert requests
     # The hub is offline now, and the base is in the cache.
     plan, _, _, fetch, _, draft, *_ = train.answer("balanced", marks, values, SAY)
@@ -235,7 +235,7 @@ def test_a_page_of_photos(workspace: Workspace, train: TrainPage, tiny_sd1: Path
     folder = str(workspace.roots.paths[0])
     summary, cards, pager, previous, _, following, _, first, _ = photos.show(folder, 0, config, SAY)
     assert cards.count('<li class="lk-card') == PAGE and first == 0 and pager["visible"]
-    assert "Looking at every photo" in summary and "trained at" not in cards
+    assert "Checking the photos" in summary and "trained at" not in cards
     assert not previous["interactive"] and following["interactive"]
     summary, cards = photos.checked(folder, 0, config, SAY)
     assert cards.count('<li class="lk-card') == PAGE and "trained at 64 × 64" in cards
@@ -296,7 +296,7 @@ def test_only_checkpoints_that_have_a_file_are_offered(workspace: Workspace, tin
     table, _, steps, *_ = page.show("one", SAY)
     assert [step for _, step in steps["choices"]] == [10, 15] and steps["value"] == 15
     assert table.count("no file: the run keeps") == 1 and "step 5" in table and "marked as best" in table
-    assert "no longer has a file of its own" in page.mark_best("one", 5, SAY)
+    assert "no longer has its own file" in page.mark_best("one", 5, SAY)
     assert "Step 10 is marked" in page.mark_best("one", 10, SAY) and page.show("one", SAY)[2]["value"] == 10
     # The page of runs offers the same files beside their pictures, and also a checkpoint without pictures.
     (run.checkpoints / "step-000012").mkdir()
@@ -308,19 +308,19 @@ def test_only_checkpoints_that_have_a_file_are_offered(workspace: Workspace, tin
     # The user deletes the file of the last step.
     (place / "toy.safetensors").unlink()
     assert [step for _, step in page.show("one", SAY)[2]["choices"]] == [10]
-    assert "no longer has a file of its own" in export_step(page.workspace, "one", 15, "kohya", SAY)[0]
+    assert "no longer has its own file" in export_step(page.workspace, "one", 15, "kohya", SAY)[0]
 
 
 def test_a_run_that_was_deleted_while_its_page_was_open_is_reported(workspace: Workspace):
     with gr.Blocks():
         page = ComparePage(workspace, T)
-    gone = "not there any more"
+    gone = "no longer exists"
     assert gone in page.show("gone", SAY)[0] and gone in page.mark_best("gone", 2, SAY)
     assert "is not a run folder" in export_step(page.workspace, "gone", 2, "kohya", SAY)[0]
     assert "lk-problem" in page.draw_grids("gone", ["a.safetensors"], "", "1", SAY)[0]
     assert not (workspace.runs / "gone").exists()
     for text in ("abc", "0, x", "1;2", "nan"):
-        assert "is no strength: give numbers" in page.draw_grids("gone", ["a.safetensors"], "", text, SAY)[0]
+        assert "is not a strength. Enter numbers" in page.draw_grids("gone", ["a.safetensors"], "", text, SAY)[0]
     # No run is chosen.
     for message in (
         export_step(page.workspace, None, None, "kohya", SAY)[0],
@@ -427,8 +427,8 @@ def test_presets_of_the_user_are_written_applied_and_read(train: TrainPage, tmp_
     assert train.export_of(path)["visible"] and not train.export_of("/etc/passwd")["visible"]
     # A preset is not overwritten. A file with a wrong value is refused.
     values = [fields[key] for key in train.keys]
-    assert "already: give another name" in train.keep_preset("my small one", values, SAY)[0]
-    assert "Give the preset a name" in train.keep_preset(" ", values, SAY)[0]
+    assert "already exists. Enter another name" in train.keep_preset("my small one", values, SAY)[0]
+    assert "Enter a name for the preset" in train.keep_preset(" ", values, SAY)[0]
     wrong = tmp_path / "wrong.toml"
     wrong.write_text("[adapter]\nrank = 0\n")
     message, update = train.take_preset(str(wrong), SAY)

@@ -100,7 +100,7 @@ def test_a_photo_that_is_full_of_strokes_says_so_and_takes_no_more(workspace: Wo
         edits = f'{{"a.png" = "{", ".join(["paint 9 5 5"] * count)}"}}'
         html = page.show(str(workspace.roots.paths[0]), 0, config_of(workspace, edits=edits), SAY)[1]
         assert re.findall(r'data-edit="(\w+):a', html) == acts
-        assert ("500 strokes are the most: undo one, or put name.mask.png beside the photo" in html) == (count == 500)
+        assert ("A photo can have 500 strokes. Undo one, or put name.mask.png beside" in html) == (count == 500)
 
 
 def test_folders_are_added_with_name_and_weight_and_taken_away(workspace: Workspace) -> None:
@@ -110,8 +110,8 @@ def test_folders_are_added_with_name_and_weight_and_taken_away(workspace: Worksp
     message, lines = part.add("", cats, " zib  cat ", 3.0, SAY)
     assert "zib cat: 1 photos." in message and lines == f'{{"3_zib cat" = "{cats}"}}'
     for path, name, problem in (
-        (cats, "Zib cat", "has the name Zib cat already"),
-        ("", "x", "Give the folder"),
+        (cats, "Zib cat", "already has the name Zib cat"),
+        ("", "x", "Enter a folder"),
         ("/etc", "ohwx", "is outside of"),
         (str(workspace.runs), "ohwx", "0 images in"),
     ):

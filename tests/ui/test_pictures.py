@@ -78,7 +78,7 @@ def test_compare_has_a_table_of_pictures_and_takes_the_files(workspace: Workspac
     places = [f'data-row="{row}" data-column="{column}"' for row in range(3) for column in range(2)]
     assert all(place in table for place in places) and "data-pictures" in table
     assert "<button type=button data-take=4>" in table and "data-take=2" not in table and "data-take=0" not in table
-    assert "no file: the run keeps its newest checkpoints only (1)" in table
+    assert "no file: the run keeps only its newest checkpoints (1)" in table
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def test_a_checkpoint_is_exported_before_it_is_tried(page: TryPage, run: RunFold
 @pytest.mark.parametrize(
     ("name", "prompts", "base", "line"),
     [
-        ("", "a", "", "Name a file first."),
-        ("one/sks-toy.safetensors", " \n", "", "Write a prompt first"),
+        ("", "a", "", "Choose a file first."),
+        ("one/sks-toy.safetensors", " \n", "", "Enter a prompt first"),
         ("/etc/passwd", "a", "", "/etc/passwd is outside of"),
         ("one/none.safetensors", "a", "", "one/none.safetensors: there is no such file"),
         ("one/sks-toy.safetensors", "a", "/etc", "/etc is outside of"),
@@ -127,7 +127,7 @@ def test_the_page_shows_which_run_the_job_waits_for_and_why_it_failed(page: TryP
     queue = page.workspace.queue
     queue.command(["train"], page.workspace.runs / "night")
     page.start("one/sks-toy.safetensors", "a", [1.0], "", {}, SAY)
-    assert "It waits for: night" in page.status(SAY)[0]
+    assert "Waiting for: night" in page.status(SAY)[0]
     first, job = queue.jobs()
     queue._write(replace(first, state="done"))
     queue._write(replace(job, state="failed"))

@@ -66,7 +66,7 @@ def test_reusing_settings_warns_that_output_notify_is_not_used(page: RunsPage, r
     built = app.build(page.workspace, T)
     (reuse,) = [event.fn for event in built.fns.values() if event.name == "reuse"]
     remark = reuse("one", SimpleNamespace(headers={}))[-1]
-    assert "That run notified by its own output.notify" in remark and "secret" not in remark
+    assert "That run had its own output.notify" in remark and "secret" not in remark
     page.workspace.notify = "https://box.example/secret"
     assert reuse("one", SimpleNamespace(headers={}))[-1] == ""
 
@@ -76,7 +76,7 @@ def test_a_name_and_a_note_stay_with_the_run(page: RunsPage, run: RunFolder):
     title, note, *_ = page.tools.show("one", SAY)
     assert (title, note) == ("the <b>red</b> one", "a\nb")
     assert "the &lt;b&gt;red&lt;/b&gt; one" in list_of(page) and 'data-run="one"' in list_of(page)
-    assert "not there any more" in page.tools.keep_note("two", "x", "", SAY)
+    assert "no longer exists" in page.tools.keep_note("two", "x", "", SAY)
     assert not (page.workspace.runs / "two").exists()
     (run.path / "note.json").write_text("[]")
     assert page.tools.show("one", SAY)[0] == ""
@@ -88,9 +88,9 @@ def test_settings_are_shown_as_text(page: RunsPage, run: RunFolder):
 
 
 def test_a_run_goes_to_the_trash_and_comes_back(page: RunsPage, run: RunFolder):
-    assert "is not over" in page.tools.put_aside("one", SAY) and run.path.is_dir()
+    assert "has not ended" in page.tools.put_aside("one", SAY) and run.path.is_dir()
     run.update(state="done")
-    assert "Nothing of it is deleted" in page.tools.put_aside("one", SAY)
+    assert "No file is deleted" in page.tools.put_aside("one", SAY)
     assert list_of(page) == "" and (page.workspace.runs / ".trash/one/config.toml").is_file()
     (page.workspace.runs / ".trash/one").rename(run.path)
     assert 'data-run="one"' in list_of(page)
@@ -99,7 +99,7 @@ def test_a_run_goes_to_the_trash_and_comes_back(page: RunsPage, run: RunFolder):
 def test_a_job_without_a_folder_goes_to_the_trash_too(page: RunsPage):
     queue = page.workspace.queue
     job = queue.command(["train"], page.workspace.runs / "none")
-    assert "is not over" in page.tools.put_aside("none", SAY)
+    assert "has not ended" in page.tools.put_aside("none", SAY)
     queue._write(replace(job, state="failed"))
     assert 'data-run="none"' in list_of(page)
     page.tools.put_aside("none", SAY)
@@ -110,17 +110,17 @@ def test_a_waiting_run_can_be_put_first(page: RunsPage):
     queue, runs = page.workspace.queue, page.workspace.runs
     for name in ("a", "b", "c"):
         queue.command(["train"], runs / name)
-    assert "It is the next one" in page.tools.put_first("c", SAY)
+    assert "It is the first in the queue" in page.tools.put_first("c", SAY)
     assert [Path(job.folder).name for job in queue.waiting()] == ["c", "a", "b"]
     page.tools.put_first("b", SAY)
     assert [name for name, _ in page.workspace.runs_and_jobs()] == ["b", "c", "a"]
     assert list_of(page).index(">1.<") < list_of(page).index(">2.<")
-    assert "It is number 2 of" in page.tools.put_later("b", SAY)
-    assert "It is number 2 of" in page.tools.put_earlier("a", SAY)
+    assert "It is number 2 in" in page.tools.put_later("b", SAY)
+    assert "It is number 2 in" in page.tools.put_earlier("a", SAY)
     queue.command(["train"], runs / "e")
     assert [Path(job.folder).name for job in queue.waiting()] == ["c", "a", "b", "e"]
-    assert "It is number 4 of" in page.tools.put_later("e", SAY), "it stays the last"
-    assert "does not wait" in page.tools.put_first("d", SAY) and not queue.move(99, -1)
+    assert "It is number 4 in" in page.tools.put_later("e", SAY), "it stays the last"
+    assert "is not waiting" in page.tools.put_first("d", SAY) and not queue.move(99, -1)
 
 
 def test_advice_about_memory_is_buttons(page: RunsPage, run: RunFolder):
@@ -142,7 +142,7 @@ def test_a_run_saves_and_draws_on_request(page: RunsPage, run: RunFolder, monkey
     for name in ("save", "sample"):
         monkeypatch.setattr(milestones, name, lambda step, left, name=name: calls.append((name, step)))
     for ask in (page.tools.ask_samples, page.tools.ask_save):
-        assert "within its next steps" in ask("one", SAY)
+        assert "one of its next steps" in ask("one", SAY)
     milestones._reach(10, ["sample"])
     milestones._reach(20, [])
     assert calls == [("sample", 10), ("save", 10)], "once, and what is due anyway is not done twice"

@@ -100,7 +100,7 @@ def test_an_error_is_reported_and_ends_the_work(page: Page, capsys: pytest.Captu
 def test_a_page_of_an_older_program_gets_an_answer(page: Page):
     page.session = "another"
     (line, *_, timer), _ = page.call("look", None)
-    assert "has been restarted" in line and not active(timer)
+    assert "was restarted" in line and not active(timer)
 
 
 def test_work_of_unknown_length_shows_its_progress():
