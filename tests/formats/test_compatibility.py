@@ -49,7 +49,7 @@ def test_every_program_reads_a_complete_kohya_file(family, conv):
         assert report["a1111"].line() == "unet 192/192, text_encoder 72/72"
 
 
-def test_sdxl_with_diffusers_block_names():
+def test_sdxl_with_diffusers_block_names_is_read_by_all_but_a1111():
     """All programs read it, but A1111 loses the first upsampler."""
     assert complete(read_report(random_adapters.kohya_shapes("sdxl", conv=False, sgm=False), "sdxl")) == set(
         KOHYA_READERS
@@ -59,7 +59,7 @@ def test_sdxl_with_diffusers_block_names():
     assert report["a1111"].unmatched == ("lora_unet_up_blocks_0_upsamplers_0_conv",)
 
 
-def test_sd1_with_sgm_names():
+def test_sd_scripts_and_diffusers_do_not_read_sgm_names_of_sd1():
     report = read_report(random_adapters.kohya_shapes("sd1", sgm=True), "sd1")
     assert complete(report) == {"a1111", "forge", "comfyui", "sd.cpp"}
     assert report["sd-scripts"].counts == {"unet": (0, 278), "text_encoder": (72, 72)}
@@ -69,7 +69,7 @@ def test_sd1_with_sgm_names():
 @pytest.mark.parametrize(
     ("family", "lost"), [("sd1", {"invokeai", "sd-scripts"}), ("sd2", {"a1111", "invokeai", "sd-scripts"})]
 )
-def test_wrong_text_encoder_prefix(family, lost):
+def test_a_wrong_text_encoder_prefix_is_reported(family, lost):
     shapes = renamed(random_adapters.kohya_shapes(family), "lora_te_", "lora_te1_")
     report = read_report(shapes, family)
     assert complete(report) == set(KOHYA_READERS) - lost
@@ -95,14 +95,14 @@ def test_one_dropped_text_model_names_the_key():
     assert not report["forge"].refused  # Forge only drops up to 12 unknown tensors
 
 
-def test_one_key_renamed():
+def test_one_renamed_key_is_reported():
     shapes = renamed(random_adapters.kohya_shapes("sd1"), f"{TO_K}.lora_down", f"{TO_K}.lora_dwn")
     report = read_report(shapes, "sd1")
     assert complete(report) == set()
     assert report["forge"].wrong == {TO_K: "its down factor is missing"}
 
 
-def test_one_alpha_missing():
+def test_one_missing_alpha_is_reported():
     shapes = random_adapters.kohya_shapes("sd1")
     del shapes[f"{TO_K}.alpha"]
     # in files of other programs a missing alpha means alpha = rank
@@ -118,7 +118,7 @@ def test_no_alpha_at_all_is_read_by_all_as_rank():
 
 
 @pytest.mark.parametrize("part", ["lora_down", "lora_up"])
-def test_one_tensor_transposed(part):
+def test_one_transposed_tensor_is_reported(part):
     shapes = random_adapters.kohya_shapes("sd1")
     shapes[f"{TO_K}.{part}.weight"] = shapes[f"{TO_K}.{part}.weight"][::-1]
     report = read_report(shapes, "sd1")
@@ -126,7 +126,7 @@ def test_one_tensor_transposed(part):
     assert "do not fit together" in report["comfyui"].wrong[TO_K]
 
 
-def test_alpha_without_factors():
+def test_an_alpha_without_factors_is_reported():
     shapes = without(random_adapters.kohya_shapes("sd1"), f"{TO_K}.lora_")
     report = read_report(shapes, "sd1")
     assert complete(report) == set()
@@ -162,7 +162,7 @@ def dora(shapes, rows=False):
     return result
 
 
-def test_dora_is_honoured_by_the_web_uis_only():
+def test_dora_is_applied_by_the_web_uis_only():
     shapes = dora(random_adapters.kohya_shapes("sd1"))
     report = read_report(shapes, "sd1")
     assert complete(report) == {"a1111", "forge", "comfyui", "invokeai"}
@@ -174,7 +174,7 @@ def test_dora_is_honoured_by_the_web_uis_only():
     ("family", "lost"),
     [("sd1", {"diffusers"}), ("sd2", {"diffusers", "a1111"}), ("sdxl", {"diffusers", "a1111", "sd.cpp"})],
 )
-def test_text_encoder_with_q_and_v_only(family, lost):
+def test_a_text_encoder_with_only_q_and_v_is_reported(family, lost):
     every_shape = random_adapters.kohya_shapes(family)
     shapes = {n: s for n, s in every_shape.items() if n.startswith("lora_unet") or "_q_proj" in n or "_v_proj" in n}
     report = read_report(shapes, family)
@@ -184,7 +184,7 @@ def test_text_encoder_with_q_and_v_only(family, lost):
         assert report["sd.cpp"].counts["text_encoder_2"] == (32, 64)
 
 
-def test_old_diffusers_names_in_comfyui():
+def test_comfyui_reads_old_diffusers_names_of_the_unet_only():
     shapes = {}
     for stem in ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora", TE_OLD):
         shapes[f"{stem}.down.weight"], shapes[f"{stem}.up.weight"] = (4, 8), (8, 4)
@@ -200,7 +200,7 @@ def test_bundled_embeddings_and_peft_metadata_are_refused_by_diffusers():
     assert complete(report) == set(KOHYA_READERS) - {"diffusers"}
 
 
-def test_pointwise_convolutions_stored_as_matrices():
+def test_pointwise_convolutions_as_matrices_fail_in_two_programs():
     shapes = random_adapters.kohya_shapes("sd1")
     flat = {name: shape[:2] if "proj_in" in name else shape for name, shape in shapes.items()}
     report = read_report(flat, "sd1")
@@ -251,7 +251,7 @@ def test_a_broken_loha_is_read_by_nobody(change, words):
     assert words in report["a1111"].wrong[TO_K]
 
 
-def test_tuckers_form_is_misread_by_sd_cpp_and_lokr_on_convolutions_too():
+def test_tucker_factors_and_lokr_convolutions_are_misread_by_sd_cpp():
     shapes = without(random_adapters.kohya_shapes("sd1"), TO_K)
     linear = {"lokr_w1": (16, 16), "lokr_w2_a": (20, 4), "lokr_w2_b": (4, 48), "alpha": ()}
     report = read_report(shapes | {f"{TO_K}.{part}": shape for part, shape in linear.items()}, "sd1")
@@ -265,14 +265,14 @@ def test_tuckers_form_is_misread_by_sd_cpp_and_lokr_on_convolutions_too():
     assert compatibility.predict_compatibility("lokr", "kohya")["sd.cpp"] == "applies it wrongly on convolutions"
 
 
-def test_targets_are_checked():
+def test_unknown_targets_are_refused():
     assert compatibility.names(["A1111", " forge"]) == ["a1111", "forge"]
     assert compatibility.names(["all"]) == list(compatibility.CONSUMERS)
     with pytest.raises(LorakitError, match=r"unknown target 'automatic': choose from a1111, forge, .*, all"):
         compatibility.names(["automatic"])
 
 
-def test_what_is_reported_before_training():
+def test_unread_methods_give_a_warning_before_training():
     assert set(compatibility.predict_compatibility("lora", "kohya").values()) == {"", "does not read the kohya format"}
     assert compatibility.warning("lora", "kohya") is None and compatibility.warning("rslora", "diffusers") is None
     assert compatibility.warning("dora", "kohya") == (

@@ -39,9 +39,7 @@ def same(tensors: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_weights_are_read_whatever_a_training_program_left_beside_them(
-    archive: bool, checkpoint: dict[Any, Any], tmp_path: Path
-) -> None:
+def test_weights_are_read_beside_unknown_classes(archive: bool, checkpoint: dict[Any, Any], tmp_path: Path) -> None:
     for number, content in enumerate([checkpoint, WEIGHTS, {"state_dict": WEIGHTS}]):
         path = tmp_path / f"{number}.ckpt"
         torch.save(content, path, _use_new_zipfile_serialization=archive)
@@ -49,7 +47,9 @@ def test_weights_are_read_whatever_a_training_program_left_beside_them(
 
 
 @pytest.mark.slow
-def test_the_command_writes_beside_and_never_over(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_beside_the_file_and_never_overwrites(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "my model.v1.ckpt"
     torch.save({"state_dict": WEIGHTS}, path)
     # Files in the current folder are not imported.
@@ -80,7 +80,7 @@ class Runs:
 
 @pytest.mark.parametrize("form", ["archive", "old", "raw", "parameter"])
 @pytest.mark.parametrize("function", [os.system, eval, exec, __import__, getattr], ids=lambda f: f.__name__)
-def test_a_malicious_pickle_runs_nothing_and_is_named(form: str, function: Any, tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_refused_without_running_it(form: str, function: Any, tmp_path: Path) -> None:
     proof, path = tmp_path / "proof", tmp_path / "x.ckpt"
     if function is os.system:
         evil = Runs(function, f"touch {proof}")
@@ -102,7 +102,7 @@ def test_a_malicious_pickle_runs_nothing_and_is_named(form: str, function: Any, 
 
 
 @pytest.mark.slow
-def test_the_process_tells_its_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_process_reports_its_error_and_leaves_no_file(tmp_path: Path) -> None:
     torch.save({"x": Runs(os.system, f"touch {tmp_path / 'proof'}")}, tmp_path / "x.bin")
     with pytest.raises(LorakitError, match=r"x\.bin: names \S*system, which could run code"):
         convert.convert(tmp_path / "x.bin")
@@ -110,7 +110,7 @@ def test_the_process_tells_its_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["junk", "empty", "cut", "list", "script", "complex", "sparse"])
-def test_what_are_no_weights_is_reported(content: str, tmp_path: Path) -> None:
+def test_other_pickles_than_weights_are_refused(content: str, tmp_path: Path) -> None:
     path, target = tmp_path / "x.pt", tmp_path / "x.safetensors"
     words = "is no pickle of weights"
     if content == "script":
@@ -128,7 +128,7 @@ def test_what_are_no_weights_is_reported(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_with_bin_alone_is_converted_part_by_part(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_a_folder_with_only_bin_files_is_converted(tiny_sd1: Path, tmp_path: Path) -> None:
     import shutil
 
     folder = shutil.copytree(tiny_sd1, tmp_path / "old")

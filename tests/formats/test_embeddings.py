@@ -33,7 +33,7 @@ def write_files(folder, adapter):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_files_have_the_names_and_keys_that_programs_look_for(tmp_path, family):
+def test_embedding_files_have_the_names_and_keys_that_programs_read(tmp_path, family):
     adapter = weights(family)
     write_files(tmp_path, adapter)
     names = {"sd1": ["emb_params"], "sdxl": ["clip_l", "clip_g"]}[family]
@@ -58,7 +58,7 @@ def test_files_have_the_names_and_keys_that_programs_look_for(tmp_path, family):
     assert report["a1111"].complete and report["comfyui"].complete and report["diffusers"].refused
 
 
-def test_who_saves_a_word_hears_of_its_second_file(tmp_path):
+def test_saving_a_word_reports_its_second_file(tmp_path):
     lines = []
     save(weights(), tmp_path, "toy", FORMATS, "fp32", {}, say=lines.append)
     line = "export: the vectors of 'sks' are in toy-embedding/sks.safetensors: load it together with the adapter"
@@ -69,7 +69,7 @@ def test_who_saves_a_word_hears_of_its_second_file(tmp_path):
 
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("fmt", [*FORMATS, "bundled"])
-def test_every_format_brings_the_word_back(tmp_path, family, fmt):
+def test_the_word_is_read_from_every_format(tmp_path, family, fmt):
     adapter = weights(family)
     path = (write_files(tmp_path, adapter) | {"bundled": tmp_path / "toy-bundled.safetensors"})[fmt]
     back = read(path).embeddings
@@ -77,7 +77,7 @@ def test_every_format_brings_the_word_back(tmp_path, family, fmt):
     assert all(torch.equal(back["sks"][part], adapter.embeddings["sks"][part]) for part in ENCODERS[family])
 
 
-def test_diffusers_draws_with_the_embedding_what_lorakit_draws(tiny_sd1, tmp_path):
+def test_diffusers_encodes_the_embedding_as_lorakit_does(tiny_sd1, tmp_path):
     adapter = weights(count=1)
     write_files(tmp_path, adapter)
     family = families.load(families.describe(tiny_sd1), "cpu", torch.float32)
@@ -122,7 +122,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_the_check_at_the_end_notices(tmp_path, name):
+def test_the_self_check_detects_each_damage(tmp_path, name):
     file, change, words = WRONG[name]
     adapter = weights()
     path = write_files(tmp_path, adapter)["kohya"]
@@ -132,7 +132,7 @@ def test_the_check_at_the_end_notices(tmp_path, name):
     assert any(words in finding for finding in findings), findings
 
 
-def test_the_check_at_the_end_misses_no_file(tmp_path):
+def test_the_self_check_covers_every_file(tmp_path):
     adapter = weights()
     paths = write_files(tmp_path, adapter)
     (tmp_path / "toy-bundled.safetensors").unlink()
@@ -149,7 +149,7 @@ def test_the_check_at_the_end_misses_no_file(tmp_path):
     ]
 
 
-def test_words_survive_arithmetic(tmp_path):
+def test_resize_and_combine_keep_words(tmp_path):
     adapter = weights()
     other = replace(adapter, embeddings={"ohwx": adapter.embeddings["sks"]})
     assert resize(adapter, rank=2).embeddings == adapter.embeddings

@@ -61,7 +61,7 @@ def save_tensors(folder, stem, tensors):
 
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("kind", MODULES)
-def test_the_merged_weight_is_that_of_the_package(tmp_path, kind, conv):
+def test_the_merged_weight_equals_the_packages(tmp_path, kind, conv):
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(24, 32, 3, padding=1) if conv else torch.nn.Linear(24, 32)
     stem, name = CONV if conv else LINEAR
@@ -89,7 +89,7 @@ def test_the_merged_weight_is_that_of_the_package(tmp_path, kind, conv):
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
-def test_glora_of_the_older_form(tmp_path, kernel):
+def test_glora_of_the_older_form_is_merged(tmp_path, kernel):
     """LyCORIS before version 2, like ComfyUI, computes `W a2 a1 + b2 b1`. lorakit writes the present form."""
     draw, ones = torch.Generator().manual_seed(2), tuple(1 for _ in kernel)
     shapes = {"a1": (4, 24, *ones), "a2": (24, 4, *ones), "b1": (4, 24, *kernel), "b2": (24, 4, *ones)}
@@ -106,7 +106,7 @@ def test_glora_of_the_older_form(tmp_path, kernel):
     assert kohya.tensors(read(path), "fp32")[f"{stem}.a1.weight"].shape[:2] == (24, 4)
 
 
-def test_oft_of_the_older_form(tmp_path):
+def test_oft_of_the_older_form_is_merged(tmp_path):
     """LyCORIS before version 3 stores the rotations themselves, and A1111 reads them as rotations."""
     draw = 0.3 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(2))
     turns = torch.linalg.matrix_exp(draw - draw.mT)
@@ -118,7 +118,7 @@ def test_oft_of_the_older_form(tmp_path):
     assert f"{LINEAR[0]}.oft_blocks" in kohya.tensors(read(path), "fp32")
 
 
-def test_biases_beside_lora_are_carried_by_every_command(tmp_path):
+def test_every_command_keeps_biases_beside_lora(tmp_path):
     """ComfyUI's nodes write such biases."""
     draw = torch.Generator().manual_seed(1)
     down, up = torch.randn(4, 24, generator=draw), torch.randn(32, 4, generator=draw)
@@ -143,12 +143,12 @@ TOPS = ("unet.conv_in", "unet.time_embedding.linear_1", "text_encoder_2.text_pro
 
 
 @pytest.mark.parametrize("name", TOPS)
-def test_layers_at_the_top_and_norms_have_names(name):
+def test_top_level_layers_and_norms_have_names(name):
     stem = keys.to_kohya_name([name], "sdxl")[name]
     assert keys.from_kohya(stem) == name and keys.is_canonical(name) and not keys.is_read_everywhere(name)
 
 
-def test_a_style_and_lcm_become_one_file(tmp_path):
+def test_a_style_and_lcm_are_combined_into_one_file(tmp_path):
     """LCM-LoRA also adapts `conv_in` and the time embedding."""
     style = random_adapters.adapter({LINEAR[1]: (32, 24)}, "sd1")
     lcm = random_adapters.adapter({LINEAR[1]: (32, 24), "unet.conv_in": (16, 4, 3, 3)}, "sd1", seed=1)
@@ -161,7 +161,7 @@ def test_a_style_and_lcm_become_one_file(tmp_path):
     )
 
 
-def test_norms_are_merged_and_carried(tmp_path):
+def test_norms_are_merged_and_exported(tmp_path):
     """LyCORIS' `train_norm` writes them into a LoCon file."""
     norm = NormModule(NORM[0], torch.nn.GroupNorm(4, 32), 1)
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_a_merge_that_is_not_finite_is_refused():
 @pytest.mark.parametrize(
     ("what", "words"), [("bias", "biases"), ("rows", "DoRA per output row"), ("diff", "full difference")]
 )
-def test_what_only_a_merge_applies_is_refused_by_a_base_in_use(tmp_path, sd1, what, words):
+def test_parts_that_only_a_merge_applies_are_refused_elsewhere(tmp_path, sd1, what, words):
     tensors = {"lora_down.weight": torch.ones(4, 24), "lora_up.weight": torch.ones(32, 4)}
     tensors |= {"bias": {"diff_b": torch.ones(32)}, "rows": {"dora_scale": torch.ones(32, 1)}}.get(what, {})
     weights = read(save_tensors(tmp_path, LINEAR[0], {"diff": torch.ones(32, 24)} if what == "diff" else tensors))

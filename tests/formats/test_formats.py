@@ -165,7 +165,7 @@ def test_conversions_lose_nothing(tiny, tmp_path, first, second):
     assert_equal({name: layer.delta() for name, layer in back.layers.items()}, weights, 1e-6)
 
 
-def test_dora_is_carried_by_kohya_alone(tiny, tmp_path):
+def test_only_kohyas_format_carries_dora(tiny, tmp_path):
     family, _, shapes = tiny
     weights = random_adapters.adapter(shapes, family, method="dora", alpha=2, rank=1)
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp16", metadata={})
@@ -218,14 +218,14 @@ def test_rank_one_is_read_as_rank_one(tmp_path, writer):
     assert_equal({name: layer.delta() for name, layer in back.items()}, weights, 1e-6)
 
 
-def test_one_alpha_is_left_as_it_is():
+def test_a_single_alpha_is_not_changed():
     shapes = {f"unet.mid_block.attentions.0.{n}": (8, 8) for n in ("proj_in", "proj_out")}
     weights = random_adapters.adapter(shapes, "sd2", rank=3, alpha=0.1)
     for name, layer in adapter_math.uniform(weights).items():
         assert layer is weights.layers[name]
 
 
-def test_peft_config_names_no_path(tmp_path):
+def test_pefts_config_contains_no_path(tmp_path):
     shapes = {TEXT_LAYER + p: (8, 8) for p in ("q_proj", "k_proj", "v_proj", "out_proj")}
     peft.write(random_adapters.adapter(shapes, "sd1", alpha=2), tmp_path / "p", dtype="fp16", metadata={})
     peft_config = json.loads((tmp_path / "p/text_encoder/adapter_config.json").read_text())
@@ -238,7 +238,7 @@ def test_peft_config_names_no_path(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(12, 16), (12, 8, 3, 3)])
-def test_lycoris_makes_the_same_of_a_dora_file(shape):
+def test_lycoris_merges_a_dora_file_equally(shape):
     """A1111 and ComfyUI share the convention of LyCORIS' module: the magnitude has one value per input."""
     layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
     name = "unet.mid_block.resnets.0.conv1" if len(shape) == 4 else "unet.mid_block.attentions.0.proj_in"

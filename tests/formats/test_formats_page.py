@@ -167,13 +167,13 @@ STORAGE_HEAD = ["| For | Base | " + " | ".join(NAMES.values()) + " |", "| --- " 
 
 
 @pytest.mark.slow
-def test_the_page_has_the_table_of_today():
+def test_the_page_has_the_current_table_of_programs():
     assert table() in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", LABELS)
-def test_the_page_has_the_storage_of_today(family, tmp_path):
+def test_the_page_has_the_current_table_of_storage(family, tmp_path):
     page = PAGE.read_text(encoding="utf-8")
     assert "\n".join(STORAGE_HEAD) in page
     assert "\n".join(storage_rows(family, tmp_path)) in page

@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("key", HOSTS)
-def test_each_program_gets_what_it_shows(
+def test_each_program_gets_its_side_files(
     tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save(tmp_path / "in", weights("sdxl"))
@@ -73,7 +73,7 @@ def test_each_program_gets_what_it_shows(
     assert cli.main(command) == 0 and contents(root) == before, "the same adapter is not copied twice"
 
 
-def test_what_is_there_is_never_replaced(tmp_path: Path) -> None:
+def test_existing_files_are_never_replaced(tmp_path: Path) -> None:
     root = program(tmp_path, "a1111")
     for name in ("toy.safetensors", "toy-2.preview.png", "toy-3.json"):
         (root / "models/Lora" / name).write_bytes(b"theirs")
@@ -85,7 +85,7 @@ def test_what_is_there_is_never_replaced(tmp_path: Path) -> None:
     assert named["adapter"] == root / "models/Lora/mine.safetensors" and named["preview"].suffix == ".png"
 
 
-def test_the_json_of_another_program_goes_along(tmp_path: Path) -> None:
+def test_another_programs_json_is_copied_with_it(tmp_path: Path) -> None:
     source = save(tmp_path / "in", weights())
     source.with_suffix(".json").write_text(json.dumps({"activation text": "my words", "notes": "mine"}))
     files = hosts.install(source, HOSTS["a1111"], program(tmp_path, "a1111"))
@@ -93,7 +93,7 @@ def test_the_json_of_another_program_goes_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["comfyui", "a1111"])
-def test_the_word_goes_to_the_embeddings(tmp_path: Path, key: str) -> None:
+def test_the_embedding_is_installed_in_the_embeddings_folder(tmp_path: Path, key: str) -> None:
     source = save(tmp_path / "in", weights(embeddings={"sks": {"text_encoder": torch.ones(2, 768)}}))
     root = program(tmp_path, key)
     files = hosts.install(source, HOSTS[key], root / HOSTS[key].loras)
@@ -121,7 +121,7 @@ def test_the_word_goes_to_the_embeddings(tmp_path: Path, key: str) -> None:
         ("fooocus", "sdxl", "kohya", "dora", "does not apply dora; .* lorakit merge .* --output NEW.safetensors"),
     ],
 )
-def test_what_a_program_does_not_read_is_refused(
+def test_an_adapter_that_the_program_does_not_read_is_refused(
     tmp_path: Path, key: str, family: str, fmt: str, method: str, message: str
 ) -> None:
     shapes = {LAYER.format(part): (640, WIDTHS[family]) for part in ("k", "v")}
@@ -144,7 +144,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         hosts.install(source, HOSTS["comfyui"], program(tmp_path, "comfyui"))
 
 
-def test_a_wrong_place_is_named(tmp_path: Path) -> None:
+def test_wrong_folders_and_names_are_refused(tmp_path: Path) -> None:
     source = save(tmp_path / "in", weights())
     with pytest.raises(LorakitError, match="there is no such folder; name that of ComfyUI"):
         hosts.install(source, HOSTS["comfyui"], tmp_path / "nowhere")
@@ -160,7 +160,7 @@ def test_a_wrong_place_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["photos", "lorakit", "models/Stable-diffusion", "runs"])
-def test_a_folder_that_is_none_of_adapters_is_refused(tmp_path: Path, name: str) -> None:
+def test_folders_of_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
     source = save(tmp_path / "in", weights("sdxl"))
     folder = tmp_path / name
     folder.mkdir(parents=True)
@@ -175,21 +175,21 @@ def test_a_folder_that_is_none_of_adapters_is_refused(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", ["Lora", "my-loras/people", "LyCORIS", "sdxl lora"])
-def test_a_folder_may_be_any_with_lora_in_its_name(tmp_path: Path, name: str) -> None:
+def test_any_folder_with_lora_in_its_name_is_accepted(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir(parents=True)
     files = hosts.install(save(tmp_path / "in", weights()), HOSTS["a1111"], tmp_path / name)
     assert files["adapter"] == tmp_path / name / "toy.safetensors"
 
 
 @pytest.mark.parametrize("key", HOSTS)
-def test_a_program_that_was_never_started_gets_its_folder(tmp_path: Path, key: str) -> None:
+def test_a_missing_adapters_folder_is_created(tmp_path: Path, key: str) -> None:
     (tmp_path / HOSTS[key].mark).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / HOSTS[key].mark).touch()
     source = save(tmp_path / "in", weights("sdxl"))
     assert hosts.install(source, HOSTS[key], tmp_path)["adapter"] == tmp_path / HOSTS[key].loras / "toy.safetensors"
 
 
-def test_what_is_missing_beside_the_same_adapter_is_added(tmp_path: Path) -> None:
+def test_missing_side_files_of_the_same_adapter_are_added(tmp_path: Path) -> None:
     source, root = save(tmp_path / "in", weights()), program(tmp_path, "a1111")
     copied = root / "models/Lora/renamed.safetensors"
     copied.write_bytes(source.read_bytes())
@@ -207,7 +207,7 @@ def test_what_is_missing_beside_the_same_adapter_is_added(tmp_path: Path) -> Non
     ("width", "base", "words"),
     [(128, "pocket", "lorakit's bundled base"), (64, "mine", "a base that attends to text of width 64, not 768")],
 )
-def test_an_adapter_that_fits_one_small_base_says_so(tmp_path: Path, width: int, base: str, words: str) -> None:
+def test_an_adapter_for_a_small_base_gets_a_note(tmp_path: Path, width: int, base: str, words: str) -> None:
     texts = {"lorakit.version": "0", "lorakit.family": "sd1", "ss_sd_model_name": base}
     small = random_adapters.adapter({LAYER.format("k"): (96, width)}, "sd1")
     source = formats.save(small, tmp_path, "toy", ["kohya"], "fp32", texts)["kohya"]
@@ -220,7 +220,7 @@ def test_an_adapter_that_fits_one_small_base_says_so(tmp_path: Path, width: int,
     assert not inspect(formats.save(weights(), tmp_path, "b", ["kohya"], "fp32", texts)["kohya"]).only, "by its widths"
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_installed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 

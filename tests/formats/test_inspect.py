@@ -34,7 +34,7 @@ def exported(request, tmp_path):
     return request.param, save(weights, tmp_path, "toy", [request.param], "fp16", METADATA)[request.param]
 
 
-def test_an_adapter_in_each_format(exported):
+def test_an_adapter_in_each_format_is_described(exported):
     fmt, path = exported
     report = inspect(path)
     assert (report.kind, report.family, report.method, report.dtype) == ("adapter", "sd1", "lora", "F16")
@@ -90,7 +90,7 @@ def test_dora_and_sdxl_are_recognized(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl")])
-def test_family_without_metadata(tmp_path, width, family):
+def test_the_family_follows_from_shapes_without_metadata(tmp_path, width, family):
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     tensors = {f"{stem}.lora_down.weight": torch.zeros(2, width), f"{stem}.lora_up.weight": torch.zeros(8, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -99,7 +99,7 @@ def test_family_without_metadata(tmp_path, width, family):
     assert read(tmp_path / "a.safetensors").family == family
 
 
-def test_named_targets_that_do_not_read_all(tmp_path):
+def test_failures_name_targets_that_do_not_read_everything(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1", method="dora")
     report = inspect(save(weights, tmp_path, "toy", ["kohya"], "fp16", {})["kohya"])
     assert report.failures(["a1111", "ComfyUI"]) == []
@@ -109,7 +109,7 @@ def test_named_targets_that_do_not_read_all(tmp_path):
         report.failures(["x"])
 
 
-def test_the_command_fails_where_a_target_does_not_read_all(tmp_path, capsys):
+def test_the_command_fails_if_a_target_does_not_read_everything(tmp_path, capsys):
     path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", {})["kohya"]
     command = ["inspect", str(path), "--targets", "a1111,forge,comfyui,invokeai,diffusers"]
     assert cli.main(command) == 0
@@ -169,7 +169,7 @@ def test_each_mutation_fails_every_target(tmp_path, capsys, name):
     assert any(words in reading.line() for reading in inspect(path).readers.values())
 
 
-def test_a_rank_stabilised_scale_that_was_folded_or_resized_is_not_missed(tmp_path):
+def test_a_folded_or_resized_rank_stabilised_scale_is_no_fault(tmp_path):
     """After a format without alphas, or as plain LoRA of another rank, the adapter is no longer rank-stabilised."""
     metadata = METADATA | {"lorakit.config": json.dumps({"adapter": {"method": "rslora", "rank": 9}})}
     weights = random_adapters.adapter(SHAPES, "sd1", rank=9, alpha=27, method="rslora")
@@ -221,7 +221,7 @@ ADVICE = {
 
 
 @pytest.mark.parametrize("description", NOT_ADAPTERS)
-def test_what_is_not_an_adapter_is_named(tmp_path, description):
+def test_other_files_than_adapters_are_identified(tmp_path, description):
     path = tmp_path / "x.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in NOT_ADAPTERS[description].items()}, path)
     report = inspect(path)
@@ -235,7 +235,7 @@ def test_what_is_not_an_adapter_is_named(tmp_path, description):
         report.failures(["a1111"])
 
 
-def test_lycoris_is_named(tmp_path):
+def test_lycoris_methods_are_identified(tmp_path):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     blocks = {f"{stem}.oft_blocks": torch.zeros(4, 2, 2), f"{stem}.alpha": torch.tensor(0.0)}
     save_file(blocks, tmp_path / "x.safetensors")
@@ -300,7 +300,7 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path, kind):
             open_it(path)
 
 
-def test_a_part_of_a_peft_folder(tmp_path):
+def test_a_part_of_a_peft_folder_needs_its_config(tmp_path):
     folder = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["peft"], "fp16", {})["peft"]
     assert inspect(folder / "unet" / "adapter_model.safetensors").components["unet"].modules == 2
     alone = (folder / "unet" / "adapter_model.safetensors").rename(tmp_path / "alone.safetensors")
@@ -309,7 +309,7 @@ def test_a_part_of_a_peft_folder(tmp_path):
             open_it(alone)
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_adapter_is_reported(tmp_path):
     for open_it in (inspect, read):
         with pytest.raises(LorakitError, match="no such file"):
             open_it(tmp_path / "x.safetensors")
@@ -319,12 +319,12 @@ def test_nothing_there(tmp_path):
         read(tmp_path)
 
 
-def test_a_folder_with_one_adapter_file(tmp_path):
+def test_a_folder_with_one_adapter_file_is_read(tmp_path):
     save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "pytorch_lora_weights", ["kohya"], "fp16", {})
     assert inspect(tmp_path).kind == "adapter" and set(read(tmp_path).layers) == set(SHAPES)
 
 
-def test_a_broken_peft_folder(tmp_path):
+def test_a_broken_peft_config_is_refused(tmp_path):
     save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["peft"], "fp16", {})
     (tmp_path / "toy-peft" / "unet" / "adapter_config.json").write_text("{")
     with pytest.raises(LorakitError, match=r"adapter_config.json: cannot be read as a JSON object"):
@@ -333,7 +333,7 @@ def test_a_broken_peft_folder(tmp_path):
         read(tmp_path / "toy-peft")
 
 
-def test_the_first_lines_and_the_hashes(tmp_path, capsys):
+def test_the_first_lines_and_the_hashes_are_right(tmp_path, capsys):
     """A1111 defines AutoV2 as the SHA-256 of the file, and AutoV3 as the SHA-256 of all bytes after the header."""
     tags = {"ss_tag_frequency": json.dumps({"10_a": {"zib hat": 9, "red": 2}, "5_b": {"red": 1, "blue": 30}})}
     path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", tags)["kohya"]
@@ -382,7 +382,7 @@ def test_the_base_of_another_model_is_named(tmp_path, names, description, model)
     assert (f"for             {model} (evidence: names of its tensors)" in report.to_text()) == bool(model)
 
 
-def test_a_base_that_cannot_be_trained_says_why(tmp_path):
+def test_a_base_that_cannot_be_trained_gets_a_note(tmp_path):
     names = ("model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.0.model.ln_final.weight")
     save_file({name: torch.ones(1) for name in names}, tmp_path / "x.safetensors")
     (note,) = inspect(tmp_path / "x.safetensors").notes

@@ -51,12 +51,12 @@ def test_text_encoder_names_without_text_model_are_understood():
         "lora_unet_single_blocks_0_linear1",
     ],
 )
-def test_a_name_of_no_layer_is_not_guessed(stem):
+def test_a_name_that_is_no_layers_is_unknown(stem):
     assert keys.from_kohya(stem) is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_sgm_numbers_follow_the_depth_of_the_blocks(count):
+def test_sgm_indices_follow_the_depth_of_the_blocks(count):
     names = [f"unet.down_blocks.1.attentions.{n}.proj_in" for n in range(count)]
     names += [f"unet.up_blocks.0.attentions.{n}.proj_in" for n in range(count + 1)]
     names += ["unet.down_blocks.0.downsamplers.0.conv", "unet.up_blocks.0.upsamplers.0.conv"]
@@ -71,12 +71,12 @@ def test_sgm_numbers_follow_the_depth_of_the_blocks(count):
     assert {keys.from_kohya(stem, count) for stem in kohya_names.values()} == set(names)
 
 
-def test_depth_is_two_where_names_do_not_agree():
+def test_depth_defaults_to_two():
     assert keys.layers_per_block(["unet.down_blocks.1.attentions.0.proj_in"]) == 2
     assert keys.layers_per_block(["unet.mid_block.attentions.0.proj_in"]) == 2
 
 
-def test_what_is_not_portable_is_refused_by_name():
+def test_layers_without_a_portable_name_are_refused():
     keys.require_canonical(["unet.conv_in", "unet.mid_block.resnets.0.conv1", "text_encoder_2.text_projection"])
     with pytest.raises(LorakitError, match=r"layer unet.conv_mid cannot be exported: no program has a name for it"):
         keys.require_canonical(["unet.conv_in", "unet.conv_mid"])
@@ -86,7 +86,7 @@ def test_what_is_not_portable_is_refused_by_name():
         keys.to_kohya_name(["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], "sd2")
 
 
-def test_siblings_are_the_four_projections():
+def test_siblings_of_an_attention_layer_are_its_four_projections():
     stem = "text_encoder.text_model.encoder.layers.7.self_attn."
     assert keys.text_attention_siblings(stem + "v_proj") == [
         stem + p for p in ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -43,7 +43,7 @@ def save_module(folder: Path, module: torch.nn.Module) -> Path:
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("tucker", [False, True])
 @pytest.mark.parametrize("method", CLASSES)
-def test_delta_is_that_of_the_package(tmp_path: Path, method: str, tucker: bool, conv: bool) -> None:
+def test_delta_equals_the_packages(tmp_path: Path, method: str, tucker: bool, conv: bool) -> None:
     module = theirs(method, conv, use_tucker=tucker)
     layer = read(save_module(tmp_path, module)).layers[NAME if conv else TO_Q]
     # The change that the module's forward pass adds to the layer's weight.
@@ -82,7 +82,7 @@ def test_a_scalar_multiplies_the_change(tmp_path: Path, method: str, conv: bool)
 
 
 @pytest.mark.parametrize("options", [{"factor": 4}, {"decompose_both": True}, {"full_matrix": True}])
-def test_lokr_may_be_cut_otherwise(tmp_path: Path, options: dict[str, object]) -> None:
+def test_lokr_with_other_factors_is_read(tmp_path: Path, options: dict[str, object]) -> None:
     module = theirs("lokr", True, **options)
     layer = read(save_module(tmp_path, module)).layers[NAME]
     expected = module.get_weight((32, 24, 3, 3)).detach()
@@ -96,7 +96,7 @@ def test_lokr_with_tucker_is_resized_and_combined(tmp_path: Path) -> None:
         np.testing.assert_allclose(delta.numpy(), weights.layers[NAME].delta().numpy(), atol=1e-6)
 
 
-def test_a_module_of_rank_0_changes_nothing(tmp_path: Path) -> None:
+def test_a_module_of_rank_0_has_no_effect(tmp_path: Path) -> None:
     tensors = {f"{STEM}.lora_down.weight": torch.ones(0, 24, 3, 3), f"{STEM}.lora_up.weight": torch.ones(32, 0, 1, 1)}
     tensors |= {f"{LINEAR}.lora_down.weight": torch.ones(2, 24), f"{LINEAR}.lora_up.weight": torch.ones(32, 2)}
     save_file(tensors, tmp_path / "x.safetensors")
@@ -126,7 +126,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
+def test_a_broken_lycoris_file_is_refused(tmp_path: Path, name: str) -> None:
     shapes, words = BROKEN[name]
     save_file({f"{LINEAR}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "x.safetensors")
     with pytest.raises(LorakitError, match=words):

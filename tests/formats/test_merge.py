@@ -71,7 +71,9 @@ def load(path: Path, folder: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), [*((family, "lora") for family in FAMILIES), ("sd1", "dora")])
-def test_a_merged_file_draws_what_base_and_adapter_draw(family: str, method: str, bases: Any, tmp_path: Path) -> None:
+def test_a_merged_file_gives_the_outputs_of_base_and_adapter(
+    family: str, method: str, bases: Any, tmp_path: Path
+) -> None:
     info = describe(family, "file", bases)
     weights = weights_for(info, method)
     loaded = families.load(info, "cpu", torch.float32)
@@ -99,7 +101,7 @@ def test_a_merged_file_draws_what_base_and_adapter_draw(family: str, method: str
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("layout", "output"), [("file", "merged"), ("folder", "merged.safetensors")])
-def test_layouts_change_on_the_way_and_the_weights_are_the_same(
+def test_a_merge_into_the_other_layout_has_the_same_weights(
     family: str, layout: str, output: str, bases: Any, tmp_path: Path
 ) -> None:
     info, same = describe(family, layout, bases), describe(family, "file", bases)
@@ -136,7 +138,7 @@ def test_layouts_change_on_the_way_and_the_weights_are_the_same(
         torch.testing.assert_close(tensors[key], expected[key], rtol=1e-6, atol=1e-7, msg=key)
 
 
-def test_an_autoencoder_under_its_old_names_is_written_all_the_same(bases: Any, tmp_path: Path) -> None:
+def test_a_vae_with_old_key_names_is_written_with_new_ones(bases: Any, tmp_path: Path) -> None:
     """The VAE in SD1.5's own repository has query, key, value and proj_attn."""
     folder = shutil.copytree(bases["sd1"][0], tmp_path / "old")
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -167,7 +169,7 @@ def test_v_prediction_stays_recorded_in_the_file(tmp_path: Path) -> None:
     )
 
 
-def test_the_command_writes_a_file_and_refuses_what_it_must(bases: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_writes_a_file_and_refuses_wrong_outputs(bases: Any, tmp_path: Path, capsys: Any) -> None:
     file, info = bases["sd1"][1], describe("sd1", "file", bases)
     weights = weights_for(info)
     adapter = formats.save(weights, tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
@@ -207,7 +209,7 @@ def test_extract_takes_single_files(bases: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(layer.delta(), weights.layers[name].delta(), rtol=1e-3, atol=1e-5)
 
 
-def test_inspect_says_what_a_complete_model_is_and_predicts(tmp_path: Path, capsys: Any) -> None:
+def test_inspect_reports_a_models_family_and_prediction_type(tmp_path: Path, capsys: Any) -> None:
     pipeline = small_models.small("sdxl", tmp_path / "v", "v_prediction", zero_snr=True)
     extra = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     file = small_models.write(tmp_path / "noob.safetensors", "sdxl", pipeline, extra=extra)

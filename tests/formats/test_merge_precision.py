@@ -62,7 +62,9 @@ def weight(path: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
 @pytest.mark.parametrize("base", ["folder8", "file8.safetensors"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_what_is_lost_is_what_the_files_say(base: str, output: str, keep: bool, room: Path, tmp_path: Path) -> None:
+def test_the_reported_loss_equals_the_files_difference(
+    base: str, output: str, keep: bool, room: Path, tmp_path: Path
+) -> None:
     info = described(room, base)
     name, weights = adapter(info, 2e-3)
     precision = Precision(keep_fp8=keep)
@@ -83,7 +85,7 @@ def test_what_is_lost_is_what_the_files_say(base: str, output: str, keep: bool, 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
 @pytest.mark.parametrize("base", ["folder8", "file8.safetensors"])
-def test_nothing_left_is_refused_and_nothing_is_written(base: str, output: str, room: Path, tmp_path: Path) -> None:
+def test_a_merge_without_remaining_change_is_refused(base: str, output: str, room: Path, tmp_path: Path) -> None:
     info = described(room, base)
     _, weights = adapter(info, 1e-7)
     with pytest.raises(LorakitError, match=r"in float8_e4m3fn none of the [\d,]+ changed .*: leave out --keep-fp8"):
@@ -101,7 +103,9 @@ def test_full_precision_loses_nothing(base: str, room: Path, tmp_path: Path) -> 
     assert precision.survived == precision.changed and precision.line().startswith("precision float32: 100.0% of ")
 
 
-def test_the_command_says_it_in_one_line(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_the_loss_in_one_line(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = save(adapter(described(room, "folder8"), 2e-3)[1], tmp_path, "a", ["kohya"], "fp32", {})["kohya"]
     arguments = ["merge", str(file), "--base", str(room / "folder8")]
     for flags, dtype in (([], "float16"), (["--keep-fp8"], "float8_e4m3fn")):
@@ -122,7 +126,7 @@ def test_weights_with_a_scale_stay_in_half_precision(room: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("base", ["folder8", "file8.safetensors"])
-def test_the_space_that_is_asked_for_is_that_of_the_precision_written(
+def test_the_required_disk_space_follows_the_written_precision(
     base: str, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []

@@ -54,7 +54,7 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_merged_clone_has_no_twin_that_was_not_merged(clone: Path, tiny_sd1: Path, tmp_path: Path) -> None:
+def test_a_merged_clone_has_no_unmerged_copy_of_its_weights(clone: Path, tiny_sd1: Path, tmp_path: Path) -> None:
     shapes = {name: shape for name, shape in families.describe(clone).layers.items() if "attn1.to_q" in name}
     weights = random_adapters.adapter(shapes, "sd1", rank=2, alpha=2)
     target = merge.merge(weights, families.describe(clone), tmp_path / "far" / "merged")
@@ -71,7 +71,7 @@ def test_a_merged_clone_has_no_twin_that_was_not_merged(clone: Path, tiny_sd1: P
         }
 
 
-def test_a_safety_checker_in_safetensors_comes_without_its_pickle(clone: Path, tmp_path: Path) -> None:
+def test_a_safety_checker_in_safetensors_is_copied_without_its_pickle(clone: Path, tmp_path: Path) -> None:
     (clone / "safety_checker" / "model.safetensors").touch()
     assert {path.name for path in merge_folder.part_files(clone / "safety_checker")} == {
         "config.json",
@@ -99,7 +99,7 @@ def test_shards_under_any_name_are_merged(clone: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_a_broken_clone_leaves_nothing(clone: Path, tmp_path: Path) -> None:
+def test_a_failed_merge_leaves_no_folder(clone: Path, tmp_path: Path) -> None:
     weights = random_adapters.adapter({"unet.nowhere": (8, 8)}, "sd1")
     with pytest.raises(LorakitError, match=r"the base has no layer unet\.nowhere"):
         merge.merge(weights, families.describe(clone), tmp_path / "merged")

@@ -60,7 +60,7 @@ def metadata_of(info=None, **extra):
     )
 
 
-def test_nothing_private_is_in_the_file(tmp_path):
+def test_no_private_data_is_in_the_file(tmp_path):
     paths = export_save(
         random_adapters.adapter(SHAPES, "sd1"),
         tmp_path,
@@ -80,7 +80,7 @@ def test_nothing_private_is_in_the_file(tmp_path):
     assert head.metadata["modelspec.trigger_phrase"] == "sks dog"
 
 
-def test_everything_is_an_allowed_string():
+def test_every_entry_is_allowed_and_a_string():
     for key, value in metadata_of().items():
         assert key in metadata.ALLOWED and isinstance(value, str)
 
@@ -96,7 +96,7 @@ def test_everything_is_an_allowed_string():
         ("sdxl", "v_prediction", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
     ],
 )
-def test_web_uis_file_it_under_the_right_family(tmp_path, family, prediction, version, v2, architecture):
+def test_web_uis_recognize_the_family(tmp_path, family, prediction, version, v2, architecture):
     entries = metadata_of(Info(family=family, prediction_type=prediction))
     weights = random_adapters.adapter(SHAPES, family, rank=8, alpha=4)
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp16", metadata=entries)
@@ -128,12 +128,12 @@ def test_hashes_are_those_that_sd_scripts_computes(tmp_path):
     assert head["sshs_legacy_hash"] == hashlib.sha256(plain[0x100000:0x110000]).hexdigest()[:8] != "e3b0c442"
 
 
-def test_small_files_have_the_hash_of_nothing(tmp_path):
+def test_small_files_have_the_legacy_hash_of_no_bytes(tmp_path):
     (path,) = kohya.write(random_adapters.adapter(SHAPES, "sd1"), tmp_path / "a.safetensors", dtype="fp16", metadata={})
     assert safetensors_header.read(path).metadata["sshs_legacy_hash"] == "e3b0c442"
 
 
-def test_the_config_of_a_run_is_stored_and_loads():
+def test_the_config_of_a_run_is_stored_and_can_be_loaded():
     tables = json.loads(metadata_of()["lorakit.config"])
     reloaded = configuration.from_tables(tables)
     assert reloaded.train.steps == 100 and reloaded.data.trigger == "sks" and reloaded.model.base == "pocket"
@@ -157,7 +157,7 @@ def test_sidecar_has_what_a1111_and_invokeai_read():
     }
 
 
-def test_family_is_unknown_where_nothing_tells():
+def test_the_family_is_unknown_without_evidence():
     assert metadata.family({}) is None and metadata.family({"format": "pt"}) is None
 
 
@@ -177,7 +177,7 @@ def test_several_subjects_are_all_named():
     assert metadata.sidecar(entries)["activation text"] == "sks dog, ohwx cat"
 
 
-def test_without_a_trigger_none_is_claimed():
+def test_without_a_trigger_no_trigger_is_written():
     entries = metadata_of(**{"data.name": ""})
     assert "modelspec.trigger_phrase" not in entries and "ss_tag_frequency" not in entries
 
@@ -217,7 +217,7 @@ def foreign(tmp_path):
 @pytest.mark.parametrize(
     "command", [["export", "--to", "kohya"], ["export", "--to", "diffusers"], ["resize", "--rank", "2"], ["combine"]]
 )
-def test_harmless_metadata_of_others_goes_along_and_the_rest_does_not(foreign, tmp_path, command):
+def test_only_harmless_metadata_of_other_programs_is_copied(foreign, tmp_path, command):
     name, *options = command
     assert cli.main([name, str(foreign), *options, "--output", str(tmp_path / "out")]) == 0
     (path,) = (tmp_path / "out").glob("*.safetensors")
@@ -235,7 +235,7 @@ def test_harmless_metadata_of_others_goes_along_and_the_rest_does_not(foreign, t
         assert side["activation text"] == "zib" and side["notes"].startswith("written with lorakit")
 
 
-def test_of_several_adapters_what_is_true_of_all(tmp_path, foreign):
+def test_combined_metadata_has_what_is_true_of_all_adapters(tmp_path, foreign):
     entries = {
         "modelspec.author": "Bob",
         "license": "mit",
@@ -250,7 +250,7 @@ def test_of_several_adapters_what_is_true_of_all(tmp_path, foreign):
 
 
 @pytest.mark.parametrize("command", ["export", "resize"])
-def test_what_lies_beside_goes_along(tmp_path, command, capsys):
+def test_the_preview_and_json_beside_are_copied(tmp_path, command, capsys):
     """A1111's preview, under each of its names, and the user's entries in the `.json` are copied."""
     adapter = random_adapters.adapter(SHAPES, "sd1")
     source = export_save(adapter, tmp_path, "one", ["kohya"], "fp16", {})["kohya"]
@@ -265,7 +265,7 @@ def test_what_lies_beside_goes_along(tmp_path, command, capsys):
     assert table["preferred weight"] == 1.0 and inspect.inspect(path).trigger == "zib"
 
 
-def test_a_merged_base_names_its_sources():
+def test_a_merged_bases_metadata_names_its_sources():
     base = {"modelspec.title": "base", "modelspec.license": "one", "other": "stays"}
     adapter = {"ss_output_name": "zib", "modelspec.license": "two", "modelspec.author": "me", "ss_network_dim": "4"}
     merged = metadata.of_merge(base, adapter | {"modelspec.trigger_phrase": "zib toy"})

@@ -134,7 +134,7 @@ def test_conversions_lose_nothing(base, tmp_path, method, first, second):
 
 
 @pytest.mark.parametrize("method", LYCORIS)
-def test_what_a_format_cannot_carry_is_reported(base, tmp_path, method):
+def test_unsupported_methods_of_a_format_are_refused(base, tmp_path, method):
     family, _, shapes = base
     assert kohya.check(method, family) is None and peft.check(method, family) is None
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_what_a_format_cannot_carry_is_reported(base, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", LYCORIS)
-def test_plain_lora_of_the_same_delta(base, tmp_path, method):
+def test_resize_and_combine_give_plain_lora_with_the_same_delta(base, tmp_path, method):
     """`resize --energy 1`, which the refusal recommends, and `combine` both keep the delta."""
     family, pipeline, shapes = base
     weights = adapter_of(family, shapes, method, 2.0)
@@ -161,7 +161,7 @@ def test_plain_lora_of_the_same_delta(base, tmp_path, method):
     assert_equal(actual, weights)
 
 
-def test_a_lokr_that_peft_cannot_cut_is_refused(tmp_path):
+def test_a_lokr_with_factors_that_peft_does_not_use_is_refused(tmp_path):
     """The layer is divided by 2, where PEFT divides 16 into 4 * 4."""
     layer = LokrLayer((torch.ones(2, 2),), (torch.ones(8, 8),), 1.0)
     weights = AdapterWeights("sd2", "lokr", {"unet.mid_block.attentions.0.proj_in": layer})

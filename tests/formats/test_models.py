@@ -66,7 +66,7 @@ def save_tensors(path, stems, width, metadata, parts=KOHYA):
 
 @pytest.mark.parametrize("parts", [KOHYA, OURS])
 @pytest.mark.parametrize(("stems", "width", "metadata", "title"), FILES)
-def test_what_a_file_is_for(tmp_path, stems, width, metadata, title, parts):
+def test_a_files_model_is_identified(tmp_path, stems, width, metadata, title, parts):
     if parts is OURS and any(stem.startswith("lora_unet") for stem in stems):
         pytest.skip("kohya's names have kohya's parts")
     path = save_tensors(tmp_path / "x.safetensors", stems, width, metadata, parts)
@@ -99,7 +99,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("stem", SPELLINGS)
-def test_names_of_comfyui_and_lycoris(tmp_path, stem):
+def test_names_of_comfyui_and_lycoris_are_identified(tmp_path, stem):
     path = save_tensors(tmp_path / "x.safetensors", [stem], 768, None)
     weights = read(path)
     assert list(weights.layers) == [SPELLINGS[stem]]
@@ -107,14 +107,14 @@ def test_names_of_comfyui_and_lycoris(tmp_path, stem):
     assert inspect(path).components
 
 
-def test_old_attention_processors_without_their_component(tmp_path):
+def test_old_attention_processor_names_without_component_are_read(tmp_path):
     stem = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora"
     path = save_tensors(tmp_path / "x.safetensors", [stem], 768, None, ("down.weight", "up.weight"))
     assert list(read(path).layers) == [SAME]
 
 
 @pytest.mark.parametrize(("width", "component"), [(1280, "text_encoder_2"), (768, "text_encoder")])
-def test_a_peft_folder_as_peft_writes_it(tmp_path, width, component):
+def test_a_peft_folder_written_by_peft_is_identified(tmp_path, width, component):
     save_tensors(tmp_path / "adapter_model.safetensors",
            ["base_model.model.text_model.encoder.layers.0.self_attn.q_proj"], width, None, OURS)  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "peft_type": "LORA"}))
@@ -130,12 +130,12 @@ XL_ALONE = ["text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc
 
 
 @pytest.mark.parametrize("stem", XL_ALONE)
-def test_layers_that_sdxl_alone_has(tmp_path, stem):
+def test_layers_that_only_sdxl_has_identify_it(tmp_path, stem):
     assert read(save_tensors(tmp_path / "x.safetensors", [stem], 64, None)).family == "sdxl"
 
 
 @pytest.mark.parametrize("parts", [KOHYA, OURS, ("lora.down.weight", "lora.up.weight")])
-def test_names_of_a_unet_alone(tmp_path, parts):
+def test_names_without_a_component_are_the_unets(tmp_path, parts):
     """`get_peft_model_state_dict(unet)` gives such names."""
     path = save_tensors(tmp_path / "x.safetensors", [SAME.removeprefix("unet.")], 768, None, parts)
     assert list(read(path).layers) == [SAME] and inspect(path).family == "sd1"
@@ -143,7 +143,7 @@ def test_names_of_a_unet_alone(tmp_path, parts):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("spelling", ["kohya", "canonical"])
-def test_no_layer_of_a_unet_is_of_another_model(family, spelling):
+def test_no_unet_layer_is_mistaken_for_another_models(family, spelling):
     names = [name for name, *_ in random_adapters.frozen(family)]
     stems = keys.to_kohya_name(names, family).values() if spelling == "kohya" else names
     for stem in stems:

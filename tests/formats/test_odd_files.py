@@ -65,7 +65,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_named_for_what_it_is(tmp_path, kind):
+def test_an_unexpected_file_is_identified(tmp_path, kind):
     write, words = KINDS[kind]
     path = tmp_path / "x.safetensors"
     write(path)
@@ -86,7 +86,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("words", BROKEN)
-def test_broken_modules_are_not_healthy(tmp_path, words):
+def test_broken_modules_are_reported(tmp_path, words):
     save_file(
         {f"{STEM}.{part}": torch.ones(shape) for part, shape in BROKEN[words].items()}, tmp_path / "x.safetensors"
     )
@@ -95,18 +95,18 @@ def test_broken_modules_are_not_healthy(tmp_path, words):
     assert "(<lora:" not in text
 
 
-def test_integers_have_a_size(tmp_path):
+def test_the_strength_of_integer_factors_is_computed(tmp_path):
     integers = {f"{STEM}.lora_down.weight": torch.ones(4, 64), f"{STEM}.lora_up.weight": torch.ones(64, 4)}
     save_file({name: tensor.to(torch.int8) for name, tensor in integers.items()}, tmp_path / "x.safetensors")
     assert next(iter(inspect.inspect(tmp_path / "x.safetensors").strength.modules.values())) == 256.0
 
 
-def test_words_that_a_folder_is_named_for_come_first():
+def test_words_in_a_folders_name_come_first():
     tags = {"5_zib toy": {"1girl": 118, "zib": 90, "solo": 7}, "1_reg": {"1girl": 50}}
     assert health.words({"ss_tag_frequency": json.dumps(tags)}) == ["zib", "1girl", "solo"]
 
 
-def test_an_outlier_does_not_flatten_the_picture(tmp_path):
+def test_an_outlier_does_not_compress_the_plot(tmp_path):
     sizes = {f"layer {n}": 1.0 for n in range(5)} | {"odd": 100.0}
     strength.plot(Strength(sizes, {"mid": list(sizes.values())}, [], {"odd": 100.0}), tmp_path / "x.png", "x")
     with Image.open(tmp_path / "x.png") as picture:
@@ -114,7 +114,7 @@ def test_an_outlier_does_not_flatten_the_picture(tmp_path):
     assert colors == [strength.BAR, strength.CUT]
 
 
-def test_text_projection_among_its_encoder_is_read_by_diffusers():
+def test_diffusers_reads_a_text_projection_beside_its_encoder():
     """diffusers 0.42 was seen to refuse the projection alone, because nothing then identifies the dialect."""
 
     def pair(stem):
@@ -133,7 +133,7 @@ def test_text_projection_among_its_encoder_is_read_by_diffusers():
         (["unet.unet.mid_block.attentions.0.proj_in.lora_A.weight"], (2, 8), "1 names are of no layer"),
     ],
 )
-def test_what_export_refuses_is_noted_by_inspect(tmp_path, names, shape, words):
+def test_inspect_notes_layers_that_export_refuses(tmp_path, names, shape, words):
     tensors = {f"{STEM}.lora_down.weight": torch.ones(4, 8), f"{STEM}.lora_up.weight": torch.ones(8, 4)}
     file = tmp_path / "x.safetensors"
     save_file(tensors | {name: torch.ones(shape) for name in names}, file)
@@ -144,14 +144,14 @@ def test_what_export_refuses_is_noted_by_inspect(tmp_path, names, shape, words):
         read(file)
 
 
-def test_a_few_layers_of_a_controlnet_make_no_controlnet():
+def test_a_few_controlnet_layers_do_not_identify_a_controlnet():
     model = {f"model.diffusion_model.input_blocks.{n}.0.weight": (4, 4) for n in range(9)}
     control = {f"control_model.input_blocks.{n}.0.weight": (4, 4) for n in range(6)}
     assert safetensors_header.kind(model | dict(list(control.items())[:2])) == "checkpoint"
     assert safetensors_header.kind(model | control) == "controlnet"
 
 
-def test_integers_are_no_factors(tmp_path):
+def test_integer_factors_are_refused(tmp_path):
     file = tmp_path / "x.safetensors"
     down = torch.ones(4, 8, dtype=torch.int8)
     save_file({f"{STEM}.lora_down.weight": down, f"{STEM}.lora_up.weight": torch.ones(8, 4)}, file)
@@ -168,7 +168,7 @@ def test_integers_are_no_factors(tmp_path):
         (("lora_down.weight", "lora_up.weight", "gate"), "lora", "1 tensors are of no method that lorakit reads"),
     ],
 )
-def test_parts_of_methods_that_are_not_read_are_no_damage(tmp_path, parts, method, words):
+def test_parts_of_unsupported_methods_are_not_called_damaged(tmp_path, parts, method, words):
     file = tmp_path / "x.safetensors"
     save_file({f"{STEM}.{part}": torch.ones(()) if part == "alpha" else torch.ones(4, 4) for part in parts}, file)
     report = inspect.inspect(file)

@@ -59,7 +59,7 @@ def as_merged(weights: AdapterWeights, module: torch.nn.Module) -> dict[str, tor
 
 @pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly")
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_merge_is_what_peft_merges(tmp_path, monkeypatch, kind):
+def test_a_merge_equals_pefts_merge(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: None)  # this function compiles a CUDA kernel
     torch.manual_seed(0)
     module = base()
@@ -98,7 +98,7 @@ def save_folder(folder, tensors, config):
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def test_ia3_without_a_bias_becomes_a_file_of_lycoris(tmp_path):
+def test_ia3_without_a_bias_is_exported_as_lycoris(tmp_path):
     scales = 1 + 0.1 * torch.randn(32, 1, generator=torch.Generator().manual_seed(0))
     save_folder(tmp_path / "unet", {f"{ATTENTION}.ia3_l": scales}, {"peft_type": "IA3"})
     tensors = kohya.tensors(read(tmp_path), "fp32")
@@ -108,7 +108,7 @@ def test_ia3_without_a_bias_becomes_a_file_of_lycoris(tmp_path):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_oft_of_onetrainer(tmp_path, scaled):
+def test_oft_of_onetrainer_equals_pefts(tmp_path, scaled):
     """The file has kohya's names for the same rotations; `scaled_oft` divides by the square root of their count."""
     numbers = 0.2 * torch.randn(3, 28, generator=torch.Generator().manual_seed(0))
     stem = f"lora_unet_{ATTENTION.replace('.', '_')}"
@@ -126,7 +126,7 @@ def test_oft_of_onetrainer(tmp_path, scaled):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_older_oft_turns_outputs_and_becomes_a_file_of_lycoris(tmp_path, shared):
+def test_older_oft_rotates_outputs_and_is_exported_as_lycoris(tmp_path, shared):
     """PEFT 0.8 to 0.13 computes W^T R for each block of outputs, with R = (1 - S)(1 + S)^-1 and S = (B - B^T) / 2. With
     `block_share` all blocks share one rotation."""
     blocks = 0.2 * torch.randn(1 if shared else 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -143,7 +143,7 @@ def test_older_oft_turns_outputs_and_becomes_a_file_of_lycoris(tmp_path, shared)
     assert "0.15 or older" in inspect.inspect(tmp_path).readers["peft"].line()
 
 
-def test_boft_of_several_stages(tmp_path):
+def test_boft_with_several_stages_equals_pefts(tmp_path):
     """With its CUDA extension, PEFT applies several stages. The permutations come from PEFT's own functions."""
     draw = torch.Generator().manual_seed(0)
     turns, scales = 0.2 * torch.randn(3, 8, 4, 4, generator=draw), 1 + 0.1 * torch.randn(24, 1, generator=draw)
@@ -158,7 +158,7 @@ def test_boft_of_several_stages(tmp_path):
     assert torch.allclose(merged, (matrix @ weight.T).T * scales, atol=1e-5)
 
 
-def test_methods_that_are_not_read_say_what_can_be_done(tmp_path):
+def test_unsupported_methods_are_refused_with_advice(tmp_path):
     save_folder(tmp_path / "unet", {f"{ATTENTION}.hra_u": torch.ones(24, 8)}, {"peft_type": "HRA", "r": 8})
     for command in read, inspect.inspect:
         with pytest.raises(LorakitError, match=r"PEFT's HRA, which lorakit does not read: merge it .* lorakit extract"):
@@ -166,7 +166,7 @@ def test_methods_that_are_not_read_say_what_can_be_done(tmp_path):
 
 
 @pytest.mark.parametrize("terms", ["many", 10**6])
-def test_terms_of_the_series_are_bounded(tmp_path, terms):
+def test_the_number_of_cayley_neumann_terms_is_limited(tmp_path, terms):
     config = {"peft_type": "OFT", "oft_block_size": 8, "num_cayley_neumann_terms": terms}
     with pytest.raises(LorakitError, match=r"num_cayley_neumann_terms in its config is .*no usable number"):
         peft_config.require_numbers(tmp_path, config)

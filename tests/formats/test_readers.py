@@ -111,7 +111,7 @@ def are_right(weights, before, after):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", LIVE)
-def test_diffusers_does_what_inspect_says(tmp_path, pipeline, kind):
+def test_diffusers_agrees_with_inspect(tmp_path, pipeline, kind):
     path = save_tensors(tmp_path, *LIVE[kind])
     reading = inspect(path).readers["diffusers"]
     try:
@@ -124,7 +124,7 @@ def test_diffusers_does_what_inspect_says(tmp_path, pipeline, kind):
     assert reading.complete == are_right(weights, pipeline, own), reading.line()
 
 
-def test_dora_per_row_goes_to_diffusers_and_peft_as_it_is(tmp_path, pipeline):
+def test_dora_per_row_is_exported_unchanged_to_diffusers_and_peft(tmp_path, pipeline):
     from peft import PeftModel
 
     stems = {QUERY: (64, 64), KEY: (64, 32), CONV: (64, 64, 3, 3)}
@@ -148,7 +148,7 @@ def test_dora_per_row_goes_to_diffusers_and_peft_as_it_is(tmp_path, pipeline):
         assert all(torch.equal(copied[n].magnitude.flatten(), x.magnitude.flatten()) for n, x in weights.layers.items())
 
 
-def test_dora_per_row_in_part_is_refused_and_in_kohyas_format_reported(tmp_path, capsys):
+def test_partial_dora_per_row_is_refused_and_kohyas_format_reported(tmp_path, capsys):
     from lorakit.cli import main as cli
 
     path = save_tensors(tmp_path, LIVE["DoRA per row"][0] | lora(KEY, inputs=32))
@@ -279,7 +279,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("kind", RULES)
-def test_a_rule_of_each_program(kind):
+def test_each_programs_rules_are_reported(kind):
     shapes, expected = RULES[kind]
     report = read_report(shapes, "sd1", alphas={name: 0.0 if "oft" in str(shapes) else 2.0 for name in shapes})
     for program, words in expected.items():
@@ -305,7 +305,7 @@ SD3_RULES = {
 
 
 @pytest.mark.parametrize("kind", SD3_RULES)
-def test_a_rule_of_each_program_for_sd3(kind):
+def test_each_programs_rules_for_sd3_are_reported(kind):
     stems, expected = SD3_RULES[kind]
     pairs = [(stem, stems[0].startswith("lora_")) for stem in stems]
     shapes = {f"{stem}.{'lora_down' if kohya else 'lora_A'}.weight": (4, 64) for stem, kohya in pairs}
@@ -316,7 +316,7 @@ def test_a_rule_of_each_program_for_sd3(kind):
         assert report[program].complete is not bool(words), (program, report[program].line())
 
 
-def test_rules_of_alpha():
+def test_each_programs_rules_of_alpha_are_reported():
     oft = parts(oft_blocks=(4, 16, 16), alpha=())
     report = read_report(oft, "sd1", alphas={f"{QUERY}.alpha": 0.5})
     assert "limits its rotation" in report["comfyui"].line() and report["a1111"].complete
@@ -352,14 +352,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_is_not_understood_is_refused_by_its_name(tmp_path, words):
+def test_unknown_parts_are_refused_by_name(tmp_path, words):
     path = save_tensors(tmp_path, {name: torch.zeros(shape) for name, shape in REFUSED[words].items()})
     with pytest.raises(LorakitError, match=words):
         read(path)
     assert not any(reading.complete for reading in inspect(path).readers.values() if reading.title == "diffusers")
 
 
-def test_factors_under_any_name_are_the_same_adapter(tmp_path):
+def test_factors_with_other_names_give_the_same_adapter(tmp_path):
     down, up = numbers(4, 64), numbers(64, 4)
     for names in (AB, ("lora_A", "lora_B"), ("lora.down.weight", "lora.up.weight"), TRAINING):
         for stem in (QUERY, "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"):
@@ -367,7 +367,7 @@ def test_factors_under_any_name_are_the_same_adapter(tmp_path):
             assert torch.allclose(read(path).layers[DOTTED].delta(), up @ down, atol=1e-6), (stem, names)
 
 
-def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
+def test_a_header_of_640_bytes_is_not_taken_for_a_pickle(tmp_path):
     """The header's length begins with the same two bytes as a pickle."""
     tensors = {f"{QUERY}.lora_down.weight": numbers(1, 2)}
     short = int.from_bytes(save_tensors(tmp_path, tensors, {"a": ""}).read_bytes()[:8], "little")
@@ -393,7 +393,7 @@ PEFT = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", PEFT)
-def test_a_folder_of_pefts_own_is_what_peft_makes_of_it(tmp_path, pipeline, kind):
+def test_a_folder_written_by_peft_has_pefts_effect(tmp_path, pipeline, kind):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(copy.deepcopy(pipeline.unet), LoraConfig(**PEFT[kind]))
@@ -423,7 +423,7 @@ NOTES = {
 
 
 @pytest.mark.parametrize("kind", NOTES)
-def test_how_invokeai_tells_a_model(tmp_path, kind):
+def test_a_file_that_invokeai_cannot_identify_gets_a_note(tmp_path, kind):
     """InvokeAI's `lora_token_vector_length` identifies the model; InvokeAI refuses a file without such layers."""
     stems, expected = NOTES[kind]
     tensors = {f"{stem}.lora_down.weight": numbers(4, 64) for stem in stems}

@@ -36,14 +36,14 @@ def assert_same(actual, weights, factor=1.0):
         assert torch.allclose(actual.layers[name].delta(), layer.delta() * factor, atol=1e-6), name
 
 
-def test_training_script_spelling(tmp_path, weights):
+def test_names_of_diffusers_training_script_are_read(tmp_path, weights):
     """diffusers' train_dreambooth_lora.py writes these names; the test uses diffusers' own converter."""
     tensors = convert_state_dict_to_diffusers(diffusers.tensors(weights, "fp32"))
     assert any(".lora.down.weight" in name or "lora_linear_layer" in name for name in tensors)
     assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
-def test_old_spelling(tmp_path, weights):
+def test_names_of_old_diffusers_are_read(tmp_path, weights):
     tensors = {}
     for name, tensor in diffusers.tensors(weights, "fp32").items():
         name = name.replace("lora_A", "down").replace("lora_B", "up")
@@ -55,7 +55,7 @@ def test_old_spelling(tmp_path, weights):
     assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
-def test_text_encoder_names_of_new_transformers(tmp_path, weights):
+def test_text_encoder_names_of_new_transformers_are_read(tmp_path, weights):
     tensors = {
         name.replace("text_encoder.text_model.", "text_encoder."): tensor
         for name, tensor in diffusers.tensors(weights, "fp32").items()
@@ -63,13 +63,13 @@ def test_text_encoder_names_of_new_transformers(tmp_path, weights):
     assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
-def test_named_adapter(tmp_path, weights):
+def test_names_with_an_adapter_name_are_read(tmp_path, weights):
     tensors = {name.replace(".weight", ".default.weight"): t for name, t in diffusers.tensors(weights, "fp32").items()}
     assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
 @pytest.mark.parametrize(("extra", "factor"), [({}, 2.0), ({"unet.use_rslora": True}, 4.0)])
-def test_alpha_in_the_header(tmp_path, weights, extra, factor):
+def test_alpha_is_read_from_the_header(tmp_path, weights, extra, factor):
     """diffusers' lora_adapter_metadata has alpha 8 at rank 4, once with use_rslora."""
     numbers = {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 8} | extra
     if "unet.use_rslora" in extra:
@@ -78,7 +78,7 @@ def test_alpha_in_the_header(tmp_path, weights, extra, factor):
     assert_same(read(path), weights, factor)
 
 
-def test_alpha_patterns(tmp_path, weights):
+def test_alpha_patterns_are_read_from_the_header(tmp_path, weights):
     numbers = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 12}}
     path = save_tensors(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(numbers)})
     actual = read(path)
@@ -89,7 +89,7 @@ def test_alpha_patterns(tmp_path, weights):
     ("pattern", "alpha"),
     [("attn1.to_q", 12), ("tn1.to_q", 4), (r"attn\d\.to_q", 12), (r"^down_blocks\.0.*to_q", 12), ("to_v|to_q", 12)],
 )
-def test_alpha_patterns_are_those_of_peft(tmp_path, weights, pattern, alpha):
+def test_alpha_patterns_match_as_in_peft(tmp_path, weights, pattern, alpha):
     from peft.utils.other import get_pattern_key
 
     numbers = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 12}}
@@ -106,14 +106,14 @@ def test_alpha_patterns_are_those_of_peft(tmp_path, weights, pattern, alpha):
         ("(", "no regular expression"),
     ],
 )
-def test_a_pattern_without_a_bound_is_not_run(tmp_path, weights, pattern, message):
+def test_a_dangerous_pattern_is_refused(tmp_path, weights, pattern, message):
     numbers = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 8}}
     path = save_tensors(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": json.dumps(numbers)})
     with pytest.raises(LorakitError, match=message):
         read(path)
 
 
-def test_rank_stabilised_peft_folder(tmp_path):
+def test_a_rank_stabilised_peft_folder_is_read(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1", rank=16, alpha=16)
     peft.write(weights, tmp_path / "p", dtype="fp32", metadata={})
     for config in (tmp_path / "p").glob("*/adapter_config.json"):
@@ -121,19 +121,19 @@ def test_rank_stabilised_peft_folder(tmp_path):
     assert_same(read(tmp_path / "p"), weights, math.sqrt(16))
 
 
-def test_one_component_of_a_peft_folder(tmp_path, weights):
+def test_one_component_of_a_peft_folder_is_read(tmp_path, weights):
     peft.write(weights, tmp_path / "p", dtype="fp32", metadata={})
     assert set(read(tmp_path / "p" / "unet").layers) == {name for name in SHAPES if name.startswith("unet.")}
     assert set(read(tmp_path / "p" / "text_encoder").layers) == {n for n in SHAPES if n.startswith("text")}
 
 
-def test_missing_alpha_is_rank_as_everywhere(tmp_path, weights):
+def test_a_missing_alpha_equals_the_rank(tmp_path, weights):
     tensors = {name: t for name, t in kohya.tensors(weights, "fp32").items() if not name.endswith(".alpha")}
     assert_same(read(save_tensors(tmp_path, tensors)), weights)
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor([2.0]), torch.tensor(2, dtype=torch.int64), torch.tensor(2.0).half()])
-def test_alpha_of_every_kind(tmp_path, alpha):
+def test_alphas_of_every_dtype_and_shape_are_read(tmp_path, alpha):
     tensors = {f"{STEM}.lora_down.weight": torch.ones(4, 8), f"{STEM}.lora_up.weight": torch.ones(8, 4)}
     actual = read(save_tensors(tmp_path, tensors | {f"{STEM}.alpha": alpha}))
     assert actual.layers["unet.mid_block.attentions.0.proj_in"].alpha == 2.0
@@ -177,7 +177,7 @@ def test_a_malformed_adapter_is_refused_by_name(tmp_path, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_metadata_that_is_not_json(tmp_path, weights):
+def test_metadata_that_is_not_json_is_refused(tmp_path, weights):
     path = save_tensors(tmp_path, diffusers.tensors(weights, "fp32"), {"lora_adapter_metadata": "{"})
     with pytest.raises(LorakitError, match="its lora_adapter_metadata is no JSON object"):
         read(path)

@@ -36,7 +36,7 @@ def test_resize_keeps_the_largest_singular_values(rank):
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
-def test_resize_by_energy_keeps_as_little_as_it_may(energy):
+def test_resize_by_energy_keeps_the_smallest_sufficient_rank(energy):
     weights = random_adapters.adapter(SHAPES, "sd1", rank=6)
     for name, layer in resize(weights, energy=energy).layers.items():
         squares = np.linalg.svd(delta(weights.layers[name]), compute_uv=False)[:6] ** 2
@@ -59,7 +59,7 @@ def test_a_zero_layer_stays_zero():
         ({"energy": 1.5}, "energy = 1.5: must be above 0 and at most 1"),
     ],
 )
-def test_resize_says_what_it_needs(options, message):
+def test_wrong_resize_options_are_refused(options, message):
     with pytest.raises(LorakitError, match=message):
         resize(random_adapters.adapter(SHAPES, "sd1"), **options)
 
@@ -77,7 +77,7 @@ def test_combine_adds_deltas():
         assert layer.rank == (5 if name in some else 3)
 
 
-def test_combine_says_what_does_not_go_together():
+def test_combining_unlike_adapters_is_refused():
     one = random_adapters.adapter(SHAPES, "sd1")
     with pytest.raises(LorakitError, match="adapters for sd1 and sdxl do not go together"):
         combine([(one, 1.0), (random_adapters.adapter(SHAPES, "sdxl"), 1.0)])
@@ -91,7 +91,7 @@ def test_combine_says_what_does_not_go_together():
 
 
 @pytest.mark.parametrize("strengths", [(1.0, -1.0), (0.3, -0.3), (0.0, 0.0)])
-def test_combine_refuses_what_adds_up_to_nothing(strengths):
+def test_strengths_that_sum_to_zero_are_refused(strengths):
     weights = random_adapters.adapter(SHAPES, "sd1", rank=6, alpha=2)
     with pytest.raises(LorakitError, match="add up to no change: give other strengths"):
         combine([(weights, strength) for strength in strengths])
@@ -100,7 +100,7 @@ def test_combine_refuses_what_adds_up_to_nothing(strengths):
 
 
 @pytest.mark.parametrize("shape", [(12, 16), (12, 8, 3, 3)])
-def test_dora_by_numpy(shape):
+def test_merging_dora_equals_numpy(shape):
     """Each input column of V is scaled to the learned length. Half strength gives the mean of W and the result."""
     layer = random_adapters.layer(shape, 4, 2.0, torch.Generator().manual_seed(3), magnitude=True)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(4))
@@ -114,7 +114,7 @@ def test_dora_by_numpy(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_merged_base_gives_what_base_and_adapter_give(request, tmp_path, family):
+def test_a_merged_base_gives_the_outputs_of_base_and_adapter(request, tmp_path, family):
     folder = request.getfixturevalue(f"tiny_{family}")
     cls = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[family]
     pipeline = cls.from_pretrained(folder, dtype=torch.float32)
@@ -136,7 +136,7 @@ def test_merged_base_gives_what_base_and_adapter_give(request, tmp_path, family)
     assert all(name.startswith("text_model.") for name in tensors)
 
 
-def test_extract_finds_what_was_merged(tiny_sd1, tmp_path):
+def test_extract_gives_the_merged_adapter(tiny_sd1, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, dtype=torch.float32)
     shapes = random_adapters.pipeline_shapes(pipeline)
     weights = random_adapters.adapter(shapes, "sd1", rank=3, alpha=6)
@@ -150,7 +150,7 @@ def test_extract_finds_what_was_merged(tiny_sd1, tmp_path):
     assert max(layer.rank for layer in by_energy.layers.values()) < 3
 
 
-def test_extract_says_what_is_wrong(tiny_sd1, tiny_sdxl, tmp_path):
+def test_extract_reports_unfit_models(tiny_sd1, tiny_sdxl, tmp_path):
     with pytest.raises(LorakitError, match="does not differ from sd1 in any layer"):
         extract(tiny_sd1, tiny_sd1, "sd1", rank=4)
     with pytest.raises(LorakitError, match=r"has no layer unet\..* like the base's: not the same kind of model"):
@@ -159,7 +159,7 @@ def test_extract_says_what_is_wrong(tiny_sd1, tiny_sdxl, tmp_path):
         extract(tiny_sd1, tmp_path, "sd1", rank=4)
 
 
-def test_merge_refuses_what_does_not_fit(tiny_sd1, tmp_path):
+def test_merge_refuses_an_unfit_adapter(tiny_sd1, tmp_path):
     weights = random_adapters.adapter({"unet.up_blocks.7.attentions.0.proj_in": (8, 8)}, "sd1")
     with pytest.raises(LorakitError, match=r"the base has no layer unet.up_blocks.7.attentions.0.proj_in"):
         merge_folder(weights, tiny_sd1, tmp_path / "m")

@@ -50,7 +50,7 @@ def test_all_formats_and_the_sidecar_are_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_equal_adapters_are_equal_files(tmp_path):
+def test_equal_adapters_give_equal_files(tmp_path):
     first = save(weights(), tmp_path / "a", "x", ["kohya"], "fp16", {"ss_seed": "1", "ss_steps": "2"})["kohya"]
     second = save(weights(), tmp_path / "b", "x", ["kohya"], "fp16", {"ss_steps": "2", "ss_seed": "1"})["kohya"]
     assert first.read_bytes() == second.read_bytes()
@@ -66,7 +66,7 @@ def test_a_bad_adapter_does_not_replace_a_good_one(tmp_path, fmt, bad):
     assert snapshot(tmp_path) == before
 
 
-def test_nothing_is_written_where_one_format_cannot_carry_it(tmp_path):
+def test_nothing_is_written_if_one_format_cannot_carry_it(tmp_path):
     dora = random_adapters.adapter(SHAPES, "sd1", method="dora")
     with pytest.raises(LorakitError, match="the PEFT format cannot carry this DoRA"):
         save(dora, tmp_path, "toy", ["kohya", "peft"], "fp16", {})
@@ -78,7 +78,7 @@ def test_an_empty_adapter_is_refused(tmp_path):
         save(AdapterWeights("sd1", "lora", {}), tmp_path, "toy", ["kohya"], "fp16", {})
 
 
-def test_no_space_left_says_so_and_changes_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_changes_nothing(tmp_path, monkeypatch):
     save(weights(), tmp_path, "toy", ["kohya"], "fp16", {})
     before = snapshot(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -101,7 +101,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
     assert snapshot(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_replacement_of_a_folder_leaves_the_old_one(tmp_path, monkeypatch):
     save(weights(), tmp_path, "toy", ["peft"], "fp16", {})
     before, rename = snapshot(tmp_path), Path.rename
 
@@ -116,13 +116,13 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monke
     assert snapshot(tmp_path) == before
 
 
-def test_a_file_in_the_way_of_the_folder(tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("x")
     with pytest.raises(LorakitError, match=r"out/toy\.safetensors: cannot be written"):
         save(weights(), tmp_path / "out", "toy", ["kohya"], "fp16", {})
 
 
-def test_a_peft_folder_replaces_only_its_like(tmp_path):
+def test_a_peft_folder_replaces_only_a_peft_folder(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"x")
     with pytest.raises(LorakitError, match="photos: exists and is not a PEFT folder; choose another name"):
@@ -150,7 +150,7 @@ def test_a_name_with_a_slash_is_refused(tmp_path, name):
         (1.0, "fp16", None),
     ],
 )
-def test_numbers_that_a_half_precision_loses_are_written_in_float32(tmp_path, scale, dtype, message):
+def test_weights_too_small_for_half_precision_are_written_in_float32(tmp_path, scale, dtype, message):
     """At this scale B is about 2e-8, so 87 % of it would be zero in fp16."""
     messages = []
     paths = save(weights(up=lambda t: t * scale), tmp_path, "toy", ["kohya"], dtype, {}, say=messages.append)
@@ -159,7 +159,7 @@ def test_numbers_that_a_half_precision_loses_are_written_in_float32(tmp_path, sc
     assert [message in line for line in messages] == ([True] if message else [])
 
 
-def test_only_what_is_allowed_is_carried_over(tmp_path):
+def test_only_allowed_metadata_is_written(tmp_path):
     metadata = {
         "ss_dataset_dirs": '{"me and my photos": 1}',
         "ss_output_name": "toy",
@@ -172,7 +172,7 @@ def test_only_what_is_allowed_is_carried_over(tmp_path):
     assert "ss_dataset_dirs" not in head and "x" not in head
 
 
-def test_bytes_are_what_safetensors_reads(tmp_path):
+def test_the_written_bytes_are_valid_safetensors(tmp_path):
     raw = files.to_bytes(kohya.tensors(weights(), "fp16"), {"ss_seed": "ü"})
     (tmp_path / "a.safetensors").write_bytes(raw)
     assert len(load_file(tmp_path / "a.safetensors")) == 6

@@ -39,7 +39,7 @@ def modules(blocks: int, dual: int) -> list[str]:
     return result
 
 
-def test_every_name_of_sd_scripts_has_a_layer_and_back() -> None:
+def test_names_of_sd_scripts_are_converted_both_ways() -> None:
     """3.5 medium has 24 blocks, 13 of them with a second attention; 3.5 large has 38 without."""
     for blocks, dual in ((24, 13), (38, 0)):
         stems = [*modules(blocks, dual), *(f"lora_unet_{name}" for name in TOP)]
@@ -103,7 +103,7 @@ def products(adapter: dict[str, torch.Tensor], weights: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_a_file_of_sd_scripts_changes_each_weight_by_its_product(split: bool, base: Any, tmp_path: Path) -> None:
+def test_merging_a_file_of_sd_scripts_adds_its_products(split: bool, base: Any, tmp_path: Path) -> None:
     """The merge is compared tensor by tensor with a single file, including modulations, whose halves are swapped."""
     _, weights, info = base
     adapter = factors(weights, split=split)
@@ -119,7 +119,7 @@ def test_a_file_of_sd_scripts_changes_each_weight_by_its_product(split: bool, ba
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_what_is_written_again_is_the_same_file(split: bool, base: Any, tmp_path: Path) -> None:
+def test_reading_and_writing_gives_the_same_file(split: bool, base: Any, tmp_path: Path) -> None:
     _, weights, _ = base
     adapter = factors(weights, split=split)
     save_file(adapter, tmp_path / "a.safetensors", TAGS)
@@ -178,7 +178,7 @@ def test_other_programs_names_are_read(spelling: str, tmp_path: Path) -> None:
     torch.testing.assert_close(layer[1].delta(), up @ down)
 
 
-def test_inspect_says_what_it_is_and_who_reads_it(base: Any, tmp_path: Path) -> None:
+def test_inspect_reports_the_family_and_the_readers(base: Any, tmp_path: Path) -> None:
     save_file(factors(base[1]), tmp_path / "a.safetensors", TAGS)
     report = inspect.inspect(tmp_path / "a.safetensors")
     assert report.family == "sd3" and report.model in (None, "", "Stable Diffusion 3")
@@ -189,7 +189,7 @@ def test_inspect_says_what_it_is_and_who_reads_it(base: Any, tmp_path: Path) -> 
     }  # fmt: skip
 
 
-def test_what_has_no_shares_is_refused(tmp_path: Path) -> None:
+def test_layers_that_cannot_be_split_into_q_k_v_are_refused(tmp_path: Path) -> None:
     stem = "lora_unet_joint_blocks_0_x_block_attn_qkv"
     kron = {f"{stem}.lokr_w1": torch.randn(4, 4), f"{stem}.lokr_w2": torch.randn(96, 32)}
     save_file(kron, tmp_path / "a.safetensors", TAGS)
@@ -207,7 +207,7 @@ def test_what_has_no_shares_is_refused(tmp_path: Path) -> None:
         formats.read(tmp_path / "b.safetensors")
 
 
-def test_hadamard_products_and_full_differences_have_shares(tmp_path: Path) -> None:
+def test_hadamard_products_and_full_differences_are_split(tmp_path: Path) -> None:
     stem = "lora_unet_joint_blocks_0_x_block_attn_qkv"
     sizes = {"a": (384, 3), "b": (3, 128)}
     parts = {f"hada_w{n}_{side}": torch.randn(*sizes[side]) for n in (1, 2) for side in "ab"}
@@ -242,7 +242,7 @@ JOINT, TEXT_PART = "transformer.transformer_blocks.0.attn", "text_encoder.text_m
         (["lycoris_transformer_blocks_0_attn_to_q"], ("lora_down", "lora_up"), "unet 1/1"),
     ],
 )
-def test_what_stable_diffusion_cpp_reads(stems: list[str], factors: tuple[str, str], expected: str) -> None:
+def test_reading_of_stable_diffusion_cpp_is_reported(stems: list[str], factors: tuple[str, str], expected: str) -> None:
     """The expectation follows src/name_conversion.cpp and the loops over q, k and v in adapter/lora.hpp."""
     down, up = factors
     shapes = {f"{stem}.{down}.weight": (4, 64) for stem in stems} | {f"{stem}.{up}.weight": (64, 4) for stem in stems}

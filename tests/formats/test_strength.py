@@ -22,7 +22,7 @@ CONV = {"unet.mid_block.resnets.0.conv1": (16, 16, 3, 3)}
 
 @pytest.mark.parametrize("method", ["lora", "loha", "lokr"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_size_of_a_change_is_the_norm_of_its_delta(tmp_path, method, dtype):
+def test_the_strength_of_a_layer_is_the_norm_of_its_delta(tmp_path, method, dtype):
     weights = random_adapters.adapter(SHAPES | CONV, "sd1", method=method, alpha=2)
     path = save(weights, tmp_path, "toy", ["kohya"], dtype, {})["kohya"]
     report = inspect(path)
@@ -34,7 +34,7 @@ def test_the_size_of_a_change_is_the_norm_of_its_delta(tmp_path, method, dtype):
     assert f"  {'down 1':<15} {full:<9.3g} #" in report.to_text()
 
 
-def test_what_is_dead_or_stands_out_is_reported(tmp_path):
+def test_dead_and_outlying_layers_are_reported(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1")
     path = save(weights, tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
     assert "every number is finite, none stands out" in inspect(path).to_text()
@@ -49,7 +49,7 @@ def test_what_is_dead_or_stands_out_is_reported(tmp_path):
     assert "LOOK: every module is zero: it changes nothing" in inspect(path).to_text()
 
 
-def test_what_no_gradient_reaches_is_not_called_dead(tmp_path):
+def test_layers_without_gradient_are_not_reported_as_dead(tmp_path):
     """SDXL does not use the last layer of its first text encoder, nor SD3 the text output of its last block. So these
     layers stay zero in the adapters of all programs."""
     text = [f"lora_te1_text_model_encoder_layers_{n}_mlp_fc{k}" for n in range(3) for k in (1, 2)]
@@ -66,7 +66,7 @@ def test_what_no_gradient_reaches_is_not_called_dead(tmp_path):
         assert "every module is zero" in inspect(tmp_path / "x.safetensors").strength.health()
 
 
-def test_tucker_and_full_differences_have_a_size_and_rotations_none(tmp_path):
+def test_tucker_and_full_differences_have_a_norm_and_rotations_have_none(tmp_path):
     stem, draw = "lora_unet_mid_block_resnets_0_conv1", torch.Generator().manual_seed(0)
     parts = {"lora_down.weight": (4, 16, 1, 1), "lora_mid.weight": (4, 4, 3, 3), "lora_up.weight": (16, 4, 1, 1)}
     for kind in (parts, {"diff": (16, 16, 3, 3)}, {"lokr_w1": (4, 4), "lokr_w2_a": (4, 4), "lokr_w2_b": (4, 4),
@@ -82,7 +82,7 @@ def test_tucker_and_full_differences_have_a_size_and_rotations_none(tmp_path):
     assert inspect(tmp_path / "x.safetensors").strength.modules == {}
 
 
-def test_the_picture_is_a_new_png(tmp_path, capsys):
+def test_the_plot_is_written_to_a_new_png(tmp_path, capsys):
     path = save(random_adapters.adapter(SHAPES, "sd1"), tmp_path, "toy", ["kohya"], "fp16", {})["kohya"]
     picture = tmp_path / "toy-sizes.png"
     assert cli.main(["inspect", str(path), "--plot", str(picture)]) == 0
@@ -105,14 +105,14 @@ def test_the_picture_is_a_new_png(tmp_path, capsys):
 @pytest.mark.parametrize(
     "dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64"]
 )
-def test_numbers_of_every_dtype_are_those_of_torch(tmp_path, dtype):
+def test_values_of_every_dtype_equal_torchs(tmp_path, dtype):
     tensor = (torch.randn(5, 3) * 4).to(getattr(torch, dtype))
     save_file({"x": tensor}, tmp_path / "x.safetensors")
     array = health.numbers(safetensors_header.read(tmp_path / "x.safetensors"), "x")
     assert array.shape == (5, 3) and np.array_equal(array, tensor.double().numpy())
 
 
-def test_the_history_of_a_file_of_sd_scripts():
+def test_the_history_of_a_file_of_sd_scripts_is_read():
     info = {"ss_sd_model_name": "v1-5.safetensors", "ss_num_train_images": "20", "ss_num_epochs": "10"}
     info |= {"ss_steps": "1500", "ss_resolution": "(512, 768)", "ss_learning_rate": "0.0001", "ss_clip_skip": "None"}
     words = "on v1-5.safetensors, 20 images, 10 epochs, 1500 steps, at 512x768, learning rate 0.0001"
@@ -135,7 +135,7 @@ def test_metadata_that_contradicts_the_tensors_is_reported(tmp_path):
     assert "metadata says" not in str(inspect(path).notes)
 
 
-def test_alpha_of_peft_in_the_header_and_ranks_with_their_counts(tmp_path):
+def test_pefts_alpha_and_the_counts_of_ranks_are_reported(tmp_path):
     names = [LAYER.format(block, 0) for block in range(3)]
     tensors = {}
     for name, rank in zip(names, (4, 4, 8), strict=True):
@@ -145,7 +145,7 @@ def test_alpha_of_peft_in_the_header_and_ranks_with_their_counts(tmp_path):
     assert "3 modules; rank 4 in 2, 8 in 1; alpha 8\n" in inspect(tmp_path / "x.safetensors").to_text()
 
 
-def test_words_are_named_where_they_are(tmp_path):
+def test_embeddings_of_words_are_reported_with_their_files(tmp_path):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     tensors = {f"{stem}.lora_down.weight": torch.ones(4, 16, 1, 1), f"{stem}.lora_up.weight": torch.ones(16, 4, 1, 1)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"lorakit.words": "zib"})

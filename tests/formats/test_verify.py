@@ -84,7 +84,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 @pytest.mark.parametrize("alpha", [2, 4])
-def test_each_way_of_being_wrong_is_found(tmp_path, name, alpha):
+def test_each_fault_of_a_file_is_detected(tmp_path, name, alpha):
     change, expected = MUTATIONS[name]
     weights = random_adapters.adapter(SHAPES, "sd1", alpha=alpha)
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
@@ -95,7 +95,7 @@ def test_each_way_of_being_wrong_is_found(tmp_path, name, alpha):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_half_precision_passes_and_an_error_of_a_tenth_does_not(tmp_path, dtype):
+def test_half_precision_passes_and_an_error_of_10_percent_fails(tmp_path, dtype):
     weights = random_adapters.adapter(SHAPES, "sd1")
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype=dtype, metadata={})
     assert verify_file(path, weights, SHAPES) == []
@@ -105,7 +105,7 @@ def test_half_precision_passes_and_an_error_of_a_tenth_does_not(tmp_path, dtype)
     ]
 
 
-def test_unscaled_rank_stabilised_adapter_is_found(tmp_path):
+def test_an_unscaled_rank_stabilised_adapter_is_detected(tmp_path):
     """The scale of rsLoRA is alpha / sqrt(rank). At rank 16 a file with plain alpha is four times too weak."""
     weights = random_adapters.adapter(SHAPES, "sd1", rank=16, alpha=16 * math.sqrt(16), method="rslora")
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
@@ -114,7 +114,7 @@ def test_unscaled_rank_stabilised_adapter_is_found(tmp_path):
     assert len(findings) == len(SHAPES) and all("off by 75 %" in f.problem for f in findings)
 
 
-def test_diffusers_and_peft_files_are_checked_to_the_last_tensor(tmp_path):
+def test_every_tensor_of_diffusers_and_peft_files_is_checked(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1", alpha=2)
     (path,) = diffusers.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
     changed(path, rename("text_encoder.text_model.", "text_encoder."))
@@ -138,7 +138,7 @@ def test_dora_magnitudes_are_compared(tmp_path):
     assert "DoRA magnitude missing" in [f.problem for f in verify_file(path, weights, SHAPES)]
 
 
-def test_learning_rate_zero_is_found(tmp_path):
+def test_an_untrained_adapter_is_detected(tmp_path):
     """An untrained adapter: `up` is zero everywhere."""
     layers = {
         name: LoraLayer(layer.down, torch.zeros_like(layer.up), layer.alpha)
@@ -150,7 +150,7 @@ def test_learning_rate_zero_is_found(tmp_path):
     assert len(findings) == len(SHAPES) and all("zero" in f.problem for f in findings)
 
 
-def test_announced_but_not_trained_is_found(tmp_path):
+def test_a_missing_layer_is_detected(tmp_path):
     weights = random_adapters.adapter(SHAPES, "sd1")
     (path,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp16", metadata={})
     layers = [*SHAPES, f"{TEXT}mlp.fc2"]
@@ -165,7 +165,7 @@ def test_a_file_that_does_not_open_is_one_finding(tmp_path):
     assert "cut off" in finding.problem
 
 
-def test_effect_is_there_and_survives_the_file():
+def test_a_missing_or_changed_effect_is_detected():
     base = {"unet": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
     memory = {"unet": base["unet"] + 0.1}
     assert verify_effect(base, memory, {"unet": memory["unet"] + 1e-6}) == []
