@@ -53,7 +53,7 @@ def caption(*arguments: object) -> int:
     return cli.main(["caption", *map(str, arguments)])
 
 
-def test_blip_captions_what_has_none_and_leaves_out_what_is_broken(blip, photos, capsys):
+def test_blip_captions_photos_without_captions_and_skips_broken_ones(blip, photos, capsys):
     original = (photos / "a.png").read_bytes()
     code = caption(photos, "--with", blip, "--subject", "sks cat", "--without", "on the mat", "--prefix", "photo:")
     output = capsys.readouterr()
@@ -68,7 +68,7 @@ def test_blip_captions_what_has_none_and_leaves_out_what_is_broken(blip, photos,
     assert not (photos / "a.txt").exists() and (photos / "c.txt").exists()
 
 
-def test_a_chat_model_says_only_its_answer_and_overwrites_only_on_demand(llava, photos, capsys):
+def test_a_chat_model_writes_its_answer_and_overwrites_on_request(llava, photos, capsys):
     (photos / "broken.jpg").unlink()
     assert caption(photos, "--with", llava, "--style", "sks style", "--prompt", "describe .", "--overwrite") == 0
     assert (photos / "c.txt").read_text() == f"sks style, {TEXT}\n"
@@ -81,7 +81,7 @@ def test_a_chat_model_says_only_its_answer_and_overwrites_only_on_demand(llava, 
     assert "no change of captions to undo" in capsys.readouterr().err
 
 
-def test_the_answer_is_cut_at_max_tokens_and_the_events_count(llava, photos, capsys):
+def test_the_answer_ends_at_max_tokens_and_events_count_photos(llava, photos, capsys):
     (photos / "broken.jpg").unlink()
     assert caption(photos, "--with", llava, "--max-tokens", 2, "--dry-run", "--json") == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -91,7 +91,7 @@ def test_the_answer_is_cut_at_max_tokens_and_the_events_count(llava, photos, cap
     assert not (photos / "a.txt").exists() and not (photos / ".lorakit").exists()
 
 
-def test_a_stop_keeps_what_is_written(photos):
+def test_a_stop_keeps_written_captions(photos):
     folder = photo_folder.scan(photos)
     numbers: list[int] = []
     with caption_photos.CaptionWriter(photos, folder.photos) as writer:
@@ -111,7 +111,7 @@ def test_a_stop_keeps_what_is_written(photos):
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))), reason="needs onnx and onnxruntime"
 )
-def test_a_tagger_names_colours_as_they_are_in_the_picture(photos, tmp_path, capsys):
+def test_a_tagger_gets_the_colour_channels_in_order(photos, tmp_path, capsys):
     model = tmp_path / "tagger"
     model.mkdir()
     save_tagger(model)
@@ -134,7 +134,7 @@ def test_a_tagger_names_colours_as_they_are_in_the_picture(photos, tmp_path, cap
             onnx_tagger.load(other, CaptionOptions(), CPU)(Image.new("RGB", (8, 8)))
 
 
-def test_without_onnxruntime_its_extra_is_named(photos, tmp_path, monkeypatch, capsys):
+def test_without_onnxruntime_the_error_names_its_extra(photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "model.onnx").touch()
     (tmp_path / "selected_tags.csv").touch()
     monkeypatch.setattr(onnx_tagger.importlib.util, "find_spec", lambda name: None)
@@ -160,7 +160,7 @@ def config_only(text: str) -> Callable[[Path], None]:
         (config_only('{"model_type": "blip"}'), "cannot be loaded|needs more packages"),
     ],
 )
-def test_what_is_no_captioner_is_refused_in_a_line(make, message, photos, tmp_path, capsys):
+def test_other_models_than_captioners_are_refused_in_one_line(make, message, photos, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     make(tmp_path / "model")
     assert caption(photos, "--with", tmp_path / "model") == 1
@@ -188,7 +188,7 @@ def test_a_split_model_with_a_file_missing_is_refused(tmp_path):
         source.find(str(tmp_path), fetch=False)
 
 
-def test_nothing_is_fetched_unless_the_person_says_so(monkeypatch, tmp_path, blip):
+def test_nothing_is_fetched_without_permission(monkeypatch, tmp_path, blip):
     sizes = {"config.json": 1000, "model.safetensors": 989_000_000, "pytorch_model.bin": 990_000_000}
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
     fetched: list[object] = []
@@ -214,7 +214,7 @@ def test_nothing_is_fetched_unless_the_person_says_so(monkeypatch, tmp_path, bli
             source.find(model, fetch=False)
 
 
-def test_arguments_that_make_no_sense_are_refused_together(photos, capsys):
+def test_contradicting_arguments_are_refused_together(photos, capsys):
     wrong = ["--threshold", 2, "--max-tokens", 0, "--set", "train.steps=3"]
     assert caption(photos, "--with", "x", *wrong) == 2
     error = capsys.readouterr().err
@@ -222,7 +222,7 @@ def test_arguments_that_make_no_sense_are_refused_together(photos, capsys):
     assert "train.steps: captions do not depend on it" in error
 
 
-def test_the_precision_and_the_device_are_those_of_the_options(blip):
+def test_the_options_set_precision_and_device(blip):
     model = image_text.load(blip, CaptionOptions(), MemoryConfig(device="cpu", mixed_precision="bf16")).model
     assert model.dtype is torch.bfloat16 and model.device.type == "cpu"
     with pytest.raises(LorakitError, match="finds no such device here"):

@@ -25,7 +25,7 @@ def pocket() -> Any:
     return families.load(families.describe("pocket"), "cpu", torch.float32)
 
 
-def test_the_bundled_base_and_its_twin_are_distinguished(pocket: Any) -> None:
+def test_v_prediction_and_epsilon_are_distinguished(pocket: Any) -> None:
     """The copy returns the noise that follows from the base's v-prediction."""
     verdict = measure(pocket, PHOTOS)
     assert verdict.prediction_type == verdict.current == "v_prediction"
@@ -49,7 +49,7 @@ def test_the_bundled_base_and_its_twin_are_distinguished(pocket: Any) -> None:
     )
 
 
-def test_the_command_says_which_reading_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_the_right_prediction_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     PHOTOS[0].save(tmp_path / "a.png")
     arguments = ["probe", "pocket", "--photo", str(tmp_path / "a.png"), "--set", "memory.device=cpu"]
     assert cli.main([*arguments, "--set", "model.prediction_type=epsilon"]) == 0
@@ -60,7 +60,7 @@ def test_the_command_says_which_reading_is_right(tmp_path: Path, capsys: pytest.
     assert json.loads(capsys.readouterr().out)["prediction_type"] == "v_prediction"
 
 
-def test_random_weights_and_other_families_have_no_answer(sd1: Any, tmp_path: Path) -> None:
+def test_random_weights_and_other_families_give_no_result(sd1: Any, tmp_path: Path) -> None:
     verdict = measure(sd1, [Image.new("RGB", (80, 64), "teal")])
     assert verdict.prediction_type == "" and "neither is clearly right" in verdict.lines()[-1]
     flow = SimpleNamespace(info=dataclasses.replace(sd1.info, loader="sd3"))
@@ -69,7 +69,7 @@ def test_random_weights_and_other_families_have_no_answer(sd1: Any, tmp_path: Pa
     assert cli.main(["probe", "pocket", "--photo", str(tmp_path / "gone.png")]) == 1
 
 
-def test_a_base_that_answers_nan_is_refused(pocket: Any) -> None:
+def test_a_base_that_predicts_nan_is_refused(pocket: Any) -> None:
     hook = pocket.denoiser.register_forward_hook(lambda module, inputs, answer: (answer[0] * float("nan"),))
     try:
         with pytest.raises(LorakitError, match="answers with NaN or infinity"):
@@ -78,7 +78,7 @@ def test_a_base_that_answers_nan_is_refused(pocket: Any) -> None:
         hook.remove()
 
 
-def test_the_zero_snr_reading_is_named_for_v() -> None:
+def test_zero_terminal_snr_is_reported_for_v_prediction() -> None:
     line = Verdict(1.5, 0.1, "v_prediction", "epsilon").lines()[-1]
     assert line.endswith("or 'v_prediction_zero_snr' where the model's page speaks of zero terminal SNR")
 
@@ -101,5 +101,5 @@ def test_the_zero_snr_reading_is_named_for_v() -> None:
         ("merge", {"ztsnr": "v_pred"}, "its metadata"),
     ],
 )
-def test_what_speaks_for_v(name: str, metadata: dict[str, str], evidence: str) -> None:
+def test_names_and_metadata_indicate_v_prediction(name: str, metadata: dict[str, str], evidence: str) -> None:
     assert noise_schedule.velocity_hint([name], metadata) == evidence

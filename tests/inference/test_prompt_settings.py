@@ -17,7 +17,7 @@ from lorakit.runs.run_folder import RunFolder
 SAMPLE = SampleConfig(steps=2, seed=5, negative_prompt="bad")
 
 
-def test_letters_and_tables_say_the_same(tmp_path):
+def test_letters_and_tables_give_the_same_settings(tmp_path):
     line = "a dog, red --w 128 --h 64 --d 7 --s 1 --l 3.5 --n ugly, blurred"
     own = sample_prompts.parse(line, SAMPLE, (512, 512), 3)
     assert own.text == "a dog, red" and own.size == (128, 64)
@@ -51,7 +51,7 @@ def test_a_wrong_setting_is_refused(value, messages):
         config.load(None, {"train.steps": 1, "sample.prompts": [value]})
 
 
-def test_sizes_that_are_no_sizes_are_refused():
+def test_invalid_sizes_are_refused():
     with pytest.raises(ConfigError, match="must be multiples of 8 and 64 or more, or 0"):
         config.load(None, {"train.steps": 1, "sample.width": 100})
 

@@ -47,7 +47,7 @@ def arrays(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image).astype(int) for image in images])
 
 
-def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(family):
+def test_a_picture_does_not_depend_on_other_pictures_of_its_batch(family):
     in_one_call = sampling.draw(family, PROMPTS, QUICK, 64)
     assert arrays(in_one_call).shape == (3, 64, 64, 3) and arrays(in_one_call).std() > 1
     for number, prompt in enumerate(PROMPTS):
@@ -61,7 +61,7 @@ def test_width_and_height_are_in_this_order(family):
     assert image.size == (64, 128)
 
 
-def test_drawing_leaves_no_trace(family):
+def test_drawing_changes_no_state(family):
     pipeline = family.pipeline()
     scheduler, unet = pipeline.scheduler, family.denoiser
     scheduler.set_timesteps(7)
@@ -94,7 +94,7 @@ def test_dropout_is_off_while_drawing(tiny_sd1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny_sd1_v", "tiny_sdxl"])
-def test_the_pictures_are_diffusers_own(base, request):
+def test_samples_equal_diffusers_pictures(base, request):
     """diffusers draws the same pictures from the same noise, sampler and prompt with its own pipeline."""
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
@@ -111,7 +111,7 @@ def test_the_pictures_are_diffusers_own(base, request):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_draws_nearly_the_same(tiny_sd1, family, dtype):
+def test_half_precision_draws_similar_pictures(tiny_sd1, family, dtype):
     half = sampling.draw(family_of(tiny_sd1, dtype), ["x"], QUICK, 64)
     full = sampling.draw(family, ["x"], QUICK, 64)
     assert np.abs(arrays(half) - arrays(full)).mean() < 6
@@ -128,7 +128,7 @@ def test_a_zero_snr_base_is_sampled_from_its_last_timestep(tmp_path):
     assert "Sampler: DDIM" in image.info["parameters"]
 
 
-def test_the_recipe_is_in_the_file(family, tmp_path):
+def test_a_picture_files_metadata_has_the_recipe(family, tmp_path):
     settings = SampleConfig(steps=3, guidance=4.5, seed=5, negative_prompt="雨, blur")
     image = sampling.draw(family, PROMPTS[:2], settings, 64, adapter="sks-toy", strength=0.5)[1]
     image_grid.save(image, tmp_path / "x.png")
@@ -187,7 +187,7 @@ def test_every_format_draws_the_same(exported, tiny_sd1, form):
     assert np.abs(arrays(rows[0]) - arrays(first[0])).max() <= 2
 
 
-def test_a_file_knows_how_its_run_drew(exported, tiny_sd1, tmp_path, monkeypatch):
+def test_a_file_has_its_runs_sample_options(exported, tiny_sd1, tmp_path, monkeypatch):
     settings = sampling.recorded(exported["kohya"], {"sample.guidance": 2.0})
     assert (settings.sample.steps, settings.sample.seed, settings.sample.guidance) == (3, 5, 2.0)
     assert (settings.data.name, settings.data.resolution) == ("sks toy", 64)
@@ -199,7 +199,7 @@ def test_a_file_knows_how_its_run_drew(exported, tiny_sd1, tmp_path, monkeypatch
         assert image.size == (64, 64) and "sks toy" in image.info["parameters"]
 
 
-def test_a_file_of_another_maker_is_drawn_with_defaults(exported, tiny_sd1, tmp_path):
+def test_a_file_of_another_program_is_drawn_with_defaults(exported, tiny_sd1, tmp_path):
     weights = replace(formats.read(exported["kohya"]), metadata={})
     formats.save(weights, tmp_path, "bare", ("kohya",), "fp16", {}, say=lambda line, **_: None)
     bare = tmp_path / "bare.safetensors"
@@ -208,12 +208,12 @@ def test_a_file_of_another_maker_is_drawn_with_defaults(exported, tiny_sd1, tmp_
         sampling.from_file(bare, str(tiny_sd1), [], [1.0], QUICK)
 
 
-def test_the_wrong_base_is_named(exported, tiny_sdxl):
+def test_a_wrong_base_is_refused(exported, tiny_sdxl):
     with pytest.raises(LorakitError, match=r"was made for sd1 and .* is sdxl; give its --base"):
         sampling.from_file(exported["kohya"], str(tiny_sdxl), ["x"], [1.0], QUICK)
 
 
-def test_nothing_is_overwritten(exported, tiny_sd1, tmp_path):
+def test_existing_pictures_are_not_overwritten(exported, tiny_sd1, tmp_path):
     (tmp_path / "kept").write_text("")
     with pytest.raises(LorakitError, match="is not empty and nothing in it is overwritten; give another --output"):
         sampling.from_file(exported["kohya"], str(tiny_sd1), ["x"], [1.0], QUICK, folder=tmp_path)
@@ -269,7 +269,7 @@ def image_numbers(monkeypatch) -> list[int]:
     return counts
 
 
-def test_class_images_are_drawn_once_and_counted_right(family, tmp_path, monkeypatch):
+def test_class_images_are_drawn_once_and_counted(family, tmp_path, monkeypatch):
     counts = image_numbers(monkeypatch)
     messages: list[str] = []
     first = draw_class_images(family, 7, tmp_path, messages)
@@ -280,7 +280,7 @@ def test_class_images_are_drawn_once_and_counted_right(family, tmp_path, monkeyp
     assert len({image.tobytes() for image in first}) == 7
 
 
-def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
+def test_after_an_interruption_at_7_of_20_13_are_drawn(family, tmp_path, monkeypatch):
     uninterrupted = draw_class_images(family, 20, tmp_path / "whole")
     monkeypatch.setattr(class_images, "LARGEST_BATCH", 7)
     original, calls = sampling.draw_batch, []
@@ -302,7 +302,7 @@ def test_interrupted_at_7_of_20_makes_13(family, tmp_path, monkeypatch):
     assert np.abs(arrays(after) - arrays(uninterrupted)).max() <= 1
 
 
-def test_a_damaged_class_image_is_drawn_anew(family, tmp_path, monkeypatch):
+def test_a_damaged_class_image_is_drawn_again(family, tmp_path, monkeypatch):
     first = draw_class_images(family, 3, tmp_path)
     (file,) = tmp_path.glob("class-images/*/00001.png")
     raw, pixels = file.read_bytes(), image_grid.read(file)
@@ -330,7 +330,7 @@ def test_a_damaged_class_image_is_drawn_anew(family, tmp_path, monkeypatch):
         {"sample": SampleConfig(steps=1, guidance=1.0, negative_prompt="x")},
     ],
 )
-def test_another_recipe_is_another_set(family, tmp_path, monkeypatch, change):
+def test_another_recipe_gives_another_set_of_class_images(family, tmp_path, monkeypatch, change):
     draw_class_images(family, 1, tmp_path)
     counts = image_numbers(monkeypatch)
     draw_class_images(family, 1, tmp_path, **change)
@@ -338,14 +338,14 @@ def test_another_recipe_is_another_set(family, tmp_path, monkeypatch, change):
     assert len(list(tmp_path.glob("class-images/*"))) == 2
 
 
-def test_what_class_images_do_not_depend_on(family, tmp_path, monkeypatch):
+def test_sample_options_do_not_affect_class_images(family, tmp_path, monkeypatch):
     draw_class_images(family, 1, tmp_path)
     counts = image_numbers(monkeypatch)
     draw_class_images(family, 1, tmp_path, sample=SampleConfig(steps=1, guidance=1.0, seed=9, every=3, prompts=("y",)))
     assert counts == []
 
 
-def test_the_cache_is_where_the_user_says(family, tmp_path, monkeypatch):
+def test_the_variable_sets_the_cache_of_class_images(family, tmp_path, monkeypatch):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "mine"))
     draw_class_images(family, 1, None)
     assert len(list((tmp_path / "mine" / "class-images").glob("*/00000.png"))) == 1
@@ -355,7 +355,7 @@ def test_the_cache_is_where_the_user_says(family, tmp_path, monkeypatch):
         draw_class_images(family, 1, None)
 
 
-def test_pixels_are_what_the_encoder_takes():
+def test_pixels_have_the_encoders_range_and_batch_size():
     images = [Image.new("RGB", (8, 4), colour) for colour in ((0, 255, 51), (255, 0, 0), (0, 0, 0))]
     parts = list(class_images.as_pixels(images, 2))
     assert [part.shape for part in parts] == [(2, 3, 4, 8), (1, 3, 4, 8)]
@@ -365,7 +365,7 @@ def test_pixels_are_what_the_encoder_takes():
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_what_its_file_draws(tiny_sd1, tmp_path):
+def test_a_runs_last_samples_equal_those_of_its_file(tiny_sd1, tmp_path):
     """The run's last sample grid and `from_file` with a newly loaded base give the same bytes, including the recipe."""
     from lorakit.training import run as train
 

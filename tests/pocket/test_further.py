@@ -12,7 +12,7 @@ from tools.pocket import further
 
 
 @pytest.mark.slow
-def test_the_file_that_is_written_fits_into_the_shipped_model(tmp_path: Path) -> None:
+def test_the_written_file_fits_the_shipped_model(tmp_path: Path) -> None:
     further.render_chunks(tmp_path, 0, seconds=0.2, size=8)
     further.render_chunks(tmp_path, 1, seconds=60, size=8, unseen=True)
     model = further.Further(torch.device("cpu"), rate=1e-4)
@@ -33,7 +33,7 @@ def test_the_file_that_is_written_fits_into_the_shipped_model(tmp_path: Path) ->
         assert file.metadata() == {"format": "pt"}
 
 
-def test_renderers_draw_other_pictures_than_the_first_training_and_than_each_other(tmp_path: Path) -> None:
+def test_renderers_use_seeds_of_their_own(tmp_path: Path) -> None:
     for number in range(2):
         further.render_chunks(tmp_path, number, seconds=0.001, size=1)
     seeds = sorted(int(file.stem) for file in tmp_path.glob("*.npz"))

@@ -33,7 +33,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_a_smoke_run_makes_a_pipeline_that_draws(smoke_run: tuple[Path, Path]) -> None:
+def test_a_smoke_run_gives_a_working_pipeline(smoke_run: tuple[Path, Path]) -> None:
     from diffusers import StableDiffusionPipeline
 
     _, output = smoke_run
@@ -44,7 +44,7 @@ def test_a_smoke_run_makes_a_pipeline_that_draws(smoke_run: tuple[Path, Path]) -
 
 
 @pytest.mark.slow
-def test_a_second_run_has_nothing_to_do(smoke_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_repeats_no_work(smoke_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     work, output = smoke_run
     make.make(SMOKE, work, output, 1)
     lines = capsys.readouterr().out.splitlines()
@@ -93,7 +93,7 @@ def test_a_stopped_run_ends_with_the_same_weights_as_an_uninterrupted_one(
         assert torch.equal(value, resumed[name]), name
 
 
-def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         make.main(["--stages", "paint"])
     assert "unknown stage paint; there are render, tokenizer" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def tokens() -> CLIPTokenizer:
         "\u00a0x",
     ],
 )
-def test_every_text_comes_back(tokens: CLIPTokenizer, text: str) -> None:
+def test_every_text_is_decoded_unchanged(tokens: CLIPTokenizer, text: str) -> None:
     ids = tokens(text).input_ids
     assert tokens.unk_token_id not in ids[1:-1]
     decoded = tokens.decode(ids, skip_special_tokens=True)
@@ -53,7 +53,7 @@ def test_a_trigger_is_one_token(tokens: CLIPTokenizer, word: str) -> None:
     assert tokens.tokenize(f"a photo of a {word} toy")[-2] == f"{word}</w>"
 
 
-def test_captions_fit_in_the_prompt(tokens: CLIPTokenizer) -> None:
+def test_captions_fit_into_the_token_limit(tokens: CLIPTokenizer) -> None:
     assert tokens.model_max_length == 32
     longest = max(len(tokens(caption(random_spec(seed), seed)).input_ids) for seed in range(1500))
     assert longest <= 26  # leaves room for a few more words

@@ -34,7 +34,7 @@ def judge() -> Classifier:
     return Classifier.load()
 
 
-def test_it_is_small_and_in_float16() -> None:
+def test_the_shipped_model_is_small_and_in_float16() -> None:
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 16_000_000
     for file in FOLDER.rglob("*.safetensors"):
@@ -53,13 +53,13 @@ def test_the_text_encoder_has_the_key_names_of_real_checkpoints() -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
-def test_no_path_of_the_machine_that_trained_it_is_left_in_it() -> None:
+def test_the_shipped_files_contain_no_local_path() -> None:
     for file in FOLDER.rglob("*.json"):
         assert "_name_or_path" not in json.loads(file.read_text(encoding="utf-8")), file
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_it_draws_whatever_dtype_it_is_loaded_in(dtype: torch.dtype | None) -> None:
+def test_the_model_draws_in_every_dtype(dtype: torch.dtype | None) -> None:
     kwargs = {} if dtype is None else {"dtype": dtype}
     pipe = StableDiffusionPipeline.from_pretrained(str(FOLDER), **kwargs)
     pipe.set_progress_bar_config(disable=True)
@@ -81,7 +81,7 @@ def test_the_prompt_decides_the_picture(pipeline: StableDiffusionPipeline) -> No
 
 
 @pytest.mark.slow
-def test_the_judge_is_right_about_fresh_renders(judge: Classifier) -> None:
+def test_the_classifier_is_right_about_new_renders(judge: Classifier) -> None:
     specs = measure.requests(256, seed=5_000_000_000)
     scores = judge.scores(measure.real_pictures(specs, 5_000_000_000), [spec.words for spec in specs])
     assert scores.pop("pattern") > 0.84
@@ -89,7 +89,7 @@ def test_the_judge_is_right_about_fresh_renders(judge: Classifier) -> None:
 
 
 @pytest.mark.slow
-def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Classifier) -> None:
+def test_the_classifier_distinguishes_subjects_and_kinds(judge: Classifier) -> None:
     toys = subjects.references(names=("toy",))["toy"]
     for name in subjects.SUBJECTS:
         real = [image for image, _ in subjects.photos(name, 12, seed=9)]
@@ -99,7 +99,7 @@ def test_the_judge_tells_subjects_from_kinds_and_each_other(judge: Classifier) -
         judge.subject_score(toys, "nobody")
 
 
-def test_the_centroids_of_the_file_are_what_renders_give(judge: Classifier) -> None:
+def test_the_files_centroids_equal_those_of_renders(judge: Classifier) -> None:
     centroids = judge.centroids()
     assert list(centroids) == [*KINDS, *subjects.SUBJECTS, *subjects.STYLES]
     assert all(0.5 < np.linalg.norm(centroid) <= 1.001 for centroid in centroids.values())
@@ -111,7 +111,9 @@ def test_the_centroids_of_the_file_are_what_renders_give(judge: Classifier) -> N
 
 
 @pytest.mark.slow
-def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeline, judge: Classifier) -> None:
+def test_the_model_draws_combinations_outside_its_training(
+    pipeline: StableDiffusionPipeline, judge: Classifier
+) -> None:
     specs = measure.requests(32, seed=6_000_000_000)
     words = [spec.words for spec in specs]
     images = measure.generate(pipeline, [full_caption(spec) for spec in specs], steps=10)
@@ -123,6 +125,6 @@ def test_it_draws_combinations_that_it_never_saw(pipeline: StableDiffusionPipeli
 
 
 @pytest.mark.slow
-def test_the_autoencoder_keeps_unseen_renders(pipeline: StableDiffusionPipeline) -> None:
+def test_the_vae_reconstructs_renders_outside_its_training(pipeline: StableDiffusionPipeline) -> None:
     _, decibels = measure.round_trip(pipeline.vae, measure.real_pictures(measure.requests(32)))
     assert decibels > 23

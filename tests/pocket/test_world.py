@@ -57,7 +57,7 @@ def test_same_seed_same_bytes_other_seed_other_picture(manner: str) -> None:
     assert difference(pixels(spec, 3), pixels(spec, 4)) > 2
 
 
-def test_size_is_what_was_asked_for_and_shows_the_same_thing() -> None:
+def test_a_larger_picture_shows_the_same_thing() -> None:
     large = render(MUG, 8, 128)
     assert large.size == (128, 128) and large.mode == "RGB"
     # The size changes the backdrop's grain but not the drawing.
@@ -92,7 +92,7 @@ def test_full_captions_parse_back_to_the_spec() -> None:
         assert {"pattern": "plain", **parse(full_caption(spec))} == spec.words
 
 
-def test_training_captions_say_nothing_false_and_most_of_it() -> None:
+def test_training_captions_are_true_and_mostly_complete() -> None:
     counts = dict.fromkeys(FIELDS, 0)
     for seed in range(1000):
         spec = random_spec(seed)
@@ -103,7 +103,7 @@ def test_training_captions_say_nothing_false_and_most_of_it() -> None:
     assert all(counts[field] > 800 for field in ("colour", "scene", "manner"))
 
 
-def test_a_toys_caption_tells_its_own_ears() -> None:
+def test_a_toys_caption_names_its_own_ears() -> None:
     count = 0
     for seed in range(300):
         spec = Spec("toy", "red", "plain", "beach", "photo")
@@ -120,7 +120,7 @@ def test_triggers_come_before_the_noun_in_about_one_caption_in_fourteen() -> Non
     assert 0.05 < before / len(texts) < 0.09
 
 
-def test_holdout_combinations_never_come_in_training() -> None:
+def test_holdout_combinations_never_occur_in_training() -> None:
     assert not any(is_holdout(random_spec(seed)) for seed in range(2000))
     assert all(is_holdout(random_spec(seed, unseen=True)) for seed in range(500))
     share = np.mean(
@@ -138,7 +138,7 @@ def test_subjects_have_a_part_that_no_training_toy_can_have() -> None:
         assert spec.look is not None and spec.look.extra != "none"
 
 
-def test_subject_pictures_are_seeded_and_on_the_scenes_asked_for() -> None:
+def test_subject_pictures_are_seeded_and_have_the_given_scenes() -> None:
     pictures = subjects.photos("zib", 6, seed=2, scenes=["snow", "city"])
     assert [scene for _, scene in pictures] == ["snow", "city"] * 3
     repeat = subjects.photos("zib", 6, seed=2, scenes=["snow", "city"])
@@ -164,7 +164,7 @@ def test_textures_are_seeded_and_full_of_detail() -> None:
     assert textures.texture(1).tobytes() != textures.texture(2).tobytes()
 
 
-def test_shards_hold_the_pictures_their_seeds_give(tmp_path) -> None:
+def test_shards_contain_the_pictures_of_their_seeds(tmp_path) -> None:
     dataset.make(tmp_path, 20, 64, 1)
     pictures, labels, texts = (
         dataset.load(tmp_path, "pictures"),

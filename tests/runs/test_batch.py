@@ -72,7 +72,7 @@ def test_a_folder_of_folders_is_a_batch(tmp_path: Path, photos: Path) -> None:
         batch.read(photos / "Anna", None, SHARED, tmp_path / "runs")
 
 
-def test_a_list_of_folders_is_a_run_for_each(tmp_path: Path, photos: Path) -> None:
+def test_each_listed_folder_is_a_run(tmp_path: Path, photos: Path) -> None:
     text = "[[run]]\ndata.folder = ['photos/Anna', 'photos/ben']\ndata.name = 'sks {folder}'\nadapter.rank = [4, 8]"
     result = [(row.name, row.config.data.name, Path(row.config.data.folder).name) for row in rows(tmp_path, text)]
     assert [name for name, *_ in result] == ["anna-rank-4", "anna-rank-8", "ben-rank-4", "ben-rank-8"]
@@ -99,13 +99,13 @@ def test_a_list_of_folders_is_a_run_for_each(tmp_path: Path, photos: Path) -> No
         ("[[run]]\nname = 'a'\ndata.folder = 'photos/ben'\n" * 2, "a: two rows have this name"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_row(tmp_path: Path, photos: Path, text: str, problem: str) -> None:
+def test_a_wrong_row_is_refused_with_its_number(tmp_path: Path, photos: Path, text: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         rows(tmp_path, text)
     assert problem in str(caught.value)
 
 
-def test_a_batch_begins_goes_on_and_tells_what_came_of_it(tmp_path, photos, monkeypatch, capsys) -> None:
+def test_a_batch_starts_continues_and_reports_its_results(tmp_path, photos, monkeypatch, capsys) -> None:
     """The same command queues only unfinished rows; this test trains nothing."""
     monkeypatch.setattr(Queue, "start", lambda self: None)
     runs = tmp_path / "runs"

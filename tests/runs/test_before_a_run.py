@@ -47,7 +47,7 @@ def test_no_preset_is_too_short_for_a_few_photos(preset: str, count: int) -> Non
     assert answered.train.min_steps == 400 and plan.run_length(answered, [1] * count, count)[0] >= 400
 
 
-def test_a_length_of_ones_own_is_not_raised() -> None:
+def test_a_configured_length_is_not_raised() -> None:
     for own in ({"train.steps": 5}, {"train.epochs": 1}, {"train.steps_per_image": 1}):
         assert plan.run_length(config.load("subject-pocket", own), [1] * 5, 5)[0] == 5
     with pytest.raises(ConfigError, match=r"train.min_steps has no effect without train.steps_per_image: leave it out"):
@@ -79,7 +79,7 @@ def test_the_prior_is_in_the_plan(changes: dict[str, object], own: int, line: st
     assert len(lines) == bool(line) and all(text.startswith(line) for text in lines)
 
 
-def test_a_run_that_goes_on_takes_the_time_of_what_is_left() -> None:
+def test_a_resumed_runs_time_covers_the_remaining_steps() -> None:
     settings = config.load("subject-pocket", {"data.name": "sks dog", "memory.device": "cpu", "train.steps": 400})
     before = replace(plan_of(5, settings), seconds=4000.0)
     assert before.lines()[-1] == "time: about 67 min (estimate)"
@@ -114,7 +114,7 @@ def problems(photos: Path, **changes: Any) -> tuple[list[str], list[str]]:
         ({"train__prior": "images"}, "class-images: Not a directory; set LORAKIT_CACHE"),
     ],
 )
-def test_a_cache_that_cannot_be_written(
+def test_an_unwritable_cache_is_a_problem(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], start: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -130,7 +130,7 @@ def test_a_cache_that_cannot_be_written(
     ("capabilities", "lacks"),
     [([(7, 5)], True), ([(6, 1), (7, 0)], True), ([(7, 5), (8, 6)], False), ([None], False), ([], False)],
 )
-def test_bf16_on_a_card_without_it(
+def test_bf16_on_a_gpu_without_it_is_a_problem(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int] | None], lacks: bool
 ) -> None:
     monkeypatch.setattr(nvidia, "cards", lambda: [nvidia.Card("T4", "580", each) for each in capabilities])
@@ -165,18 +165,18 @@ def test_a_class_that_the_bundled_base_does_not_know_is_a_warning(
     assert any(warning.startswith(line) for warning in warnings) == is_new
 
 
-def test_two_sides_in_one_text_have_the_way_beside_them() -> None:
+def test_two_resolutions_in_one_text_are_refused_with_advice() -> None:
     with pytest.raises(ConfigError, match=r"'64,128': must be a whole number, or several as a list, \[768, 512\]"):
         config.load(None, dict([config.parse_override("data.resolution=64,128"), ("train.steps", 1)]))
 
 
-def test_packages_have_the_versions_that_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tracker_is_named_with_the_tested_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "_metadata", lambda: ["tensorboard>=2.20; extra == 'tensorboard'", "numpy"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lines = registry.missing_trackers(["tensorboard", "wandb"])
     assert "tensorboard>=2.20" in lines[0] and lines[1].endswith("wandb")
 
 
-def test_a_report_says_what_the_curves_are() -> None:
+def test_a_report_explains_its_curves() -> None:
     text = (Path(plan.__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     assert "Prior drift: how far the adapter changes what the base" in text

@@ -44,13 +44,13 @@ def test_values_above_the_top_of_the_scale_are_drawn_at_it() -> None:
     assert points(svg)[1][1] == charts.TOP
 
 
-def test_thinning_keeps_the_last() -> None:
+def test_thinning_keeps_the_last_point() -> None:
     many = [(n, float(n)) for n in range(5000)]
     thinned = charts.thin(many)
     assert len(thinned) <= charts.MAX_POINTS + 1 and thinned[0] == many[0] and thinned[-1] == many[-1]
 
 
-def test_there_is_a_chart_for_each_thing_measured() -> None:
+def test_each_measured_quantity_has_a_chart() -> None:
     events = [step(n, 1 / n) for n in range(1, 31)]
     measured = [validation(10, 0.3), validation(20, 0.2)]
     assert len(charts.run_charts(events)) == 2
@@ -68,18 +68,18 @@ def test_the_smoothed_loss_is_drawn_over_the_raw_one() -> None:
     assert raw[0][1] < smoothed[0][1] and raw[1] == smoothed[1]
 
 
-def test_a_loss_that_is_no_number_is_left_out() -> None:
+def test_a_loss_that_is_not_a_number_is_omitted() -> None:
     loss, rate = charts.run_charts([step(1, 1.0), step(2, None), step(3, math.nan), step(4, 2.0)])
     assert len(points(loss)) == 2 and len(points(rate)) == 4
 
 
-def test_a_step_that_was_done_twice_counts_as_done_last() -> None:
+def test_a_repeated_step_counts_with_its_last_values() -> None:
     first, repeat, second = step(1, 9.0), step(1, 1.0), step(2, 1.0)
     assert charts.run_charts([first, second, repeat]) == charts.run_charts([repeat, second])
     assert charts.run_charts([repeat, second, first]) != charts.run_charts([repeat, second])
 
 
-def test_a_sheet_is_one_svg_with_its_own_colours() -> None:
+def test_a_sheet_is_one_svg_with_inline_colours() -> None:
     four = charts.run_charts([step(1, 1.0), validation(1, 0.2)])
     root = ET.fromstring(charts.sheet(four))
     assert root.tag == f"{SVG}svg" and len(root.findall(f"{SVG}svg")) == 4
@@ -91,7 +91,7 @@ def test_a_sheet_is_one_svg_with_its_own_colours() -> None:
     assert ET.fromstring(charts.sheet([])).tag == f"{SVG}svg"
 
 
-def test_the_loss_is_smoothed_and_the_beginning_left_out() -> None:
+def test_the_loss_is_smoothed_and_its_start_omitted() -> None:
     points = [(float(number), value) for number, value in enumerate([4.0, 2.0, 2.0, 8.0], 1)]
     weights = [0.5**k for k in range(4)]
     expected = [

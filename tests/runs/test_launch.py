@@ -28,7 +28,7 @@ def checked(settings: Config, processes: int, **more: bool) -> Preflight:
     return preflight(settings, processes=processes, **more)
 
 
-def test_a_step_has_the_batches_of_all_and_the_plan_says_so(settings):
+def test_a_step_has_the_batches_of_all_processes_and_the_plan_reports_it(settings):
     result = checked(settings, 4)
     assert not result.problems and result.config.train.gradient_accumulation_steps == 4
     assert result.plan and result.plan.steps == 100
@@ -39,7 +39,7 @@ def test_a_step_has_the_batches_of_all_and_the_plan_says_so(settings):
     )
 
 
-def test_for_few_photos_several_are_of_no_use(settings):
+def test_useless_processes_for_few_photos_are_a_warning(settings):
     (line,) = (line for line in checked(settings, 2).warnings if "of no use" in line)
     assert line.startswith("2 processes are of no use for 20 photos: 5 steps go through all of them, and the run is as")
     (line,) = (line for line in checked(settings, 40).warnings if "of no use" in line)
@@ -60,7 +60,7 @@ def test_for_few_photos_several_are_of_no_use(settings):
         (1, 0, None, None),
     ],
 )
-def test_gpus_that_are_not_there_are_refused(settings, monkeypatch, gpus, cards, hidden, problem):
+def test_missing_gpus_are_refused(settings, monkeypatch, gpus, cards, hidden, problem):
     monkeypatch.setattr(nvidia, "cards", lambda: [CARD] * cards)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
@@ -69,14 +69,14 @@ def test_gpus_that_are_not_there_are_refused(settings, monkeypatch, gpus, cards,
     assert launch.gpus_problem(replace(settings, memory=memory), gpus) == problem
 
 
-def test_check_and_train_refuse_them_alike(settings, tmp_path, capsys):
+def test_check_and_train_refuse_missing_gpus(settings, tmp_path, capsys):
     arguments = [settings.data.folder, "--subject", "sks toy", "--base", settings.model.base, "--gpus", "9"]
     codes = [cli.main([command, *arguments]) for command in ("check", "train")]
     lines = [line for line in capsys.readouterr().err.splitlines() if "--gpus 9" in line]
     assert all(codes) and len(set(lines)) == 1 and len(lines) == 2
 
 
-def test_gpus_under_a_launcher_of_another_number_are_refused(settings, monkeypatch):
+def test_gpus_that_contradict_the_launcher_are_refused(settings, monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     assert launch.world() == launch.World(0, 0, 8)
@@ -92,7 +92,7 @@ open(os.path.join(sys.argv[1], str(rank)), "w").write(f"{launch.world()} {os.env
 """
 
 
-def test_accelerates_launcher_says_what_is_read(tmp_path):
+def test_the_variables_of_accelerates_launcher_are_read(tmp_path):
     """accelerate's own command starts a program that prints the result of `launch.world`."""
     from accelerate.commands import launch as launcher
 
@@ -121,7 +121,7 @@ def test_processes_of_mpirun_are_refused(settings, monkeypatch, name):
     assert preflight(settings).problems == ()
 
 
-def test_too_many_batches_and_numbers_that_do_not_divide_are_refused(settings):
+def test_too_many_and_unevenly_divided_batches_are_refused(settings):
     assert "batches a step; the limit is 256: lower it" in checked(settings, 300).problems[0]
     shared, _ = launch.share(settings, 6)
     assert checked(shared, 4, resume=True).problems == (
@@ -130,7 +130,7 @@ def test_too_many_batches_and_numbers_that_do_not_divide_are_refused(settings):
     assert not checked(shared, 3, resume=True).problems
 
 
-def test_a_first_process_that_is_killed_is_reported_for_it(monkeypatch):
+def test_a_killed_first_process_is_reported_by_the_launcher(monkeypatch):
     """The launcher raises its own error, which contains the signal that killed the process."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher import api

@@ -34,7 +34,7 @@ def test_a_copy_is_found_with_its_photo(photos, change):
     assert [(prompt, name) for prompt, name, _ in result] == [("a", "3.png")]
 
 
-def test_the_subject_elsewhere_another_picture_and_a_grey_one_are_no_copies(photos):
+def test_other_pictures_of_the_subject_are_not_copies(photos):
     new = {
         str(n): image
         for n, (image, _) in enumerate(subjects.pictures("oz", 12, seed=7, scenes=["snow", "city", "floor"]))
@@ -62,11 +62,11 @@ def test_photos_that_resemble_one_another_raise_the_limit(photos):
         ({}, None),
     ],
 )
-def test_least_names_a_photo_far_below_the_others(gains, name):
+def test_a_photo_far_below_the_others_is_named(gains, name):
     assert lessons.least(gains) == name
 
 
-def test_sentences_say_what_to_do_and_are_translated(photos):
+def test_sentences_give_advice_and_are_translated(photos):
     gains = {"a": 0.1, "b": 0.1, "c": 0.1, "d.png": 0.01}
     sentences = lessons.sentences({"a 'b'": photos["1.png"]}, photos, {"gains": gains})
     assert len(sentences) == 2
@@ -84,7 +84,7 @@ def test_sentences_say_what_to_do_and_are_translated(photos):
         ({}, []),
     ],
 )
-def test_photos_that_were_not_trained_on_tell_what_was_learned(holdout, parts):
+def test_holdout_photos_show_how_well_a_run_generalizes(holdout, parts):
     gains = {"a": 0.1, "b": 0.1, "c": 0.1}
     sentences = lessons.sentences({}, {}, {"gains": gains, "holdout_gains": holdout})
     assert len(sentences) == len(parts)
@@ -109,7 +109,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("every", "errors", "is_short"), RUNS.values(), ids=RUNS)
-def test_a_run_whose_error_falls_late_as_at_first_was_too_short(every, errors, is_short):
+def test_a_run_whose_error_still_falls_was_too_short(every, errors, is_short):
     history = [{"step": every * number, "mse": error} for number, error in enumerate(errors, 1)]
     lines = lessons.too_short(history, OptimizerConfig(lr_scheduler="cosine"))
     assert bool(lines) == is_short

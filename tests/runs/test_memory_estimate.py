@@ -85,7 +85,7 @@ def trained(settings: config.Config, info: Info) -> dict[str, tuple[int, int]]:
         ("sdxl", 1024, 1, "attention", True, "int8 streamed", 0.908),
     ],
 )
-def test_a_step_is_predicted_within_a_twentieth(
+def test_a_steps_memory_is_predicted_within_5_percent(
     name: str, resolution: int, batch: int, modules: str, checkpointing: bool | float, storage: str, counted: float
 ) -> None:
     info, runtime = Info(name), memory_estimate.RUNTIME_BYTES["cuda"] / GIB
@@ -105,7 +105,7 @@ def test_a_step_is_predicted_within_a_twentieth(
     assert not within or counted <= step <= checkpointing
 
 
-def test_layers_that_keep_less_are_a_cards() -> None:
+def test_layers_save_less_on_cuda_only() -> None:
     info, settings = Info("sd15"), settings_for(512)
     card, cpu = (
         memory_estimate.training(settings, info, trained(settings, info), device) for device in ("cuda", "cpu")
@@ -114,7 +114,7 @@ def test_layers_that_keep_less_are_a_cards() -> None:
     assert card["activations"] * half < 0.7 * cpu["activations"]
 
 
-def test_a_limit_recomputes_as_little_as_it_needs() -> None:
+def test_a_limit_recomputes_no_more_blocks_than_needed() -> None:
     info = Info("sdxl")
 
     def blocks_for(limit: float | None, **more: object) -> list[str]:
@@ -148,7 +148,7 @@ def test_a_limit_that_cannot_be_met_is_an_error() -> None:
     )
 
 
-def test_without_a_limit_a_step_stays_within_what_the_card_has_free() -> None:
+def test_without_a_limit_a_step_fits_the_gpus_free_memory() -> None:
     info, settings = Info("sdxl"), settings_for(1024)
     modules = trained(settings, info)
 
@@ -170,7 +170,7 @@ def test_without_a_limit_a_step_stays_within_what_the_card_has_free() -> None:
     assert settings_for(1024, memory__limit_gib="auto") == settings
 
 
-def test_encoding_and_samples_have_peaks_of_their_own() -> None:
+def test_encoding_and_samples_have_their_own_peaks() -> None:
     """SDXL at 1024 px with gradient checkpointing and an NF4 base needs at most 3.3 GiB in any phase."""
     info = Info("sdxl")
     saving = {"memory__gradient_checkpointing": True, "memory__base_storage": "nf4"}
@@ -197,7 +197,7 @@ def test_encoding_and_samples_have_peaks_of_their_own() -> None:
     )
 
 
-def test_encoders_that_are_trained_stay_while_samples_are_drawn() -> None:
+def test_trained_encoders_stay_on_the_device_during_samples() -> None:
     info = Info("sdxl")
     settings = settings_for(1024, adapter__train_text_encoder=True)
     frozen, trained_modules = trained(settings_for(1024), info), trained(settings, info)
@@ -210,7 +210,7 @@ def test_encoders_that_are_trained_stay_while_samples_are_drawn() -> None:
     assert more - less - growth == pytest.approx(texts, rel=0.03)
 
 
-def test_an_autoencoder_in_half_precision_on_disk_is_float32_in_memory() -> None:
+def test_a_half_precision_vae_on_disk_is_float32_in_memory() -> None:
     settings = settings_for(4096)
     full, half = Info("sd15"), Info("sd15")
     half.bytes["vae"] //= 2
@@ -225,7 +225,7 @@ def test_an_autoencoder_in_half_precision_on_disk_is_float32_in_memory() -> None
     assert encoding_bytes[0] == encoding_bytes[1] == encoding_bytes[2]
 
 
-def test_on_a_cpu_everything_stays_and_pictures_are_not_tiled() -> None:
+def test_on_a_cpu_components_stay_and_pictures_are_not_tiled() -> None:
     info, settings = Info("sd15"), settings_for(512)
     step = memory_estimate.training(settings, info, trained(settings, info), "cpu")
     peaks = memory_estimate.peaks(settings, info, trained(settings, info), "cpu")
@@ -233,7 +233,7 @@ def test_on_a_cpu_everything_stays_and_pictures_are_not_tiled() -> None:
     assert peaks["samples"] - peaks["encoding"] == 512 * 512**2 + step["adapter and optimizer"]
 
 
-def test_ways_out_are_only_those_that_are_open() -> None:
+def test_advice_names_only_available_options() -> None:
     open_ways = settings_for(512, train__batch_size=4, train__gradient_accumulation_steps=2)
     assert memory_estimate.advice("step 3", open_ways) == (
         "step 3: not enough memory on the device; cheapest first, set memory.gradient_checkpointing = true, "
@@ -253,7 +253,7 @@ def test_ways_out_are_only_those_that_are_open() -> None:
     assert "memory.stream_base" not in plain and "memory.base_storage" not in plain
 
 
-def test_strips_take_what_the_room_of_families_says() -> None:
+def test_tiling_constants_equal_those_of_families() -> None:
     from lorakit.families import tiled_vae
 
     assert (memory_estimate.ENCODING, memory_estimate.DECODING) == (tiled_vae.ENCODING, tiled_vae.DECODING)

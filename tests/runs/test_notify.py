@@ -85,7 +85,7 @@ def script(path: Path, text: str) -> Path:
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
     ],
 )
-def test_a_server_gets_the_end_of_a_run_once(
+def test_a_server_is_notified_once_of_the_end_of_a_run(
     server: ThreadingHTTPServer, tmp_path: Path, error, state: str, message: str
 ):
     folder = run_in(tmp_path / "run", address(server, "/x?token=t"))
@@ -104,7 +104,7 @@ def test_a_server_gets_the_end_of_a_run_once(
     assert body == expected | {"adapter": "sks-toy.safetensors" if state == "done" else ""}
 
 
-def test_a_command_gets_folder_and_state_and_no_shell_reads_them(tmp_path: Path):
+def test_a_command_gets_folder_and_state_without_a_shell(tmp_path: Path):
     record = script(tmp_path / "tell me.sh", f'printf "%s\\n" "$@" "$LORAKIT_STATE $LORAKIT_STEP $LORAKIT_MESSAGE" '
                     f'"$LORAKIT_RUN" > {tmp_path}/record')  # fmt: skip
     folder = tmp_path / "a; touch $(echo x) `id` 'q"
@@ -115,7 +115,7 @@ def test_a_command_gets_folder_and_state_and_no_shell_reads_them(tmp_path: Path)
     assert not list(Path.cwd().glob("injected")) and not (tmp_path / "x").exists()
 
 
-def test_what_fails_is_one_warning_and_takes_no_longer_than_it_may(
+def test_a_failed_notification_is_one_warning_within_the_time_limit(
     server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(results, "NOTIFY_SECONDS", 0.5)
@@ -160,7 +160,7 @@ def test_what_fails_is_one_warning_and_takes_no_longer_than_it_may(
         ("https://box.example/secret x", "no address of http:// or https://"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_the_run(target: str, problem: str, tmp_path: Path):
+def test_an_invalid_target_is_refused_before_the_run(target: str, problem: str, tmp_path: Path):
     settings = config.load("subject-pocket", {"data.folder": str(tmp_path), "data.name": "x", "output.notify": target})
     (line,) = [line for line in preflight(settings).problems if line.startswith("output.notify")]
     assert problem in line and "give the address of a server" in line and "secret" not in line
@@ -178,7 +178,7 @@ def test_what_makes_no_sense_is_refused_before_the_run(target: str, problem: str
         ("exit 0", "", ""),
     ],
 )
-def test_the_queue_speaks_for_a_run_that_cannot(
+def test_the_queue_notifies_for_a_run_that_cannot(
     server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, state: str, message: str
 ):
     """The queue notifies for a run that never began or was killed. A run that ends normally notifies by itself."""
@@ -195,7 +195,7 @@ def test_the_queue_speaks_for_a_run_that_cannot(
     assert [(body["state"], body["message"]) for body in Receiver.bodies] == ([(state, message)] if state else [])
 
 
-def test_no_page_sets_it_and_no_page_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_page_sets_or_shows_the_notify_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import gradio as gr
 
     assert "output.notify" not in form.fields()

@@ -74,14 +74,14 @@ def problems(
         ("adafactor", {"eps": 1}, "optimizer.name = 'adafactor': a step failed: "),
     ],
 )
-def test_an_optimizer_that_cannot_be_built(
+def test_an_optimizer_that_cannot_be_built_is_a_problem(
     problems: Callable[..., tuple[str, ...]], name: str, args: dict[str, Any], problem: str
 ) -> None:
     (answer,) = problems(optimizer__name=name, optimizer__args=args)
     assert answer.startswith(problem) and "\n" not in answer
 
 
-def test_optimizers_that_can_be_built(problems: Callable[..., tuple[str, ...]]) -> None:
+def test_optimizers_that_can_be_built_pass(problems: Callable[..., tuple[str, ...]]) -> None:
     assert problems(optimizer__name="torch.optim:Adadelta", optimizer__args={"rho": 0.8}) == ()
     assert problems(optimizer__args={"betas": [0.9, 0.95]}) == ()
     assert problems(optimizer__name="torch.optim:Rprop", optimizer__weight_decay=0.2) == (
@@ -89,7 +89,7 @@ def test_optimizers_that_can_be_built(problems: Callable[..., tuple[str, ...]]) 
     )
 
 
-def test_a_module_that_breaks_while_it_is_imported(
+def test_a_module_that_fails_at_import_is_a_problem(
     problems: Callable[..., tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -99,7 +99,7 @@ def test_a_module_that_breaks_while_it_is_imported(
     )
 
 
-def test_a_step_is_not_tried_where_there_may_be_cuda() -> None:
+def test_no_trial_step_runs_if_cuda_is_possible() -> None:
     from lorakit.config import OptimizerConfig, optimizer_builder
 
     only_sparse = OptimizerConfig(name="torch.optim:SparseAdam")
@@ -107,12 +107,12 @@ def test_a_step_is_not_tried_where_there_may_be_cuda() -> None:
     assert type(optimizers.build(only_sparse, [("unet", [torch.nn.Parameter(torch.ones(1))])])).__name__ == "SparseAdam"
 
 
-def test_masks_that_hide_everything(problems: Callable[..., tuple[str, ...]]) -> None:
+def test_masks_that_hide_everything_are_a_problem(problems: Callable[..., tuple[str, ...]]) -> None:
     assert problems(train__masked_loss=True) == tuple(masks.BLACK_MASK.format(photo=f"{n}.png") for n in (1, 2))
     assert problems() == ()
 
 
-def test_transparency_is_a_mask(problems: Callable[..., tuple[str, ...]], tmp_path: Path) -> None:
+def test_transparency_counts_as_a_mask(problems: Callable[..., tuple[str, ...]], tmp_path: Path) -> None:
     (tmp_path / "cut-out").mkdir()
     half = Image.new("RGBA", (64, 64), "teal")
     half.paste((0, 0, 0, 0), (0, 0, 32, 64))
@@ -145,13 +145,15 @@ def test_an_adapter_to_start_from_is_compared_layer_by_layer(
         assert problems(train__init_from=start, adapter__new_tokens=2) == ()
 
 
-def test_a_folder_to_start_from_that_is_no_adapter(problems: Callable[..., tuple[str, ...]], tmp_path: Path) -> None:
+def test_a_start_folder_that_is_not_an_adapter_is_a_problem(
+    problems: Callable[..., tuple[str, ...]], tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     (answer,) = problems(train__init_from="empty")
     assert answer == "empty: holds 0 .safetensors files and no PEFT adapter: name the file itself"
 
 
-def test_numbers_that_are_not_finite(
+def test_an_adapter_with_nan_is_a_problem(
     problems: Callable[..., tuple[str, ...]], weights: AdapterWeights, tmp_path: Path
 ) -> None:
     (file,) = kohya.write(weights, tmp_path / "a.safetensors", dtype="fp32", metadata={})
@@ -163,7 +165,9 @@ def test_numbers_that_are_not_finite(
     assert problems(train__init_from=str(file)) == (str(caught.value),)
 
 
-def test_vectors_of_another_word(problems: Callable[..., tuple[str, ...]], tiny_sd1: Path, tmp_path: Path) -> None:
+def test_vectors_of_another_word_are_a_problem(
+    problems: Callable[..., tuple[str, ...]], tiny_sd1: Path, tmp_path: Path
+) -> None:
     info: BaseInfo = families.describe(tiny_sd1)
     section = config.LoraConfig(rank=4, target_modules="attention", train_text_encoder=False, new_tokens=2)
     trained = adapters.attach(families.load(info, "cpu", torch.float32), section, trigger="zyx").weights()

@@ -122,19 +122,19 @@ def test_a_run_that_is_too_short_to_teach_much_says_so(sd15: Info) -> None:
     assert plan.SHORT_RUN in short.lines() and plan.SHORT_RUN not in long.lines()
 
 
-def test_what_compiling_on_a_cpu_comes_to_is_reported(sd15: Info) -> None:
+def test_the_cost_of_compiling_on_a_cpu_is_reported(sd15: Info) -> None:
     changes: dict[str, Any] = {"train__steps": 10, "memory__compile": True}
     plan_of = {device: make(sd15, [SQUARE], memory__device=device, **changes) for device in ("cpu", "cuda")}
     assert plan.COMPILED_ON_A_CPU in plan_of["cpu"].lines() and plan.COMPILED_ON_A_CPU not in plan_of["cuda"].lines()
 
 
-def test_a_batch_holds_one_size(sd15: Info) -> None:
+def test_photos_of_one_batch_have_one_size(sd15: Info) -> None:
     result = make(sd15, [SQUARE] * 5 + [(640, 384)] * 3, train__epochs=1, train__batch_size=4)
     assert result.batches == 2 + 1
     assert result.steps == 3
 
 
-def test_a_batch_that_no_size_fills_is_counted_as_it_is(sd15: Info) -> None:
+def test_an_incomplete_batch_is_counted_with_its_photos(sd15: Info) -> None:
     """Six photos have three sizes. A batch of four then holds two, and three steps show each photo once."""
     length = make(sd15, [SQUARE, (640, 384), (384, 640)] * 2, train__steps=6, train__batch_size=4).length
     assert length == "6 steps of 2 photos, each of 6 photos seen 2 times"
@@ -147,7 +147,7 @@ def test_a_warm_up_that_is_no_shorter_than_the_run_is_reported(sd15: Info, steps
     assert len(warmup) == bool(problem) and all(problem in line for line in warmup)
 
 
-def test_one_photo_is_one_photo(sd15: Info) -> None:
+def test_one_photo_is_written_in_the_singular(sd15: Info) -> None:
     assert make(sd15, [SQUARE], train__steps_per_image=25).length == "1 photo x 25 steps each = 25 steps"
     assert make(sd15, [SQUARE], train__epochs=1).length == "1 epoch x 1 batch of 1 photo = 1 step"
     assert make(sd15, [SQUARE], train__steps=1).length == "1 step, each of 1 photo seen 1 times"
@@ -191,7 +191,7 @@ def test_dora_adds_a_magnitude_for_each_input(sd15: Info) -> None:
     assert dora - plain == inputs
 
 
-def test_text_encoders_are_counted_by_themselves(sdxl: Info) -> None:
+def test_text_encoders_are_counted_separately(sdxl: Info) -> None:
     result = make(sdxl, [SQUARE], train__steps=1, adapter__train_text_encoder=True)
     assert list(result.modules) == ["unet", "text_encoder", "text_encoder_2"]
     assert result.modules["text_encoder"][0] == 12 * 4
@@ -210,7 +210,7 @@ def test_the_scale_is_reported(sd15: Info) -> None:
 
 
 @pytest.mark.parametrize(("name", "side", "tera"), [("sd15", 64, 0.803), ("sd2", 96, 2.149), ("sdxl", 128, 6.761)])
-def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, side: int, tera: float) -> None:
+def test_operations_of_a_forward_pass_equal_torchs_count(name: str, side: int, tera: float) -> None:
     assert plan.forward_flop(FAMILY_OF[name], shapes(name), side, side) / 1e12 == pytest.approx(tera, abs=6e-4)
 
 
@@ -227,7 +227,7 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, sid
         ("sdxl", 512, "attention", False, 6.16, 0.15),
     ],
 )
-def test_memory_is_near_the_exact_count(
+def test_estimated_memory_is_near_the_exact_count(
     name: str, resolution: int, targets: str, checkpointing: bool, gib: float, off: float
 ) -> None:
     """The bytes were counted with PEFT's own layers. lorakit's layers save less if blocks are not recomputed."""
@@ -244,7 +244,7 @@ def test_memory_is_near_the_exact_count(
     assert checkpointing or step / GIB < gib
 
 
-def test_a_limit_and_what_it_costs_is_reported(sdxl: Info) -> None:
+def test_a_memory_limit_and_its_cost_are_reported(sdxl: Info) -> None:
     settings = {"train__steps": 1, "data__resolution": 1024}
     unlimited, wide, narrow = (
         make(sdxl, [SQUARE], **settings, **limit) for limit in ({}, {"memory__limit_gib": 12}, {"memory__limit_gib": 8})
@@ -257,7 +257,7 @@ def test_a_limit_and_what_it_costs_is_reported(sdxl: Info) -> None:
     assert narrow.to_json()["recomputed"] == count and narrow.to_json()["limit_gib"] == 8
 
 
-def test_what_the_card_has_free_limits_a_step(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_free_memory_limits_a_step(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"train__steps": 1, "data__resolution": 1024, "memory__device": "cuda"}
     for free, count in ((8.07 * GIB, range(1, 87)), (24 * GIB, [0]), (4 * GIB, [87]), (None, [0])):
         monkeypatch.setattr(nvidia, "free_bytes", lambda free=free: free and int(free))
@@ -267,7 +267,7 @@ def test_what_the_card_has_free_limits_a_step(sdxl: Info, monkeypatch: pytest.Mo
         assert any("the card has 4.0 GiB free" in line for line in result.lines()) is (free == 4 * GIB)
 
 
-def test_a_card_says_what_it_has_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_free_memory_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     monkeypatch.setattr(nvidia.shutil, "which", lambda _: str(program))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -285,7 +285,7 @@ def test_memory_grows_with_the_batch_and_with_a_prior(sd15: Info) -> None:
     assert make(sd15, [SQUARE], train__steps=1, train__prior="teacher").memory["activations"] == pytest.approx(2 * one)
 
 
-def test_full_precision_takes_twice_the_room(sd15: Info) -> None:
+def test_full_precision_takes_twice_the_memory(sd15: Info) -> None:
     half = make(sd15, [SQUARE], train__steps=1).memory
     full = make(sd15, [SQUARE], train__steps=1, memory__mixed_precision="fp32").memory
     assert full["base"] == 2 * half["base"]
@@ -301,7 +301,7 @@ def test_on_a_cpu_the_time_is_an_estimate_that_grows_with_the_work(sd15: Info, m
     assert result.lines()[-1].startswith("time: about ") and result.lines()[-1].endswith(" (estimate)")
 
 
-def test_the_speed_of_this_machine_is_measured_in_a_moment() -> None:
+def test_the_speed_of_this_machine_is_measured_quickly() -> None:
     assert 1e8 < plan._matmul_speed(seconds=0.02) < 1e14
 
 
@@ -340,14 +340,14 @@ def test_the_device_is_found_without_torch(
     assert plan.may_be_cuda("cuda") and not plan.may_be_cuda("cpu")
 
 
-def test_weights_are_not_streamed_to_where_they_are(sd15: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streaming_weights_without_cuda_is_refused(sd15: Info, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "torch_has_cuda", lambda: False)
     for device, text in (("cpu", "cpu"), ("mps", "mps"), ("auto", "(cpu|mps)")):
         with pytest.raises(LorakitError, match=f"needs a CUDA card to copy weights to, and this is {text}: set it to"):
             make(sd15, [SQUARE], train__steps=1, memory__device=device, memory__stream_base=True)
 
 
-def test_what_is_asked_of_the_hosts_memory_is_reported(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_required_host_memory_is_reported(sdxl: Info, monkeypatch: pytest.MonkeyPatch) -> None:
     resident = make(sdxl, [SQUARE], train__steps=1)
     assert resident.host == resident.ram == 0 and not any(line.startswith("host:") for line in resident.lines())
     for ram, tail in (
@@ -371,7 +371,7 @@ def test_the_memory_of_this_machine_is_measured_or_zero(monkeypatch: pytest.Monk
 # -- the complete plan ----------------------------------------------------------------------------------------------
 
 
-def test_json_says_what_the_lines_say(sd15: Info) -> None:
+def test_json_has_the_facts_of_the_lines(sd15: Info) -> None:
     result = make(sd15, [SQUARE] * 4, train__steps_per_image=2)
     document = json.loads(json.dumps(result.to_json()))
     assert document["modules"] == {"unet": {"modules": 128, "parameters": 3_188_736}}

@@ -111,7 +111,7 @@ def complaints(err: str) -> list[str]:
 # -- what is found ---------------------------------------------------------------------------------------------------
 
 
-def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> None:
+def test_a_config_without_problems_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> None:
     actual = preflight(requests(tiny_sd1, photos))
     assert actual.problems == ()
     ready = actual.or_raise()
@@ -139,7 +139,9 @@ def test_nothing_wrong_is_ready(tiny_sd1: Path, photos: Path, here: Path) -> Non
         ({"model__base": "nowhere"}, "base nowhere does not exist"),
     ],
 )
-def test_each_problem_is_found(tiny_sd1: Path, photos: Path, here: Path, changes: dict[str, Any], problem: str) -> None:
+def test_each_problem_is_reported(
+    tiny_sd1: Path, photos: Path, here: Path, changes: dict[str, Any], problem: str
+) -> None:
     (here / "there").mkdir()
     (here / "there" / "file").touch()
     actual = preflight(requests(tiny_sd1, photos, **changes))
@@ -150,7 +152,7 @@ def test_each_problem_is_found(tiny_sd1: Path, photos: Path, here: Path, changes
     assert str(caught.value) == actual.problems[0]
 
 
-def test_all_problems_are_found_at_once(tiny_sd3: Path, here: Path) -> None:
+def test_all_problems_are_reported_together(tiny_sd3: Path, here: Path) -> None:
     folder = fill(here / "photos", broken=True, sides=True)
     actual = preflight(
         requests(
@@ -189,7 +191,7 @@ STARTS = {
 
 
 @pytest.mark.parametrize("problem", STARTS)
-def test_an_adapter_that_is_no_start_is_a_problem(tiny_sd1: Path, photos: Path, here: Path, problem: str) -> None:
+def test_an_unusable_init_adapter_is_a_problem(tiny_sd1: Path, photos: Path, here: Path, problem: str) -> None:
     tensors = {LINEAR + part: torch.ones(shape) for part, shape in STARTS[problem].items()}
     flux = "transformer.single_transformer_blocks.0.attn.to_q"
     other = {f"{flux}.lora_A.weight": torch.ones(4, 3072), f"{flux}.lora_B.weight": torch.ones(3072, 4)}
@@ -197,7 +199,7 @@ def test_an_adapter_that_is_no_start_is_a_problem(tiny_sd1: Path, photos: Path, 
     assert preflight(requests(tiny_sd1, photos, train__init_from="start.safetensors")).problems == (problem,)
 
 
-def test_without_a_base_the_rest_is_looked_at(here: Path) -> None:
+def test_without_a_base_the_other_checks_run(here: Path) -> None:
     actual = preflight(requests("nobase", "nophotos", data__name="", train__init_from="nofile.safetensors"))
     assert actual.info is None and actual.report is None and actual.plan is None and actual.to_text() == ""
     starts = ["data.name", "train.init_from: nofile", "base nobase", "folder nophotos"]
@@ -219,7 +221,7 @@ def test_packages_that_are_not_installed_are_problems(
     )
 
 
-def test_what_an_optimizer_cannot_do_is_a_problem(
+def test_an_option_that_an_optimizer_lacks_is_a_problem(
     tiny_sd1: Path, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorakit.core.registry.missing_package", lambda name: None)
@@ -233,7 +235,7 @@ def test_what_an_optimizer_cannot_do_is_a_problem(
     )
 
 
-def test_what_a_program_does_not_read_is_a_warning(tiny_sd1: Path, photos: Path, here: Path) -> None:
+def test_a_format_that_a_program_does_not_read_is_a_warning(tiny_sd1: Path, photos: Path, here: Path) -> None:
     actual = preflight(requests(tiny_sd1, photos, adapter__method="dora"))
     assert actual.problems == ()
     assert any(line.startswith("dora in the kohya format is honoured by") for line in actual.warnings)
@@ -243,7 +245,7 @@ def test_what_a_program_does_not_read_is_a_warning(tiny_sd1: Path, photos: Path,
     assert f"warnings\n  {actual.warnings[0]}" in actual.to_text()
 
 
-def test_a_run_that_is_continued_may_have_its_folder(tiny_sd1: Path, photos: Path, here: Path) -> None:
+def test_a_resumed_run_may_have_its_folder(tiny_sd1: Path, photos: Path, here: Path) -> None:
     fill(here / "run")
     settings = requests(tiny_sd1, photos, output__folder=str(here / "run"))
     assert preflight(settings).problems and not preflight(settings, resume=True).problems
@@ -340,7 +342,7 @@ def answer_of_page(tiny_sd1: Path, here: Path) -> Callable[[config.Config], tupl
     return answer
 
 
-def test_train_asks_the_preflight_before_there_is_a_folder(tiny_sd1: Path, photos: Path, here: Path) -> None:
+def test_train_runs_the_preflight_before_it_creates_a_folder(tiny_sd1: Path, photos: Path, here: Path) -> None:
     from lorakit.training import run
 
     wrong = requests(tiny_sd1, photos, data__name="", train__masked_loss=True, output__folder="run")

@@ -125,7 +125,7 @@ def test_the_license_is_never_guessed(run: Path, capsys) -> None:
     assert wrong.value.code == 2 and "--license" in capsys.readouterr().err
 
 
-def test_a_push_leaves_other_files_and_replaces_only_when_asked(run: Path, home, capsys) -> None:
+def test_a_push_keeps_other_files_and_replaces_only_on_request(run: Path, home, capsys) -> None:
     repository, requests = home
     url = lorakit.push_to_hub(run, "org/tiny", license="cc-by-4.0")
     assert url.endswith(hub_server.COMMIT)
@@ -136,7 +136,7 @@ def test_a_push_leaves_other_files_and_replaces_only_when_asked(run: Path, home,
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_files_of_the_same_name_are_replaced_only_when_asked(run: Path, home, tmp_path, replace) -> None:
+def test_files_of_the_same_name_are_replaced_only_on_request(run: Path, home, tmp_path, replace) -> None:
     (tmp_path / "repository" / "README.md").write_text("mine", encoding="utf-8")
     with hub_server.serve(tmp_path / "repository", [], private=True) as endpoint, pytest.MonkeyPatch.context() as patch:
         at(patch, endpoint)
@@ -148,7 +148,7 @@ def test_files_of_the_same_name_are_replaced_only_when_asked(run: Path, home, tm
     assert ((tmp_path / "repository" / "README.md").read_text(encoding="utf-8") == "mine") is not replace
 
 
-def test_a_new_repository_is_private_and_a_public_one_is_not_used_by_accident(run: Path, home, tmp_path) -> None:
+def test_a_new_repository_is_private_and_a_public_one_needs_consent(run: Path, home, tmp_path) -> None:
     lorakit.push_to_hub(run, "org/new", license="cc-by-4.0")
     assert huggingface_hub.HfApi().model_info("org/new").private is True
     lorakit.push_to_hub(run, "org/open", license="cc-by-4.0", public=True)
@@ -165,7 +165,7 @@ def test_a_new_repository_is_private_and_a_public_one_is_not_used_by_accident(ru
         ("org/broken", "cannot be written at http"),
     ],
 )
-def test_why_the_hub_refuses_is_reported(run: Path, home, repo, message) -> None:
+def test_the_hubs_reason_for_refusal_is_reported(run: Path, home, repo, message) -> None:
     with pytest.raises(LorakitError, match=message):
         lorakit.push_to_hub(run, repo, license="cc-by-4.0")
 
@@ -180,7 +180,7 @@ def test_why_the_hub_refuses_is_reported(run: Path, home, repo, message) -> None
         ("samples", {}, "give a finished run or an adapter"),
     ],
 )
-def test_what_cannot_be_published_is_refused(run: Path, source, changes, message) -> None:
+def test_unpublishable_sources_are_refused(run: Path, source, changes, message) -> None:
     with pytest.raises(LorakitError, match=message):
         publish.gather(run / source, **({"license": "mit"} | changes))
 
@@ -192,7 +192,9 @@ def test_what_cannot_be_published_is_refused(run: Path, source, changes, message
         ("StableDiffusionPipeline", "org/nothing", "the hub has no such model, or does not show it to you"),
     ],
 )
-def test_a_base_that_it_does_not_fit_is_refused(run: Path, home, hub_cache, pipeline, base_model, match) -> None:
+def test_a_base_that_does_not_fit_the_adapter_is_refused(
+    run: Path, home, hub_cache, pipeline, base_model, match
+) -> None:
     repository, requests = home
     (repository / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     (repository / "unet").mkdir()
@@ -231,7 +233,7 @@ def small_adapter(folder: Path, **texts: str) -> Path:
     return export_save(AdapterWeights("sd1", "lora", {LAYER: layer}), folder, "toy", ["kohya"], "fp16", texts)["kohya"]
 
 
-def test_the_card_of_the_bundled_base_promises_nothing(tmp_path: Path) -> None:
+def test_the_card_of_the_bundled_base_names_no_other_program(tmp_path: Path) -> None:
     file = small_adapter(tmp_path, ss_sd_model_name="pocket", **{"modelspec.trigger_phrase": "sks toy"})
     with pytest.raises(LorakitError, match="fits lorakit's bundled base only: leave --base-model out"):
         publish.gather(file, license="mit", base_model="stabilityai/stable-diffusion-xl-base-1.0")
@@ -244,7 +246,7 @@ def test_the_card_of_the_bundled_base_promises_nothing(tmp_path: Path) -> None:
     ("kind", "name", "prompt"),
     [("subject", "sks toy", "a photo of a sks toy"), ("style", "sks style", "a picture in sks style")],
 )
-def test_the_code_of_the_card_explains_its_base(tmp_path: Path, kind: str, name: str, prompt: str) -> None:
+def test_the_cards_code_uses_its_base(tmp_path: Path, kind: str, name: str, prompt: str) -> None:
     config = json.dumps({"data": {"kind": kind, "name": name}})
     texts = {
         "lorakit.config": config,
@@ -270,7 +272,7 @@ def test_offline_and_wrong_names_are_refused(run: Path, tmp_path: Path, monkeypa
         lorakit.push_to_hub(run, "org/toy", license="mit")
 
 
-def test_captions_in_the_metadata_of_another_program_stay_here(tmp_path: Path) -> None:
+def test_captions_in_other_programs_metadata_are_not_uploaded(tmp_path: Path) -> None:
     tags = {"ss_tag_frequency": json.dumps({"10_oma": {"aunt on the sofa": 3}}), "ss_dataset_dirs": '{"10_oma": {}}'}
     tensors = {
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.ones(4, 768),

@@ -17,7 +17,7 @@ def ended(queue: Queue) -> bool:
     return all(job.state not in ("waiting", "running") for job in queue.jobs())
 
 
-def test_one_that_fails_does_not_stop_the_rest(tmp_path: Path):
+def test_a_failed_job_does_not_stop_the_others(tmp_path: Path):
     queue = Queue(tmp_path / "runs")
     for arguments in (["options"], ["export", str(tmp_path / "no.safetensors"), "--to", "peft"], ["options", "--json"]):
         queue.command(arguments, tmp_path)
@@ -30,7 +30,7 @@ def test_one_that_fails_does_not_stop_the_rest(tmp_path: Path):
     wait_for(lambda: not queue.is_working())
 
 
-def test_a_job_taken_back_is_not_run(tmp_path: Path):
+def test_a_cancelled_job_is_not_run(tmp_path: Path):
     queue = Queue(tmp_path)
     job = queue.command(["options"], tmp_path)
     assert queue.cancel(job.number)
@@ -40,7 +40,7 @@ def test_a_job_taken_back_is_not_run(tmp_path: Path):
     assert queue.log(job.number) == ""
 
 
-def test_a_run_is_named_and_its_config_saved(tmp_path: Path):
+def test_a_queued_run_gets_a_name_and_a_config_file(tmp_path: Path):
     queue = Queue(tmp_path)
     settings = config.load("subject-pocket", {"data.folder": "photos", "data.name": "sks dog"})
     one, two = queue.train(settings), queue.train(settings)
@@ -50,7 +50,7 @@ def test_a_run_is_named_and_its_config_saved(tmp_path: Path):
     assert one.arguments[3:] == ("--output", one.folder)
 
 
-def test_a_run_is_resumed_once(tmp_path: Path):
+def test_a_run_is_queued_for_resume_once(tmp_path: Path):
     queue = Queue(tmp_path)
     queue.resume(tmp_path / "run")
     with pytest.raises(LorakitError, match="run is in the queue already"):
@@ -58,7 +58,7 @@ def test_a_run_is_resumed_once(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
+def test_a_killed_worker_and_run_leave_an_interrupted_job(tmp_path: Path):
     """Worker and run are killed. The queue marks the job as interrupted, and the next worker continues."""
     queue = Queue(tmp_path)
     photos = tmp_path / "pipe"
@@ -81,7 +81,7 @@ def test_a_killed_worker_leaves_the_truth(tmp_path: Path):
     assert [job.state for job in queue.jobs()] == ["interrupted", "done"]
 
 
-def test_half_written_jobs_are_passed_over(tmp_path: Path):
+def test_incomplete_job_files_are_skipped(tmp_path: Path):
     queue = Queue(tmp_path)
     queue.command(["options"], tmp_path)
     (queue.folder / "000002.json").write_text('{"number": 2')
@@ -90,9 +90,7 @@ def test_half_written_jobs_are_passed_over(tmp_path: Path):
     assert queue.command(["options"], tmp_path).number > 1
 
 
-def test_a_run_goes_on_when_its_process_has_ended_though_a_card_is_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_resume_waits_for_its_run_even_with_a_free_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program, log = tmp_path / "program", tmp_path / "log"
     program.write_text(f"#!/bin/sh\necho begin $3 >> {log}; sleep 0.3; echo end $3 >> {log}\n")
     program.chmod(0o700)
@@ -108,7 +106,7 @@ def test_a_run_goes_on_when_its_process_has_ended_though_a_card_is_free(
     assert lines.index("begin other") < lines.index("end first")
 
 
-def test_each_card_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_each_gpu_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two GPUs are visible. A script replaces lorakit and logs its start, its end and its GPUs."""
     program, log = tmp_path / "program", tmp_path / "log"
     script = f"echo begin $(basename $5 .toml) $CUDA_VISIBLE_DEVICES >> {log}; sleep 0.3; echo end >> {log}"

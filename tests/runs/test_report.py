@@ -107,7 +107,7 @@ class Reader(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_complete_and_needs_nothing_else(run):
+def test_the_page_is_complete_and_needs_no_other_file(run):
     path = report.write(run.folder, run.config, run.plan, run.photos, run.history, FINDINGS)
     assert path == run.folder.html_file and run.folder.curves_file.is_file() and run.folder.contact_sheet_file.is_file()
     read = Reader(path.read_text(encoding="utf-8"))
@@ -123,12 +123,12 @@ def test_the_page_is_complete_and_needs_nothing_else(run):
     assert path.read_text(encoding="utf-8") == run.page
 
 
-def test_everything_of_the_users_is_escaped(run):
+def test_all_user_texts_are_escaped(run):
     text = run.page
     assert "<script" not in text and text.count("&lt;script&gt;") >= 4
 
 
-def test_no_path_of_the_users_is_reported(run):
+def test_the_page_contains_no_local_path(run):
     text = run.page
     assert (
         str(run.folder.path.parent) not in text and "secret-photos" not in text and str(Path.home()) + "/" not in text
@@ -136,7 +136,7 @@ def test_no_path_of_the_users_is_reported(run):
     assert "run run" in text
 
 
-def test_the_verdict_is_what_the_self_check_found(run):
+def test_the_page_states_the_self_checks_result(run):
     assert "Checked: all 2 checks of the exported file held." in run.page
     assert "12.3 % &amp; more" in run.page
     failed = html(run, [*FINDINGS, Finding("unet effect", False, "no effect")])
@@ -144,7 +144,7 @@ def test_the_verdict_is_what_the_self_check_found(run):
     assert "Not checked" in html(run, [])
 
 
-def test_the_validations_are_reported_without_a_choice(run):
+def test_the_validations_are_reported_without_a_recommendation(run):
     words = " ".join(Reader(run.page).words)
     assert "Validation error (MSE): 0.2500 at step 30, the last; lowest 0.2000 at step 20." in words
     assert "1.00%" in words and "best" not in words.lower()
@@ -152,7 +152,7 @@ def test_the_validations_are_reported_without_a_choice(run):
         assert line in words
 
 
-def test_what_was_not_measured_is_not_there(run, tmp_path):
+def test_unmeasured_figures_are_omitted(run, tmp_path):
     empty = RunFolder.create(config.load(None, {"train.steps": 1, "output.folder": str(tmp_path / "empty")}))
     text = report.html(empty, run.config, run.plan, run.photos, [], FINDINGS)
     for title in ("Curves", "Samples", "Validation"):
@@ -160,14 +160,14 @@ def test_what_was_not_measured_is_not_there(run, tmp_path):
     assert "Validation error" not in text and report.contact_sheet(empty) is None
 
 
-def test_photos_are_shown_as_they_were_cut(run):
+def test_photos_are_shown_as_cropped(run):
     sizes = [(item.bucket.width, item.bucket.height) for item in run.photos.items]
     text = run.page
     for width, height in sizes:
         assert f"{width}x{height}" in text
 
 
-def test_a_photo_that_is_gone_does_not_fail_the_report(run):
+def test_a_missing_photo_does_not_fail_the_report(run):
     gone = [
         dataclasses.replace(
             item, photo=SimpleNamespace(path=Path("gone.png"), relative="gone.png", edit=item.photo.edit)
@@ -186,6 +186,6 @@ def test_contact_sheet_has_a_row_for_each_step(run):
     assert (pixels == (0, 200, 99)).all(1).sum() == 2 * (64 * 3) ** 2
 
 
-def test_the_options_hold_no_path(run):
+def test_the_options_contain_no_path(run):
     match = re.search(r"<pre>(.*)</pre>", run.page, re.DOTALL)[1]
     assert "train.steps = 30" in match and "model.base" not in match and "data.folder" not in match

@@ -64,19 +64,19 @@ def test_default_folder_is_named_by_time_and_name_and_never_reused(tmp_path, mon
         ("com", "com"),
     ],
 )
-def test_slug(text, name):
+def test_a_name_becomes_a_file_name(text, name):
     assert names.slug(text) == name
 
 
 @pytest.mark.parametrize("name, stem", [("sks toy", "sks-toy"), ("", "photos")])
-def test_name_of_the_adapter(tmp_path, name, stem):
+def test_the_adapter_is_named_after_the_subject(tmp_path, name, stem):
     settings = config.load(
         None, {"train.steps": 1, "data.name": name, "data.folder": "/x/photos", "output.folder": str(tmp_path / "r")}
     )
     assert RunFolder.create(settings).adapter_name == stem
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "kept.txt").write_text("kept")
     with pytest.raises(LorakitError, match=r"is not empty and nothing in it is overwritten; give another --output$"):
         RunFolder.create(settings(tmp_path))
@@ -89,7 +89,7 @@ def test_a_run_is_not_started_over_another_run(tmp_path):
         RunFolder.create(settings(tmp_path / "run"))
 
 
-def test_a_file_in_the_way_is_named(tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(LorakitError, match="run is a file; give --output a folder"):
         RunFolder.create(settings(tmp_path / "run"))
@@ -97,7 +97,7 @@ def test_a_file_in_the_way_is_named(tmp_path):
         RunFolder.create(settings(tmp_path / "run" / "inside"))
 
 
-def test_state_changes_are_written_at_once_and_progress_soon(tmp_path, monkeypatch):
+def test_state_changes_are_written_at_once_and_progress_at_intervals(tmp_path, monkeypatch):
     run = RunFolder.create(settings(tmp_path / "run"))
     run.update(state="running", steps=10)
     assert run_folder.read(run.path).state == "running"
@@ -120,7 +120,7 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["preparing", "running"])
-def test_a_run_whose_process_is_gone_was_interrupted(tmp_path, state):
+def test_a_run_without_its_process_is_interrupted(tmp_path, state):
     run = RunFolder.create(settings(tmp_path / "run"))
     run.update(state=state, step=7)
     assert run_folder.status(run.path) == state
@@ -129,7 +129,7 @@ def test_a_run_whose_process_is_gone_was_interrupted(tmp_path, state):
     assert run_folder.read(run.path).step == 7
 
 
-def test_a_process_number_that_was_given_out_again_is_not_the_run(tmp_path):
+def test_a_reused_process_id_does_not_count_as_the_run(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
     run.update(state="running")
     change_state(run, pid_start=run_folder.read(run.path).pid_start - 1000)
@@ -180,7 +180,7 @@ def test_a_kill_leaves_a_readable_folder_that_says_interrupted(tmp_path):
         child.stdout.close()
 
 
-def test_open_claims_a_run_and_forgets_the_stop(tmp_path):
+def test_open_claims_a_run_and_clears_its_stop_request(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
     run.update(state="stopped", step=4, message="stopped after step 4")
     run.request_stop()
@@ -209,7 +209,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         sleeper.communicate()
 
 
-def test_one_lock_keeps_others_out_until_it_is_let_go(tmp_path):
+def test_a_lock_excludes_others_until_it_is_released(tmp_path):
     """A second thread replaces a second process: the system treats their locks alike."""
     run = RunFolder.create(settings(tmp_path / "run"))
     run.update(state="stopped")
@@ -233,7 +233,7 @@ def test_a_run_without_a_readable_state_is_opened(tmp_path, state):
     assert (run_folder.read(run.path).state, run_folder.read(run.path).step) == ("preparing", 7)
 
 
-def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path):
+def test_a_folder_of_a_run_killed_at_its_start_can_be_used(tmp_path):
     path = tmp_path / "run"
     for folder in (path / "checkpoints", path / "samples"):
         folder.mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path):
     assert RunFolder.create(settings(path)).config_file.is_file()
 
 
-def test_relative_places_are_written_so_that_they_do_not_depend_on_where_one_stands(tmp_path, monkeypatch):
+def test_relative_paths_are_written_as_absolute_paths(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
     values = {"train.steps": 1, "data.name": "sks", "data.folder": "photos", "output.folder": str(tmp_path / "run")}
@@ -254,7 +254,7 @@ def test_relative_places_are_written_so_that_they_do_not_depend_on_where_one_sta
     assert config.load(run.config_file).data.folder == str(tmp_path / "photos")
 
 
-def test_a_state_or_log_that_cannot_be_written_is_reported_once_to_the_others(tmp_path):
+def test_an_unwritable_state_or_log_is_reported_once(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
     run.log_file.unlink()
     run.log_file.mkdir()
@@ -269,7 +269,7 @@ def test_a_state_or_log_that_cannot_be_written_is_reported_once_to_the_others(tm
     assert sum("a log of the run cannot be written" in line for line in lines) == 1
 
 
-def test_what_is_not_a_run_folder_is_named(tmp_path):
+def test_other_folders_than_run_folders_are_refused(tmp_path):
     with pytest.raises(LorakitError, match=r"gone is not a run folder: there is no such folder"):
         RunFolder.open(tmp_path / "gone")
     (tmp_path / "file").write_text("")
@@ -284,7 +284,7 @@ def test_what_is_not_a_run_folder_is_named(tmp_path):
         run_folder.read(tmp_path)
 
 
-def test_a_half_written_line_is_passed_over_and_the_next_one_stands_alone(tmp_path):
+def test_an_incomplete_line_is_skipped_and_the_next_one_separate(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
     run.event("step", step=1)
     run.update(state="stopped")
@@ -297,14 +297,14 @@ def test_a_half_written_line_is_passed_over_and_the_next_one_stands_alone(tmp_pa
     assert [event["step"] for event in run.events("step")] == [1, 2]
 
 
-def test_stop_is_asked_for_by_any_process(tmp_path):
+def test_any_process_can_request_a_stop(tmp_path):
     run = RunFolder.create(settings(tmp_path / "run"))
     assert not run.stop_requested
     RunFolder(run.path).request_stop()
     assert run.stop_requested
 
 
-def test_runs_are_listed_last_changed_first(tmp_path):
+def test_runs_are_listed_by_last_change(tmp_path):
     for name in ("a", "b", "c"):
         RunFolder.create(settings(tmp_path / name)).update(state="done")
     RunFolder(tmp_path / "a")  # opening a folder does not change its time
@@ -339,7 +339,7 @@ def test_samples_are_saved_one_by_one_and_as_a_grid(tmp_path):
         assert image.getpixel((5, 5)) == (0, 0, 255) and image.info["lorakit"] == '{"prompt": "雞"}'
 
 
-def test_grid_puts_each_picture_in_its_place():
+def test_a_grid_has_each_picture_at_its_position():
     colours = ["red", "lime", "blue", "black"]
     images = [Image.new("RGB", (200, 200), colour) for colour in colours]
     grid = image_grid.grid(images, ["above", "below"], ["left", "right"])
@@ -359,7 +359,7 @@ def test_small_pictures_are_enlarged_pixel_by_pixel():
     assert sum(grid.getpixel((x, y)) == (255, 0, 0) for x in range(grid.width) for y in range(grid.height)) == 3 * 3
 
 
-def test_an_interrupted_write_leaves_the_file_before(tmp_path, monkeypatch):
+def test_an_interrupted_write_keeps_the_former_file(tmp_path, monkeypatch):
     file = tmp_path / "x.json"
     atomic.write(file, "before")
 
@@ -384,6 +384,6 @@ def change_state(run: RunFolder, **changes: object) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows keeps a user's folders private by itself")
-def test_a_new_run_is_for_nobody_else(tmp_path: Path) -> None:
+def test_a_new_run_folder_is_private(tmp_path: Path) -> None:
     run = RunFolder.create(settings(tmp_path / "above" / "run"))
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700

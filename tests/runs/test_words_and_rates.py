@@ -29,7 +29,9 @@ from lorakit.runs.preflight import preflight
         ({"adapter.rank": 128}, "", ""),
     ],
 )
-def test_what_is_far_from_the_usual(changes: dict[str, object], problem: str, warning: str, tmp_path: Path) -> None:
+def test_unusual_values_give_a_problem_or_a_warning(
+    changes: dict[str, object], problem: str, warning: str, tmp_path: Path
+) -> None:
     settings = {"data.folder": str(tmp_path), "data.name": "sks toy", "output.folder": str(tmp_path / "run")}
     result = preflight(config.load("subject-pocket", {**settings, **changes}))
     for text, lines, mark in ((problem, result.problems, "data.name"), (warning, result.warnings, " is usual")):
@@ -37,7 +39,7 @@ def test_what_is_far_from_the_usual(changes: dict[str, object], problem: str, wa
 
 
 @pytest.mark.parametrize("options", [{"adapter.method": "embedding"}, {"adapter.new_tokens": 2}, {}])
-def test_a_word_is_learned_only_where_it_fits_a_chunk(options: dict[str, object], tmp_path: Path) -> None:
+def test_a_word_is_learned_only_if_it_fits_into_a_chunk(options: dict[str, object], tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "a.png")
     for length in (31, 33):  # letters; the bundled base reads 30 tokens at once
         changes = {"data.folder": str(tmp_path), "data.name": "s" * length + " toy", **options}
@@ -60,7 +62,7 @@ def test_a_word_is_learned_only_where_it_fits_a_chunk(options: dict[str, object]
         ("data.nam", "data.name"),
     ],
 )
-def test_a_hint_names_what_is_near_and_nothing_else(word: str, near: str, tmp_path: Path) -> None:
+def test_a_hint_names_only_a_similar_option(word: str, near: str, tmp_path: Path) -> None:
     assert suggest(word, [option.key for option in config.options()]) == (near and f" (did you mean {near}?)")
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(config.load("subject-pocket", {"data.name": "sks toy"})), encoding="utf-8")
