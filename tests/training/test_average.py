@@ -36,7 +36,7 @@ def recursion(weights: list[torch.Tensor], decay: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("decay", [0.15, 0.999])
-def test_the_average_is_the_formulas(decay: float) -> None:
+def test_the_average_follows_the_formula(decay: float) -> None:
     draw = torch.Generator().manual_seed(0)
     weights = [torch.randn(3, 5, generator=draw) for _ in range(7)]
     parameter = torch.nn.Parameter(weights[0].clone())
@@ -54,7 +54,7 @@ def test_the_average_is_the_formulas(decay: float) -> None:
 
 
 @pytest.mark.slow
-def test_the_average_is_exported_drawn_and_examined_and_goes_on(
+def test_the_average_is_exported_sampled_validated_and_resumed(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "photos").mkdir()
@@ -126,7 +126,7 @@ def lora_weight(denoiser: torch.nn.Module) -> torch.Tensor:
     return layer.lora_B["default"].weight.detach().clone()  # type: ignore[no-any-return]
 
 
-def test_the_plan_counts_its_memory_and_says_what_it_is(tiny_sd1: Path) -> None:
+def test_the_plan_counts_and_explains_the_average(tiny_sd1: Path) -> None:
     from lorakit import families
 
     def planned(decay: float) -> config.Config:

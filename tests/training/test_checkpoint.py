@@ -57,7 +57,7 @@ def adafactor(parameters):
 
 
 @pytest.mark.parametrize("build", [adamw, eight_bit, prodigy, adafactor])
-def test_an_optimizer_goes_on_to_the_bit(tmp_path, build):
+def test_a_restored_optimizer_continues_bit_by_bit(tmp_path, build):
     parameters, optimizer = trained(build)
     adapter = {str(n): p.detach() for n, p in enumerate(parameters)}
     path = checkpoint.save(tmp_path, 3, adapter, optimizer.state_dict(), {"retry": 0})
@@ -79,7 +79,7 @@ def test_eight_bit_state_stays_eight_bit(tmp_path):
     assert state.optimizer["state"][0]["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8
 
 
-def test_everything_comes_back_as_it_was(tmp_path):
+def test_every_value_is_restored(tmp_path):
     odd = {
         "state": {
             0: {"step": torch.tensor(3.0), "n": 2, "none": None},
@@ -107,7 +107,7 @@ def test_nothing_is_pickled(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_never_saved(tmp_path, bad):
+def test_non_finite_values_are_never_saved(tmp_path, bad):
     checkpoint.save(tmp_path, 1, ADAPTER, EMPTY, {})
     with pytest.raises(LorakitError, match=r"step 2: b.up is not finite, so no checkpoint was written"):
         checkpoint.save(tmp_path, 2, ADAPTER | {"b.up": torch.tensor([1.0, bad])}, EMPTY, {})
@@ -127,7 +127,7 @@ def test_latest_is_the_highest_complete_step(tmp_path):
         checkpoint.load(tmp_path / "step-1000000")
 
 
-def test_rotation_keeps_the_newest_and_what_is_complete(tmp_path):
+def test_rotation_keeps_the_newest_complete_checkpoints(tmp_path):
     for number in (1, 2, 3, 4):
         checkpoint.save(tmp_path, number, ADAPTER, EMPTY, {})
     (tmp_path / "step-000004" / checkpoint.MARKER).unlink()
@@ -138,7 +138,7 @@ def test_rotation_keeps_the_newest_and_what_is_complete(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
 
-def test_a_step_is_saved_anew_in_place(tmp_path):
+def test_a_step_can_be_saved_again(tmp_path):
     checkpoint.save(tmp_path, 5, ADAPTER, EMPTY, {"which": 1})
     path = checkpoint.save(tmp_path, 5, ADAPTER, EMPTY, {"which": 2})
     assert checkpoint.load(path).extra == {"which": 2} and len(list(tmp_path.iterdir())) == 1
@@ -159,7 +159,7 @@ def reseal(path: Path) -> None:
     (path / checkpoint.MARKER).write_text(json.dumps(digests))
 
 
-def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path):
+def test_a_checkpoint_that_is_not_finite_is_skipped(tmp_path):
     for step in (1, 2):
         path = checkpoint.save(tmp_path, step, ADAPTER, trained(adamw)[1].state_dict(), {})
     file = path / "optimizer.safetensors"
@@ -198,7 +198,7 @@ def test_a_missing_or_unknown_tensor_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", checkpoint.FILES)
-def test_a_file_that_is_cut_or_gone_is_named(tmp_path, name):
+def test_a_truncated_or_missing_file_is_named(tmp_path, name):
     path = checkpoint.save(tmp_path, 1, ADAPTER, EMPTY, {})
     (path / name).write_bytes((path / name).read_bytes()[:-1])
     with pytest.raises(LorakitError, match=f"{name} has changed since it was saved"):
@@ -212,7 +212,7 @@ def settings(**changes) -> config.Config:
     return config.load(None, {"train.steps": 100} | {k.replace("__", "."): v for k, v in changes.items()})
 
 
-def test_a_changed_config_is_refused_with_what_changed(tmp_path):
+def test_a_changed_config_is_refused_with_the_changes(tmp_path):
     path = checkpoint.save(tmp_path, 1, ADAPTER, EMPTY, {}, config=settings())
     assert checkpoint.load(path, config=settings()).step == 1
     # Paths may change; for files that affect a run, their identity is compared instead.
@@ -233,7 +233,7 @@ def test_changed_photos_are_refused(tmp_path):
         checkpoint.load(path, identity={"base": "1", "photos": "3"})
 
 
-def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_earlier_checkpoints_remain(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, ADAPTER, EMPTY, {})
 
     def full(handle: int) -> None:
@@ -248,7 +248,7 @@ def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
-def test_a_kill_at_any_moment_leaves_the_last_complete_one(tmp_path):
+def test_a_kill_at_any_time_leaves_the_last_complete_checkpoint(tmp_path):
     """A folder is killed twenty times: every visible checkpoint is complete, and no reported save is lost."""
     moments = random.Random(0)
     for attempt in range(20):
@@ -285,7 +285,7 @@ def save_for_ever(folder: Path) -> None:
         (folder / "reported.tmp").rename(folder / "reported")
 
 
-def test_the_newest_complete_checkpoint_is_found_and_those_after_it_are_set_aside(tmp_path):
+def test_later_incomplete_checkpoints_are_renamed(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, ADAPTER, EMPTY, {})
     file = tmp_path / "step-000003" / "adapter.safetensors"
@@ -310,6 +310,6 @@ def test_a_checkpoint_is_named_by_its_step(tmp_path, name):
         checkpoint.named(tmp_path, "step-9")
 
 
-def test_a_run_folder_that_was_deleted_is_reported_in_words(tmp_path):
+def test_a_deleted_run_folder_is_reported(tmp_path):
     with pytest.raises(LorakitError, match="run is gone: it was deleted or moved during training"):
         checkpoint.save(tmp_path / "run" / "checkpoints", 1, ADAPTER, EMPTY, {})

@@ -32,7 +32,7 @@ def checkpoint_folder(tmp_path: Path, tiny_sd1: Path) -> Path:
     return checkpoint.save(run.checkpoints, 20, state, {"state": {}, "param_groups": []}, {}, config=settings)
 
 
-def test_a_checkpoint_is_an_adapter(checkpoint_folder: Path):
+def test_a_checkpoint_can_be_read_as_an_adapter(checkpoint_folder: Path):
     assert checkpoint_export.is_checkpoint(checkpoint_folder) and not checkpoint_export.is_checkpoint(
         checkpoint_folder.parent
     )
@@ -45,7 +45,7 @@ def test_a_checkpoint_is_an_adapter(checkpoint_folder: Path):
     assert json.loads(weights.metadata["lorakit.config"])["adapter"]["rank"] == 4
 
 
-def test_it_is_exported_as_any_adapter(checkpoint_folder: Path, tmp_path: Path):
+def test_a_checkpoint_is_exported_like_an_adapter(checkpoint_folder: Path, tmp_path: Path):
     assert (
         cli.main(
             ["export", str(checkpoint_folder), "--to", "kohya", "--dtype", "fp32", "--output", str(tmp_path / "out")]
@@ -57,13 +57,13 @@ def test_it_is_exported_as_any_adapter(checkpoint_folder: Path, tmp_path: Path):
     assert torch.allclose(read.delta(), expected.delta(), rtol=1e-6)
 
 
-def test_a_run_without_its_plan_is_named(checkpoint_folder: Path):
+def test_a_missing_plan_is_reported(checkpoint_folder: Path):
     (checkpoint_folder.parent.parent / "plan.json").write_text("{")
     with pytest.raises(LorakitError, match=r"plan\.json is not there or damaged"):
         checkpoint_export.read(checkpoint_folder)
 
 
-def test_inspect_says_what_a_checkpoint_holds(checkpoint_folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_inspect_describes_a_checkpoint(checkpoint_folder: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["inspect", str(checkpoint_folder)]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{checkpoint_folder.name}: a checkpoint of a run, as it would be exported")

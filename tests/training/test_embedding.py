@@ -40,7 +40,7 @@ def result(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFactor
     return train.train(short_run.run_config(tiny_sd1, photos, tmp_path_factory.mktemp("runs") / "run", 4, **OWN))
 
 
-def test_a_run_trains_the_word_alone_and_its_file_is_checked(result: train.Result, sd1: Any) -> None:
+def test_a_run_trains_only_the_word_and_checks_its_file(result: train.Result, sd1: Any) -> None:
     checks = ["file", "in diffusers", "unet", "text encoder"]
     assert [finding.name for finding in result.findings if finding.passed] == [f"embedding {name}" for name in checks]
     assert result.adapter.name == "sks.safetensors"
@@ -53,7 +53,7 @@ def test_a_run_trains_the_word_alone_and_its_file_is_checked(result: train.Resul
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_a_stopped_embedding_run_continues_to_the_same_bits(
     result: train.Result, tiny_sd1: Path, photos: Path, tmp_path: Path
 ) -> None:
     steps: list[int] = []
@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert torch.equal(load_file(result.adapter)["emb_params"], resumed["emb_params"])
 
 
-def test_diffusers_and_lorakit_read_the_same_words_from_the_file(result: train.Result, tiny_sd1: Path) -> None:
+def test_diffusers_and_lorakit_encode_the_files_word_equally(result: train.Result, tiny_sd1: Path) -> None:
     file = result.adapter
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
     pipeline.load_textual_inversion(str(file), token="<sks>")
@@ -83,7 +83,7 @@ def test_diffusers_and_lorakit_read_the_same_words_from_the_file(result: train.R
     assert torch.equal(family.encode_text(prompt)["encoder_hidden_states"], before)
 
 
-def test_pictures_are_drawn_with_the_file_and_a_checkpoint_is_exported(
+def test_an_embedding_is_sampled_and_its_checkpoint_is_exported(
     result: train.Result, tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = sampling.from_file(
@@ -106,7 +106,7 @@ def test_pictures_are_drawn_with_the_file_and_a_checkpoint_is_exported(
     assert "put it as it is into your program's folder of embeddings" in error
 
 
-def test_the_file_goes_to_the_folder_of_embeddings(
+def test_an_embedding_is_installed_in_the_embeddings_folder(
     result: train.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in ("models/Lora", "embeddings"):
@@ -118,7 +118,7 @@ def test_the_file_goes_to_the_folder_of_embeddings(
     assert main(command) == 1 and "is another embedding of that name" in capsys.readouterr().err
 
 
-def test_a_damaged_file_is_not_what_was_trained(result: train.Result, tmp_path: Path) -> None:
+def test_a_changed_embedding_fails_the_check(result: train.Result, tmp_path: Path) -> None:
     weights = formats.read(result.adapter, embedding=True)
     assert verify.verify_file(result.adapter, weights, []) == []
     changed = copy.deepcopy(weights)
@@ -166,7 +166,7 @@ OTHERS: dict[str, tuple[dict[str, tuple[int, ...]], str, str, int]] = {
 
 
 @pytest.mark.parametrize(("shapes", "family", "word", "count"), OTHERS.values(), ids=OTHERS)
-def test_embeddings_of_other_programs_are_read_and_named(
+def test_embeddings_of_other_programs_are_read_and_described(
     shapes: dict[str, tuple[int, ...]], family: str, word: str, count: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "cat.safetensors"
@@ -201,7 +201,7 @@ def test_an_embedding_that_fits_no_family_is_refused(tmp_path: Path) -> None:
         ({"data.name": "sks"}, ""),
     ],
 )
-def test_the_vectors_begin_as_the_noun_or_as_the_word_asked_for(sd1: Any, options: dict[str, Any], word: str) -> None:
+def test_the_vectors_start_from_the_noun_or_the_configured_word(sd1: Any, options: dict[str, Any], word: str) -> None:
     settings = config.load(None, STEPS | options)
     assert _init_word(settings) == word
     family = copy.deepcopy(sd1)
@@ -235,13 +235,13 @@ REFUSALS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("message", "options"), REFUSALS.items(), ids=REFUSALS)
-def test_what_makes_no_sense_is_refused_with_one_line(message: str, options: dict[str, Any]) -> None:
+def test_unfit_options_of_an_embedding_are_refused_in_one_line(message: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         config.load(None, STEPS | options)
     assert [line for line in str(error.value).splitlines() if message in line] == str(error.value).splitlines()
 
 
-def test_the_method_replaces_what_a_preset_has_of_another_and_the_plan_counts_it(photos: Path) -> None:
+def test_the_method_replaces_the_presets_and_the_plan_counts_vectors(photos: Path) -> None:
     changes = {"adapter.method": "embedding", "data.name": "sks toy", "data.folder": str(photos)}
     settings = config.load("subject-pocket", changes | {"adapter.new_tokens": 2})
     assert (settings.optimizer.learning_rate, settings.train.prior, settings.adapter_formats) == (2e-3, "none", ())

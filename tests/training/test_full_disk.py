@@ -23,7 +23,7 @@ def full(path: Path, content: str | bytes) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_an_adapter_file_without_room_is_a_warning_until_the_end(
+def test_an_unwritable_adapter_file_is_a_warning_until_the_last(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "photos").mkdir()
@@ -49,7 +49,7 @@ def test_an_adapter_file_without_room_is_a_warning_until_the_end(
     assert train.resume(tmp_path / "run").adapter.is_file()
 
 
-def test_a_side_file_without_room_leaves_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_side_file_does_not_affect_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, lines = atomic.write, list[str]()
 
     def write_adapters(path: Path, content: str | bytes) -> None:
@@ -65,7 +65,7 @@ def test_a_side_file_without_room_leaves_the_adapter(tmp_path: Path, monkeypatch
     assert re.search(r"a\.json: cannot be written \(No space left on device\).*a\.safetensors itself", lines[-1])
 
 
-def test_a_run_folder_without_room_for_its_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_folder_on_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = atomic.write
     monkeypatch.setattr(
         atomic, "write", lambda path, content: (full if path.name == "state.json" else write)(path, content)

@@ -63,7 +63,7 @@ def loss_step(family: Any, adapter: ModelWeights) -> Any:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_step_is_that_of_a_plain_loop_with_all_gradients(tiny_sd1: Path, parts: int) -> None:
+def test_a_layerwise_step_equals_a_plain_loop_with_all_gradients(tiny_sd1: Path, parts: int) -> None:
     options = {"train.steps": 3, "train.gradient_accumulation_steps": parts, "train.max_grad_norm": 0.1}
     settings = config.load(None, {"adapter.method": "full", "optimizer.learning_rate": 1e-3, **options})
     ours, theirs = (plain(tiny_sd1) for _ in range(2))
@@ -86,7 +86,7 @@ def test_a_step_is_that_of_a_plain_loop_with_all_gradients(tiny_sd1: Path, parts
         assert torch.equal(weight, reference.parameters()[name]), name
 
 
-def test_only_one_gradient_is_there_at_a_time(sd1: Any) -> None:
+def test_only_one_gradient_exists_at_a_time(sd1: Any) -> None:
     adapter = model_weights(family := copy.deepcopy(sd1))
     settings = config.load(None, {"train.steps": 1, "adapter.method": "full"})
     update, largest = step.LayerwiseStep(settings, loss_step(family, adapter), 1, print), 0
@@ -102,7 +102,7 @@ def test_only_one_gradient_is_there_at_a_time(sd1: Any) -> None:
     assert largest <= 1
 
 
-def test_rounding_at_random_is_right_on_average_and_leaves_bf16_alone() -> None:
+def test_stochastic_rounding_is_unbiased_and_keeps_bf16_values() -> None:
     values = torch.tensor([1.001, -3.3e-5, 7.77e4]).repeat(20000, 1)
     rounded = step.round_at_random(values, torch.Generator().manual_seed(0)).float()
     torch.testing.assert_close(rounded.mean(0), values[0], rtol=2e-4, atol=0)
@@ -125,9 +125,7 @@ def test_small_steps_are_not_lost_in_bf16(tiny_sd1: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_same_bits_and_its_files_are_what_was_trained(
-    tiny_sd1: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_run_continues_to_the_same_bits_and_files(tiny_sd1: Path, photos: Path, tmp_path: Path) -> None:
     options = {
         "adapter__train_text_encoder": True,
         "memory__mixed_precision": "bf16",
@@ -162,7 +160,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_its_files_are_what_was_train
         checkpoint_export.read(files[0].parent)
 
 
-def test_a_model_goes_into_one_file_and_the_base_comes_back(tmp_path: Path) -> None:
+def test_a_model_is_saved_as_one_file_and_the_base_restored(tmp_path: Path) -> None:
     modules = small_models.small("sd1", tmp_path / "base")
     base = small_models.write(tmp_path / "base.safetensors", "sd1", modules, torch.float32)
     source = config.load(None, {"train.steps": 1, "model.base": str(base), "model.tokenizer": str(tmp_path / "base")})
@@ -208,19 +206,19 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("message", "options"), list(REFUSALS.items()))
-def test_what_makes_no_sense_is_refused_with_one_line(message: str, options: dict[str, Any]) -> None:
+def test_unfit_options_of_full_training_are_refused_in_one_line(message: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         config.load(None, {"train.steps": 1, "adapter.method": "full"} | options)
     assert [line for line in str(error.value).splitlines() if message in line] == str(error.value).splitlines()
 
 
-def test_a_method_replaces_what_the_preset_has_of_another() -> None:
+def test_a_method_replaces_the_presets_options() -> None:
     loaded = config.load("subject-sd15-lowmem", {"adapter.method": "full", "train.prior": "images"})
     assert (loaded.optimizer.learning_rate, loaded.memory.base_storage) == (5e-6, "full")
     assert config.load("subject-sd15", {"adapter.method": "loha"}).adapter.rank == 16
 
 
-def test_the_plan_counts_what_is_trained_and_problems_come_before_a_model(
+def test_the_plan_counts_trained_weights_without_loading_a_model(
     sd1: Any, tiny_sd1: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = full(tiny_sd1, photos, tmp_path / "run", 2, adapter__train_text_encoder=True)

@@ -36,7 +36,7 @@ def trained(name: str, order: list[int]) -> tuple[torch.Tensor, list[Any], float
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [0, 2, 1, 1]])
-def test_a_step_that_overflows_changes_the_scale_alone(name: str, order: list[int]) -> None:
+def test_a_step_that_overflows_changes_only_the_scale(name: str, order: list[int]) -> None:
     weights, state, scale = trained(name, order)
     expected, states, _ = trained(name, [index for index in order if index != 1])
     assert torch.equal(weights, expected)
@@ -44,7 +44,7 @@ def test_a_step_that_overflows_changes_the_scale_alone(name: str, order: list[in
     assert scale == 2.0 ** (13 - order.count(1))
 
 
-def test_weights_stay_where_only_the_first_step_overflows() -> None:
+def test_weights_stay_after_an_overflow_in_the_first_step() -> None:
     for name in OPTIMIZERS:
         assert trained(name, [1])[0].tolist() == [1.0, 1.0]
 
@@ -52,7 +52,7 @@ def test_weights_stay_where_only_the_first_step_overflows() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("scale", "ends"), [(2.0**29, True), (2.0**80, False)])
-def test_a_run_in_fp16_goes_on_and_reports_what_it_skipped(
+def test_a_run_in_fp16_continues_and_reports_skipped_steps(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, ends: bool
 ) -> None:
     monkeypatch.setattr(loading, "FP16_GRADIENT_SCALE", scale)

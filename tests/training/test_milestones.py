@@ -32,7 +32,7 @@ def run(base: Path, room: Path, **changes: object) -> train.Result:
         ({"sample__at_end": True, "sample__every": 2, "train__validate_every": 1}, [2, 3], [1, 2]),
     ],
 )
-def test_grids_and_validations_come_when_asked_for(
+def test_samples_and_validations_follow_the_options(
     tiny_sd1: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -52,20 +52,20 @@ def commands(message: str) -> list[argparse.Namespace]:
     "names",
     [("data.max_aspect",), ("train.timestep_low", "optimizer.lr_power"), ("adapter.target_modules", "data.keep_tags")],
 )
-def test_the_default_of_a_later_option_does_not_stop_a_resume(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_the_default_of_a_newer_option_allows_resume(tmp_path: Path, names: tuple[str, ...]) -> None:
     path = save(tmp_path / "run", *names)
     assert checkpoint.load(path, config=settings()).step == 10
     assert sorted(checkpoint.options_since(path, settings())) == sorted(names)
 
 
-def test_another_value_of_a_later_option_does(tmp_path: Path) -> None:
+def test_another_value_of_a_newer_option_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "run", "data.max_aspect")
     with pytest.raises(LorakitError, match=r"data.max_aspect \(was unset, is 2.0\)"):
         checkpoint.load(path, config=settings(data__max_aspect=2.0))
 
 
 @pytest.mark.parametrize("name", ["run", "my run (2)"])
-def test_a_new_run_from_the_weights_is_a_complete_command(tmp_path: Path, name: str) -> None:
+def test_the_command_for_a_new_run_from_the_weights_is_complete(tmp_path: Path, name: str) -> None:
     path = save(tmp_path / name)
     with pytest.raises(LorakitError) as changed:
         checkpoint.load(path, config=settings(train__seed=3))

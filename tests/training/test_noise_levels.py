@@ -16,7 +16,7 @@ SNR = SCHEDULE / (1 - SCHEDULE)
 
 
 @pytest.mark.parametrize(("cls", "by"), [(prediction.Epsilon, SNR), (prediction.VPrediction, SNR + 1)])
-def test_weights_are_the_papers(cls: type, by: torch.Tensor) -> None:
+def test_loss_weights_follow_the_papers_formulas(cls: type, by: torch.Tensor) -> None:
     of = cls(SCHEDULE)
     soft = of.loss_weights(EVERYWHERE, "soft_min", 5.0)
     assert torch.allclose(soft, (1 / (1 / SNR + 1 / 5)) / by)
@@ -27,7 +27,7 @@ def test_weights_are_the_papers(cls: type, by: torch.Tensor) -> None:
     assert zero_terminal.loss_weights(EVERYWHERE, "debiased", None).isfinite().all()
 
 
-def test_timesteps_stay_in_their_range_and_crowd_in_the_middle() -> None:
+def test_timesteps_stay_in_range_and_concentrate_in_the_middle() -> None:
     of = prediction.Epsilon(SCHEDULE)
 
     def draw(**how: object) -> torch.Tensor:
@@ -41,7 +41,7 @@ def test_timesteps_stay_in_their_range_and_crowd_in_the_middle() -> None:
     assert logit.std() == pytest.approx(1, abs=0.01)
 
 
-def test_uniform_levels_of_a_flow_are_all_alike_or_shifted() -> None:
+def test_uniform_timesteps_of_a_flow_are_uniform_or_shifted() -> None:
     """The default of Stable Diffusion 3 is logit-normal with shift 3. With uniform sampling only the given shift
     applies."""
     of = prediction.Flow(3.0)
@@ -58,7 +58,7 @@ def test_uniform_levels_of_a_flow_are_all_alike_or_shifted() -> None:
     assert torch.equal(*same)
 
 
-def test_coarse_noise_is_standard_and_correlated() -> None:
+def test_coarse_noise_has_unit_deviation_and_is_correlated() -> None:
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn((8, 4, 32, 32), generator=generator)
     noise = objective.add_coarse_noise(plain, generator, 0.6)
@@ -78,6 +78,6 @@ def test_coarse_noise_is_standard_and_correlated() -> None:
         ({"snr_weighting": "debiased", "min_snr_gamma": 5.0}, r"has no effect with train.snr_weighting = 'debiased'"),
     ],
 )
-def test_contradictions_are_refused(options: dict[str, object], message: str) -> None:
+def test_contradicting_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config.load(None, {"train.steps": 1} | {f"train.{name}": value for name, value in options.items()})

@@ -57,7 +57,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(tiny_s
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
-def test_a_base_with_nan_is_named_as_the_cause(tiny_sd1, photos, tmp_path):
+def test_a_base_with_nan_is_reported_as_the_cause(tiny_sd1, photos, tmp_path):
     base = shutil.copytree(tiny_sd1, tmp_path / "base")
     file = base / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -92,9 +92,7 @@ def overflow_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda patch: overflow_after(6, patch), r"step 6: optimizer\.state\.0\.exp_avg_sq is not finite; .*"),
     ],
 )
-def test_rollback_goes_on_from_the_newest_complete_checkpoint_once(
-    tiny_sd1, photos, tmp_path, monkeypatch, poison, text
-):
+def test_rollback_continues_from_the_newest_checkpoint_once(tiny_sd1, photos, tmp_path, monkeypatch, poison, text):
     poison(monkeypatch)
     events: list[Event] = []
     result = run(tiny_sd1, photos, tmp_path / "run", events.append, train__on_nan="rollback")
@@ -105,7 +103,7 @@ def test_rollback_goes_on_from_the_newest_complete_checkpoint_once(
     assert final.step == 6 and all(bool(torch.isfinite(tensor).all()) for tensor in final.adapter.values())
 
 
-def test_rollback_does_not_go_round_for_ever(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_rollback_does_not_repeat_forever(tiny_sd1, photos, tmp_path, monkeypatch):
     not_finite_at(4, 100, monkeypatch)
     with pytest.raises(LorakitError, match="step 5: the loss is not finite"):
         run(tiny_sd1, photos, tmp_path / "run", train__on_nan="rollback")

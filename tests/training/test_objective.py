@@ -39,7 +39,7 @@ def prediction_of(prediction_type: str) -> prediction.Prediction:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_noise_target_and_snr_are_those_of_the_formulas(prediction_type: str) -> None:
+def test_noise_target_and_snr_follow_the_formulas(prediction_type: str) -> None:
     a = SCHEDULE[TIMESTEPS].reshape(-1, 1, 1, 1)
     latents, noise, timesteps = tensors(LATENTS, NOISE, TIMESTEPS)
     of = prediction_of(prediction_type)
@@ -53,7 +53,7 @@ def test_noise_target_and_snr_are_those_of_the_formulas(prediction_type: str) ->
         torch.testing.assert_close(actual[:3], original[:3], rtol=1e-3, atol=1e-3)
 
 
-def test_flow_is_that_of_diffusers_scheduler_and_of_the_closed_forms() -> None:
+def test_flow_equals_diffusers_scheduler_and_the_closed_forms() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler, flow = FlowMatchEulerDiscreteScheduler(shift=3.0), prediction.Flow(3.0)
@@ -95,14 +95,14 @@ def test_an_unknown_prediction_type_is_named() -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weights(prediction_type: str, gamma: float) -> None:
+def test_min_snr_weights_follow_the_formula(prediction_type: str, gamma: float) -> None:
     everywhere = np.arange(1000)
     weights = prediction_of(prediction_type).min_snr_weights(*tensors(everywhere), gamma)
     assert weights is not None
     np.testing.assert_allclose(weights.numpy(), reference_weight(prediction_type, SCHEDULE, gamma), rtol=2e-4)
 
 
-def test_min_snr_is_finite_where_the_schedule_ends_in_zero() -> None:
+def test_min_snr_is_finite_if_the_schedule_ends_at_zero() -> None:
     schedule = torch.tensor([0.9, 0.5, 0.0])
     timesteps = torch.arange(3)
     # The limits at SNR 0: SNR / SNR = 1 for epsilon, 0 / 1 = 0 for v.
@@ -116,7 +116,7 @@ def test_without_gamma_there_are_no_weights() -> None:
 
 @pytest.mark.parametrize("kind", ["mse", "huber"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_losses(kind: str, weighted: bool) -> None:
+def test_losses_follow_the_formulas(kind: str, weighted: bool) -> None:
     weight = np.array([0.5, 1, 2, 0.0])
     difference = GUESS.astype(np.float64) - NOISE
     c = 0.1
@@ -127,7 +127,7 @@ def test_losses(kind: str, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mse", "huber"])
-def test_a_mask_hides_its_zeros_exactly_and_the_rest_counts_as_a_full_picture(kind: str) -> None:
+def test_a_mask_excludes_its_zeros_and_rescales_the_rest(kind: str) -> None:
     mask = torch.zeros(4, 1, 5, 6)
     mask[:, :, :, :2] = 1
     guess = torch.from_numpy(GUESS).requires_grad_()
@@ -150,7 +150,7 @@ def test_masks_may_be_soft_or_empty() -> None:
     assert torch.count_nonzero(gradient) == 0
 
 
-def test_noise_offset_shifts_each_channel_as_one() -> None:
+def test_noise_offset_shifts_each_channel_by_one_value() -> None:
     shape = (64, 4, 16, 16)
     plain = objective.sample_noise(torch.Generator().manual_seed(0), shape, "cpu")
     noise = objective.sample_noise(torch.Generator().manual_seed(0), shape, "cpu", 0.3)
@@ -163,7 +163,7 @@ def test_noise_offset_shifts_each_channel_as_one() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd1", "tiny_sd1_v", "tiny_sdxl"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
-def test_the_first_loss_is_the_bases_by_an_independent_reckoning(
+def test_the_first_loss_equals_an_independent_computation(
     request: pytest.FixtureRequest, name: str, gamma: float | None
 ) -> None:
     family = families.load(families.describe(request.getfixturevalue(name)), "cpu", torch.float32)

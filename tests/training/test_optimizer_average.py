@@ -47,7 +47,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OptimizerConfig:
     return OptimizerConfig(name="mean_sgd:Mean", learning_rate=0.1)
 
 
-def test_the_average_of_the_optimizer_is_copied_and_the_weights_stay(config: OptimizerConfig) -> None:
+def test_the_optimizers_average_is_copied_without_changing_weights(config: OptimizerConfig) -> None:
     draw = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(3, 5, generator=draw))
     gradients = [torch.randn(3, 5, generator=draw) for _ in range(4)]
@@ -68,7 +68,7 @@ def test_the_average_of_the_optimizer_is_copied_and_the_weights_stay(config: Opt
     assert torch.equal(weight, last)
 
 
-def test_a_check_tries_a_step_in_train_mode_and_refuses_a_second_average(config: OptimizerConfig) -> None:
+def test_a_trial_step_uses_train_mode_and_two_averages_are_refused(config: OptimizerConfig) -> None:
     assert optimizer_builder.problem(config, has_cuda=False) is None
     line = "train.ema_decay: mean_sgd:Mean keeps an average itself: leave it out"
     assert optimizer_builder.problem(config, has_cuda=False, has_ema=True) == line

@@ -26,7 +26,7 @@ def goal(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_comes_nearer_to_the_goal(name: str) -> None:
+def test_every_optimizer_reduces_the_loss(name: str) -> None:
     config = OptimizerConfig(name=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
     mine = parameters(size=64)
     optimizer = optimizers.build(config, [("unet", mine)])
@@ -42,7 +42,7 @@ def test_every_optimizer_comes_nearer_to_the_goal(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_optimizer_goes_on_to_the_bit(name: str) -> None:
+def test_a_saved_optimizer_continues_bit_by_bit(name: str) -> None:
     config = OptimizerConfig(name=name, learning_rate=1e-2)
 
     def steps(mine: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -65,7 +65,7 @@ def test_a_saved_optimizer_goes_on_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_leaves_what_has_no_gradient(name: str) -> None:
+def test_every_optimizer_keeps_parameters_without_gradient(name: str) -> None:
     mine = parameters(2)
     optimizer = optimizers.build(OptimizerConfig(name=name, learning_rate=1e-2), [("unet", mine)])
     before = [p.detach().clone() for p in mine]
@@ -75,7 +75,7 @@ def test_every_optimizer_leaves_what_has_no_gradient(name: str) -> None:
     assert torch.equal(mine[1], before[1])
 
 
-def test_adamw_is_the_papers() -> None:
+def test_adamw_follows_the_papers_formula() -> None:
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
     mine = parameters(1)
     weight = mine[0].detach().double().numpy().copy()
@@ -92,7 +92,7 @@ def test_adamw_is_the_papers() -> None:
     np.testing.assert_allclose(mine[0].detach().numpy(), weight, rtol=1e-4, atol=1e-6)
 
 
-def test_lion_is_the_papers() -> None:
+def test_lion_follows_the_papers_formula() -> None:
     config = OptimizerConfig(name="lion", learning_rate=1e-2, weight_decay=0.1)
     mine = parameters(1)
     weight = mine[0].detach().double().numpy().copy()
@@ -117,7 +117,7 @@ def test_adafactor_moves_a_parameter_that_begins_at_zero() -> None:
     assert zero.abs().mean().item() == pytest.approx(1e-3, rel=0.1)
 
 
-def test_text_encoders_may_have_a_rate_of_their_own() -> None:
+def test_text_encoders_may_have_their_own_rate() -> None:
     groups = [(name, parameters(1)) for name in ("unet", "text_encoder", "text_encoder_2")]
     config = OptimizerConfig(learning_rate=1e-3, text_encoder_learning_rate=1e-5, warmup_steps=4)
     optimizer = optimizers.build(config, groups)
@@ -132,7 +132,7 @@ def test_text_encoders_may_have_a_rate_of_their_own() -> None:
     assert {g["lr"] for g in optimizers.build(shared, groups).param_groups} == {1e-3}
 
 
-def test_weight_decay_arrives_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_weight_decay_is_applied_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     for name in NAMES:
         optimizer = optimizers.build(OptimizerConfig(name=name, weight_decay=0.37), [("unet", parameters(1))])
         assert optimizer.param_groups[0]["weight_decay"] == 0.37, name
@@ -144,7 +144,7 @@ def test_weight_decay_arrives_and_nothing_is_printed(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_the_rate_is_the_closed_form(scheduler: str, warmup: int) -> None:
+def test_the_rate_equals_the_closed_form(scheduler: str, warmup: int) -> None:
     total, peak = 40, 3e-4
     config = OptimizerConfig(learning_rate=peak, lr_scheduler=scheduler, warmup_steps=warmup)
     rates = [optimizers.learning_rate(config, step, total) for step in range(total + 1)]
@@ -157,14 +157,14 @@ def test_the_rate_is_the_closed_form(scheduler: str, warmup: int) -> None:
     assert rates[total] == pytest.approx(peak if scheduler == "constant" else 0, abs=1e-15)
 
 
-def test_the_rate_knows_only_the_step_and_the_plan() -> None:
+def test_the_rate_depends_only_on_step_and_total() -> None:
     # Accumulation and batch size are not arguments, so they cannot change the rate.
     config = OptimizerConfig(lr_scheduler="cosine", warmup_steps=3)
     forward = [optimizers.learning_rate(config, step, 20) for step in range(20)]
     assert [optimizers.learning_rate(config, step, 20) for step in reversed(range(20))] == forward[::-1]
 
 
-def test_a_warm_up_longer_than_the_run_and_steps_past_its_end_are_harmless() -> None:
+def test_a_long_warm_up_and_steps_past_the_end_give_finite_rates() -> None:
     config = OptimizerConfig(learning_rate=1.0, lr_scheduler="linear", warmup_steps=10)
     assert optimizers.learning_rate(config, 4, 5) == 0.5
     assert optimizers.learning_rate(config, 10, 10) == 1.0
@@ -193,7 +193,7 @@ def test_paged_state_needs_cuda() -> None:
         optimizers.build(OptimizerConfig(name="paged_adamw8bit"), [("unet", parameters(1))])
 
 
-def test_any_optimizer_of_an_installed_package_is_built_with_its_arguments() -> None:
+def test_any_installed_optimizer_is_built_with_its_arguments() -> None:
     config = OptimizerConfig(name="torch.optim:RAdam", args={"betas": [0.8, 0.95]}, weight_decay=0.37)
     optimizer = optimizers.build(config, [("unet", parameters(1))])
     assert type(optimizer) is torch.optim.RAdam
@@ -201,7 +201,7 @@ def test_any_optimizer_of_an_installed_package_is_built_with_its_arguments() -> 
     assert (group["betas"], group["weight_decay"], group["lr"]) == ([0.8, 0.95], 0.37, 1e-4)
 
 
-def test_named_optimizers_take_arguments_too() -> None:
+def test_named_optimizers_take_arguments() -> None:
     for name in NAMES:
         betas = {} if name == "adafactor" else {"betas": [0.8, 0.95]}
         optimizer = optimizers.build(OptimizerConfig(name=name, args=betas), [("unet", parameters(1))])
@@ -248,7 +248,7 @@ def test_named_optimizers_take_arguments_too() -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_an_optimizer_is_reported_in_one_line(config: OptimizerConfig, message: str) -> None:
+def test_an_invalid_optimizer_is_refused_in_one_line(config: OptimizerConfig, message: str) -> None:
     with pytest.raises(LorakitError) as caught:
         optimizers.build(config, [("unet", parameters(1))])
     assert str(caught.value) == message

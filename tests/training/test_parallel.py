@@ -85,14 +85,14 @@ def pair(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_that_accumulates_twice_as_often(pair):
+def test_two_processes_train_as_one_with_twice_the_accumulation(pair):
     _, (first, second) = pair
     differences = first["differences"] | second["differences"]
     assert len(differences) >= 7 and max(differences.values()) < 1e-5, differences
 
 
 @pytest.mark.slow
-def test_photos_class_images_and_samples_are_shared_out_and_the_same_to_the_bit(pair):
+def test_photos_class_images_and_samples_are_divided_and_bit_equal(pair):
     """A run has three photos, 19 class images in batches of eight, and three samples before the first step."""
     folder, (first, second) = pair
     assert first["shared"]["encode"] > 8 and second["shared"]["encode"] > 8, (first["shared"], second["shared"])
@@ -105,7 +105,7 @@ def test_photos_class_images_and_samples_are_shared_out_and_the_same_to_the_bit(
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_in_another_process_ends_all_and_has_its_rank(pair):
+def test_another_processs_error_ends_all_and_names_its_rank(pair):
     _, (first, second) = pair
     problems = ["LorakitError: process 1: no", "OutOfMemoryError: process 1: full"]
     assert first["tasks"] == ["returned NoneType", *problems]
@@ -120,7 +120,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_all_end_together_and_only_the_first_says_why(pair):
+def test_all_processes_end_together_and_the_first_gives_the_reason(pair):
     folder, (first, second) = pair
     assert first["stop"].startswith("Stopped: stopped after step 1; ") and second["stop"].startswith("StopRequested")
     assert run_folder.status(folder / "stopped") == "stopped"
@@ -140,7 +140,7 @@ def test_all_end_together_and_only_the_first_says_why(pair):
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_where_two_have_stopped(pair, tmp_path, monkeypatch):
+def test_one_process_resumes_a_run_of_two(pair, tmp_path, monkeypatch):
     """The run's config has the batches of both processes, so one process trains all of them."""
     unchecked(monkeypatch)
     folder, _ = pair
@@ -162,7 +162,7 @@ def test_one_process_goes_on_where_two_have_stopped(pair, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_run_with_one_line(tiny_sd1, tmp_path):
+def test_a_killed_process_ends_the_run_with_one_line(tiny_sd1, tmp_path):
     """With `--gpus` on a CPU, one error names the lost process and the last checkpoint."""
     (tmp_path / "photos").mkdir()
     folder, photos = tmp_path / "run", noise(tmp_path / "photos", 3)
@@ -184,7 +184,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tiny_sd1, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_others_end_where_the_first_process_is_killed(tiny_sd1, tmp_path, monkeypatch):
+def test_the_others_end_if_the_first_process_is_killed(tiny_sd1, tmp_path, monkeypatch):
     """The first process gets SIGKILL, and no launcher ends the second one."""
     unchecked(monkeypatch)
     (tmp_path / "photos").mkdir()
@@ -230,7 +230,7 @@ def lorakit(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @given(strategies.integers(1, 8), strategies.integers(1, 6), strategies.integers(0, 5))
-def test_every_process_has_as_many_batches_and_together_they_have_all(count: int, own: int, step: int) -> None:
+def test_processes_divide_the_batches_evenly_and_completely(count: int, own: int, step: int) -> None:
     """A step is a run of consecutive batches of the plan, whatever the photos' sizes. Every process has the same number
     of passes and of sums over the processes."""
     parts = own * count
@@ -240,7 +240,7 @@ def test_every_process_has_as_many_batches_and_together_they_have_all(count: int
     assert batches == list(range(step * parts, (step + 1) * parts))
 
 
-def test_a_port_that_is_taken_is_named(monkeypatch):
+def test_a_port_in_use_is_named(monkeypatch):
     PartialState._reset_state()  # state that another test may have left
     with socket.socket() as other:
         other.bind(("localhost", 0))
@@ -255,7 +255,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
             pass
 
 
-def test_without_nccl_or_a_card_of_its_own_a_process_is_refused():
+def test_without_nccl_or_its_own_gpu_a_process_is_refused():
     world = launch.World(rank=5, local_rank=2, count=6)
     assert "several CUDA cards need NCCL" in parallel.card_problem(world, 4, has_nccl=False)
     assert "process 5 on" in parallel.card_problem(world, 2, has_nccl=True)

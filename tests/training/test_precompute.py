@@ -78,7 +78,7 @@ def photos(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("prior", ["none", "images"])
-def test_each_part_of_the_base_has_the_device_to_itself(
+def test_each_component_has_the_device_alone(
     tiny_sd1: Path, photos: Path, prior: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
@@ -119,7 +119,7 @@ def test_each_part_of_the_base_has_the_device_to_itself(
         assert "drawing the class images" not in work and work["reading the class images"] == (2, 2)
 
 
-def test_an_unet_that_carries_an_adapter_stays_where_it_is(tiny_sd1: Path, photos: Path) -> None:
+def test_a_unet_with_an_adapter_is_not_moved(tiny_sd1: Path, photos: Path) -> None:
     from lorakit import adapters
 
     settings = {"data.folder": str(photos), "data.name": "sks toy", "data.resolution": 64, "train.steps": 1}
@@ -162,7 +162,7 @@ class Somewhere:
         self.device, self.moves = device, self.moves + 1
 
 
-def test_what_is_trained_stays_where_the_optimizer_knows_it() -> None:
+def test_trained_modules_are_not_moved_off_the_device() -> None:
     module = Somewhere("cuda:0", trained=True)
     loading.move({"unet": [module]}, ("unet",), torch.device("cpu"))
     assert module.moves == 0
@@ -170,14 +170,14 @@ def test_what_is_trained_stays_where_the_optimizer_knows_it() -> None:
     assert other.moves == 1
 
 
-def test_what_lies_beside_something_trained_stays_too() -> None:
+def test_modules_beside_trained_ones_are_not_moved() -> None:
     """A CUDA graph of both modules would otherwise read the old address."""
     frozen, trained = Somewhere("cuda:0"), Somewhere("cuda:0", trained=True)
     loading.move({"text_encoders": [frozen, trained]}, ("text_encoders",), torch.device("cpu"))
     assert (frozen.moves, trained.moves) == (0, 0)
 
 
-def test_what_is_there_already_is_not_moved() -> None:
+def test_modules_already_on_the_device_are_not_moved() -> None:
     vae, first, second = Somewhere("cpu"), Somewhere("cpu"), Somewhere("cuda:0")
     parts = {"vae": [vae], "text_encoders": [first, second]}
     for _ in range(2):
@@ -186,7 +186,7 @@ def test_what_is_there_already_is_not_moved() -> None:
     assert (vae.device.type, first.device.type) == ("cpu", "cuda")
 
 
-def test_class_images_of_ones_own_are_the_prior_and_none_is_drawn(tiny_sd1: Path, photos: Path) -> None:
+def test_own_class_images_are_used_and_none_are_drawn(tiny_sd1: Path, photos: Path) -> None:
     for name, color in (("reg/red.png", (255, 0, 0)), ("reg/1_mug/blue.png", (0, 0, 255))):
         (photos / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (96, 64), color).save(photos / name)

@@ -25,7 +25,7 @@ def step_of(base: Path, folder: Path, **changes: object) -> tuple[LossStep, Adap
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_the_bases_own_prediction_is_a_target_that_an_unchanged_model_meets(
+def test_an_unchanged_model_has_zero_loss_against_the_base(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bool
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
@@ -46,7 +46,7 @@ def test_the_bases_own_prediction_is_a_target_that_an_unchanged_model_meets(
     assert torch.allclose(step.loss(0), away, rtol=1e-5) and away > photos_alone
 
 
-def test_other_prompts_are_among_what_the_prior_asks_for(
+def test_prior_prompts_are_added_to_the_class_prompt(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
@@ -84,26 +84,26 @@ def test_other_prompts_are_among_what_the_prior_asks_for(
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(settings: dict[str, object], message: str) -> None:
+def test_unfit_prior_options_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(config.ConfigError) as caught:
         config.load(None, {"train.steps": 1, "data.name": "sks toy"} | settings)
     assert any(line.startswith(message) for line in caught.value.problems)
 
 
-def test_without_the_text_encoder_the_presets_rate_of_it_is_gone() -> None:
+def test_without_the_text_encoder_the_presets_rate_is_removed() -> None:
     assert config.load("subject-pocket").optimizer.text_encoder_learning_rate
     without = config.load("subject-pocket", {"adapter.train_text_encoder": False})
     assert without.optimizer.text_encoder_learning_rate is None
 
 
-def test_the_rate_of_a_word_stays_where_no_text_encoder_was_trained_before() -> None:
+def test_a_words_rate_stays_without_a_trained_text_encoder() -> None:
     tables = {"data": {"name": "sks toy"}, "train": {"steps": 1}}
     tables |= {"adapter": {"new_tokens": 2}, "optimizer": {"text_encoder_learning_rate": 2e-2}}
     loaded = config.from_tables(tables, {"adapter.train_text_encoder": False})
     assert loaded.optimizer.text_encoder_learning_rate == 2e-2
 
 
-def test_class_images_of_ones_own_leave_other_prompts_without_pictures(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_own_class_images_exclude_prior_prompts(tiny_sd1: Path, tmp_path: Path) -> None:
     short_run.noise(tmp_path, 2)
     (tmp_path / "reg").mkdir()
     short_run.noise(tmp_path / "reg", 1)

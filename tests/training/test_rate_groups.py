@@ -65,7 +65,7 @@ def compare_with_torch(base: Any, dtype: torch.dtype, rates: OptimizerConfig, ad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_b_learns_at_a_multiple_of_the_rate_of_a(tiny_sd1: Any, dtype: torch.dtype) -> None:
+def test_factor_b_learns_at_a_multiple_of_the_rate_of_a(tiny_sd1: Any, dtype: torch.dtype) -> None:
     rates = OptimizerConfig(learning_rate=1e-3, loraplus_lr_ratio=16.0)
     compare_with_torch(tiny_sd1, dtype, rates, LoraConfig(rank=4, alpha=2.0))
 
@@ -83,14 +83,14 @@ def test_a_schedule_keeps_the_multiple() -> None:
 @pytest.mark.parametrize(
     ("method", "why"), [("pissa", "both of them begin from the base"), ("loha", "has others"), ("lokr", "has others")]
 )
-def test_methods_without_such_factors_refuse(method: str, why: str) -> None:
+def test_methods_without_such_factors_are_refused(method: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         settings(adapter__method=method, optimizer__loraplus_lr_ratio=16.0)
     assert settings(adapter__method="dora", optimizer__loraplus_lr_ratio=16.0)
 
 
 @pytest.mark.parametrize("name", ["prodigy", "prodigyopt:Prodigy"])
-def test_optimizers_that_find_one_rate_refuse(name: str) -> None:
+def test_optimizers_with_a_single_rate_are_refused(name: str) -> None:
     lines = preflight._optimizer_problems(settings(optimizer__name=name, optimizer__loraplus_lr_ratio=4.0))
     assert [line for line in lines if "has one rate" in line and "loraplus_lr_ratio" in line]
     # The missing package is reported first.

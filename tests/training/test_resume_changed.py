@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_longer_as_if_it_had_been_planned_so(tiny_sd1, tmp_path):
+def test_an_extended_run_equals_a_run_planned_that_long(tiny_sd1, tmp_path):
     (tmp_path / "photos").mkdir()
     noise(tmp_path / "photos", 3)
     straight = train.train(run_config(tiny_sd1, tmp_path / "photos", tmp_path / "straight", 4))
@@ -45,7 +45,7 @@ def test_a_run_goes_on_longer_as_if_it_had_been_planned_so(tiny_sd1, tmp_path):
     assert (reloaded.train.steps, reloaded.sample.seed) == (4, 3)
 
 
-def test_a_schedule_that_is_stretched_is_reported(tmp_path):
+def test_a_stretched_schedule_is_reported(tmp_path):
     class Folder:
         path, steps = tmp_path, 100
 
@@ -77,7 +77,7 @@ def test_a_schedule_that_is_stretched_is_reported(tmp_path):
         ({"output.folder": "there"}, ("output.folder",)),
     ],
 )
-def test_what_may_change_and_what_not(tmp_path, changes, refused):
+def test_only_permitted_options_may_change(tmp_path, changes, refused):
     (tmp_path / "checkpoints" / "step-000005").mkdir(parents=True)
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(config.load(None, {"train.steps": 5})), encoding="utf-8")

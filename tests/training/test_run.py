@@ -106,7 +106,7 @@ def same_adapter(result: train.Result, other: train.Result) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(plain):
+def test_a_run_gives_a_checked_adapter_and_keeps_the_photos_unchanged(plain):
     result = plain
     assert set(result.exports) == {"kohya", "diffusers", "peft"}
     assert result.steps == 6 and len(events(result.folder, "step")) == 6
@@ -127,7 +127,7 @@ def test_a_run_ends_with_a_checked_adapter_and_leaves_the_photos_alone(plain):
         assert preview.info == {"Software": "lorakit"}, "the prompt is nobody's business"
 
 
-def test_a_preview_of_the_users_stays_and_that_of_a_run_is_replaced(tmp_path):
+def test_a_users_preview_stays_and_a_runs_is_replaced(tmp_path):
     images = tmp_path / "01.png"
     Image.new("RGB", (8, 8), "red").save(images)
     messages: list[str] = []
@@ -145,14 +145,14 @@ def test_a_preview_of_the_users_stays_and_that_of_a_run_is_replaced(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resolved_config_repeats_the_run_to_the_bit_with_the_photos_elsewhere(plain, photos, tmp_path):
+def test_a_resolved_config_repeats_the_run_bit_by_bit(plain, photos, tmp_path):
     places = {"data.folder": str(shutil.copytree(photos, tmp_path / "photos")), "output.folder": str(tmp_path / "two")}
     repeat = train.train(config.load(plain.folder / "config.toml", places))
     assert repeat.adapter.parent == tmp_path / "two" and same_adapter(plain, repeat)
 
 
 @pytest.mark.slow
-def test_an_effect_that_rounding_alone_would_give_is_none(tiny_sd1, photos, tmp_path):
+def test_an_effect_as_small_as_rounding_fails_the_check(tiny_sd1, photos, tmp_path):
     with pytest.raises(LorakitError, match=r"self-check failed.*no effect on its output: ") as caught:
         run(tiny_sd1, photos, tmp_path / "run", optimizer__learning_rate=1e-8)
     assert "\n" not in str(caught.value)
@@ -178,7 +178,7 @@ def test_every_method_trains_and_passes_its_check_with_text_encoder_and_convolut
 
 
 @pytest.mark.slow
-def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
+def test_a_word_is_learned_with_the_adapter_and_checked(photos, tmp_path):
     """Pivotal tuning on the bundled base writes files for A1111, ComfyUI and diffusers; the self-check opens them."""
     result = run(
         "pocket",
@@ -219,7 +219,7 @@ def test_a_word_is_learned_beside_the_adapter_and_checked(photos, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("prior", ["images", "teacher"])
-def test_both_kinds_of_prior_change_what_is_learned(plain, tiny_sd1, photos, tmp_path, monkeypatch, prior):
+def test_both_kinds_of_prior_change_the_adapter(plain, tiny_sd1, photos, tmp_path, monkeypatch, prior):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     extra = {"train__class_images": 3} if prior == "images" else {}
     assert not same_adapter(plain, run(tiny_sd1, photos, tmp_path / prior, train__prior=prior, **extra))
@@ -259,7 +259,7 @@ def test_sdxl_learns_a_word_in_both_text_encoders(tiny_sdxl, photos, tmp_path, m
     assert path.is_file()
 
 
-def test_tensorboard_shows_what_the_log_says(plain):
+def test_tensorboard_has_the_figures_of_the_log(plain):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(plain.folder / "tensorboard" / "sks-toy")).Reload()
@@ -269,7 +269,7 @@ def test_tensorboard_shows_what_the_log_says(plain):
     assert [scalar.step for scalar in board.Scalars("validation/prior_drift")] == [6]
 
 
-def test_tensorboard_that_is_not_installed_is_named(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_missing_tensorboard_is_reported(tiny_sd1, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(LorakitError, match=r"-m pip install .?tensorboard\b"):
         run(tiny_sd1, photos, tmp_path / "run", output__trackers=["tensorboard"])
@@ -299,7 +299,7 @@ def straight(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("cuts", [(10,), (4, 8)])
-def test_resume_is_bit_equal_to_a_straight_run(straight, tiny_sd1, photos, tmp_path, monkeypatch, cuts):
+def test_resume_is_bit_equal_to_an_uninterrupted_run(straight, tiny_sd1, photos, tmp_path, monkeypatch, cuts):
     folder = tmp_path / "cut"
     for number, cut in enumerate(cuts):
         with monkeypatch.context() as patch:
@@ -315,7 +315,7 @@ def test_resume_is_bit_equal_to_a_straight_run(straight, tiny_sd1, photos, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_resume_uses_the_runs_number_of_threads(tiny_sd1, photos, tmp_path, monkeypatch):
     now = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -333,7 +333,7 @@ def test_resume_computes_with_the_threads_the_run_began_with(tiny_sd1, photos, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_there_is_never_more_than_one_base_in_memory(tiny_sd1, photos, tmp_path, monkeypatch, checkpointing):
+def test_only_one_base_is_in_memory_at_a_time(tiny_sd1, photos, tmp_path, monkeypatch, checkpointing):
     load, bases, others = families.load, [], []
 
     def counted(*args):
@@ -378,14 +378,12 @@ def in_full_precision(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.Tem
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_base_in_half_precision_learns_what_one_in_full_precision_does(
-    in_full_precision, tiny_sd1, photos, tmp_path, precision
-):
+def test_a_base_in_half_precision_trains_a_similar_adapter(in_full_precision, tiny_sd1, photos, tmp_path, precision):
     half = updates_in(precision, tiny_sd1, photos, tmp_path / "run")
     assert torch.cosine_similarity(in_full_precision, half, dim=0) > 0.9
 
 
-def test_too_little_memory_for_a_step_names_what_would_help(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_out_of_memory_in_a_step_gives_advice(tiny_sd1, photos, tmp_path, monkeypatch):
     def full(self, index):
         raise torch.OutOfMemoryError
 
@@ -411,7 +409,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_sd1, photos, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_base_in_few_bits_is_trained_on_reported_and_checked_against(plain, tiny_sd1, photos, tmp_path):
+def test_a_quantized_base_is_trained_reported_and_checked(plain, tiny_sd1, photos, tmp_path):
     small = run(tiny_sd1, photos, tmp_path / "small", memory__base_storage="nf4")
     messages = [event["message"] for event in events(tmp_path / "small", "message")]
     assert "device: cpu (1 thread), base in float32 (the UNet's weights kept in nf4), adapter in float32" in messages
@@ -421,7 +419,7 @@ def test_a_base_in_few_bits_is_trained_on_reported_and_checked_against(plain, ti
     assert 1e-4 < torch.stack(off).mean() < 1
 
 
-def test_too_little_memory_before_the_first_step_is_reported_too(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_out_of_memory_before_the_first_step_gives_advice(tiny_sd1, photos, tmp_path, monkeypatch):
     def full(*args, **named):
         raise torch.OutOfMemoryError
 
@@ -442,7 +440,7 @@ def test_swapping_two_captions_changes_the_adapter(plain, tiny_sd1, photos, tmp_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_every_photo_comes_once_an_epoch_with_its_caption_and_the_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_each_epoch_has_every_photo_once_with_caption_and_trigger(tiny_sd1, photos, tmp_path, monkeypatch):
     names: list[str] = []
     texts: list[str] = []
     instance = LossStep._instance_term
@@ -468,7 +466,7 @@ def test_a_broken_photo_stops_the_run_before_the_base_is_loaded(tiny_sd1, photos
         run(tiny_sd1, photos, tmp_path / "run")
 
 
-def test_resume_without_a_checkpoint_says_so(tmp_path, tiny_sd1, photos):
+def test_resume_without_a_checkpoint_is_refused(tmp_path, tiny_sd1, photos):
     with pytest.raises(LorakitError, match="not a run folder"):
         train.resume(photos)
 

@@ -30,7 +30,7 @@ def rates(**options: object) -> list[float]:
         ),
     ],
 )
-def test_a_schedule_is_that_of_transformers(options, name, specific) -> None:
+def test_a_schedule_equals_transformers(options, name, specific) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     theirs = get_scheduler(
         name, optimizer, num_warmup_steps=0, num_training_steps=TOTAL, scheduler_specific_kwargs=specific
@@ -39,7 +39,7 @@ def test_a_schedule_is_that_of_transformers(options, name, specific) -> None:
     assert rates(**options)[:TOTAL] == pytest.approx(expected, abs=1e-12)
 
 
-def test_rex_is_the_papers() -> None:
+def test_rex_follows_the_papers_formula() -> None:
     expected = [(1 - step / TOTAL) / (0.5 + 0.5 * (1 - step / TOTAL)) for step in range(TOTAL + 1)]
     assert rates(lr_scheduler="rex") == pytest.approx(expected)
 
@@ -66,20 +66,20 @@ def test_every_schedule_warms_up_peaks_and_ends_at_its_floor(name: str) -> None:
         ({"min_lr_ratio": 0.5}, "min_lr_ratio has no effect with a constant rate"),
     ],
 )
-def test_what_has_no_effect_is_refused(options: dict[str, object], messages: str) -> None:
+def test_options_without_effect_are_refused(options: dict[str, object], messages: str) -> None:
     changes = {f"optimizer.{name}": value for name, value in options.items()}
     with pytest.raises(ConfigError, match=messages):
         config.load(None, {"train.steps": 1, **changes})
 
 
-def test_a_warm_up_replaces_that_of_the_preset() -> None:
+def test_a_configured_warm_up_replaces_the_presets() -> None:
     assert config.load("subject-sd15").optimizer.warmup_ratio > 0
     settings = config.load("subject-sd15", {"optimizer.warmup_steps": 7}).optimizer
     assert (settings.warmup_steps, settings.warmup_ratio, lr_schedule.warmup_of(settings, 100)) == (7, 0.0, 7)
 
 
 @pytest.mark.parametrize(("warmup", "decay"), [(10, 20), (4, 8), (20, 20)])
-def test_wsd_falls_over_its_share_of_the_run(warmup: int, decay: int) -> None:
+def test_wsd_decays_over_its_share_of_the_run(warmup: int, decay: int) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     theirs = get_scheduler(
         "warmup_stable_decay",
@@ -93,7 +93,7 @@ def test_wsd_falls_over_its_share_of_the_run(warmup: int, decay: int) -> None:
     assert actual[warmup:TOTAL] == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_warm_up_that_leaves_too_little_is_pointed_out() -> None:
+def test_a_warm_up_that_leaves_too_few_steps_is_reported() -> None:
     def problem(**options: object) -> str | None:
         return lr_schedule.problem(OptimizerConfig(**options), TOTAL)  # type: ignore[arg-type]
 

@@ -68,7 +68,7 @@ def findings(trained: dict[str, Any], folder: Path, change: Callable[[Tensors], 
     return [finding for _, each, _ in looks for finding in each]
 
 
-def test_a_right_file_passes_every_look(trained: dict[str, Any], tmp_path: Path) -> None:
+def test_a_correct_file_passes_every_check(trained: dict[str, Any], tmp_path: Path) -> None:
     actual = findings(trained, tmp_path, lambda tensors: None)
     assert selfcheck.failures(actual) == []
     assert [finding.name for finding in actual] == [
@@ -87,7 +87,7 @@ def test_each_mutation_fails_the_check(trained: dict[str, Any], tmp_path: Path, 
     assert words in failed[0].detail
 
 
-def test_what_only_a_reader_detects_is_detected_by_diffusers_too(trained: dict[str, Any], tmp_path: Path) -> None:
+def test_diffusers_detects_a_wrong_scale(trained: dict[str, Any], tmp_path: Path) -> None:
     """The check with diffusers shares no code with the exporter, so it detects a wrong scale alone."""
     path = formats.save(trained["weights"], tmp_path, "toy", ["kohya"], "fp32", {})["kohya"]
     tensors = load_file(path)

@@ -11,7 +11,7 @@ def test_smoothing_is_a_weighted_mean() -> None:
     assert [mean.add(value) for value in (4.0, 0.0, 1.0)] == pytest.approx(expected)
 
 
-def test_a_constant_stays() -> None:
+def test_a_constant_is_not_changed() -> None:
     mean = RunningMean()
     assert [mean.add(2.0) for _ in range(50)] == pytest.approx([2.0] * 50)
 

@@ -100,7 +100,7 @@ def resumed(folder: Path) -> tuple[run.Result, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
+def test_a_stop_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
     """The photos encoded so far are in the cache, and the resumed run encodes only the rest."""
     run_config = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk")
     encoded = []
@@ -120,7 +120,7 @@ def test_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
+def test_a_stop_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
     stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run"), says("latents: "))
     assert stop.step == 0
     assert listener.lines()[-1] == "stopping: class images and latents that are complete are kept"
@@ -129,7 +129,7 @@ def test_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
+def test_a_stop_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
     """Pictures of the first text are in the cache, and the run stops without drawing those of the second."""
     (photos / "0.txt").write_text("a sks toy in the snow", encoding="utf-8")
     run_config = settings(tiny_sd1, photos, tmp_path / "run", train__prior="images", train__class_images=6)
@@ -144,7 +144,7 @@ def test_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_while_samples_are_drawn_before_the_first_step(tiny_sd1, photos, tmp_path):
+def test_a_stop_while_samples_are_drawn_before_the_first_step(tiny_sd1, photos, tmp_path):
     stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 0))
     assert stop.step == 0 and "stopping: the samples are not finished" in listener.lines()
     assert not list((tmp_path / "run").glob("*.safetensors")), "an adapter without a step is not exported"
@@ -159,7 +159,7 @@ def test_while_samples_are_drawn_before_the_first_step(tiny_sd1, photos, tmp_pat
     [(at("sample", 0), 1), (at("progress", 3), 3), (at("checkpoint", 3), 3), (at("step", STEPS), STEPS)],
     ids=["step", "validation", "samples", "last validation"],
 )
-def test_while_it_trains(tiny_sd1, straight, photos, tmp_path, condition, step):
+def test_a_stop_while_training(tiny_sd1, straight, photos, tmp_path, condition, step):
     """A stopped and resumed run has the weights and validations of an uninterrupted one, bit by bit."""
     stop, _ = stopped(settings(tiny_sd1, photos, tmp_path / "run"), condition)
     assert stop.step == step and str(stop).startswith(f"stopped after step {step}; go on with: ")
@@ -175,7 +175,7 @@ def test_while_it_trains(tiny_sd1, straight, photos, tmp_path, condition, step):
 
 
 @pytest.mark.slow
-def test_while_the_checked_file_draws(tiny_sd1, photos, tmp_path):
+def test_a_stop_during_the_self_check(tiny_sd1, photos, tmp_path):
     def checking(event: Event) -> bool:
         return event.kind == "phase" and event.facts["phase"] == "checking the exported file"
 
@@ -187,7 +187,7 @@ def test_while_the_checked_file_draws(tiny_sd1, photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_the_stop_file_is_heard_while_it_encodes(tiny_sd1, photos, tmp_path):
+def test_the_stop_file_ends_encoding(tiny_sd1, photos, tmp_path):
     folder = run_folder.RunFolder(tmp_path / "run")
 
     def touch(event: Event) -> None:
@@ -202,7 +202,7 @@ def test_the_stop_file_is_heard_while_it_encodes(tiny_sd1, photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_a_resumed_run_says_the_step_it_stands_at(tiny_sd1, photos, tmp_path):
+def test_a_stopped_resume_reports_its_step(tiny_sd1, photos, tmp_path):
     stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 3))
     listener = StopAt(says("latents: "))
     with pytest.raises(Stopped, match="stopped after step 3"):
@@ -212,7 +212,7 @@ def test_a_resumed_run_says_the_step_it_stands_at(tiny_sd1, photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_the_library_leaves_signals_alone(tiny_sd1, photos, tmp_path):
+def test_the_library_does_not_change_signal_handlers(tiny_sd1, photos, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     during = []
     run.train(

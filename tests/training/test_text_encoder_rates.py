@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
-def test_each_text_encoder_has_its_rate_and_stops(name: str) -> None:
+def test_each_text_encoder_has_its_rate_and_last_step(name: str) -> None:
     run_config = OptimizerConfig(
         name=name,
         learning_rate=1e-2,
@@ -39,7 +39,7 @@ def test_each_text_encoder_has_its_rate_and_stops(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("stop", 0.5), ("2_learning_rate", 1e-5)])
-def test_options_of_text_encoders_need_one_that_is_trained(name: str, value: float) -> None:
+def test_options_of_text_encoders_need_a_trained_text_encoder(name: str, value: float) -> None:
     option = {f"optimizer.text_encoder_{name}": value}
     with pytest.raises(ConfigError, match=r"needs adapter.train_text_encoder = true or adapter.new_tokens"):
         config.load(None, {"train.steps": 1, **option})
@@ -50,7 +50,7 @@ def test_options_of_text_encoders_need_one_that_is_trained(name: str, value: flo
 
 
 @pytest.mark.slow
-def test_an_adapter_is_written_after_every_so_many_steps(tiny_sd1, tmp_path):
+def test_adapter_files_are_written_at_intervals(tiny_sd1, tmp_path):
     (tmp_path / "photos").mkdir()
     noise(tmp_path / "photos", 2)
     result = train.train(run_config(tiny_sd1, tmp_path / "photos", tmp_path / "run", 5, train__export_every=2))

@@ -103,7 +103,7 @@ def test_tensorboard_has_figures_and_pictures(tmp_path: Path) -> None:
     assert private == []
 
 
-def test_a_tracker_of_ones_own_gets_the_same(tmp_path: Path) -> None:
+def test_a_custom_tracker_gets_the_same_figures(tmp_path: Path) -> None:
     config = run_config(**{"output.trackers": [f"{__name__}:Memory"]})
     with Events(*(Tracker(name, config, run_folder(tmp_path)) for name in config.output.trackers)) as events:
         emit(events)
@@ -118,7 +118,7 @@ def test_a_tracker_of_ones_own_gets_the_same(tmp_path: Path) -> None:
     assert "secret" not in text and "album" not in text
 
 
-def test_a_service_that_is_away_is_a_warning_and_no_end(tmp_path: Path) -> None:
+def test_an_unreachable_service_is_only_a_warning(tmp_path: Path) -> None:
     lines: list[str] = []
     tracker = Tracker(f"{__name__}:Offline", run_config(), run_folder(tmp_path))
     with Events(tracker, lambda event: lines.append(str(event.facts.get("message", event.kind)))) as events:
@@ -129,21 +129,21 @@ def test_a_service_that_is_away_is_a_warning_and_no_end(tmp_path: Path) -> None:
     ]
 
 
-def test_a_tracker_that_does_not_start_ends_the_run_in_one_line(tmp_path: Path) -> None:
+def test_a_tracker_that_fails_to_start_ends_the_run_in_one_line(tmp_path: Path) -> None:
     name = f"{__name__}:Offline"
     with pytest.raises(LorakitError) as error:
         Tracker(name, run_config(), run_folder(tmp_path, "nobody"))
     assert str(error.value) == f"output.trackers: {name} does not start: api_key not configured (no-tty)"
 
 
-def test_all_trackers_of_accelerate_are_choices_and_none_is_on() -> None:
+def test_all_trackers_of_accelerate_are_available_and_off() -> None:
     assert set(registry.TRACKERS) == set(accelerate_tracking.LOGGER_TYPE_TO_CLASS) - {"memory"}
     assert Config().output.trackers == ()
     assert load(None, {"train.steps": 1}).output.trackers == ()
 
 
 @pytest.mark.parametrize("name", [*registry.TRACKERS, "my_boards.live:Board"])
-def test_a_missing_package_is_refused_with_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_refused_with_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     (line,) = registry.missing_trackers([name])
     if ":" in name:
@@ -155,7 +155,7 @@ def test_a_missing_package_is_refused_with_the_way(name: str, monkeypatch: pytes
         assert re.fullmatch(f"output.trackers = {name!r} needs {name}; install it with: {command}", line)
 
 
-def test_names_that_are_no_trackers_are_refused_and_old_configs_are_read(tmp_path: Path) -> None:
+def test_unknown_trackers_are_refused_and_old_configs_are_read(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"choose from tensorboard, wandb, .* or write module:Class \(did you mean wandb"
     ):

@@ -97,7 +97,7 @@ def by_hand(family: Family, validation: evaluate.Validation, data) -> dict[str, 
     return {"prediction": np.array(predictions), "target": np.array(targets)}
 
 
-def test_figures_are_those_of_the_formulas():
+def test_figures_follow_the_formulas():
     family, data = Family(), dataset()
     validation = evaluate.Validation(family, data, conditions(), CLASS, 5, from_holdout=True)
     actual = validation.run(Adapter(family, 0.1))
@@ -131,7 +131,7 @@ def test_drift_is_the_relative_change_on_the_class_prompt():
 
 
 @pytest.mark.slow
-def test_the_base_is_followed_as_ddim_does(tiny_sd1, tiny_sd1_v):
+def test_the_bases_trajectory_equals_ddims(tiny_sd1, tiny_sd1_v):
     """Drift is measured at points of the base's trajectory, which must equal diffusers' DDIM at the same timesteps."""
     from diffusers import DDIMScheduler
 
@@ -153,7 +153,7 @@ def test_the_base_is_followed_as_ddim_does(tiny_sd1, tiny_sd1_v):
         assert len(points) == 8
 
 
-def test_the_base_is_asked_once():
+def test_the_bases_trajectory_is_computed_once():
     family, data = Family(), dataset()
     validation = evaluate.Validation(family, data, conditions(), CLASS, 0)
     adapter = Adapter(family, 0.1)
@@ -164,18 +164,18 @@ def test_the_base_is_asked_once():
 
 
 @pytest.mark.parametrize("count, photos, points", [(1, 1, 8), (3, 3, 9), (8, 8, 8), (16, 16, 16), (40, 16, 16)])
-def test_few_photos_are_examined_often_and_many_not_all(count, photos, points):
+def test_few_photos_are_repeated_and_many_are_sampled(count, photos, points):
     validation = evaluate.Validation(Family(), dataset(count), conditions(count), CLASS, 0)
     assert (validation.photo_count, len(validation.places)) == (photos, points)
     assert len({place[1] for place in validation.places}) == photos
 
 
-def test_variants_are_left_out():
+def test_variants_are_not_validated():
     validation = evaluate.Validation(Family(), dataset(3, variants=2), conditions(), CLASS, 0)
     assert sorted({place[1] for place in validation.places}) == [1, 3, 5]
 
 
-def test_train_flags_and_random_state_are_put_back():
+def test_train_flags_and_random_state_are_restored():
     family = Family()
     family.net.train()
     family.net[0].eval()
@@ -190,7 +190,7 @@ def test_train_flags_and_random_state_are_put_back():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd1_v", "tiny_sdxl"])
-def test_a_real_family_is_examined_to_the_bit_twice(base, request):
+def test_validation_of_a_real_family_is_repeatable_bit_by_bit(base, request):
     info = families.describe(str(request.getfixturevalue(base)))
     family = families.load(info, torch.device("cpu"), torch.float32)
     adapter = adapters.attach(family, config.LoraConfig(rank=2), seed=0)
@@ -214,7 +214,7 @@ def test_a_real_family_is_examined_to_the_bit_twice(base, request):
     assert repeat == first
 
 
-def test_gains_are_the_share_of_the_bases_error_that_is_gone():
+def test_gains_are_relative_reductions_of_the_bases_error():
     """The trained text value stays right for one photo and becomes wrong for the other."""
     data, family = dataset(2), Family(factor=0.0)
     data.names = lambda bucket: ["good.png", "bad.png"]
