@@ -64,10 +64,18 @@ SCRIPTS = {
 def main() -> None:
     """Train the runs that are not in the results yet, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--names", nargs="+", default=list(subjects.SUBJECTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--recipes", nargs="+", choices=[*SCRIPTS, "preset"], default=[*SCRIPTS, "preset"])
+    parser.add_argument("results", type=Path, help="JSON lines file of the runs; new runs are appended")
+    parser.add_argument("--names", nargs="+", default=list(subjects.SUBJECTS), help="subjects to learn (default: all)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1], help="seeds of pictures and training (default: 0 1)"
+    )
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=[*SCRIPTS, "preset"],
+        default=[*SCRIPTS, "preset"],
+        help="recipes to compare (default: all)",
+    )
     arguments = parser.parse_args()
     rows = recipes.read(arguments.results)
     for seed in arguments.seeds:

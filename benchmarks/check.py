@@ -32,11 +32,11 @@ ASPECTS = ((1, 1), (3, 2), (2, 3), (4, 3), (3, 4), (16, 9))
 def main() -> None:
     """Create the photos, run the check, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=int, default=20_000)
-    parser.add_argument("--megapixels", type=float, default=1.0)
-    parser.add_argument("--like", type=Path, default=None, help="a folder of photos, read with its subfolders")
-    parser.add_argument("--keep", type=Path, default=None, help="make the photos here, or take those that are here")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--photos", type=int, default=20_000, help="number of photos (default: %(default)s)")
+    parser.add_argument("--megapixels", type=float, default=1.0, help="size of a photo (default: %(default)s)")
+    parser.add_argument("--like", type=Path, default=None, help="folder of photos, with subfolders, to crop from")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the photos; photos in it are used again")
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)

@@ -28,9 +28,9 @@ from lorakit import config
 def main() -> None:
     """Measure, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two short rounds")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = pocket(args) + middle(args)

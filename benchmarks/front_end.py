@@ -48,12 +48,14 @@ SAY = texts.sayer("en")
 def main() -> None:
     """Create runs and photos, measure the pages, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=500)
-    parser.add_argument("--photos", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=50_000)
-    parser.add_argument("--axe", type=Path, help="axe.min.js")
-    parser.add_argument("--journey", action="store_true", help="only: from photos to a tested adapter")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--runs", type=int, default=500, help="number of runs (default: %(default)s)")
+    parser.add_argument("--photos", type=int, default=5000, help="number of photos (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=50_000, help="steps in the log of the running run (default: %(default)s)"
+    )
+    parser.add_argument("--axe", type=Path, help="script of axe-core, axe.min.js")
+    parser.add_argument("--journey", action="store_true", help="measure only the way from photos to an adapter")
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
     args = parser.parse_args()
     if args.journey:
         common.finish([common.row(*row) for row in journey()], args.json)

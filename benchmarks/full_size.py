@@ -40,10 +40,12 @@ GIB = 2**30
 def main() -> None:
     """Write the base, train, stop, resume and compare; print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photos", type=Path)
+    parser.add_argument("photos", type=Path, help="folder of photos")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=3, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--resolution", type=int, default=512, help="training resolution in pixels (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

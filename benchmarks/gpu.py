@@ -110,11 +110,13 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     """Run the parts one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--second", action="store_true", help="the parts of the second call")
-    parser.add_argument("--parts", default="", help=f"some of {', '.join(FIRST | SECOND)}")
-    parser.add_argument("--budget", type=float, help="seconds in all; 470, with --second 600")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with narrow models")
-    parser.add_argument("--output", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--second", action="store_true", help="run the second half of the parts")
+    parser.add_argument("--parts", default="", help=f"parts to run, separated by commas: {', '.join(FIRST | SECOND)}")
+    parser.add_argument("--budget", type=float, help="time limit in seconds (default: 470; with --second 600)")
+    parser.add_argument("--rehearse", action="store_true", help="run on a CPU with narrow models")
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu-results"), help="folder of the results (default: %(default)s)"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -132,7 +134,7 @@ def main() -> None:
     for part in parts:
         left = budget - (time.monotonic() - results.start) - 5
         if left < 15:
-            results.row(part, "part", "left out for want of time")
+            results.row(part, "part", "skipped: no time left")
             continue
         limit = min(left, limits[part] * (8 if args.rehearse else 1))
         command = [sys.executable, __file__, "--part", part, *(["--rehearse"] if args.rehearse else [])]

@@ -44,14 +44,19 @@ BUDGET = 8 * 60
 def main() -> None:
     """Measure, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=tuple(SIDES))
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--quick", action="store_true", help="under a minute: batch 1, few steps")
-    parser.add_argument("--stream", action="store_true", help="weights on the card beside weights in the host's memory")
-    parser.add_argument("--compile", action="store_true", help="ours with memory.compile, too")
-    parser.add_argument("--convolutions", action="store_true", help="ours with cudnn.benchmark and with channels first")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the models; cpu uses narrow models",
+    )
+    parser.add_argument("--only", choices=tuple(SIDES), help="run one base only")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="batch 1 and few steps: less than a minute")
+    parser.add_argument("--stream", action="store_true", help="compare weights on the card with streamed weights")
+    parser.add_argument("--compile", action="store_true", help="also run lorakit with memory.compile")
+    parser.add_argument("--convolutions", action="store_true", help="compare with cudnn.benchmark and channels first")
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":
@@ -62,12 +67,12 @@ def main() -> None:
     for kind in [args.only] if args.only else SIDES:
         for batch in (1,) if args.quick else (1, 4):
             if time.monotonic() - started > BUDGET - 60:
-                print(f"left out for want of time: {kind} batch {batch}")
+                print(f"skipped, no time left: {kind} batch {batch}")
                 continue
             try:
                 rows += case(kind, batch, args, device, peak)
             except torch.OutOfMemoryError:
-                print(f"left out, as the loops' models do not fit together: {kind} batch {batch}")
+                print(f"skipped, the models of all loops do not fit into memory: {kind} batch {batch}")
     common.finish(rows, args.json)
 
 

@@ -424,7 +424,7 @@ def variants(machine: Machine) -> None:
 def compiled(machine: Machine) -> None:
     """Time the first and later steps with compiled blocks in the CUDA graph."""
     if machine.rehearse:
-        row("compile", "left out: it takes minutes on a CPU")
+        row("compile", "skipped: it takes minutes on a CPU")
         return
     for kind in ("sd15", "sdxl"):
         with attempt(f"compile {kind}"):

@@ -37,8 +37,8 @@ from lorakit.runs import memory_estimate, plan
 from lorakit.training.optimizer_step import OptimizerStep
 
 GIB = 2**30
-# Name, resolution, batch, target modules, gradient checkpointing (on, off, or a memory limit in GiB that decides how
-# many blocks use it), storage of the base and "streamed" if the base is streamed.
+# Name, resolution, batch, target modules, gradient checkpointing, storage of the base (and "streamed" if it is).
+# A number for gradient checkpointing is a memory limit in GiB, which decides how many blocks use it.
 CASES = [
     ("sd15", 512, 1, "attention", False, "full"),
     ("sd15", 512, 1, "attention", True, "full"),
@@ -128,9 +128,9 @@ def fake(on: bool = True) -> Iterator[None]:
 def main() -> None:
     """Measure, predict, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="SD1.5 alone")
+    parser.add_argument("--quick", action="store_true", help="SD1.5 only, four cases")
     parser.add_argument("--real", action="store_true", help="one SD1.5 step with values too, to check the count")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     rows = []

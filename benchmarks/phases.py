@@ -34,11 +34,15 @@ GIB = 2**30
 def main() -> None:
     """Build card and base in their own process (torch looks for a card only once), then run and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photo", type=Path)
-    parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
+    parser.add_argument("photo", type=Path, help="photo to train on")
+    parser.add_argument(
+        "--family", choices=("sd1", "sdxl"), default="sd1", help="family of the base (default: %(default)s)"
+    )
     parser.add_argument("--preset", help="default: style-sd15-lowmem or style-sdxl-lowmem")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as lorakit train takes it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="option of the run, as in lorakit train"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -20,9 +20,9 @@ LINE, MARGIN, NAMES, BARS = 24, 16, 430, 420
 def main() -> None:
     """Read the files, draw the bars and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--unit")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON files of benchmarks")
+    parser.add_argument("--output", type=Path, required=True, help="file of the picture")
+    parser.add_argument("--unit", help="unit of the rows (default: that of the first row)")
     args = parser.parse_args()
     tables = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in args.files}
     unit = args.unit or next(iter(tables.values()))[0]["unit"]

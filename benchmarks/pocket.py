@@ -21,9 +21,9 @@ def main() -> None:
         help="pipeline folder with a judge (default: the bundled one)",
     )
     parser.add_argument("--quick", action="store_true", help="64 combinations instead of 512")
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="device of the model (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--samples", type=Path, help="write the first 64 pictures here, as one PNG")
     args = parser.parse_args()

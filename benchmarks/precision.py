@@ -31,11 +31,13 @@ STORAGES = {name: f"bf16, {name}" for name in ("int8", "w8a8", "nf4")}
 def main() -> None:
     """Train each variant, print the table, and write the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=120, help="training steps (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="20 steps")
-    parser.add_argument("--storages", default="", help=f"some of {', '.join(STORAGES)}")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--storages", default="", help=f"values of memory.base_storage, separated by commas: {', '.join(STORAGES)}"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
+    parser.add_argument("--output", type=Path, help="draw the curves into this file")
     args = parser.parse_args()
     steps = 20 if args.quick else args.steps
     with tempfile.TemporaryDirectory() as scratch:

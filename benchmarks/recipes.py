@@ -108,13 +108,24 @@ QUIET = (
 def main() -> None:
     """Train the runs that are not in the results yet, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["preset", "preset-before"], metavar="NAME")
-    parser.add_argument("--names", nargs="+", default=list(subjects.SUBJECTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--captions", nargs="+", choices=teach.CAPTIONS, default=["scene"])
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every recipe")
-    parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
+    parser.add_argument("results", type=Path, help="JSON lines file of the runs; new runs are appended")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=RECIPES,
+        default=["preset", "preset-before"],
+        metavar="NAME",
+        help="names of recipes (default: preset preset-before)",
+    )
+    parser.add_argument("--names", nargs="+", default=list(subjects.SUBJECTS), help="subjects to learn (default: all)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1], help="seeds of pictures and training (default: 0 1)"
+    )
+    parser.add_argument(
+        "--captions", nargs="+", choices=teach.CAPTIONS, default=["scene"], help="kinds of captions (default: scene)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="option of every run")
+    parser.add_argument("--table", action="store_true", help="print the table of the results and do not train")
     arguments = parser.parse_args()
     rows = read(arguments.results)
     keys = {key(row) for row in rows}

@@ -85,5 +85,5 @@ def measure(rounds: int = 20) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--measure", action="store_true", help="time a sum over the processes of torchrun")
     print("\n".join(measure() if parser.parse_args().measure else table()))

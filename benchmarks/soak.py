@@ -126,9 +126,9 @@ class Soak:
 def main() -> None:
     """Run the soak test, print and write the counts; exit with 1 if a run was lost or an adapter differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--minutes", type=float, default=60, help="duration (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the interruptions (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the counts to this JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"LORAKIT_CACHE": str(Path(scratch) / "cache"), "OMP_NUM_THREADS": "1"}

@@ -28,8 +28,8 @@ MOMENTS = {"sample": "until the first pictures", "step": "first step"}
 def main() -> None:
     """Measure, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="skip the run with a full cache")
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
     args = parser.parse_args()
     rows = [common.row("lorakit --help", seconds(["--help"], {}), "s")]
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +64,7 @@ def one_run(photos: Path, folder: Path, cache: Path) -> dict[str, float]:
     ) as run:
         for line in run.stdout or ():
             if line.startswith("base: "):
-                times.setdefault("until it says what it will do", time.time() - start)
+                times.setdefault("until the line about the base", time.time() - start)
     if run.returncode:
         raise SystemExit(run.returncode)
     run_seconds = time.time() - start

@@ -35,16 +35,18 @@ from lorakit.training.precompute import precompute
 def main() -> None:
     """Measure, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", default="pocket")
-    parser.add_argument("--photos", type=Path, help="a folder of photos; 16 random pictures where none is given")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--base", default="pocket", help="base to train (default: %(default)s)")
+    parser.add_argument("--photos", type=Path, help="folder of photos (default: 16 random pictures)")
+    parser.add_argument(
+        "--resolution", type=int, default=64, help="training resolution in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="batch size (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the LoRA (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each loop (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="steps of each loop in a round")
     parser.add_argument("--quick", action="store_true", help="two short rounds")
-    parser.add_argument("--only", choices=("lorakit", "plain"), help="one loop alone; prints its process's peak memory")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=("lorakit", "plain"), help="run one loop and print its peak memory in bytes")
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.steps = 2, 4

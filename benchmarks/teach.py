@@ -57,10 +57,20 @@ DRAWS = 4
 def main() -> None:
     """Train and measure each subject or style, print the table and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--names", nargs="+", default=[*subjects.SUBJECTS, *subjects.STYLES])
-    parser.add_argument("--control", choices=("none", "shuffled"), default="none")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        default=[*subjects.SUBJECTS, *subjects.STYLES],
+        help="subjects and styles to learn (default: all)",
+    )
+    parser.add_argument(
+        "--control",
+        choices=("none", "shuffled"),
+        default="none",
+        help="shuffled: train with wrong targets (default: %(default)s)",
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="option of every run")
+    parser.add_argument("--json", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--grids", type=Path, help="folder for before/after pictures")
     arguments = parser.parse_args()
     if arguments.control == "shuffled":
