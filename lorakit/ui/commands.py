@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lorakit.runs import quickstart
 
 # Timeout of a conversion in seconds. The largest adapters need a fraction of it.
 PATIENCE = 600
+# Seconds that a process waits for its conversion, and its exit code if none came.
+WAIT, UNUSED = 600, 75
 # app.py sets HF_HUB_OFFLINE to OFFLINE for the front end. `fetch` and `caption` use the user's own value, which is read
 # before that.
 OFFLINE, USERS = "1", os.environ.get("HF_HUB_OFFLINE", "0")
@@ -38,34 +41,77 @@ def without_proxies() -> Iterator[None]:
         os.environ.update(proxies)
 
 
+class Exporter:
+    """Starts the processes that convert adapters, one ahead of time where a page expects a conversion. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.ready: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Start a process that imports its libraries and waits, unless one waits already."""
+        with self._lock:
+            self.ready = self._alive() or _exporting()
+
+    def run(self, arguments: Sequence[str]) -> tuple[int, str, str]:
+        """Run a command of lorakit. Return the exit code, stdout and stderr.
+
+        Raises:
+            TimeoutExpired: it took longer than `PATIENCE`.
+        """
+        with self._lock:
+            process, self.ready = self._alive() or _exporting(), None
+        while True:
+            try:
+                out, errors = process.communicate(json.dumps(arguments) + "\n", PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                raise
+            if process.returncode != UNUSED:
+                return process.returncode, out, errors
+            process = _exporting()  # the one that waited ended before it got the arguments
+
+    def _alive(self) -> subprocess.Popen[str] | None:
+        if self.ready is not None and self.ready.poll() is not None:
+            self.ready.communicate()  # closes its pipes
+            return None
+        return self.ready
+
+
+EXPORTER = Exporter()
+
+
+def _exporting() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorakit.cli.imports", str(WAIT), str(UNUSED)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {KEYS: "1"},
+    )
+
+
 def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> list[Path]:
-    """Run `lorakit export`. Return the paths of the written files and folders.
+    """Write an adapter in another format. Return the written files and folders.
 
     Raises:
-        LorakitError: the command failed, with its message, or took longer than `PATIENCE`.
+        LorakitError: the error of the command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["export", str(source), "--to", kind, "--output", str(folder), "--json"]
     arguments += ["--dtype", dtype] if dtype else []
     try:
-        result = subprocess.run(
-            [sys.executable, "-m", "lorakit", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=PATIENCE,
-            check=False,
-            env=os.environ | {KEYS: "1"},
-        )
+        code, out, errors = EXPORTER.run(arguments)
     except subprocess.TimeoutExpired:
         raise LorakitError("{file}: not converted after {seconds} s", source.name, PATIENCE) from None
-    if result.returncode:
+    if code:
         raise LorakitError(
-            _complaint(result.stderr)
-            or Message("{file}: the conversion ended with code {code}", source.name, result.returncode)
+            _complaint(errors) or Message("{file}: the conversion ended with code {code}", source.name, code)
         )
-    return [Path(path) for path in json.loads(result.stdout).values()]
+    return [Path(path) for path in json.loads(out).values()]
 
 
 def fetch(base: str, progress: Callable[[int, int], object] = lambda count, total: None, *, vae: bool = False) -> None:

@@ -71,7 +71,12 @@ class AdapterPage:
         events = [(self.inspect.click, look), (self.path.input, look), (self.upload.upload, look_upload)]
         polled(tasks, events, {self.path, self.upload}, outputs)
         polled(tasks, [(self.convert.click, convert)], convert_inputs, [self.message, self.file], **ACT)
-        tab.select(lambda: gr.update(choices=self.adapters()), None, self.path, **FOLLOW)
+
+        def visit() -> object:
+            commands.EXPORTER.prepare()
+            return gr.update(choices=self.adapters())
+
+        tab.select(visit, None, self.path, **FOLLOW)
 
     def adapters(self) -> list[str]:
         """The adapter files of all runs, newest first."""

@@ -84,6 +84,7 @@ class ComparePage:
         outputs = [self.table, self.choice, self.step, self.files, self.prompts, self.message, self.file]
 
         def runs(run_name: str | None) -> Any:
+            commands.EXPORTER.prepare()
             names = self.runs()
             return gr.update(choices=names, value=run_name if run_name in names else next(iter(names), None))
 
@@ -304,15 +305,23 @@ def export_step(workspace: Workspace, name: str | None, step: int | None, kind: 
         source = file_of_step(run, int(step or 0))
         if source is None:
             return widgets.problem(say("compare.not_there", step=step)), hidden
-        files = [source]
-        if kind or source.is_dir():
-            place = workspace.unused(f"{run.path.name}/exports")
-            files = commands.export(source, kind or next(iter(FORMATS)), place)
+        own = _own_file(run, source, kind)
+        place = workspace.unused(f"{run.path.name}/exports")
+        files = [own] if own else commands.export(source, kind or next(iter(FORMATS)), place)
         staged = workspace.offered(files)
     except LorakitError as problem:
         return widgets.problem(say.translate(str(problem))), hidden
     text = ", ".join(str(path.relative_to(run.path)) for path in files)
     return widgets.good(say("compare.exported", name=text)), gr.update(visible=bool(staged), value=staged or None)
+
+
+def _own_file(run: RunFolder, source: Path, kind: str) -> Path | None:
+    """The file or folder that the run itself wrote in a format ("": any) beside `source`, or None."""
+    if source.parent != run.path or not kind:
+        return source if source.parent == run.path else None
+    endings = [spec.ending for spec in FORMATS.values() if source.name.endswith(spec.ending)]
+    own = run.path / (source.name.removesuffix(max(endings, key=len, default="")) + FORMATS[kind].ending)
+    return own if own.exists() else None
 
 
 def take_button(run: RunFolder, step: int, say: Say) -> str:
