@@ -44,8 +44,8 @@ def test_the_process_that_waits_converts_and_says_what_is_wrong(exporter: Export
     first = exporter.ready
     exporter.prepare()
     assert exporter.ready is first is not None, "one waits"
-    (written,) = commands.export(file, "diffusers", tmp_path / "a")
-    assert written.name == "x-diffusers.safetensors" and inspect.inspect(written).readers["diffusers"].complete
+    (path,) = commands.export(file, "diffusers", tmp_path / "a")
+    assert path.name == "x-diffusers.safetensors" and inspect.inspect(path).readers["diffusers"].complete
     assert first.returncode == 0 and exporter.ready is None
     exporter.prepare()
     with pytest.raises(LorakitError, match="no such file"):

@@ -376,7 +376,7 @@ def test_a_photo_is_left_out_and_brought_back(workspace: Workspace, train: Train
     config = train.config_of_photos(train.form_values(values))
     html = page.checked(str(folder), 0, config, SAY)[1]
     assert html.count(">Leave out<") == 2 and html.count(">Bring back<") == 1 and html.count("lk-left-out") == 1
-    assert "left out by data.exclude: 1.png" in page.checked(str(folder), 0, config, SAY)[0]
+    assert "left out by “Exclude”: 1.png" in page.checked(str(folder), 0, config, SAY)[0]
     assert page.exclude(str(folder), lines, "1.png") == "old/*"
     assert page.exclude(str(folder), "?.png", "1.png") == "", "a pattern goes with the photo that is brought back"
 

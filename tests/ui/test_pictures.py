@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def page(workspace: Workspace) -> TryPage:
         return TryPage(workspace, T)
 
 
+def test_the_newest_adapter_is_chosen_unless_there_is_another(page: TryPage, run: RunFolder):
+    assert page.choices(None)["value"] == "one/sks-toy.safetensors"
+    assert page.choices("one/checkpoints/step-000004")["value"] == "one/checkpoints/step-000004"
+
+
+def test_a_set_of_pictures_says_when_and_with_which_adapter(page: TryPage):
+    folder = page.workspace.unused("tries")
+    folder.mkdir(parents=True)
+    image = Image.new("RGB", (8, 8))
+    image.info["lorakit"] = json.dumps({"prompt": "a <toy>", "adapter": "sks-toy"})
+    for name in ("01-strength-1", "grid"):
+        image_grid.save(image, folder / f"{name}.png")
+    text = page.drawings(SAY)
+    assert re.search(r"<h2>sks-toy · \d{4}-\d\d-\d\d \d\d:\d\d:\d\d</h2>", text) and "a &lt;toy&gt;" in text
+
+
 def test_trying_an_adapter_queues_a_job_with_all_settings(page: TryPage, run: RunFolder):
     assert page.adapters() == ["one/sks-toy.safetensors", "one/checkpoints/step-000004"]
     settings = {"sample.seed": 1234567890, "sample.steps": 0}
@@ -146,4 +163,5 @@ def test_pictures_are_rows_of_strengths(page: TryPage, run: RunFolder):
     text = page.drawings(SAY)
     heads = [text.index(word) for word in ("strength -0.5", "base model", "strength 0.8")]
     assert heads == sorted(heads) and text.count("data-picture=") == 6
+    assert text.count("<th scope=col>p</th>") == 2, "the prompt of each column"
     assert [name for name, _ in page.workspace.runs_and_jobs()] == ["one"], "what is tried is no run"

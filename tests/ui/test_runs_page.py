@@ -102,11 +102,14 @@ def test_a_stopped_run_can_be_queued_before_its_process_ends(page: RunsPage, run
 
 
 def test_a_run_that_was_stopped_offers_its_file(page: RunsPage, run: RunFolder):
-    assert look(page)["download"] == gr.update(visible=False, value=None)
+    assert look(page)["download"] == gr.update(visible=False, value=None, variant="secondary")
     (run.path / "sks-toy.safetensors").write_bytes(b"weights")
     run.update(state="stopped", adapter="sks-toy.safetensors")
     offered = look(page)["download"]
     assert offered["visible"] and Path(offered["value"]).read_bytes() == b"weights"
+    assert offered["variant"] == "secondary"
+    run.update(state="done", adapter="sks-toy.safetensors")
+    assert look(page)["download"]["variant"] == "primary", "nothing is left to do but to take it"
 
 
 def test_a_file_that_cannot_be_offered_says_why(page: RunsPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
@@ -126,7 +129,7 @@ def test_a_file_that_cannot_be_offered_says_why(page: RunsPage, run: RunFolder, 
     gate.set()
     wait_for(lambda: "is being copied" not in look(page)["status"])
     parts = look(page)
-    assert parts["download"] == gr.update(visible=False, value=None)
+    assert not parts["download"]["visible"] and parts["download"]["value"] is None
     assert (
         "could be made (No space left on device); make room in" in parts["status"] and "role=alert" in parts["status"]
     )
@@ -204,6 +207,7 @@ def test_the_log_is_in_the_language_of_the_page(page: RunsPage, run: RunFolder):
 
 def test_a_run_that_is_over_shows_its_result_beside_the_base(page: RunsPage, run: RunFolder):
     picture = Image.new("RGB", (16, 16))
+    picture.info["lorakit"] = json.dumps({"prompt": "a <toy>"})
     run.save_samples(2, [picture, picture], ["a", "b"])
     run.update(state="done")
     assert "The result and the base model" not in look(page)["samples"], "the base drew none"
@@ -211,5 +215,6 @@ def test_a_run_that_is_over_shows_its_result_beside_the_base(page: RunsPage, run
     samples = look(page)["samples"]
     assert samples.index("The result and the base model") < samples.index("Samples")
     assert samples.count("/01.png") == samples.count("/02.png") == 2
+    assert samples.count("<th scope=col>a &lt;toy&gt;</th>") == 2
     run.update(state="running")
     assert "The result" not in look(page)["samples"]

@@ -218,7 +218,7 @@ def _card(
     if item and item.cropped >= 0.005:
         facts.append(say("photos.cropped", share=round(100 * item.cropped)))
     problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
-    lines = "".join(f"<li>{escape(say.translate(problem))}</li>" for problem in problems)
+    lines = "".join(f"<li>{escape(say.explain(problem))}</li>" for problem in problems)
     hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
     label = escape(say("photos.caption", name=photo.relative))
     mark = "left-out" if left_out else "bad" if thumbnail.problem else "warn" if problems else "fine"
@@ -275,7 +275,7 @@ def summary(report: checks.Report | None, count: int, say: Say) -> str:
     parts = [head]
     for kind, lines in (("errors", report.errors), ("warnings", report.warnings), ("notes", report.notes)):
         if lines:
-            line_items = "".join(f"<li>{escape(say.translate(line))}</li>" for line in abridge(lines))
+            line_items = "".join(f"<li>{escape(say.explain(line))}</li>" for line in abridge(lines))
             parts.append(
                 f"<h2 class='lk-{kind}'>{escape(say(f'photos.{kind}'))}</h2><ul class='lk-{kind}'>{line_items}</ul>"
             )

@@ -217,7 +217,12 @@ class RunsPage:
             variant = updates["resume"]
             updates["resume"] = gr.update(visible=bool(variant), variant=variant or "primary")
         if isinstance(updates["download"], str):
-            updates["download"] = gr.update(visible=bool(updates["download"]), value=updates["download"] or None)
+            has_ended = bool(current_name) and dict(runs)[current_name].state == "done"
+            updates["download"] = gr.update(
+                visible=bool(updates["download"]),
+                value=updates["download"] or None,
+                variant="primary" if has_ended else "secondary",
+            )
         return [
             gr.skip() if current_name == run_name else current_name,
             gr.skip() if hashes == screen_hashes else hashes,
@@ -429,5 +434,6 @@ def _result(workspace: Workspace, run: RunFolder, last: int, say: Say) -> str:
         rows.append(f"<tr><th scope=row>{escape(title)}</th>{cells}</tr>" if cells else "")
     if last == 0 or not all(rows):
         return ""
-    table = f"<table class=lk-compare><tbody>{''.join(rows)}</tbody></table>"
+    heads = viewer.heads(run.sample_pictures(last))
+    table = f"<table class=lk-compare>{heads}<tbody>{''.join(rows)}</tbody></table>"
     return f"<h2>{escape(say('run.result'))}</h2><div class=lk-scroll tabindex=0 data-pictures>{table}</div>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,9 @@ class TryPage:
         timer = gr.Timer(EVERY, active=False)
         inputs = {self.adapter, self.prompts, self.base, self.strength, self.with_base, self.seed, self.steps}
 
-        def visit(request: gr.Request) -> list[object]:
+        def visit(adapter: str | None, request: gr.Request) -> list[object]:
             bases = ["", *map(str, self.workspace.bases())]
-            return [gr.update(choices=self.adapters()), gr.update(choices=bases), *self.look(say_for(request))]
+            return [self.choices(adapter), gr.update(choices=bases), *self.look(say_for(request))]
 
         def draw(data: Values, say: Say, progress: Progress) -> tuple[str, object]:
             strengths = [0.0, data[self.strength]] if data[self.with_base] else [data[self.strength]]
@@ -71,9 +72,14 @@ class TryPage:
         def look(request: gr.Request) -> list[object]:
             return self.look(say_for(request))
 
-        tab.select(visit, None, [self.adapter, self.base, self.message, self.pictures, timer], **FOLLOW)
+        tab.select(visit, self.adapter, [self.adapter, self.base, self.message, self.pictures, timer], **FOLLOW)
         polled(self.workspace.tasks, [(self.draw.click, draw)], inputs, [self.message, timer], **ACT)
         timer.tick(look, None, [self.message, self.pictures, timer], **FOLLOW)
+
+    def choices(self, adapter: str | None) -> object:
+        """An update of the field of the adapter. The newest one is chosen if the field is empty."""
+        names = self.adapters()
+        return gr.update(choices=names, value=adapter or next(iter(names), None))
 
     def adapters(self) -> list[str]:
         """The adapter files of all runs, newest first, then their checkpoints, as paths below the runs."""
@@ -154,17 +160,20 @@ class TryPage:
         rows: dict[str, list[Path]] = {}
         for path in sorted(folder.glob("??-strength-*.png")):
             rows.setdefault(path.stem.partition("-strength-")[2], []).append(path)
-        cells = ""
+        first = next(iter(rows.values()), [])
+        cells, heads = "", viewer.heads(first)
+        adapter = str(viewer.recipe_of(first[0]).get("adapter", "")) if first else ""
+        title = " · ".join(part for part in (adapter, _time_of(folder)) if part)
         for row, (strength, paths) in enumerate(sorted(rows.items(), key=lambda one: float(one[0]))):
-            title = say("try.at", strength=strength) if float(strength) else say("compare.base")
+            name = say("try.at", strength=strength) if float(strength) else say("compare.base")
             pictures = "".join(
-                f"<td>{viewer.button(self.workspace, path, title, row, column, side=CELL)}</td>"
+                f"<td>{viewer.button(self.workspace, path, name, row, column, side=CELL)}</td>"
                 for column, path in enumerate(paths)
             )
-            cells += f"<tr><th scope=row>{escape(title)}</th>{pictures}</tr>"
+            cells += f"<tr><th scope=row>{escape(name)}</th>{pictures}</tr>"
         return (
-            f"<section class=lk-scroll tabindex=0 data-pictures><h2>{escape(folder.name)}</h2>"
-            f"<table class=lk-compare><tbody>{cells}</tbody></table></section>"
+            f"<section class=lk-scroll tabindex=0 data-pictures><h2>{escape(title)}</h2>"
+            f"<table class=lk-compare>{heads}<tbody>{cells}</tbody></table></section>"
         )
 
 
@@ -175,6 +184,14 @@ def drawing_line(workspace: Workspace, job: Job, say: Say) -> str:
     if not total:
         return widgets.quiet(say("try.loading", time=seconds))
     return widgets.quiet(say("try.progress", count=count, total=total, time=seconds))
+
+
+def _time_of(folder: Path) -> str:
+    """The time in the name of a folder of `Workspace.unused`. Another name as it is."""
+    try:
+        return f"{datetime.strptime(folder.name, '%Y-%m-%d-%H%M%S-%f'):%Y-%m-%d %H:%M:%S}"
+    except ValueError:
+        return folder.name
 
 
 def _is_going(job: Job) -> bool:

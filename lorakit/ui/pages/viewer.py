@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -106,17 +107,37 @@ def original(workspace: Workspace, name: object, say: Say) -> dict[str, str]:
     return words | {
         "address": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
         "name": "-".join((parts[0], *parts[-2:])) + ".png",
-        "text": " · ".join(part for part in (_prompt(info), *parts[-2:]) if part),
+        "text": " · ".join(part for part in (str(_recipe(info).get("prompt", "")), *parts[-2:]) if part),
         "recipe": str(info.get("parameters", "")),
     }
 
 
-def _prompt(info: Mapping[str | tuple[int, int], object]) -> str:
-    """The prompt in the metadata of a picture, or ""."""
+def heads(paths: Sequence[Path]) -> str:
+    """HTML with the prompt of each picture as the head of its column in a table with row heads."""
+    prompts = [recipe_of(path).get("prompt", "") for path in paths]
+    cells = "".join(f"<th scope=col>{escape(str(prompt))}</th>" for prompt in prompts)
+    return f"<thead><tr><td></td>{cells}</tr></thead>" if any(prompts) else ""
+
+
+def recipe_of(path: Path) -> Mapping[str, object]:
+    """The recipe in a picture's file. It is empty if the file has none."""
     try:
-        return str(foreign_json.loads_table(str(info.get("lorakit", "{}"))).get("prompt", ""))
+        return _recipe_of(path, path.stat().st_mtime_ns)
+    except (OSError, SyntaxError, ValueError):
+        return {}
+
+
+@functools.lru_cache(maxsize=512)
+def _recipe_of(path: Path, changed: int) -> Mapping[str, object]:
+    """As `recipe_of`. `changed` is the time of the last change, for the cache."""
+    return _recipe(image_grid.read(path).info)
+
+
+def _recipe(info: Mapping[str | tuple[int, int], object]) -> Mapping[str, object]:
+    try:
+        return foreign_json.loads_table(str(info.get("lorakit", "{}")))
     except ValueError:
-        return ""
+        return {}
 
 
 def button(workspace: Workspace, path: Path, title: str, row: int, column: int, *, side: int) -> str:

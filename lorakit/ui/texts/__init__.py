@@ -18,9 +18,14 @@ from lorakit.ui.texts.sentences import Sentences, meet
 FOLDER = Path(__file__).parent
 # Matches an option's dotted key in a message, but not in a command or a file name.
 OPTION_KEY = re.compile(r"(?<![\w`./-])(?<!--set )[a-z]+\.[a-z_0-9]+(?![\w/]|\.\w)")
-# Flags of the commands that a page has a field for.
-FLAGS = {"--base": "option.model.base", "--vae": "option.model.vae", "--prompt": "captions.prompt"}
-NAMES = re.compile(rf"{OPTION_KEY.pattern}|(?<![\w-])(?:{'|'.join(FLAGS)})(?![\w-])")
+# Flags and commands that the front end has a field or a place for.
+PLACES = {
+    "--base": "option.model.base",
+    "--vae": "option.model.vae",
+    "--prompt": "captions.prompt",
+    "`lorakit caption`": "captions.title",
+}
+NAMES = re.compile(rf"{OPTION_KEY.pattern}|(?<![\w-])(?:{'|'.join(PLACES)})(?![\w-])")
 # A flag in brackets after the key of its option.
 TWICE = re.compile(r" ?[(（]--vae[)）]")
 
@@ -49,9 +54,9 @@ class Say:
         say, names, text = self, table(self.language), TWICE.sub("", self.translate(text))
         result, end = "", 0
         for match in NAMES.finditer(text):
-            key = FLAGS.get(match[0], f"option.{match[0]}")
+            key = PLACES.get(match[0], f"option.{match[0]}")
             line = text[: match.start()].rpartition("\n")[2]
-            if key not in names or (match[0] in FLAGS and "lorakit " in line):
+            if key not in names or (match[0].startswith("--") and "lorakit " in line):
                 continue
             result = meet(meet(result, text[end : match.start()]), say("train.quoted", name=names[key]))
             end = match.end()
