@@ -1,4 +1,5 @@
-"""Check that this commit can be released: version, changelog and tag agree, and the built wheel runs. Uploads nothing.
+"""Check that this commit can be released: version, changelog and tag agree, links are there, and the built wheel runs.
+Uploads nothing.
 
 python scripts/release.py            build into dist/ and print the hashes
 """
@@ -15,6 +16,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# The links that the package's page on PyPI shows. They need the public address of the repository.
+URLS = ("Repository", "Issues", "Documentation")
 
 
 def problems(root: Path, tags: list[str], status: str) -> list[str]:
@@ -25,7 +28,8 @@ def problems(root: Path, tags: list[str], status: str) -> list[str]:
         tags: tags of the commit.
         status: output of `git status --porcelain`.
     """
-    version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    version = project["version"]
     own = re.search(
         r'^__version__ = "(.*)"$', (root / "lorakit" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -38,6 +42,7 @@ def problems(root: Path, tags: list[str], status: str) -> list[str]:
     ]
     if not re.search(heading, (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE):
         lines.append(f"CHANGELOG.md has no heading '## {version} (YYYY-MM-DD)'")
+    lines += [f"pyproject.toml has no {name} in [project.urls]" for name in URLS if name not in project.get("urls", {})]
     if f"v{version}" not in tags:
         lines.append(f"this commit has no tag v{version}: git tag v{version}")
     if status.strip():

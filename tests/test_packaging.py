@@ -98,7 +98,7 @@ def test_the_unpacked_wheel_has_the_command(unpacked: Path, wheel: Path) -> None
     assert "lorakit = lorakit.cli.main:main" in entry.read_text(encoding="utf-8")
 
 
-def test_a_release_needs_version_changelog_and_tag_to_agree(tmp_path: Path) -> None:
+def test_a_release_needs_links_and_that_version_changelog_and_tag_agree(tmp_path: Path) -> None:
     release = runpy.run_path(str(ROOT / "scripts" / "release.py"))["problems"]
     (tmp_path / "lorakit").mkdir()
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.0"\n')
@@ -108,9 +108,14 @@ def test_a_release_needs_version_changelog_and_tag_to_agree(tmp_path: Path) -> N
     assert release(tmp_path, ["v1.1.0"], " M README.md\n") == [
         "lorakit/__init__.py has version 1.1.0, pyproject.toml 1.2.0",
         "CHANGELOG.md has no heading '## 1.2.0 (YYYY-MM-DD)'",
+        "pyproject.toml has no Repository in [project.urls]",
+        "pyproject.toml has no Issues in [project.urls]",
+        "pyproject.toml has no Documentation in [project.urls]",
         "this commit has no tag v1.2.0: git tag v1.2.0",
         "git status is not clean",
     ]
     (tmp_path / "lorakit" / "__init__.py").write_text('__version__ = "1.2.0"\n')
     (tmp_path / "CHANGELOG.md").write_text("## 1.2.0 (2026-12-01)\n")
+    urls = "\n".join(f'{name} = "https://example.org"' for name in ("Repository", "Issues", "Documentation"))
+    (tmp_path / "pyproject.toml").write_text(f'[project]\nversion = "1.2.0"\n[project.urls]\n{urls}\n')
     assert release(tmp_path, ["v1.2.0"], "") == []
