@@ -68,7 +68,7 @@ def install_line() -> str:
 
 def _of_python(python: str, source: str) -> list[str]:
     if not Path(python).is_file():
-        raise Failed(f"{source} names {python}, and there is no such file: write the path of lorakit's Python there")
+        raise Failed(f"{source} names {python}, but there is no such file: write the path of lorakit's Python there")
     # -P: a module in ComfyUI's folder must not shadow one of lorakit's.
     return [python, "-P", "-m", "lorakit"]
 
@@ -119,7 +119,7 @@ def follow(arguments, listen, interrupted) -> dict:
     if last.get("event") in ("result", "stopped"):
         return last
     if process.is_stopping and process.run_folder is None:
-        return {"event": "stopped", "message": "cancelled before the run began; nothing was left behind"}
+        return {"event": "stopped", "message": "cancelled before the run began; no file was written"}
     raise Failed(last["message"] if last.get("event") == "error" else process.complaint())
 
 

@@ -38,14 +38,14 @@ class Photos:
     CATEGORY, FUNCTION = CATEGORY, "gather"
     RETURN_TYPES, RETURN_NAMES = (PHOTOS, "INT"), ("photos", "count")
     INPUT_IS_LIST = True
-    DESCRIPTION = "A folder of photos with captions in .txt files beside them, or pictures from the graph."
+    DESCRIPTION = "A folder of photos with captions in .txt files of the same names, or connected pictures."
 
     @classmethod
     def INPUT_TYPES(cls):
         captions = {
             "default": "",
             "multiline": True,
-            "tooltip": "For pictures of the graph: a line for each, or one for all",
+            "tooltip": "Captions of connected pictures: one line per picture, or one line for all",
         }
         return {
             "required": {
@@ -124,14 +124,14 @@ def settings():
     text = {"default": "", "multiline": True}
     return {
         "photos": (PHOTOS,),
-        "base": (host.checkpoints(), {"tooltip": "The checkpoint to train on, by its file"}),
+        "base": (host.checkpoints(), {"tooltip": "The checkpoint to train on"}),
         "kind": (["subject", "style"],),
-        "name": ("STRING", {"default": "sks toy", "tooltip": "A rare word, and for a subject what it is"}),
-        "preset": (PRESETS, {"tooltip": "auto: by the base and the kind"}),
-        "steps": ("INT", {"default": 0, "min": 0, "max": 1_000_000, "tooltip": "0: as the preset says"}),
+        "name": ("STRING", {"default": "sks toy", "tooltip": "A rare word and, for a subject, its class: sks toy"}),
+        "preset": (PRESETS, {"tooltip": "auto: chosen by base and kind"}),
+        "steps": ("INT", {"default": 0, "min": 0, "max": 1_000_000, "tooltip": "0: the preset's number of steps"}),
         "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
-        "prompts": ("STRING", {**text, "tooltip": "Sample pictures, a prompt a line"}),
-        "options": ("STRING", {**text, "tooltip": "Any option of lorakit, a line each: adapter.rank = 16"}),
+        "prompts": ("STRING", {**text, "tooltip": "Prompts for samples, one per line"}),
+        "options": ("STRING", {**text, "tooltip": "Options of lorakit, one per line: adapter.rank = 16"}),
     }
 
 
@@ -167,7 +167,7 @@ class Check:
 
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "check", True
     RETURN_TYPES, RETURN_NAMES = ("STRING", "IMAGE"), ("report", "photos")
-    DESCRIPTION = "The findings in the photos and the plan of the run, without training. No model is loaded."
+    DESCRIPTION = "Checks the photos and shows the plan of the run. It loads no model."
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -178,7 +178,7 @@ class Check:
         try:
             text = host.run(["check", *arguments(photos, **inputs)])
         except child.Failed as error:
-            text = f"It cannot train yet:\n{error}"
+            text = f"The run cannot start yet:\n{error}"
         found = sorted(path for path in Path(photos).rglob("*") if path.suffix.lower() in PICTURES)
         pictures = []
         for path in found[:16]:
@@ -197,7 +197,7 @@ class Train:
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "train", True
     RETURN_TYPES = ("MODEL", "CLIP", "STRING", "IMAGE", "STRING")
     RETURN_NAMES = ("model", "clip", "lora_name", "samples", "run")
-    DESCRIPTION = "Trains a LoRA on a checkpoint and puts it into the LoRA folder. Cancel saves; queue again to go on."
+    DESCRIPTION = "Trains a LoRA and copies it into the LoRA folder. Cancel saves the run; queue again to continue."
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -206,7 +206,7 @@ class Train:
             "min": -10.0,
             "max": 10.0,
             "step": 0.05,
-            "tooltip": "Of the LoRA on the model put out",
+            "tooltip": "Strength of the LoRA in the outputs model and clip",
         }
         return {
             "required": {**settings(), "strength": ("FLOAT", strength)},
@@ -220,7 +220,7 @@ class Train:
         place = run_folder(line, inputs["name"])
         state = read_json(place / "state.json")
         if state.get("state") == "done" and (place / state["adapter"]).is_file():
-            host.say(f"these settings were trained already: {place}", node)
+            host.say(f"a run with these settings has finished already: {place}", node)
         else:
             host.free_memory()
             has_begun = (place / "config.toml").is_file()
@@ -229,9 +229,9 @@ class Train:
             if last["event"] == "stopped":
                 import comfy.model_management
 
-                host.say(f"{last['message']}; queue the same again to go on", node)
+                host.say(f"{last['message']}; queue the same node again to continue", node)
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                raise child.Failed(f"{last['message']}; queue the same again to go on")
+                raise child.Failed(f"{last['message']}; queue the same node again to continue")
             state = read_json(place / "state.json")
         name = install(place / state["adapter"])
         model, clip = host.load(inputs["base"], model, clip)
@@ -315,7 +315,7 @@ class Compare:
 
     CATEGORY, FUNCTION = CATEGORY, "compare"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("grid",)
-    DESCRIPTION = "One prompt with the checkpoints of a run (across, in order) at several strengths (down)."
+    DESCRIPTION = "Draws one prompt with the checkpoints of a run: a column per checkpoint, a row per strength."
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -324,7 +324,10 @@ class Compare:
                 "run": ("STRING", {"forceInput": True}),
                 "prompt": ("STRING", {"default": "", "tooltip": "Empty: the first sample prompt of the run"}),
                 "strengths": ("STRING", {"default": "0, 0.5, 0.75, 1"}),
-                "last_checkpoints": ("INT", {"default": 4, "min": 1, "max": 20, "tooltip": "The last so many"}),
+                "last_checkpoints": (
+                    "INT",
+                    {"default": 4, "min": 1, "max": 20, "tooltip": "Number of checkpoints, from the last"},
+                ),
             }
         }
 
@@ -362,7 +365,7 @@ class Inspect:
 
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "inspect", True
     RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("report", "trigger")
-    DESCRIPTION = "Base, method, rank, trigger, strength of a LoRA file, and who reads it: ComfyUI's line first."
+    DESCRIPTION = "Shows base, method, rank, trigger and strength of a LoRA file, and the programs that can read it."
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -373,7 +376,7 @@ class Inspect:
         report = host.run(["inspect", host.full_path("loras", lora_name)])
         reading = re.search(r"^ +(?:yes|NO) +ComfyUI +(.*)$", report, re.MULTILINE)
         trigger = re.search(r"^ +in prompts +(.*?)(?:  \(<lora:.*)?$", report, re.MULTILINE)
-        text = f"ComfyUI: {reading[1] if reading else 'lorakit does not know whether it reads this'}\n{report}"
+        text = f"ComfyUI: {reading[1] if reading else 'lorakit does not know if ComfyUI reads this'}\n{report}"
         return {"ui": {"text": [text]}, "result": (text, trigger[1] if trigger and "\n  trigger " in report else "")}
 
 
@@ -382,7 +385,7 @@ class Merge:
 
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "merge", True
     RETURN_TYPES, RETURN_NAMES = ("STRING",), ("checkpoint_name",)
-    DESCRIPTION = "Merges a LoRA into a checkpoint and writes a new one beside the others. Nothing is replaced."
+    DESCRIPTION = "Merges a LoRA into a checkpoint and writes the result as a new checkpoint. It replaces no file."
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -391,7 +394,7 @@ class Merge:
                 "lora_name": (host.loras(),),
                 "base": ([name for name in host.checkpoints() if name != host.BUNDLED],),
                 "strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
-                "name": ("STRING", {"default": "", "tooltip": "Of the new checkpoint; empty: both names"}),
+                "name": ("STRING", {"default": "", "tooltip": "Name of the new checkpoint. Empty: from both names"}),
             }
         }
 

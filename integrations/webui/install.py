@@ -25,7 +25,7 @@ def main() -> None:
         print(how)
         return
     place = lorakit_child.HERE / "venv"
-    print(f"lorakit: installing it into {place}; this fetches about 3 GB, once", flush=True)
+    print(f"lorakit: installing it into {place}; this downloads about 3 GB, only once", flush=True)
     try:
         subprocess.run([*python, "-m", "venv", str(place)], check=True, stdout=subprocess.DEVNULL)
         own = str(place / lorakit_child.SCRIPTS)

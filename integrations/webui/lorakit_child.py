@@ -53,7 +53,7 @@ def command() -> list[str]:
     """
     if os.environ.get("LORAKIT_PYTHON"):
         if not Path(os.environ["LORAKIT_PYTHON"]).is_file():
-            raise Failed(f"LORAKIT_PYTHON names {os.environ['LORAKIT_PYTHON']}, which is not there")
+            raise Failed(f"LORAKIT_PYTHON names {os.environ['LORAKIT_PYTHON']}, but there is no such file")
         return [os.environ["LORAKIT_PYTHON"], "-m", "lorakit"]
     for python in (HERE / "venv" / SCRIPTS, CHECKOUT / ".venv" / SCRIPTS):
         if python.is_file() and any(python.parents[1].glob("[Ll]ib/**/site-packages/lorakit*")):
@@ -68,7 +68,7 @@ def command() -> list[str]:
         quoted = " ".join(word if word.startswith(("--", "http")) else f'"{word}"' for word in words)
         lines.append(f'"{at}" -m pip install {quoted}')
     raise Failed(
-        "lorakit is not installed. It needs Python 3.11 or newer, and an environment of its own:\n" + "\n".join(lines)
+        "lorakit is not installed. It needs Python 3.11 or newer, and its own environment:\n" + "\n".join(lines)
     )
 
 
@@ -194,9 +194,9 @@ def frame(origin: str, port: int) -> str:
     """Return HTML that shows lorakit's page in the host's page. The URL has the host name that the browser uses."""
     scheme, _, rest = origin.partition("://")
     url = f"http://{re.sub(r':[0-9]+$', '', rest)}:{port}/"
-    link = f'<a href="{url}" target="_blank">in a window of its own</a>'
+    link = f'<a href="{url}" target="_blank">in its own window</a>'
     if scheme == "https":
-        return f"<p>This page is encrypted and cannot show lorakit, which is not: open it {link}.</p>"
+        return f"<p>This page is encrypted and cannot show lorakit's page, which is not. Open lorakit {link}.</p>"
     style = "width:100%;height:calc(100vh - 14rem);min-height:40rem;border:0"
     return f'<iframe src="{url}" title="lorakit" style="{style}" allow="clipboard-write"></iframe><p>{link}</p>'
 

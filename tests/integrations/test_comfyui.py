@@ -134,7 +134,7 @@ def test_without_lorakit_the_error_has_the_line_that_installs_it(
     child.SETTING.write_text(f"{sys.executable}\n")
     assert child.command()[0] == sys.executable
     monkeypatch.setenv("LORAKIT_PYTHON", str(tmp_path / "nothing"))
-    with pytest.raises(child.Failed, match=r"LORAKIT_PYTHON names .*nothing, and there is no such file"):
+    with pytest.raises(child.Failed, match=r"LORAKIT_PYTHON names .*nothing, but there is no such file"):
         child.command()
 
 

@@ -189,7 +189,7 @@ def test_missing_password_encryption_and_a_failed_start_are_reported(loaded, tmp
     child = sys.modules["lorakit_child"]
     monkeypatch.delenv("LORAKIT_PASSWORD", raising=False)
     assert "LORAKIT_PASSWORD" in tab["show"](SimpleNamespace(headers={"host": "192.168.1.5:7860"}))
-    assert "in a window of its own" in child.frame("https://box.example", 7861)
+    assert "in its own window" in child.frame("https://box.example", 7861)
     assert "<iframe" not in child.frame("https://box.example", 7861)
     monkeypatch.setattr(child, "command", lambda: [sys.executable, "-c", "print('no gradio'); raise SystemExit(1)"])
     assert "did not start:\nno gradio" in tab["show"](SimpleNamespace(headers={"origin": ORIGIN}))

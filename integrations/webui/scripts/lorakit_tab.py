@@ -70,7 +70,7 @@ def show(request: gr.Request) -> str:
 def stop() -> str:
     """End the front end. Runs continue."""
     front_end.stop()
-    return "<p>lorakit's front end is stopped. A run that was started goes on.</p>"
+    return "<p>lorakit's front end is stopped. A run that was started continues.</p>"
 
 
 def messages() -> str:
@@ -88,8 +88,8 @@ def tabs() -> list:
             news_button = gr.Button("Finished adapters", elem_id="lorakit_news")
         news = gr.HTML("")
         place = gr.HTML(
-            "<p>lorakit runs as a program of its own. The checkpoint is taken off the card while it trains; finished "
-            "adapters come into the Lora tab by themselves.</p>"
+            "<p>lorakit runs as a separate program. While it trains, the checkpoint is unloaded from the GPU. Finished "
+            "adapters appear in the Lora tab.</p>"
         )
         start_button.click(show, inputs=[], outputs=[place])
         stop_button.click(stop, inputs=[], outputs=[place])
@@ -99,7 +99,7 @@ def tabs() -> list:
 
 def settings() -> None:
     """Add the page "lorakit" to the host's settings."""
-    about = "Folders of photos that lorakit may read, one a line"
+    about = "Folders of photos that lorakit may read, one per line"
     shared.opts.add_option("lorakit_photos", shared.OptionInfo("", about, gr.Textbox, {"lines": 3}, section=SECTION))
 
 
