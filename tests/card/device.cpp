@@ -1,14 +1,14 @@
-// A make-believe CUDA card for a torch that was built without CUDA: its memory is the host's, its kernels are the CPU's.
+// A make-believe CUDA card for a torch that was built without CUDA. It uses the host's memory and the CPU's kernels.
 //
-// Everything above the kernels is torch's own: where a tensor is, what is refused when devices are mixed, what autograd
-// keeps, what is allocated and when it is let go. So a run on it shows what a run on a card would do in all but time and
-// the last bits, and what it must not do: read memory that nobody wrote (it is full of NaN), wait for the card while a
-// graph is captured, use a copy that has not arrived.
+// Everything above the kernels is torch's own code: device checks, autograd, allocation and release of memory. So a run
+// behaves as on a real card, except for its time and the last bits of its results. The card also finds three errors:
+// reading uninitialized memory (it contains NaN), synchronizing during the capture of a graph, and using a copy that
+// has not arrived.
 //
-// It takes the place that CUDA's library has in other builds of torch: allocator, guard, hooks, and kernels, the last by
-// one fallback that gives each operation's CPU kernel the same memory under another name.
+// It replaces the parts that CUDA's library has in other builds of torch: allocator, guard, hooks and kernels. A
+// fallback calls each operation's CPU kernel with tensors that share the card's memory.
 
-// ATen.h would take twice as long to compile.
+// With ATen.h the compilation would take twice as long.
 #define TORCH_ASSERT_ONLY_METHOD_OPERATORS
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
@@ -54,11 +54,11 @@ bool on_card(const Tensor& tensor) {
 
 // -- memory ----------------------------------------------------------------------------------------------------------
 
-// As torch's caching allocator: what is let go stays reserved for its stream, or for its pool if it was allocated while a
-// graph was captured, until the cache is emptied. Bytes are interchangeable: nothing is lost to fragments.
+// Like torch's caching allocator, it keeps freed memory reserved until the cache is emptied: for its stream, or for its
+// pool if it was allocated during a capture. There is no fragmentation, because it counts bytes, not blocks.
 struct Block {
   int64_t size;
-  std::pair<int64_t, int64_t> bin;  // pool (0: the ordinary memory) and stream
+  std::pair<int64_t, int64_t> bin;  // pool (0: ordinary memory) and stream
 };
 struct Pool {
   int64_t live = 0, graphs = 0;
@@ -68,7 +68,7 @@ struct Memory {
   std::unordered_map<void*, Block> blocks;
   std::map<std::pair<int64_t, int64_t>, int64_t> cached;
   std::map<int64_t, Pool> pools;
-  std::vector<int64_t> underway;  // pools of captures that have begun and not ended
+  std::vector<int64_t> underway;  // pools of captures that have not ended
   int64_t live = 0, peak = 0, reserved = 0, reserved_peak = 0, room = -1, stream = 0, pool = 0;
 } memory;
 
@@ -102,7 +102,7 @@ struct CardAllocator final : c10::Allocator {
     const std::pair<int64_t, int64_t> bin(memory.pool, memory.stream);
     auto fresh = [&] { return std::max<int64_t>(wanted - memory.cached[bin], 0); };
     auto full = [&] { return memory.room >= 0 && memory.reserved + fresh() > memory.room; };
-    // While a capture has not ended torch gives nothing back.
+    // torch releases no cached memory during a capture.
     if (full() && memory.underway.empty()) empty_cache();
     TORCH_CHECK_WITH(
         OutOfMemoryError, !full(), "the make-believe card is full: ", memory.live, " bytes and ", wanted, " more, of ",
@@ -123,7 +123,7 @@ struct CardAllocator final : c10::Allocator {
 };
 CardAllocator allocator;
 
-// -- what torch asks of a device -------------------------------------------------------------------------------------
+// -- torch's interfaces of a device ----------------------------------------------------------------------------------
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
@@ -149,10 +149,10 @@ using Tape = std::vector<std::function<void()>>;
 std::shared_ptr<Tape> recording;
 std::vector<std::shared_ptr<Tape>> tapes;
 
-// A generator of the card: draws what the CPU's draws from the same seed. A graph draws from it as it is at the replay.
+// A generator of the card. It draws the same numbers as a CPU generator with its seed. A replay uses its present state.
 struct CardGenerator final : c10::GeneratorImpl {
   Generator inner = at::detail::createCPUGenerator();
-  bool capturing = false;  // from the beginning of a capture that has it until the end of one
+  bool capturing = false;  // true during a capture that has registered it
   CardGenerator() : c10::GeneratorImpl(CARD, DispatchKeySet(DispatchKey::CUDA)) {}
   void set_current_seed(uint64_t seed) override {
     TORCH_CHECK(!recording, "operation not permitted when stream is capturing: a generator is given a seed");
@@ -182,7 +182,7 @@ CardGenerator& of_card(const Generator& generator) {
   return *static_cast<CardGenerator*>(generator.unsafeGetGeneratorImpl());
 }
 
-// torch finds this by its name.
+// torch looks this name up.
 struct CUDAHooks final : CUDAHooksInterface {
   explicit CUDAHooks(CUDAHooksArgs) {}
   void init() const override {}
@@ -202,16 +202,16 @@ struct CUDAHooks final : CUDAHooksInterface {
   const Generator& getDefaultGenerator(DeviceIndex) const override { return default_generator(); }
 };
 
-// -- time: what waits, what is captured, what has been promised ---------------------------------------------------------
+// -- synchronization, captures and delayed copies --------------------------------------------------------------------
 
-// Generators that the graph has been told of.
+// Generators that the graph has registered.
 std::vector<Generator> known;
 int64_t waited = 0, copied = 0;
 bool waiting_is_an_error = false;
-// What is not allowed in a capture spoils it.
+// Whether the capture has failed because of an operation that is not permitted in it.
 bool spoiled = false;
 
-// The host needs to know what the card has computed.
+// Synchronize: the host needs a result of the card.
 void wait(const char* why) {
   waited++;
   TORCH_CHECK(!waiting_is_an_error, "called a synchronizing CUDA operation: ", why);
@@ -224,7 +224,7 @@ void draws_from(const Generator& generator) {
       recording || !of_card(generator).capturing, "Offset increment outside graph capture encountered unexpectedly.");
 }
 
-// As torch up to 2.12 does it: where a capture fails, nothing of this is undone.
+// As in torch up to 2.12, a failed capture does not undo any of this.
 void begin(std::vector<Generator> generators, int64_t pool) {
   generators.push_back(default_generator());
   for (const Generator& each : generators) of_card(each).capturing = true;
@@ -259,7 +259,7 @@ size_t end(int64_t pool) {
   return tapes.size() - 1;
 }
 
-// Copies that a side stream was told to do: they are done when somebody waits for them, and not before.
+// Copies of side streams. They are delayed until something waits for them.
 bool aside = false;
 Tape promised;
 size_t kept = 0;
@@ -277,7 +277,7 @@ void now(const std::function<void()>& act) {
 
 // -- kernels ---------------------------------------------------------------------------------------------------------
 
-// The same memory, called the CPU's.
+// Return a CPU tensor that shares the memory of a tensor on the card.
 Tensor on_cpu(const Tensor& tensor) {
   if (!on_card(tensor)) return tensor;
   const auto& storage = tensor.storage();
@@ -352,7 +352,7 @@ Tensor& card_set(Tensor& tensor, Storage storage, int64_t offset, IntArrayRef si
 
 using Flash = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor>;
 
-// Nothing of the size of the scores is kept, as on a card.
+// As on a card, autograd saves no tensor of the size of the attention scores.
 Flash flash(
     const Tensor& query, const Tensor& key, const Tensor& value, double dropout, bool causal, bool,
     std::optional<double> scale) {
@@ -393,7 +393,7 @@ Tensor attention(
   return std::get<0>(at::_scaled_dot_product_flash_attention(query, key, value, dropout, causal, false, scale));
 }
 
-// An operation's arguments with CPU names for what is on the card. What a kernel is to resize it gets as an empty tensor.
+// An operation's arguments, with CPU tensors that share the card's memory. Outputs to resize become empty tensors.
 struct Given {
   std::vector<IValue> values;
   std::vector<std::tuple<size_t, Tensor>> grown;
@@ -425,7 +425,7 @@ Given given(const c10::FunctionSchema& schema, const std::vector<IValue>& argume
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> list;
       for (const auto& each : value.toOptionalTensorVector()) {
-        // torch takes indices on the CPU, and waits for them.
+        // torch accepts an index on the CPU and synchronizes for it.
         if (each && each->defined() && !on_card(*each) && each->dim() > 0) wait("an index on the CPU");
         list.push_back(each && each->defined() ? std::optional<Tensor>(on_cpu(*each)) : std::nullopt);
       }
@@ -458,7 +458,7 @@ torch::jit::Stack computed(const c10::OperatorHandle& op, const Given& given) {
   return stack;
 }
 
-// Any operation that has no kernel above.
+// Run any operation without a kernel above.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   static const std::set<std::string> waiting = {
       "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal", "aten::repeat_interleave"};
@@ -469,7 +469,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::pop(*stack, schema.arguments().size());
   const Given inputs = given(schema, arguments);
   const torch::jit::Stack results = computed(op, inputs);
-  // Result and place in a list of results -> where the card keeps it.
+  // Number of a result, index in a list of results, and the result's tensor on the card.
   std::vector<std::tuple<size_t, int64_t, Tensor>> outputs;
   for (size_t r = 0; r < results.size(); r++) {
     const auto* alias = schema.returns()[r].alias_info();
@@ -495,7 +495,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
   }
   if (!recording) return;
-  // `arguments` holds the memory that `inputs` looks at.
+  // `arguments` owns the memory that `inputs` shares.
   recording->push_back([op, arguments, inputs, outputs] {
     const torch::jit::Stack again = computed(op, inputs);
     for (const auto& [r, place, tensor] : outputs)
@@ -538,7 +538,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("scaled_dot_product_attention", attention);
   m.impl("_scaled_dot_product_flash_attention", flash);
   m.impl("_scaled_dot_product_flash_attention_backward", flash_backward);
-  // torch would take these apart into kernels that only a real card has.
+  // torch would decompose these into kernels that only a real card has.
   for (const char* name :
        {"convolution", "convolution_backward", "native_group_norm", "native_group_norm_backward", "native_layer_norm",
         "native_layer_norm_backward"})
