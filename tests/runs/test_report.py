@@ -137,10 +137,10 @@ def test_the_page_contains_no_local_path(run):
 
 
 def test_the_page_states_the_self_checks_result(run):
-    assert "Checked: all 2 checks of the exported file held." in run.page
+    assert "Checked: all 2 checks of the exported file passed." in run.page
     assert "12.3 % &amp; more" in run.page
     failed = html(run, [*FINDINGS, Finding("unet effect", False, "no effect")])
-    assert "The self-check failed: 1 of 3 checks." in failed and "checks of the exported file held" not in failed
+    assert "The self-check failed: 1 of 3 checks." in failed and "checks of the exported file passed" not in failed
     assert "Not checked" in html(run, [])
 
 
