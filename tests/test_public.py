@@ -62,7 +62,7 @@ def test_train_stays_a_function_after_a_run(trained, tiny_sd1, photos, tmp_path)
     assert [event.step for event in events if event.kind == "step"] == [1, 2]
 
 
-def test_preflight_finds_what_train_refuses(tiny_sd1, tmp_path) -> None:
+def test_preflight_finds_the_problems_that_train_refuses(tiny_sd1, tmp_path) -> None:
     (empty := tmp_path / "empty").mkdir()
     config = run_config(tiny_sd1, empty, tmp_path / "run", 2)
     with pytest.raises(lorakit.LorakitError) as refused:

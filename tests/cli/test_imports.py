@@ -35,7 +35,7 @@ def test_garbage_collection_stays_on_if_transformers_is_imported():
 
 
 @pytest.mark.slow
-def test_bitsandbytes_comes_without_torchs_compiler():
+def test_bitsandbytes_is_imported_without_torchs_compiler():
     code = (
         "import sys, torch; from lorakit.cli import imports; compile = torch.compile; imports.import_bitsandbytes(); "
         "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules, compile is torch.compile)"

@@ -60,7 +60,7 @@ def test_a_preset_of_stable_diffusion_needs_a_base(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("command", ["check", "train", "probe-rate"])
-def test_unreadable_photos_are_left_out_by_the_option_that_is_named(
+def test_the_named_option_leaves_unreadable_photos_out(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

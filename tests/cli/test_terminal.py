@@ -56,7 +56,7 @@ def test_a_line_and_a_warning() -> None:
     assert stream.getvalue() == "device: cpu\nwarning: one photo is small\n"
 
 
-def test_in_a_pipe_there_is_a_line_for_each_twentieth() -> None:
+def test_a_pipe_gets_a_line_for_each_twentieth_of_the_steps() -> None:
     stream = io.StringIO()
     with Terminal(stream).progress(400) as bar:
         for step in range(1, 401):

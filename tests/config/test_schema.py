@@ -85,7 +85,7 @@ def test_an_unknown_method_lists_the_methods() -> None:
 
 
 @pytest.mark.parametrize("value", [["lora"], {"a": 1}, 1, True])
-def test_a_method_that_is_no_text_is_an_error_and_not_a_crash(value: Any) -> None:
+def test_a_method_that_is_no_text_is_an_error(value: Any) -> None:
     assert "adapter.method" in problem("adapter.method", value)
 
 
@@ -351,13 +351,13 @@ def test_an_override_without_a_key_or_a_value_shows_how_to_write_it(text: str) -
         "",
     ],
 )
-def test_texts_come_back_from_toml_as_they_were(text: str) -> None:
+def test_texts_survive_a_round_trip_through_toml(text: str) -> None:
     loaded = config.from_tables({}, {**STEPS, "data.name": text, "sample.prompts": [text, text]})
     assert config.from_tables(tomllib.loads(config.to_toml(loaded))) == loaded
 
 
 @pytest.mark.parametrize("value", [1e-4, 1e-10, 0.1 + 0.2, 1.0, 10.0, 5e-324])
-def test_numbers_come_back_from_toml_to_the_bit(value: float) -> None:
+def test_numbers_survive_a_round_trip_through_toml(value: float) -> None:
     loaded = config.from_tables({}, {**STEPS, "optimizer.learning_rate": value})
     reloaded = config.from_tables(tomllib.loads(config.to_toml(loaded)))
     assert reloaded.optimizer.learning_rate == value
@@ -455,7 +455,7 @@ def test_trigger_and_noun(name: str, trigger: str, noun: str) -> None:
     assert (data.trigger, data.noun) == (trigger, noun)
 
 
-def test_arguments_of_the_optimizer_come_as_a_table_or_one_by_one() -> None:
+def test_optimizer_arguments_are_a_table_or_single_options() -> None:
     tables = {"optimizer": {"args": {"eps": 1e-6, "betas": [0.9, 0.99]}}}
     loaded = config.from_tables(tables, {**STEPS, "optimizer.args.betas": (0.9, 0.95)})
     assert loaded.optimizer.args == {"eps": 1e-6, "betas": [0.9, 0.95]}

@@ -85,7 +85,7 @@ def test_runs_are_listed_and_one_is_described(server: Server):
     assert run["checkpoints"] == [2] and run["log"] == ["hello"] and "sks toy" in run["config"]
 
 
-def test_pictures_come_with_their_recipes(server: Server):
+def test_pictures_have_their_recipes(server: Server):
     answer = call(server, "samples", "one", 2)
     assert answer["steps"] == [2] and answer["pictures"][0]["recipe"] == {"prompt": "sks toy", "seed": 3}
     picture = Image.open(io.BytesIO(base64.b64decode(answer["pictures"][0]["png"])))

@@ -38,7 +38,7 @@ def server(page: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server.close()
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_its_own_page(server: Server):
+def test_the_front_end_uses_no_proxy_for_its_own_page(server: Server):
     server.start()
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     assert b"hello" in direct.open(server.address).read()
@@ -57,7 +57,7 @@ def test_gradio_is_imported_without_the_environments_proxies(monkeypatch: pytest
     assert os.environ["ALL_PROXY"] == f"socks5://{DEAD}"
 
 
-def test_a_base_behind_a_socks_proxy_says_what_is_missing():
+def test_a_base_behind_a_socks_proxy_names_the_missing_package():
     error = ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
     assert "pip install socksio" in hub.refusal(hub.HubId("owner/name"), error)
 
@@ -90,7 +90,7 @@ def test_a_server_that_ends_before_it_starts_is_reported(page: object):
         server.start()
 
 
-def test_the_first_free_port_is_taken_and_a_port_that_is_taken_is_named():
+def test_the_first_free_port_is_used_and_a_used_port_is_named():
     first = listen("127.0.0.1", None)
     second = listen("127.0.0.1", None)
     busy = first.getsockname()[1]
@@ -106,7 +106,7 @@ def test_the_first_free_port_is_taken_and_a_port_that_is_taken_is_named():
     [("no.such.host.invalid", None, "--host no.such.host.invalid: "), ("203.0.113.9", None, "--host 203.0.113.9: "),
      ("127.0.0.1", 70_000, "--port 70000: must be between 1 and 65535")],
 )  # fmt: skip
-def test_an_address_that_is_not_here_is_named(host: str, port: int | None, message: str):
+def test_an_address_of_another_machine_is_named(host: str, port: int | None, message: str):
     with pytest.raises(LorakitError, match=message):
         listen(host, port)
 

@@ -391,7 +391,7 @@ REACHABLE = """() => {
 }"""
 
 
-def test_only_what_is_offered_is_served(served):
+def test_only_offered_files_are_served(served):
     for path in ("gradio_api/file=/etc/passwd", f"gradio_api/file={served.room}/runs/.queue/000001.toml"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{served.address}/{path}")

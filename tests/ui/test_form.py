@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("preset", config.preset_names())
-def test_a_form_gives_back_the_config_it_shows(preset: str, tmp_path: Path):
+def test_a_form_returns_the_config_that_it_shows(preset: str, tmp_path: Path):
     settings = config.load(preset)
     read, problems = form.read(form.values(settings), Roots([tmp_path]))
     assert problems == {}
@@ -50,14 +50,14 @@ def filled(**answers: object) -> dict[str, object]:
         ({"data__edits": "{'a.jpg' = "}, "data.edits", "must be a table, such as {'a.jpg' = 'turn 90'}"),
     ],
 )
-def test_a_problem_goes_to_its_field(answers: dict[str, object], key: str, message: str, tmp_path: Path):
+def test_a_problem_is_shown_at_its_field(answers: dict[str, object], key: str, message: str, tmp_path: Path):
     read, problems = form.read(filled(**answers), Roots([tmp_path]))
     assert read is None
     assert list(problems) == [key]
     assert message in problems[key][0]
 
 
-def test_all_problems_come_at_once(tmp_path: Path):
+def test_all_problems_are_shown_at_once(tmp_path: Path):
     _, problems = form.read(filled(adapter__rank=0.0, train__batch_size=0.0, model__base="/etc"), Roots([tmp_path]))
     assert set(problems) == {"adapter.rank", "train.batch_size", "model.base"}
 
@@ -172,7 +172,7 @@ def test_a_message_names_options_as_the_page_does(message: str, line: str):
 
 
 @pytest.mark.parametrize("method", config.ADAPTER_SECTIONS)
-def test_a_form_has_a_value_for_every_option_whatever_the_method(method: str) -> None:
+def test_a_form_has_a_value_for_every_option_of_any_method(method: str) -> None:
     values = form.values(config.load(None, {"adapter.method": method, "train.steps": 1}))
     assert values.keys() == form.fields().keys()
     assert values["adapter.method"] == method and values["adapter.rank"] >= 1

@@ -66,7 +66,7 @@ def test_no_two_languages_have_the_same_name_or_serve_the_same_browsers():
 
 
 @pytest.mark.parametrize("language", OTHERS)
-def test_a_language_says_what_english_says_with_the_same_values(language: str):
+def test_a_language_has_the_lines_and_values_of_english(language: str):
     content, english = (vars(texts.source(name)) for name in (language, "en"))
     keys = {part: set(english[part]) for part in ("texts", "sections", "choices")}
     keys |= {"options": set(form.fields())} | {

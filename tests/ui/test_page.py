@@ -52,9 +52,7 @@ def test_the_page_is_small(server: Server):
     [("en", "", "en"), (CHINESE, "", "zh-TW"), (CHINESE, "lorakit-language=en", "en"), ("en", "other=1", "en"),
      ("en", "a=b; lorakit-language=zh-TW", "zh-TW"), ("de", "lorakit-language=xx", "en"), ("zh-CN", "", "zh-CN")],
 )  # fmt: skip
-def test_a_choice_on_the_page_goes_before_the_browsers_language(
-    server: Server, accepted: str, cookie: str, locale: str
-):
+def test_a_language_chosen_on_the_page_overrides_the_browsers(server: Server, accepted: str, cookie: str, locale: str):
     text = ask(server, "/", Accept_Language=accepted, Cookie=cookie)[1].decode()
     assert f'navigator, "language", {{value: "{locale}"}}' in text and re.search(rf'<html\s+lang="{locale}"', text)
     config = json.loads(ask(server, "/config", Accept_Language=accepted, Cookie=cookie)[1])

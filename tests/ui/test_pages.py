@@ -144,7 +144,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_a_base_on_the_hub_is_fetched_when_somebody_asks_and_not_before(
+def test_a_base_on_the_hub_is_fetched_only_on_request(
     train: TrainPage, tiny_sd1: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     requests: list[str] = []
@@ -207,7 +207,7 @@ def test_a_vae_on_the_hub_is_lacking_until_it_is_in_the_cache(train: TrainPage, 
     assert problems == {} and config is not None and config.model.vae == "org/vae"
 
 
-def test_photos_are_shown_whatever_the_base_is(workspace: Workspace, train: TrainPage, hub_cache: Path):
+def test_photos_are_shown_with_any_base(workspace: Workspace, train: TrainPage, hub_cache: Path):
     with gr.Blocks():
         photos = PhotosPage(workspace, T)
     folder = str(workspace.roots.paths[0])

@@ -37,7 +37,7 @@ def config_of(workspace: Workspace, **data: object) -> Config:
     return config
 
 
-def test_buttons_turn_and_crop_what_is_on_the_page(workspace: Workspace) -> None:
+def test_buttons_turn_and_crop_the_photos_of_the_page(workspace: Workspace) -> None:
     before = {path: path.read_bytes() for path in workspace.roots.paths[0].iterdir()}
     lines = PhotosPage.edit("", "a.png", "right")
     assert lines == '{"a.png" = "turn 90"}'
@@ -92,7 +92,7 @@ def test_a_mask_is_painted_shown_and_undone(workspace: Workspace) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_photo_that_is_full_of_strokes_says_so_and_takes_no_more(workspace: Workspace) -> None:
+def test_a_photo_with_500_strokes_takes_no_more(workspace: Workspace) -> None:
     with gr.Blocks():
         page = PhotosPage(workspace, T)
     for count, acts in ((499, ["left", "right", "crop", "paint", "erase", "unpaint", "reset"]),

@@ -54,7 +54,7 @@ def run(workspace: Workspace) -> RunFolder:
     return run
 
 
-def test_a_picture_is_given_as_it_was_saved(workspace: Workspace, run: RunFolder):
+def test_the_viewer_returns_a_picture_unchanged(workspace: Workspace, run: RunFolder):
     answer = viewer.original(workspace, "one/samples/step-000002/02.png", SAY)
     content = base64.b64decode(answer["address"].removeprefix("data:image/png;base64,"))
     assert content == (run.samples / "step-000002" / "02.png").read_bytes()

@@ -19,7 +19,7 @@ from lorakit.ui.pages.try_it import TryPage, drawing_line  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 
-def test_a_drawing_says_how_many_pictures_are_there(tmp_path: Path) -> None:
+def test_a_drawing_shows_its_number_of_finished_pictures(tmp_path: Path) -> None:
     workspace, say = Workspace(tmp_path / "runs", [tmp_path]), texts.sayer("en")
     job = workspace.queue.command(["sample", "a.safetensors"], tmp_path / "runs" / "tries" / "one")
     assert drawing_line(workspace, job, say).startswith("<p class=lk-quiet>Loading the base model … (")

@@ -87,7 +87,7 @@ def test_settings_are_shown_as_text(page: RunsPage, run: RunFolder):
     assert page.tools.show("", SAY)[5] == ""
 
 
-def test_a_run_goes_to_the_trash_and_comes_back(page: RunsPage, run: RunFolder):
+def test_a_run_is_moved_to_the_trash_and_restored(page: RunsPage, run: RunFolder):
     assert "has not ended" in page.tools.put_aside("one", SAY) and run.path.is_dir()
     run.update(state="done")
     assert "No file is deleted" in page.tools.put_aside("one", SAY)

@@ -77,7 +77,7 @@ def test_an_interrupted_run_says_why_and_what_to_do(page: RunsPage, run: RunFold
     assert "按「繼續」" in look(page, say=texts.sayer("zh-Hant"))["status"]
 
 
-def test_the_message_of_a_button_goes_with_the_state(page: RunsPage, run: RunFolder):
+def test_the_message_of_a_button_disappears_when_the_state_changes(page: RunsPage, run: RunFolder):
     first = look(page)
     assert first["message"] == gr.skip()
     assert look(page, first["hashes"])["message"] == gr.skip(), "the same state: what was said stays"
@@ -165,7 +165,7 @@ def test_the_address_names_the_run(referer: str, run: str):
     assert address.run_in(SimpleNamespace(headers={"referer": referer})) == run
 
 
-def test_the_log_is_read_on_from_where_it_was(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+def test_the_log_is_read_from_its_last_position(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
     reader = LogReader(run.log_file, "step")
     run.event("step", step=1)
     assert [event["step"] for event in reader.events()] == [1]
@@ -205,7 +205,7 @@ def test_the_log_is_in_the_language_of_the_page(page: RunsPage, run: RunFolder):
     assert "! blurred" in look(page)["log"] and "! 模糊" in look(page, say=texts.sayer("zh-Hant"))["log"]
 
 
-def test_a_run_that_is_over_shows_its_result_beside_the_base(page: RunsPage, run: RunFolder):
+def test_a_finished_run_shows_its_result_and_the_base(page: RunsPage, run: RunFolder):
     picture = Image.new("RGB", (16, 16))
     picture.info["lorakit"] = json.dumps({"prompt": "a <toy>"})
     run.save_samples(2, [picture, picture], ["a", "b"])

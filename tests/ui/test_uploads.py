@@ -51,7 +51,7 @@ TWINS = "several files are called {}, and which belong together is not known; up
         ([".a.png"], {"a.png": None}, []),
     ],
 )
-def test_a_caption_goes_to_its_photo_or_to_none(
+def test_a_caption_is_matched_to_its_photo_or_refused(
     tmp_path: Path, names: list[str], captions: dict[str, str | None], refused: list[str] | None
 ):
     place = tmp_path / "place"
@@ -88,7 +88,7 @@ def test_an_upload_without_photos_creates_no_folder(tmp_path: Path):
     assert upload.photo_count == 0 and upload.refused[0].startswith("bad.jpg: ") and not (tmp_path / "place").exists()
 
 
-def test_tables_of_captions_come_in_with_photos_and_replace_nothing(tmp_path: Path):
+def test_tables_of_captions_need_photos_and_replace_no_file(tmp_path: Path):
     place, line = tmp_path / "place", '{"file_name": "a.png", "text": "sks toy on a table"}'
     alone = take_in(files(tmp_path / "alone", f"metadata.jsonl={line}"), place)
     assert alone.refused == ["metadata.jsonl: no photo came with it"] and not place.exists()
@@ -99,7 +99,7 @@ def test_tables_of_captions_come_in_with_photos_and_replace_nothing(tmp_path: Pa
     assert (place / "metadata.jsonl").read_text() == line
 
 
-def test_a_caption_that_comes_later_goes_to_the_photo_that_has_none(tmp_path: Path):
+def test_a_later_caption_is_matched_to_the_photo_without_one(tmp_path: Path):
     place = tmp_path / "place"
     take_in(files(tmp_path / "up", "a.png", "b.png=blue", "b.txt=there"), place)
     upload = take_in(files(tmp_path / "later", "a.txt=a dog", "b.txt=another", "c.txt=none"), place)
@@ -120,7 +120,7 @@ def zipped(path: Path, entries: dict[str, bytes]) -> Path:
     return path
 
 
-def test_an_archive_keeps_its_folders_and_only_what_can_be_used(tmp_path: Path):
+def test_an_archive_is_unpacked_with_its_folders_and_only_usable_files(tmp_path: Path):
     entries = {
         "dogs/5_sks dog/a.png": picture(),
         "dogs/5_sks dog/a.txt": b"sks dog on a table",
