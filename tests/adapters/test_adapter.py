@@ -1,4 +1,4 @@
-"""Tests of what an adapter in a base computes and how its weights begin."""
+"""Tests of what an adapter in a base computes and how its weights are initialized."""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from lorakit.core.errors import LorakitError
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_a_new_adapter_changes_nothing_to_the_bit(
-    request: pytest.FixtureRequest, attach: Any, name: str, method: str
-) -> None:
+def test_a_new_adapter_changes_no_bit(request: pytest.FixtureRequest, attach: Any, name: str, method: str) -> None:
     family = request.getfixturevalue(name)
     before = predict(family)
     attach(family, METHODS[method](rank=4, target_modules="linear+conv", train_text_encoder=True))

@@ -47,7 +47,7 @@ def test_the_vectors_replace_the_tokens_of_the_word(token_ids: list[int], count:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_one_vector_for_a_word_of_one_token_changes_nothing_to_the_bit(
+def test_one_vector_for_a_word_of_one_token_changes_no_bit(
     request: pytest.FixtureRequest, attach: Any, name: str
 ) -> None:
     family = request.getfixturevalue(name)

@@ -258,7 +258,7 @@ def test_moving_a_condition_keeps_the_dtype_of_its_sizes() -> None:
     assert converted["time_ids"].dtype is torch.int64
 
 
-def test_a_family_adds_a_row_of_its_own_name() -> None:
+def test_a_family_can_add_its_own_condition() -> None:
     angles = torch.arange(6.0).reshape(3, 2)
     three = condition(3).with_rows(angles=angles)
     picked = three.index(torch.tensor([2, 0]))

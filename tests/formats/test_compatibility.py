@@ -78,7 +78,7 @@ def test_a_wrong_text_encoder_prefix_is_reported(family, lost):
 
 
 @pytest.mark.parametrize(("family", "prefix"), [("sd1", "lora_te_"), ("sdxl", "lora_te1_")])
-def test_dropped_text_model_is_read_by_nobody(family, prefix):
+def test_no_program_reads_names_without_text_model(family, prefix):
     shapes = renamed(random_adapters.kohya_shapes(family), f"{prefix}text_model_", prefix)
     report = read_report(shapes, family)
     assert complete(report) == set()
@@ -240,7 +240,7 @@ def test_lycoris_is_refused_by_diffusers(prefix):
         (lambda parts: parts.pop("alpha"), "its alpha is missing"),
     ],
 )
-def test_a_broken_loha_is_read_by_nobody(change, words):
+def test_no_program_reads_a_broken_loha(change, words):
     parts = {"hada_w1_a": (320, 4), "hada_w1_b": (4, 768), "hada_w2_a": (320, 4), "hada_w2_b": (4, 768), "alpha": ()}
     shapes = without(random_adapters.kohya_shapes("sd1"), TO_K)
     assert "a1111" in complete(read_report(shapes | {f"{TO_K}.{part}": shape for part, shape in parts.items()}, "sd1"))

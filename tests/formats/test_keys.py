@@ -51,7 +51,7 @@ def test_text_encoder_names_without_text_model_are_understood():
         "lora_unet_single_blocks_0_linear1",
     ],
 )
-def test_a_name_that_is_no_layers_is_unknown(stem):
+def test_a_name_without_a_layer_is_unknown(stem):
     assert keys.from_kohya(stem) is None
 
 

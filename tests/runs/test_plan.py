@@ -141,7 +141,7 @@ def test_an_incomplete_batch_is_counted_with_its_photos(sd15: Info) -> None:
 
 
 @pytest.mark.parametrize("steps, problem", [(10, "comes to 50% of optimizer.learning_rate"), (20, "100%"), (21, "")])
-def test_a_warm_up_that_is_no_shorter_than_the_run_is_reported(sd15: Info, steps: int, problem: str) -> None:
+def test_a_warm_up_as_long_as_the_run_is_reported(sd15: Info, steps: int, problem: str) -> None:
     lines = make(sd15, [SQUARE], train__steps=steps, optimizer__warmup_steps=20).lines()
     warmup = [line for line in lines if line.startswith("optimizer.warmup_steps = 20: ")]
     assert len(warmup) == bool(problem) and all(problem in line for line in warmup)

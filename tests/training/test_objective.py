@@ -110,7 +110,7 @@ def test_min_snr_is_finite_if_the_schedule_ends_at_zero() -> None:
     assert prediction.VPrediction(schedule).min_snr_weights(timesteps, 5.0).tolist() == pytest.approx([0.5, 0.5, 0])
 
 
-def test_without_gamma_there_are_no_weights() -> None:
+def test_without_gamma_min_snr_weights_are_none() -> None:
     assert prediction_of("epsilon").min_snr_weights(*tensors(TIMESTEPS), None) is None
 
 

@@ -83,7 +83,7 @@ def updated(settings: config.Config, dtype: torch.dtype = torch.float32) -> tupl
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sdxl"])
-def test_without_clipping_the_weights_are_the_plain_loops_to_the_bit(
+def test_without_clipping_weights_equal_a_plain_loops_bit_by_bit(
     name: str, base: str, photos: Path, request: Any
 ) -> None:
     settings = run_config(request.getfixturevalue(base), photos, optimizer__name=name, train__max_grad_norm=0.0)
@@ -96,7 +96,9 @@ def test_without_clipping_the_weights_are_the_plain_loops_to_the_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_clipped_and_in_half_precision_they_are_near(tiny_sd1: Path, photos: Path, dtype: torch.dtype) -> None:
+def test_with_clipping_and_in_half_precision_weights_are_close(
+    tiny_sd1: Path, photos: Path, dtype: torch.dtype
+) -> None:
     settings = run_config(tiny_sd1, photos, train__max_grad_norm=0.01, adapter__new_tokens=2)
     (mine, norms_of_step), (theirs, norms) = updated(settings, dtype), plainly(settings, dtype)
     assert min(norms) > 0.01
