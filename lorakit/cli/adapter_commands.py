@@ -170,7 +170,7 @@ def run_sample(args: argparse.Namespace) -> int:
     prompts = [unquote(prompt) for prompt in read_prompts(args) or ()]
     for prompt in args.prompt or ():
         if unquote(prompt) != prompt.strip():
-            remark(Message("--prompt: the quotes around {prompt} are left out", shorten(prompt.strip(), 60)))
+            remark(Message("--prompt: the quotes around {prompt} are removed", shorten(prompt.strip(), 60)))
     for line in sampling.findings(args.adapter, prompts, base=base, overrides=overrides):
         remark(line)
     files = sampling.sample(
@@ -290,7 +290,7 @@ def run_merge(args: argparse.Namespace) -> int:
     info = families.describe(configuration.load(None, {"train.steps": 1, **overrides}).model)
     if weights.family != info.family:
         raise LorakitError(
-            "{adapter} was made for {family} and {title} is {other}",
+            "{adapter} is for {family}, but base {title} is {other}",
             Path(args.adapter).name,
             weights.family,
             info.title,
@@ -304,7 +304,7 @@ def run_merge(args: argparse.Namespace) -> int:
             info.title,
         )
     for word in weights.embeddings:
-        remark(Message("the embedding of {word!r} is no part of a model: keep it beside the merged one", word))
+        remark(Message("the merged model does not contain the embedding of {word!r}: keep its file too", word))
     precision = Precision(keep_fp8=args.keep_fp8)
     merged = merge(weights, info, Path(args.output), args.strength, precision=precision)
     remark(precision.line())
@@ -320,7 +320,7 @@ def run_extract(args: argparse.Namespace) -> int:
     base, tuned = families.describe(args.base), families.describe(args.tuned)
     if base.family != tuned.family:
         raise LorakitError(
-            "{title} is {family} and {base} is {other}: nothing to compare",
+            "{title} is {family}, but {base} is {other}: both must be of one family",
             tuned.title,
             tuned.family,
             base.title,
@@ -386,7 +386,7 @@ def _write(
 
     if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
         raise LorakitError(
-            "{name}: too long for the name of a file: give one of at most 200 letters", shorten(name, 40)
+            "{name}: this name is too long for a file; give one of at most 200 letters", shorten(name, 40)
         )
     if is_device(name):
         raise LorakitError(DEVICE, "--name", name)
@@ -395,7 +395,7 @@ def _write(
     target = destination(folder, name, fmt).resolve()
     for source in sources:
         if Path(source).resolve() == target:
-            raise LorakitError("{source} would be written over: name another folder with --output", source)
+            raise LorakitError("{source} would be overwritten: give another folder with --output", source)
     there = [] if args.force else occupied(folder, name, fmt)
     if there:
         raise LorakitError("{file} exists already: name another folder with --output, or give --force", there[0])
@@ -424,7 +424,7 @@ def _strengths(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if not values or not all(math.isfinite(value) for value in values):
-        raise argparse.ArgumentTypeError(Message("{text!r}: write numbers with commas between, as in 0,0.5,1", text))
+        raise argparse.ArgumentTypeError(Message("{text!r}: write numbers separated by commas, e.g. 0,0.5,1", text))
     return values
 
 

@@ -63,7 +63,7 @@ def run_batch(args: argparse.Namespace) -> int:
     }
     overrides = {key: value for key, value in flags.items() if value is not None} | read_overrides(args.set)
     if args.results and not (args.ray or args.wait):
-        raise ConfigError(["--results copies what comes of each run as it ends: give --wait or --ray as well"])
+        raise ConfigError(["--results copies the results of each run at its end: give --wait or --ray too"])
     rows = batch.read(source, args.preset, overrides, runs)
     send = _Sender(runs, args.results)
     batch.write_manifest(runs, rows)
@@ -74,7 +74,7 @@ def run_batch(args: argparse.Namespace) -> int:
         return send.all(_show(runs, args.json))
     count = batch.enqueue(runs, rows)
     if not args.wait:
-        rest = Message(", {count} are done or under way", len(rows) - count) if count < len(rows) else ""
+        rest = Message(", {count} are done or in progress", len(rows) - count) if count < len(rows) else ""
         if not args.json:
             print_lines(
                 Message("{count} runs are queued{rest}; see: lorakit batch status {folder}", count, rest, quote(runs))

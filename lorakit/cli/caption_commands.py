@@ -139,7 +139,7 @@ def _end(args: argparse.Namespace, result: Captions, others: int) -> int:
         )
         if others:
             print_lines(
-                Message("{photos} had a caption: left as they were; --overwrite replaces them", count(others, "photo"))
+                Message("{photos} already had a caption: not changed; --overwrite replaces it", count(others, "photo"))
             )
         if result.texts and not args.dry_run:
             print_lines(Message("undo it with: lorakit caption {folder} --undo", quote(args.photos)))
@@ -159,9 +159,9 @@ def _undo(args: argparse.Namespace, folder: Path) -> int:
     if args.json:
         print_json(vars(result))
         return 0
-    print_lines(Message("{captions} as before", count(len(result.restored), "caption")))
+    print_lines(Message("{captions} restored", count(len(result.restored), "caption")))
     if result.changed_since:
-        print_lines(Message("left alone, changed since: {names}", some_names(result.changed_since)))
+        print_lines(Message("not restored, because they were changed later: {names}", some_names(result.changed_since)))
     if result.remaining:
         print_lines(Message("{changes} can be undone too", count(result.remaining, "earlier change")))
     return 0
@@ -175,7 +175,7 @@ def _config(args: argparse.Namespace) -> configuration.Config:
     """
     overrides = read_overrides(args.set)
     problems = [
-        Message("{key}: captions do not depend on it; --set takes {options} here", key, ", ".join(OPTIONS))
+        Message("{key}: captions do not depend on this option; --set accepts {options} here", key, ", ".join(OPTIONS))
         for key in overrides
         if key not in OPTIONS
     ]

@@ -93,7 +93,7 @@ def demo(
         from lorakit.training import run
 
     result = run.train(config, listeners=[terminal], stop=stop)
-    terminal.say("comparing base and adapter on scenes that no photo showed")
+    terminal.say("comparing base and adapter on scenes that are in no photo")
     grid, before, after = compare(config, result.adapter, subject, folder, terminal)
     outcome = Outcome(
         subject, folder, photos, result.folder, result.adapter, grid, before, after, time.monotonic() - start
@@ -116,7 +116,7 @@ def write_photos(subject: str, folder: Path) -> Path:
     from lorakit.families.pocket import scene_captions, spec, subjects
 
     if folder.exists() and any(folder.iterdir()):
-        raise LorakitError("{folder} is not empty; name another place with --output", folder)
+        raise LorakitError("{folder} is not empty; give another folder with --output", folder)
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [scene for scene in spec.SCENES if scene not in UNSEEN]
     noun = subjects.SUBJECTS[subject].kind

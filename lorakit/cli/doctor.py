@@ -97,7 +97,9 @@ def versions(
             version = installed(name)
         except importlib.metadata.PackageNotFoundError:
             lines.append(
-                Line(name, "bad", Message("missing; wanted {bounds}", bounds), install.command(f"{name}{bounds}"))
+                Line(
+                    name, "bad", Message("missing; lorakit needs {bounds}", bounds), install.command(f"{name}{bounds}")
+                )
             )
             continue
         lines.append(
@@ -153,7 +155,7 @@ def cpu_line(threads: int) -> Line:
     total = available_cores()
     detail = f"cpu, {count(threads, 'thread')}"
     detail += (
-        Message(" of {total}, the other cores are busy, or OMP_NUM_THREADS says so", total) if threads < total else ""
+        Message(" of {total}; the other cores are busy, or OMP_NUM_THREADS is set", total) if threads < total else ""
     )
     if nvidia.is_hidden() or not nvidia.has_driver():
         return Line("device", "ok", detail)
@@ -167,13 +169,13 @@ def cpu_line(threads: int) -> Line:
         return Line(
             "device",
             "bad",
-            Message("{device}; {names} is there, but this torch is built without CUDA", detail, names),
+            Message("{device}; {names} is installed, but this torch is built without CUDA", detail, names),
             command,
         )
     return Line(
         "device",
         "bad",
-        Message("{device}; {names} is there, but torch does not see it: update its driver", detail, names),
+        Message("{device}; {names} is installed, but torch does not find it: update its driver", detail, names),
         command,
     )
 
@@ -226,7 +228,7 @@ def extras(find: Callable[[str], Any] = importlib.util.find_spec) -> list[Line]:
     lines = []
     for extra, (module, purpose) in optional_extras().items():
         if find(module) is not None:
-            lines.append(Line(f"extra {extra}", "ok", Message("{module} is there, for {purpose}", module, purpose)))
+            lines.append(Line(f"extra {extra}", "ok", Message("{module} is installed, for {purpose}", module, purpose)))
         else:
             fix = install.hint(extra)
             lines.append(

@@ -132,7 +132,7 @@ class Parser(argparse.ArgumentParser):
         last_parts = [key.partition(".")[2] for key in keys]
         near = difflib.get_close_matches(name.strip("-").replace("-", "_"), last_parts, n=1, cutoff=NEAR)
         choices = [f"--set {key}=..." for key, last in zip(keys, last_parts, strict=True) if last in near]
-        return (f" (did you mean {own[0]}?)" if own else "") + (f"; say {' or '.join(choices)}" if choices else "")
+        return (f" (did you mean {own[0]}?)" if own else "") + (f"; use {' or '.join(choices)}" if choices else "")
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser`."""

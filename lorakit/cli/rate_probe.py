@@ -44,14 +44,14 @@ def add(command: Command) -> None:
 def run_probe_rate(args: argparse.Namespace) -> int:
     """`lorakit probe-rate`. The exit code is 1 if no rate reduced the error, and 130 if the command was stopped."""
     if args.steps < LOOKS:
-        raise ConfigError([Message("--steps is {least} or more", LOOKS)])
+        raise ConfigError([Message("--steps must be {least} or more", LOOKS)])
     threads.use_idle_cores()
     terminal = Terminal(sys.stderr if args.json else sys.stdout)
     from lorakit.runs.preflight import preflight
 
     config = resolve(args, terminal)
     if optimizer_spec(config.optimizer.name).learning_rate is not None:
-        raise ConfigError([Message("{name} finds its learning rate itself: nothing to probe", config.optimizer.name)])
+        raise ConfigError([Message("{name} sets its learning rate itself: nothing to probe", config.optimizer.name)])
     if config.adapter.whole_model:
         raise ConfigError([Message("probe-rate is for adapters; adapter.method is {method}", config.adapter.method)])
     result = preflight(config, fetch=True)
@@ -117,11 +117,11 @@ def _rates(config: OptimizerConfig, multiple: float) -> OptimizerConfig:
 def _lines(rows: Sequence[tuple[float, float]], proposal: float | None) -> Iterator[str]:
     """Lines of text: a bar for each rate, then the proposal."""
     best = max(gain for _, gain in rows)
-    yield "learning rate   error on the photos, below the base's"
+    yield "learning rate   reduction of the base's error on the photos"
     for rate, gain in rows:
         yield f"{rate:>13.2g}   {gain:>7.1%}  {'#' * round(WIDTH * max(gain, 0) / max(best, 1e-30))}".rstrip()
     if proposal is None:
-        yield Message("no rate took anything off the base's error: look at the photos and their texts")
+        yield Message("no rate reduced the base's error: check the photos and their captions")
     else:
         yield Message(
             "proposal: optimizer.learning_rate = {rate:.2g}, a third of the rate at which the error was lowest",

@@ -83,7 +83,7 @@ def work(runs: str, name: str) -> int:
 
     if not Path(runs, batch.MANIFEST).is_file():
         raise LorakitError(
-            "{folder} is not there on {machine}: all machines need the shared folder", runs, platform.node()
+            "{folder} does not exist on {machine}: all machines need the shared folder", runs, platform.node()
         )
     arguments = batch.command(Path(runs), name)
     if arguments is None:

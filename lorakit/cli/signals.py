@@ -11,7 +11,7 @@ from types import FrameType
 # Whether a launcher started this process and others. Launchers send a signal to each process, sometimes twice, and end
 # processes that seem to have failed.
 SEVERAL = int(os.environ.get("WORLD_SIZE") or 1) > 1
-NOTICE = b"lorakit: stopping, and saving what there is; Ctrl-C again ends at once\n"
+NOTICE = b"lorakit: stopping and saving; press Ctrl-C again to end at once\n"
 # The signal of a closed terminal. Windows has no SIGHUP.
 HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 

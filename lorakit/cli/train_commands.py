@@ -262,11 +262,11 @@ def run_import_config(args: argparse.Namespace) -> int:
         print_json({"config": str(target), "without_twin": rest, "notes": notes})
         return 0
     if rest:
-        print_lines("without a twin, left out:", *(f"  {line}" for line in rest))
+        print_lines("left out, because lorakit has no such option:", *(f"  {line}" for line in rest))
     if notes:
         print_lines("filled in or joined:", *(f"  {line}" for line in notes))
     print_lines(
-        Message("written: {file}", target), Message("see what it does: lorakit check --preset {file}", quote(target))
+        Message("written: {file}", target), Message("check it with: lorakit check --preset {file}", quote(target))
     )
     return 0
 
@@ -349,7 +349,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> configuration.Confi
         preset, reason = default_preset(model_of(overrides), overrides.get("data.kind", "subject"))
         terminal.say(f"preset: {preset} ({reason})")
     elif preset in configuration.preset_names() and not preset.endswith("-pocket") and "model.base" not in overrides:
-        raise configuration.ConfigError("--preset {preset} needs the model it is for: name it with --base", preset)
+        raise configuration.ConfigError("--preset {preset} needs a base model: give it with --base", preset)
     config = configuration.load(preset, overrides)
     if not config.data.folder:
         raise configuration.ConfigError(["name the folder of photos: lorakit check PHOTOS, lorakit train PHOTOS"])
@@ -363,7 +363,7 @@ def exclusion(result: Preflight) -> list[str]:
     if not 0 < len(names) <= EXCLUSION_LIMIT or len(names) == len(items):
         return []
     value = json.dumps([*result.config.data.exclude, *names], ensure_ascii=False)
-    return [Message("or train without: --set {option}", quote(f"data.exclude={value}"))]
+    return [Message("or leave these photos out: --set {option}", quote(f"data.exclude={value}"))]
 
 
 def read_prompts(args: argparse.Namespace) -> list[str] | None:

@@ -54,7 +54,7 @@ def add(command: Command) -> None:
 def run_tune(args: argparse.Namespace) -> int:
     """`lorakit tune`."""
     if args.trials < 1 or not 0 <= args.drift < math.inf:
-        raise ConfigError(["--trials is 1 or more, and --drift 0 or more"])
+        raise ConfigError(["--trials must be 1 or more, and --drift 0 or more"])
     if find_spec("optuna") is None:
         raise LorakitError("tune needs optuna; {hint}", install.hint("tune"))
     threads.use_idle_cores()
@@ -197,7 +197,7 @@ def _tell(study: Study, search: Search, as_json: bool) -> int:
 
     complete = [trial for trial in study.trials if trial.value is not None]
     if not complete:
-        raise LorakitError("no trial came to its end: the same command goes on with the search")
+        raise LorakitError("no trial is complete: run the same command again to continue the search")
     lowest = study.best_trial
     name = f"trial-{lowest.number:03d}"
     names = [f"trial-{trial.number:03d}" for trial in study.trials]

@@ -33,7 +33,7 @@ class Roots:
         """
         typed = str(text).strip().strip("\"'")
         if not typed or "\0" in typed:
-            raise LorakitError("type the path of a folder or a file")
+            raise LorakitError("enter the path of a folder or a file")
         try:
             path = Path(typed).expanduser()
             path = (path if path.is_absolute() else self._relative(path)).resolve()

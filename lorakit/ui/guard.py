@@ -80,7 +80,8 @@ class Guard:
         host = headers.get("host", "").lower()
         if self.hosts and host != self.public and _name(host) not in self.hosts:
             return 400, messages.Message(
-                "it is not known as {host}; behind a reverse proxy, start it with --public https://{host}", host
+                "the host name {host} is not accepted; behind a reverse proxy, start lorakit ui with --public https://{host}",
+                host,
             )
         if scope["method"] in SAFE:
             return None
@@ -88,13 +89,13 @@ class Guard:
         own = {host, self.public, headers.get("x-forwarded-host", "").lower()}
         if origin is not None and urlsplit(origin).netloc.lower() not in own - {""}:
             return 403, messages.Message(
-                "a page of {origin} may not do this; behind a reverse proxy, start it with --public https://{host}",
+                "a page of {origin} may not do this; behind a reverse proxy, start lorakit ui with --public https://{host}",
                 *(origin, urlsplit(origin).netloc),
             )
         if scope["path"].rstrip("/").endswith("/upload"):
             size = headers.get("content-length", "")
             if not size.isdigit():
-                return 411, "an upload says how long it is"
+                return 411, "an upload needs the header Content-Length"
             if int(size) > self.max_bytes:
                 large = "an upload may have {size} MB; send fewer files, or raise --max-upload"
                 return 413, messages.Message(large, self.max_bytes >> 20)

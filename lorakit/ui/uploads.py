@@ -20,7 +20,7 @@ from lorakit.ui import archives
 ARCHIVE = ".zip"
 # Suffixes of files that may be uploaded.
 SUFFIXES = (*(f".{kind}" for kind in FORMATS), *CAPTIONS, *TABLES, ARCHIVE)
-TWINS = "{file}: several files are called {name}, and which belong together is not known; upload one folder at a time"
+TWINS = "{file}: several files have the name {name}, so their captions are ambiguous; upload one folder at a time"
 
 
 @dataclass
@@ -66,7 +66,9 @@ def take_in(
         if len(captions) == 1 and not photos and _is_missing_in(place, captions[0]):
             shutil.move(captions[0], place / _name(captions[0]))
         elif captions and not photos:
-            result.refused += [Message("{file}: no photo of this name came with it", _name(file)) for file in captions]
+            result.refused += [
+                Message("{file}: the upload has no photo of this name", _name(file)) for file in captions
+            ]
         elif captions and (twin := _twin(photos) or _twin(captions)):
             result.refused += [Message(TWINS, _name(file), twin) for file in captions]
             captions = []
@@ -80,9 +82,9 @@ def take_in(
     for table in tables:
         reason = ""
         if not place.is_dir():
-            reason = "no photo came with it"
+            reason = "the upload has no photo"
         elif (place / _name(table)).exists():
-            reason = "a file of this name is there already"
+            reason = "a file of this name already exists"
         if reason:
             result.refused.append(Message("{file}: {problem}", _name(table), reason))
         else:

@@ -38,7 +38,7 @@ def test_export_does_not_write_over_what_it_reads(
 ) -> None:
     before = toy.read_bytes()
     assert run("export", toy, "--to", "kohya", "--output", toy.parent) == 1
-    assert "would be written over: name another folder with --output" in capsys.readouterr().err
+    assert "would be overwritten: give another folder with --output" in capsys.readouterr().err
     assert run("export", toy, "--to", "peft", "--output", tmp_path, "--dtype", "fp32", "--json") == 0
     path = Path(json.loads(capsys.readouterr().out)["peft"])
     assert toy.read_bytes() == before
@@ -76,7 +76,7 @@ def test_combine(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         expected = 0.5 * adapter().layers[name].delta() + adapter(1).layers[name].delta()
         assert torch.allclose(result.layers[name].delta(), expected, atol=1e-6)
     assert run("combine", toy, "--name", "n" * 201, "--output", tmp_path) == 1
-    assert "too long for the name of a file: give one of at most 200 letters" in capsys.readouterr().err
+    assert "this name is too long for a file; give one of at most 200 letters" in capsys.readouterr().err
     assert run("combine", toy, "--name", "one.safetensors", "--output", tmp_path) == 0
     assert (tmp_path / "one.safetensors").is_file()
     assert run("combine", f"{toy}=much") == 1
@@ -92,9 +92,9 @@ def test_merge_and_extract(toy: Path, tiny_sd1: Path, tiny_sdxl: Path, tmp_path:
     for name in NAMES:
         assert torch.allclose(result.layers[name].delta(), adapter().layers[name].delta(), atol=1e-5)
     assert run("merge", toy, "--base", tiny_sdxl, "--output", tmp_path / "no") == 1
-    assert "toy.safetensors was made for sd1 and" in capsys.readouterr().err
+    assert "toy.safetensors is for sd1, but base" in capsys.readouterr().err
     assert run("extract", tuned, "--base", tiny_sdxl, "--rank", 4) == 1
-    assert "nothing to compare" in capsys.readouterr().err
+    assert "both must be of one family" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fmt", ["kohya", "peft"])

@@ -38,7 +38,7 @@ def test_every_bundled_subject_has_photos(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_empty_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "mine.png").touch()
-    with pytest.raises(LorakitError, match="is not empty; name another place with --output"):
+    with pytest.raises(LorakitError, match="is not empty; give another folder with --output"):
         demo.write_photos("zib", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.png"]
 

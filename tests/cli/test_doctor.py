@@ -82,7 +82,7 @@ def test_versions_are_compared_with_the_tested_bounds(version: str, bounds: str,
 def test_a_missing_package_is_bad_and_extras_are_not_asked_for() -> None:
     lines = doctor.versions(["peft>=0.21", 'gradio>=6; extra == "ui"'], installed({}))
     assert states(lines) == {"python": "ok", "peft": "bad"}
-    assert lines[-1].detail == "missing; wanted >=0.21"
+    assert lines[-1].detail == "missing; lorakit needs >=0.21"
 
 
 def test_every_extra_that_is_missing_has_its_command() -> None:

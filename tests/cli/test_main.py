@@ -79,8 +79,8 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         (["export", "file", "--to", "kohia"], "(did you mean kohya?)"),
         (["train", "--stepz", "3"], "unrecognized arguments: --stepz"),
         (["train", "photos", "--subject", "a", "--style", "b"], "not allowed with argument"),
-        (["sample", "file", "--strength", "0,half"], "'0,half': write numbers with commas between, as in 0,0.5,1"),
-        (["sample", "file", "--strength", "nan"], "'nan': write numbers with commas between"),
+        (["sample", "file", "--strength", "0,half"], "'0,half': write numbers separated by commas, e.g. 0,0.5,1"),
+        (["sample", "file", "--strength", "nan"], "'nan': write numbers separated by commas"),
         (["sample", "file", "--size", "500"], "'500': must be a multiple of 8 from 64 to 4096"),
         (["sample", "file", "--size", "big"], "'big': must be a multiple of 8 from 64 to 4096"),
         (["resume"], "RUN"),
@@ -145,7 +145,7 @@ def test_the_demo_overwrites_nothing(run: Run, tmp_path: Path) -> None:
     (tmp_path / "there" / "photos" / "mine.png").touch()
     code, _, err = run("demo", "--output", "there")
     assert code == 1
-    assert err == "lorakit: there/photos is not empty; name another place with --output\n"
+    assert err == "lorakit: there/photos is not empty; give another folder with --output\n"
 
 
 # -- errors that the user did not cause -----------------------------------------------------------------------------

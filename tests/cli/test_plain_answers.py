@@ -56,7 +56,7 @@ def test_wrong_words_get_a_suggestion(words: list[str], answer: str, capsys: pyt
 def test_a_preset_of_stable_diffusion_needs_a_base(capsys: pytest.CaptureFixture[str]) -> None:
     """With the bundled base, the run would train twelve hours at 1024 px."""
     assert cli.main(["train", "photos", "--subject", "sks dog", "--preset", "subject-sdxl"]) == 2
-    assert capsys.readouterr().err == "lorakit: --preset subject-sdxl needs the model it is for: name it with --base\n"
+    assert capsys.readouterr().err == "lorakit: --preset subject-sdxl needs a base model: give it with --base\n"
 
 
 @pytest.mark.parametrize("command", ["check", "train", "probe-rate"])
@@ -72,8 +72,8 @@ def test_the_named_option_leaves_unreadable_photos_out(
     words = ["check", str(photos), "--subject", "sks toy"]
     assert cli.main([command, *words[1:]]) == 1
     advice = capsys.readouterr().err.splitlines()[-1]
-    assert advice.startswith("lorakit: or train without: --set ")
-    assert cli.main([*words, *shlex.split(advice.partition("without: ")[2])]) == 0
+    assert advice.startswith("lorakit: or leave these photos out: --set ")
+    assert cli.main([*words, *shlex.split(advice.partition("photos out: ")[2])]) == 0
     assert "photos: 2 to train on" in capsys.readouterr().out
 
 

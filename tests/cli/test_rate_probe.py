@@ -41,7 +41,7 @@ def test_the_rate_rises_evenly_and_the_proposal_follows(tiny_sd1, tmp_path, caps
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["optimizer.name=prodigy"], "prodigy finds its learning rate itself: nothing to probe"),
+        (["optimizer.name=prodigy"], "prodigy sets its learning rate itself: nothing to probe"),
         (["adapter.method=full"], "probe-rate is for adapters; adapter.method is full"),
     ],
 )
@@ -52,7 +52,7 @@ def test_prodigy_and_full_training_cannot_be_probed(tmp_path, capsys, more, text
 
 def test_a_probe_needs_at_least_twelve_steps(tmp_path, capsys) -> None:
     assert cli.main([*words(Path("pocket"), tmp_path), "--steps", "11"]) == 2
-    assert capsys.readouterr().err == "lorakit: --steps is 12 or more\n"
+    assert capsys.readouterr().err == "lorakit: --steps must be 12 or more\n"
 
 
 def test_rates_of_text_encoders_rise_too_and_have_no_schedule() -> None:
@@ -67,4 +67,4 @@ def test_each_rate_has_a_bar_and_no_gain_has_a_note() -> None:
     lines = list(rate_probe._lines([(1e-4, 0.05), (1e-3, 0.1), (1e-2, -2.0)], 1e-3 / 3))
     assert [line.count("#") for line in lines] == [0, 20, 40, 0, 0]
     assert lines[-1].startswith("proposal: optimizer.learning_rate = 0.00033, a third")
-    assert "no rate took anything off" in list(rate_probe._lines([(1e-4, -math.inf)], None))[-1]
+    assert "no rate reduced" in list(rate_probe._lines([(1e-4, -math.inf)], None))[-1]

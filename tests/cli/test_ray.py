@@ -35,7 +35,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_machine_without_the_shared_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LorakitError, match=r"is not there on .+: all machines need the shared folder"):
+    with pytest.raises(LorakitError, match=r"does not exist on .+: all machines need the shared folder"):
         ray_tasks.work(str(tmp_path), "anna")
 
 

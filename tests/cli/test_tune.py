@@ -42,7 +42,7 @@ def test_only_drift_above_the_limit_worsens_the_score(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["--trials", "0"], ["--drift", "-0.1"], ["--drift", "nan"], ["--drift", "inf"]])
 def test_trials_and_drift_have_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert cli.main([*command(tmp_path, tmp_path, 0), *words]) == 2
-    assert capsys.readouterr().err == "lorakit: --trials is 1 or more, and --drift 0 or more\n"
+    assert capsys.readouterr().err == "lorakit: --trials must be 1 or more, and --drift 0 or more\n"
 
 
 @pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed (the extra `tune`)")
@@ -51,7 +51,7 @@ def test_a_search_without_a_folder_or_a_result_is_refused(tmp_path: Path) -> Non
     with pytest.raises(LorakitError, match=r"cannot write to .*; give another --output"):
         tune_commands._study(tmp_path / "file" / "tune", 0)
     search = Search(config.load("subject-pocket"), 100, tmp_path, 0.1, str, lambda: False)
-    with pytest.raises(LorakitError, match="no trial came to its end: the same command goes on with the search"):
+    with pytest.raises(LorakitError, match="no trial is complete: run the same command again to continue the search"):
         tune_commands._tell(tune_commands._study(tmp_path, 0), search, False)
 
 

@@ -230,7 +230,7 @@ def test_the_second_ctrl_c_interrupts_at_once(capfd):
         assert stop()
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    assert capfd.readouterr().err == "lorakit: stopping, and saving what there is; Ctrl-C again ends at once\n"
+    assert capfd.readouterr().err == "lorakit: stopping and saving; press Ctrl-C again to end at once\n"
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_ctrl_c_while_class_images_are_drawn_ends_the_process(photos, tmp_path):
     assert code == 130, output
     assert len(list((tmp_path / "cache").rglob("*.png"))) < 100
     assert "Traceback" not in output
-    assert "lorakit: stopping, and saving what there is" in output
+    assert "lorakit: stopping and saving" in output
     assert f"lorakit: stopped before the first step; go on with: lorakit resume {folder}" in output
     assert json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"] == "stopped"
 

@@ -40,7 +40,7 @@ def test_hidden_files_are_not_opened(home: Path, typed: str):
 
 @pytest.mark.parametrize("typed", ["", "  ", "a\0b"])
 def test_an_empty_text_is_no_path(home: Path, typed: str):
-    with pytest.raises(LorakitError, match="type the path of a folder or a file"):
+    with pytest.raises(LorakitError, match="enter the path of a folder or a file"):
         Roots([home]).resolve(typed)
 
 

@@ -24,7 +24,7 @@ def files(folder: Path, *specifications: str) -> list[Path]:
     return paths
 
 
-TWINS = "several files are called {}, and which belong together is not known; upload one folder at a time"
+TWINS = "several files have the name {}, so their captions are ambiguous; upload one folder at a time"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ TWINS = "several files are called {}, and which belong together is not known; up
         (["a.png", "a.png.txt=one", "a.mask.png=white"], {"a.png": "one", "a.mask.png": None}, []),
         (["a.png", "a.png", "a.txt=one", "a.txt=one"], {"a.png": "one"}, []),
         (["a.png", "A.TXT=one"], {"a.png": "one"}, []),
-        (["a.png", "b.txt=one"], {"a.png": None}, ["b.txt: no photo of this name came with it"]),
+        (["a.png", "b.txt=one"], {"a.png": None}, ["b.txt: the upload has no photo of this name"]),
         (["a.png", "bad.jpg=broken", "bad.txt=x"], {"a.png": None}, None),
         ([".a.png"], {"a.png": None}, []),
     ],
@@ -91,11 +91,11 @@ def test_an_upload_without_photos_creates_no_folder(tmp_path: Path):
 def test_tables_of_captions_need_photos_and_replace_no_file(tmp_path: Path):
     place, line = tmp_path / "place", '{"file_name": "a.png", "text": "sks toy on a table"}'
     alone = take_in(files(tmp_path / "alone", f"metadata.jsonl={line}"), place)
-    assert alone.refused == ["metadata.jsonl: no photo came with it"] and not place.exists()
+    assert alone.refused == ["metadata.jsonl: the upload has no photo"] and not place.exists()
     assert take_in(files(tmp_path / "up", "a.png", f"metadata.jsonl={line}"), place).refused == []
     assert [photo.caption for photo in photo_folder.scan(place).photos] == ["sks toy on a table"]
     repeat = take_in(files(tmp_path / "again", "metadata.jsonl={}"), place)
-    assert repeat.refused == ["metadata.jsonl: a file of this name is there already"]
+    assert repeat.refused == ["metadata.jsonl: a file of this name already exists"]
     assert (place / "metadata.jsonl").read_text() == line
 
 
@@ -104,7 +104,7 @@ def test_a_later_caption_is_matched_to_the_photo_without_one(tmp_path: Path):
     take_in(files(tmp_path / "up", "a.png", "b.png=blue", "b.txt=there"), place)
     upload = take_in(files(tmp_path / "later", "a.txt=a dog", "b.txt=another", "c.txt=none"), place)
     assert {path.name: path.read_text() for path in place.glob("*.txt")} == {"a.txt": "a dog", "b.txt": "there"}
-    assert upload.refused == [f"{name}: no photo of this name came with it" for name in ("b.txt", "c.txt")]
+    assert upload.refused == [f"{name}: the upload has no photo of this name" for name in ("b.txt", "c.txt")]
 
 
 def picture(colour: str = "red") -> bytes:
