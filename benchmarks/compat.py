@@ -11,6 +11,7 @@ docs/formats.md. The exit code is 1 if a delta W differs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -30,12 +31,17 @@ ALPHAS = [1.0, RANK / 2, float(RANK), 2.0 * RANK]
 TOLERANCE = 1e-5
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Write the files, read them in both environments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "packages", nargs="*", default=OLD, metavar="PACKAGE", help=f"packages to install (default: {' '.join(OLD)})"
+    )
+    packages = parser.parse_args().packages
     with tempfile.TemporaryDirectory() as room:
         cases = write(Path(room) / "files")
         results = {"installed": read_with(Path(sys.executable), Path(room) / "files")}
-        old = environment(Path(room) / "venv", arguments or OLD)
+        old = environment(Path(room) / "venv", packages)
         results["older"] = read_with(old, Path(room) / "files")
     return report(results, cases)
 
@@ -122,4 +128,4 @@ def report(results: dict[str, dict[str, Any]], cases: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
