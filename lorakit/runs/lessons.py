@@ -45,8 +45,9 @@ BY_HEART = (
 )
 # A run whose error falls late as fast as at first, or at this share of it, was too short. Runs of 200 steps and more on
 # the bundled base that had learned their subject were at 0.16 to 0.28, runs of 30 and 60 steps at 0.03 to 0.96: many
-# short runs are not found by it.
-STILL_FALLING = 0.6
+# short runs are not found by it. A share says nothing unless the error still falls: the last one must be lower than
+# the earlier ones by this share of it, and by the largest rise between two of them, which is noise.
+STILL_FALLING, SMALLEST_FALL = 0.6, 0.001
 SHORT = (
     "the validation error still fell at the end of the {steps} steps as it did at first ({share:.0%} as fast, for the "
     "same learning rate): the run was too short; train at least twice as long"
@@ -74,7 +75,8 @@ def too_short(history: Sequence[Mapping[str, float]], optimizer: OptimizerConfig
     """Whether a run ended while its error still fell fast.
 
     The fall for the same sum of learning rates is compared: from the first validation to the second quarter of them,
-    and from there to the third.
+    and from there to the third. After that the learning rate of most schedules is too small to compare, so of the last
+    quarter only the last error counts: it must be the lowest.
 
     Args:
         history: the validations, one dict for each with "step" and "mse"; too few of them say nothing.
@@ -89,9 +91,16 @@ def too_short(history: Sequence[Mapping[str, float]], optimizer: OptimizerConfig
         / sum(lr_schedule.factor(optimizer, step, total) for step in range(steps[n], steps[n + 1]))
         for n in (0, 1)
     )
-    if min(early, late) <= 0 or late < STILL_FALLING * early:
+    if min(early, late) <= 0 or late < STILL_FALLING * early or not _ends_lowest([entry["mse"] for entry in history]):
         return []
     return [Message(SHORT, total, late / early)]
+
+
+def _ends_lowest(errors: Sequence[float]) -> bool:
+    """Whether the last error is below those of the first three quarters by more than the noise."""
+    last, earlier = errors[-1], errors[:-1][: 3 * len(errors) // 4 + 1]
+    noise = max(errors[n + 1] - errors[n] for n in range(len(errors) - 1))
+    return last < min(earlier) - max(noise, SMALLEST_FALL * last)
 
 
 def _of_holdout(gains: Mapping[str, float], holdout: Mapping[str, float]) -> list[Message]:

@@ -95,7 +95,7 @@ def test_holdout_photos_show_how_well_a_run_generalizes(holdout, parts):
     assert lessons.sentences({}, {}, {"gains": dict.fromkeys("abc", -0.01), "holdout_gains": holdout}) == []
 
 
-# Validations of real runs on the bundled base and of two invented runs: interval, errors, and "too short" or not.
+# Validations of real runs on the bundled base and of some invented runs: interval, errors, and "too short" or not.
 RUNS = {
     "30 steps": (6, (0.3609, 0.3539, 0.3505, 0.3475, 0.3466), True),
     "60 steps of five photos": (12, (0.4647, 0.4387, 0.4259, 0.4216, 0.4209), True),
@@ -103,6 +103,11 @@ RUNS = {
     "210 steps": (42, (0.2650, 0.2546, 0.2530, 0.2520, 0.2506), False),
     "210 steps, a tenth of drift": (42, (0.2771, 0.2554, 0.2522, 0.2516, 0.2500), False),
     "210 steps whose held-out photos get worse": (42, (0.3459, 0.3625, 0.3604, 0.3676, 0.3695), False),
+    "400 steps whose error rises at the end": (80, (0.2406, 0.2393, 0.2337, 0.2338, 0.2345), False),
+    "400 steps whose last fall is smaller than a rise": (80, (0.2406, 0.2393, 0.2337, 0.2342, 0.2336), False),
+    "400 steps whose last fall is smaller than the noise": (80, (0.2406, 0.2393, 0.2337, 0.2337, 0.2336), False),
+    "60 steps of 14 photos": (12, (0.2814, 0.2682, 0.2602, 0.2547, 0.2536), True),
+    "four validations": (15, (0.2814, 0.2682, 0.2602, 0.2547), True),
     "as good as nothing": (42, (0.3, 0.3, 0.3, 0.3, 0.3), False),
     "three validations": (10, (0.4, 0.3, 0.2), False),
 }
