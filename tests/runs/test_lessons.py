@@ -52,9 +52,21 @@ def test_photos_that_resemble_one_another_raise_the_limit(photos):
     assert [name for _, name, _ in lessons.copies({"third": frames["first"]}, frames)] == ["first"]
 
 
+# Gains of two real runs on the 14 photos of the bundled toy.
+OF_400_STEPS = (0.200, 0.289, 0.340, 0.361, 0.385, 0.395, 0.404, 0.405, 0.412, 0.426, 0.430, 0.441, 0.482, 0.513)
+OF_40_STEPS = (0.082, 0.108, 0.136, 0.147, 0.175, 0.176, 0.181, 0.187, 0.187, 0.193, 0.195, 0.241, 0.285, 0.286)
+
+
+def numbered(gains: tuple[float, ...]) -> dict[str, float]:
+    return {f"{number:02}.png": gain for number, gain in enumerate(gains, 1)}
+
+
 @pytest.mark.parametrize(
     ("gains", "name"),
     [
+        (numbered(OF_400_STEPS), None),
+        (numbered(OF_40_STEPS), None),
+        (numbered(OF_400_STEPS) | {"01.png": 0.05}, "01.png"),
         ({"a": 0.10, "b": 0.09, "c": 0.11, "d": 0.02}, "d"),
         ({"a": 0.10, "b": 0.09, "c": 0.11, "d": -0.05}, "d"),
         ({"a": 0.10, "b": 0.09, "c": 0.11, "d": 0.07}, None),
