@@ -76,7 +76,7 @@ def test_a_chat_model_writes_its_answer_and_overwrites_on_request(llava, photos,
     capsys.readouterr()
     assert caption(photos, "--undo") == 0
     assert (photos / "c.txt").read_text() == "my own words\nof two lines\n"
-    assert (photos / "b.txt").read_text() == "mended by hand" and "changed since: b.txt" in capsys.readouterr().out
+    assert (photos / "b.txt").read_text() == "mended by hand" and "changed later: b.txt" in capsys.readouterr().out
     assert caption(photos, "--undo") == 1
     assert "no change of captions to undo" in capsys.readouterr().err
 
@@ -219,7 +219,7 @@ def test_contradicting_arguments_are_refused_together(photos, capsys):
     assert caption(photos, "--with", "x", *wrong) == 2
     error = capsys.readouterr().err
     assert "--threshold 2: must be between 0 and 1" in error and "--max-tokens 0: must be 1 or more" in error
-    assert "train.steps: captions do not depend on it" in error
+    assert "train.steps: captions do not depend on this option" in error
 
 
 def test_the_options_set_precision_and_device(blip):
