@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -72,6 +73,14 @@ class Exporter:
                 return process.returncode, out, errors
             process = _exporting()  # the one that waited ended before it got the arguments
 
+    def close(self) -> None:
+        """End the process that waits."""
+        with self._lock:
+            process, self.ready = self._alive(), None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
     def _alive(self) -> subprocess.Popen[str] | None:
         if self.ready is not None and self.ready.poll() is not None:
             self.ready.communicate()  # closes its pipes
@@ -80,6 +89,7 @@ class Exporter:
 
 
 EXPORTER = Exporter()
+atexit.register(EXPORTER.close)
 
 
 def _exporting() -> subprocess.Popen[str]:

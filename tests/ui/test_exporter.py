@@ -23,9 +23,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exporter]:
     """A new one in the place of the front end's own."""
     monkeypatch.setattr(commands, "EXPORTER", Exporter())
     yield commands.EXPORTER
-    if commands.EXPORTER.ready is not None:
-        commands.EXPORTER.ready.kill()
-        commands.EXPORTER.ready.communicate()
+    commands.EXPORTER.close()
 
 
 @pytest.fixture
@@ -69,9 +67,9 @@ def test_a_process_waits_as_soon_as_a_page_with_conversions_is_open(exporter: Ex
     for name, values in (("ComparePage.wire.<locals>.runs", [None]), ("AdapterPage.wire.<locals>.visit", [])):
         visits[name](*values)
         assert exporter.ready is not None and exporter.ready.poll() is None
-        exporter.ready.kill()
-        exporter.ready.communicate()
-        exporter.ready = None
+        process = exporter.ready
+        exporter.close()
+        assert exporter.ready is None and process.poll() is not None
 
 
 def test_a_format_that_the_run_wrote_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -261,8 +261,8 @@ def test_grids_that_are_drawn_are_followed(workspace: Workspace):
     assert page.grid_status(None, SAY)[2].active is False
     run = workspace.runs / "one"
     job = workspace.queue.command(["sample", "nothing"], run / "compare" / "grid")
-    message, grids, timer = page.grid_status("one", SAY)
-    assert "Drawing … (waiting)" in message and grids == "" and timer.active is True
+    message, count, timer = page.grid_status("one", SAY)
+    assert "Drawing … (waiting)" in message and count == "<!-- one 0 -->" and timer.active is True
     workspace.queue.work()
     message, _, timer = page.grid_status("one", SAY)
     assert workspace.why(job.number) in message and "lk-problem" in message and timer.active is False

@@ -72,6 +72,7 @@ class ComparePage:
                 self.strengths = gr.Textbox("0, 0.5, 1", label=t("compare.strengths"), elem_id="compare-strengths")
             self.draw = gr.Button(t("compare.draw"), variant="primary", elem_id="compare-go")
             self.drawing = widgets.html(elem_id="compare-drawing")
+        self.count = widgets.html()  # changes with the number of grids
         self.grids = widgets.html(elem_id="compare-grids")
 
     def wire(self, tab: gr.Tab) -> None:
@@ -80,7 +81,7 @@ class ComparePage:
         Call it outside of the tab, because a timer in a tab ticks only while the tab is open.
         """
         timer = gr.Timer(EVERY, active=False)
-        grid_outputs = [self.drawing, self.grids, timer]
+        grid_outputs = [self.drawing, self.count, timer]
         outputs = [self.table, self.choice, self.step, self.files, self.prompts, self.message, self.file]
 
         def runs(run_name: str | None) -> Any:
@@ -101,13 +102,18 @@ class ComparePage:
             return export_step(self.workspace, data[self.run], data[self.step], data[self.format], say)
 
         def draw(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
-            return self.draw_grids(data[self.run], data[self.files], data[self.prompts], data[self.strengths], say)
+            values = data[self.run], data[self.files], data[self.prompts], data[self.strengths]
+            return self.draw_grids(*values, say, progress)
+
+        def grids(data: Values, say: Say, progress: Progress) -> list[str]:
+            return [self.grids_of(data[self.run], say, progress) if data[self.run] else ""]
 
         tasks = self.workspace.tasks
         visit = tab.select(runs, self.run, self.run, **FOLLOW)
         shows = polled(tasks, [(visit.then, show), (self.run.input, show)], {self.run}, outputs)
         shows(grid_status, self.run, grid_outputs, **FOLLOW)
         timer.tick(grid_status, self.run, grid_outputs, **FOLLOW)
+        polled(tasks, [(shows, grids), (self.count.change, grids)], {self.run}, [self.grids])
         polled(tasks, [(self.mark.click, mark)], {self.run, self.step}, [self.message, self.table], **ACT)
         export_inputs = {self.run, self.step, self.format}
 
@@ -204,7 +210,13 @@ class ComparePage:
         return widgets.good(say("compare.marked_done", step=step))
 
     def draw_grids(
-        self, name: str | None, files: Sequence[str], prompts: str, strengths: str, say: Say
+        self,
+        name: str | None,
+        files: Sequence[str],
+        prompts: str,
+        strengths: str,
+        say: Say,
+        progress: Progress = lambda count, total: None,
     ) -> tuple[str, gr.Timer]:
         """Add a job for each adapter to the queue. Return a message, and the timer that polls for the grids."""
         if not name:
@@ -214,7 +226,10 @@ class ComparePage:
             if not re.fullmatch(r"-?\d*\.?\d+", strength):
                 return widgets.problem(say("compare.strength", text=strength)), gr.skip()
         try:
-            adapters = [self._adapter(run, file) for file in files]
+            adapters = list[Path]()
+            for file in files:
+                progress(len(adapters) + 1, len(files))
+                adapters.append(self._adapter(run, file))
             base = quickstart.base_of(run.config_file)
         except LorakitError as problem:
             return widgets.problem(say.explain(str(problem))), gr.skip()
@@ -230,7 +245,7 @@ class ComparePage:
         return widgets.quiet(say("compare.drawing", state=say("state.waiting"))), gr.Timer(active=True)
 
     def grid_status(self, name: str | None, say: Say) -> list[Any]:
-        """The progress of the drawing as HTML, the finished grids as HTML, and the timer that polls again."""
+        """The progress of the drawing as HTML, a comment that counts the grids, and the timer that polls again."""
         if not name:
             return ["", "", gr.Timer(active=False)]
         folder = self.workspace.run(name) / GRIDS
@@ -243,7 +258,7 @@ class ComparePage:
                 text = drawing_line(self.workspace, going[0], say)
         elif jobs and jobs[-1].state != "done":
             text = widgets.problem(say.explain(self.workspace.why(jobs[-1].number)) or say(f"state.{jobs[-1].state}"))
-        return [text, self.grids_of(name, say), gr.Timer(active=bool(going))]
+        return [text, f"<!-- {escape(name)} {len(_grids(self.workspace, name))} -->", gr.Timer(active=bool(going))]
 
     def _adapter(self, run: RunFolder, name: str) -> Path:
         """The adapter file for the name of a file or a checkpoint. A checkpoint is exported the first time.
@@ -261,16 +276,20 @@ class ComparePage:
         files = files or commands.export(run.checkpoints / name, kind, place)
         return files[0]
 
-    def grids_of(self, name: str, say: Say) -> str:
+    def grids_of(self, name: str, say: Say, progress: Progress = lambda count, total: None) -> str:
         """HTML with all requested grids of a run, newest first."""
-        files = sorted((self.workspace.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
-        figures = "".join(
-            f"<figure>{viewer.button(self.workspace, path, path.parent.name, row, 0, side=1024)}"
-            f"<figcaption>{escape(path.parent.name)}</figcaption></figure>"
-            for row, path in enumerate(files)
-        )
+        figures, files = "", _grids(self.workspace, name)
+        for row, path in enumerate(files):
+            progress(row + 1, len(files))
+            picture = viewer.button(self.workspace, path, path.parent.name, row, 0, side=1024)
+            figures += f"<figure>{picture}<figcaption>{escape(path.parent.name)}</figcaption></figure>"
         title = escape(say("compare.grids"))
         return f"<h2>{title}</h2><div class=lk-grids data-pictures>{figures}</div>" if figures else ""
+
+
+def _grids(workspace: Workspace, name: str) -> list[Path]:
+    """The requested grids of a run, newest first."""
+    return sorted((workspace.run(name) / GRIDS).glob("*/grid.png"), reverse=True)
 
 
 def marked_step(run: RunFolder) -> int | None:

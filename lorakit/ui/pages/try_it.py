@@ -47,6 +47,7 @@ class TryPage:
                 self.steps = gr.Number(0, precision=0, minimum=0, label=t("try.steps"), elem_id="try-steps")
         self.draw = gr.Button(t("try.draw"), variant="primary", elem_id="try-draw")
         self.message = widgets.html(elem_id="try-message")
+        self.count = widgets.html()  # changes with the number of sets of pictures
         self.pictures = widgets.html(elem_id="try-pictures")
 
     def wire(self, tab: gr.Tab) -> None:
@@ -61,6 +62,9 @@ class TryPage:
             bases = ["", *map(str, self.workspace.bases())]
             return [self.choices(adapter), gr.update(choices=bases), *self.look(say_for(request))]
 
+        def pictures(data: Values, say: Say, progress: Progress) -> list[str]:
+            return [self.drawings(say, progress)]
+
         def draw(data: Values, say: Say, progress: Progress) -> tuple[str, object]:
             strengths = [0.0, data[self.strength]] if data[self.with_base] else [data[self.strength]]
             settings = {"sample.seed": data[self.seed], "sample.steps": data[self.steps]}
@@ -72,9 +76,10 @@ class TryPage:
         def look(request: gr.Request) -> list[object]:
             return self.look(say_for(request))
 
-        tab.select(visit, self.adapter, [self.adapter, self.base, self.message, self.pictures, timer], **FOLLOW)
+        tab.select(visit, self.adapter, [self.adapter, self.base, self.message, self.count, timer], **FOLLOW)
         polled(self.workspace.tasks, [(self.draw.click, draw)], inputs, [self.message, timer], **ACT)
-        timer.tick(look, None, [self.message, self.pictures, timer], **FOLLOW)
+        timer.tick(look, None, [self.message, self.count, timer], **FOLLOW)
+        polled(self.workspace.tasks, [(self.count.change, pictures)], set(), [self.pictures])
 
     def choices(self, adapter: str | None) -> object:
         """An update of the field of the adapter. The newest one is chosen if the field is empty."""
@@ -130,9 +135,9 @@ class TryPage:
         return files[0], base
 
     def look(self, say: Say) -> list[object]:
-        """The state of the last job, the pictures as HTML, and the timer that polls again."""
+        """The progress of the drawing as HTML, a comment that counts the sets, and the timer that polls again."""
         line, going = self.status(say)
-        return [line, self.drawings(say), gr.Timer(active=going)]
+        return [line, f"<!-- {len(self._sets())} -->", gr.Timer(active=going)]
 
     def status(self, say: Say) -> tuple[str, bool]:
         """The state of the last job as HTML, and whether it waits or runs."""
@@ -151,10 +156,18 @@ class TryPage:
             return widgets.problem(why), False
         return "", False
 
-    def drawings(self, say: Say) -> str:
+    def _sets(self) -> list[Path]:
+        """The folders with finished sets of pictures, newest first."""
+        grids = sorted((self.workspace.runs / TRIES).glob("*/grid.png"), reverse=True)
+        return [grid.parent for grid in grids]
+
+    def drawings(self, say: Say, progress: Progress = lambda count, total: None) -> str:
         """HTML with the newest sets of pictures. A set has a row for each strength and a column for each prompt."""
-        folders = sorted((self.workspace.runs / TRIES).glob("*/grid.png"), reverse=True)[:MAX_TRIES]
-        return "".join(self._drawing(grid.parent, say) for grid in folders)
+        text, folders = "", self._sets()[:MAX_TRIES]
+        for number, folder in enumerate(folders, 1):
+            progress(number, len(folders))
+            text += self._drawing(folder, say)
+        return text
 
     def _drawing(self, folder: Path, say: Say) -> str:
         rows: dict[str, list[Path]] = {}
