@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from lorakit.cli.threads import available_cores
+from lorakit.cli.threads import available_cores, of_user
 from lorakit.core import install, registry
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.messages import Message
@@ -154,9 +154,9 @@ def cpu_line(threads: int) -> Line:
     """The finding if torch computes on the CPU. Its state is "bad" if the machine has an NVIDIA card or its driver."""
     total = available_cores()
     detail = f"cpu, {count(threads, 'thread')}"
-    detail += (
-        Message(" of {total}; the other cores are busy, or OMP_NUM_THREADS is set", total) if threads < total else ""
-    )
+    set_to = Message("OMP_NUM_THREADS is set to {value}", of_user()) if of_user() else ""
+    why = set_to or "the other cores were busy when the command started"
+    detail += Message(" of {total}: {why}", total, why) if threads < total else ""
     if nvidia.is_hidden() or not nvidia.has_driver():
         return Line("device", "ok", detail)
     cards = nvidia.cards()

@@ -6,6 +6,8 @@ import os
 
 THREADS = "OMP_NUM_THREADS"
 SAMPLE_SECONDS = 0.1
+# The number that `use_idle_cores` has set, if it has.
+_from_load: list[str] = []
 
 
 def use_idle_cores() -> None:
@@ -19,6 +21,13 @@ def use_idle_cores() -> None:
         import psutil
 
         os.environ[THREADS] = str(idle_cores(psutil.cpu_percent(SAMPLE_SECONDS), available_cores()))
+        _from_load[:] = [os.environ[THREADS]]
+
+
+def of_user() -> str:
+    """The value of OMP_NUM_THREADS that the user has set, or ""."""
+    value = os.environ.get(THREADS, "")
+    return "" if [value] == _from_load else value
 
 
 def idle_cores(busy: float, total: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.cli import doctor
+from lorakit.cli import doctor, threads
 from lorakit.cli.doctor import Line
 from lorakit.core import install
 from lorakit.runs import nvidia
@@ -134,3 +134,18 @@ def test_this_machine_is_examined() -> None:
     assert names[0] == "python"
     assert {"disk", "cache", "extra ui"} <= set(names)
     assert any(name == "device" or name.startswith("cuda") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("value", "detail"),
+    [
+        ("", "cpu, 1 thread of 2: the other cores were busy when the command started"),
+        ("1", "cpu, 1 thread of 2: OMP_NUM_THREADS is set to 1"),
+    ],
+)
+def test_the_line_of_the_cpu_gives_the_reason_for_fewer_threads_than_cores(monkeypatch, value, detail):
+    monkeypatch.setenv(threads.THREADS, value)
+    monkeypatch.setattr(doctor, "available_cores", lambda: 2)
+    monkeypatch.setattr(nvidia, "has_driver", lambda: False)
+    assert doctor.cpu_line(1) == Line("device", "ok", detail)
+    assert doctor.cpu_line(2) == Line("device", "ok", "cpu, 2 threads")

@@ -26,13 +26,14 @@ def test_the_idle_cores_become_threads(monkeypatch):
     monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: 50.0 if seconds == threads.SAMPLE_SECONDS else 0.0)
     threads.use_idle_cores()
     assert os.environ[threads.THREADS] == "4"
+    assert threads.of_user() == ""
 
 
 def test_a_number_of_threads_of_the_user_is_not_changed(monkeypatch):
     monkeypatch.setenv(threads.THREADS, "3")
     monkeypatch.setattr(threads, "available_cores", lambda: 8)
     threads.use_idle_cores()
-    assert os.environ[threads.THREADS] == "3"
+    assert os.environ[threads.THREADS] == threads.of_user() == "3"
 
 
 @pytest.mark.slow
