@@ -29,7 +29,7 @@ from lorakit.core.units import duration
 REDRAW_SECONDS = 0.1
 SHARE_OF_A_LINE = 0.05
 # Printed only with the first validation.
-VALIDATION = "compare it with later ones: unlike the loss, it always uses the same noise"
+VALIDATION = "compare both figures with later ones: unlike the loss, they always use the same noise"
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

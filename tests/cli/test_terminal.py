@@ -155,8 +155,8 @@ def test_the_events_of_a_run_are_lines_and_a_bar() -> None:
     assert stream.getvalue().splitlines() == [
         "device: cpu",
         "training 10/20  loss 0.5000  lr 1.0e-03  2.0 images/s  64 MiB  30 s left",
-        "step 10: validation mse 0.2500, prior drift 1.00% (compare it with later ones: unlike the loss, "
-        "it always uses the same noise)",
+        "step 10: validation mse 0.2500, prior drift 1.00% (compare both figures with later ones: unlike the loss, "
+        "they always use the same noise)",
         "warning: no room for samples",
         "step 20: validation mse 0.2000, prior drift 2.00%",
         "training 20/20  loss 0.5000  lr 1.0e-03  2.0 images/s  64 MiB",
