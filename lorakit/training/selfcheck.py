@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
 
-RIGHT = "the file reproduces the trained adapter: effect {effect:.2%}, difference {error:.2%} of the effect"
+RIGHT = (
+    "the file reproduces the trained adapter: effect {effect:.2%} of the base's output, difference {error:.2%} of the "
+    "effect"
+)
 # Largest difference between file and model in memory, relative to the adapter's effect: its factors are rounded to
 # float16 or bfloat16, and sums run in another order.
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
