@@ -98,8 +98,11 @@ def demo(
     outcome = Outcome(
         subject, folder, photos, result.folder, result.adapter, grid, before, after, time.monotonic() - start
     )
-    verdict = "judge: {before:.0%} of {count} pictures by the base show {subject}, {after:.0%} with the adapter"
-    terminal.say(Message(verdict, before, len(UNSEEN) * PICTURES_PER_SCENE, subject, after))
+    verdict = (
+        "the bundled picture classifier finds {subject} in {before:.0%} of {count} pictures by the base, and in "
+        "{after:.0%} of as many with the adapter"
+    )
+    terminal.say(Message(verdict, subject, before, len(UNSEEN) * PICTURES_PER_SCENE, after))
     terminal.say(Message("before and after: {file}", grid))
     terminal.say(f"adapter: {result.adapter}")
     terminal.say(f"report: {result.folder / 'report.html'}")
