@@ -96,6 +96,7 @@ class Plan:
         first_step: 0, or the step at which the run resumes.
         prior: how the run preserves the rest of the model, or "".
         triggers: how prompts name the subjects, or "".
+        busy: that other programs use the CPU, or "".
         notes: how properties that the base does not declare were decided, one message each.
         layers: parts and layers with their own rank, alpha or learning rate, one line for each size and rate.
         host, ram: bytes of host memory for base weights that are not on the device, and total host memory; 0 if
@@ -130,6 +131,7 @@ class Plan:
     first_step: int = 0
     prior: str = ""
     triggers: str = ""
+    busy: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `--json`."""
@@ -158,6 +160,7 @@ class Plan:
             self._memory(),
             *self._limited(),
             *([self._on_host()] if self.host else []),
+            *([self.busy] if self.busy else []),
             self._time(),
         ]
 
@@ -248,6 +251,7 @@ def make(config: Config, info: BaseInfo, report: Report) -> Plan:
         peaks=memory_estimate.peaks(config, info, modules, device),
         seconds=estimate_seconds(config, info, steps, not report.class_photos) if device == "cpu" else None,
         device=device,
+        busy=plan_lines.busy() if device == "cpu" else "",
         recomputed=len(memory_estimate.recomputed_blocks(config, info, modules, device)),
         limit_gib=config.memory.limit_gib,
         host=host,
@@ -359,7 +363,7 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     sides = [side // info.downscale for side in config.data.resolutions]
     flops = [forward_flop(info.family, info.layers, side, side, info.text_tokens) for side in sides]
     flop = sum(flops) / len(flops)
-    speed = CPU_SHARE * _matmul_speed()
+    speed = CPU_SHARE * _threads() * _matmul_speed()
     overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
     passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES
     asks_base = train.prior == "teacher" or train.prior_target == "base"
@@ -424,17 +428,29 @@ def _training_sizes(config: Config, report: Report) -> tuple[list[int], list[tup
 
 
 @functools.cache
-def _matmul_speed(seconds: float = 0.1, side: int = 384) -> float:
-    """Floating-point operations a second of a float32 matrix product here, measured once for `seconds`."""
+def _matmul_speed(seconds: float = 0.1) -> float:
+    """Floating-point operations a second of float32 matrix products on one core: the upper quartile of many short ones.
+
+    Each takes a tenth of a millisecond, so that on a busy machine most have a core of their own. BLAS computes a matrix
+    of 64x64 in one thread; threads that wait for each other on busy cores were up to fifty times as slow.
+    """
     import numpy
 
-    left = numpy.ones((side, side), numpy.float32)
-    numpy.matmul(left, left)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        numpy.matmul(left, left)
-        count += 1
-    return 2.0 * side**3 * count / (time.perf_counter() - start)
+    matrices = numpy.ones((32, 64, 64), numpy.float32)
+    numpy.matmul(matrices, matrices)
+    times, end = list[float](), time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        numpy.matmul(matrices, matrices)
+        times.append(time.perf_counter() - start)
+    return 2.0 * 32 * 64**3 / max(sorted(times)[len(times) // 4], 1e-9)
+
+
+def _threads() -> int:
+    """The number of threads that will train: of OMP_NUM_THREADS, else all cores that this process may use."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(value) if value.isdecimal() and int(value) else available
 
 
 def _ram() -> int:

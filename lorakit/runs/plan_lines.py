@@ -1,8 +1,9 @@
-"""Lines of a plan that are put together from several facts: length, layers, prior."""
+"""Lines of a plan that are put together from several facts: length, layers, prior, load."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 # Subjects that a line of the plan names.
 MAX_CONCEPTS = 5
 LAYERS = "layers: {count} of rank {rank}, alpha {alpha:g}, effective scale {scale:g}"
+BUSY = "busy: this machine has a load of {load:.1f} on {cores} cores now; the run takes longer while that lasts"
+
+
+def busy() -> str:
+    """A line if more threads want to run than the machine has cores, in the mean of the last minute; else ""."""
+    try:
+        load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    except (AttributeError, OSError):  # Windows and some others do not tell it
+        return ""
+    return Message(BUSY, load, processors) if load > processors else ""
 
 
 def averaging(decay: float, steps: int) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ import pytest
 
 from lorakit import config
 from lorakit.core.errors import LorakitError
-from lorakit.runs import nvidia, plan
+from lorakit.runs import nvidia, plan, plan_lines
+from lorakit.ui import texts
 
 # List of a real model's keys -> family of its adapters.
 FAMILY_OF = {"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl"}
@@ -303,6 +305,51 @@ def test_on_a_cpu_the_time_is_an_estimate_that_grows_with_the_work(sd15: Info, m
 
 def test_the_speed_of_this_machine_is_measured_quickly() -> None:
     assert 1e8 < plan._matmul_speed(seconds=0.02) < 1e14
+
+
+def test_the_speed_is_that_of_products_that_did_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five products, of which three wait for a core: they take 9, 9, 1, 1 and 9 s."""
+    times = iter([0, 0, 9, 9, 9, 18, 18, 18, 19, 19, 19, 20, 20, 20, 29, 29])
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert plan._matmul_speed.__wrapped__(seconds=29) == 2 * 32 * 64**3
+
+
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("", 5), ("0", 5), ("4,2", 5)])
+def test_the_threads_that_will_train_are_counted(monkeypatch: pytest.MonkeyPatch, value: str, threads: int) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(5)), raising=False)
+    assert plan._threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("load", "line"),
+    [
+        (3.5, "busy: this machine has a load of 3.5 on 2 cores now; the run takes longer while that lasts"),
+        (2.0, ""),
+    ],
+)
+def test_a_plan_says_that_the_machine_is_busy(
+    sd15: Info, monkeypatch: pytest.MonkeyPatch, load: float, line: str
+) -> None:
+    monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e11)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    result = make(sd15, [SQUARE], train__steps=1, memory__device="cpu")
+    assert result.busy == line
+    assert (line in result.lines()) == bool(line)
+    if line:
+        assert texts.sayer("ja").translate(result.busy).startswith("混雑")
+
+
+@pytest.mark.parametrize("problem", [OSError, None])
+def test_a_system_that_tells_no_load_is_not_called_busy(monkeypatch: pytest.MonkeyPatch, problem: object) -> None:
+    def fail() -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "getloadavg", fail)
+    if problem is None:
+        monkeypatch.delattr(os, "getloadavg")
+    assert plan_lines.busy() == ""
 
 
 def test_on_a_gpu_no_time_is_estimated(sd15: Info) -> None:
