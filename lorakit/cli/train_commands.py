@@ -159,12 +159,12 @@ def run_check(args: argparse.Namespace) -> int:
     terminal = _terminal(args)
     with _progress_of_photos(terminal) as check:
         result = preflight(resolve(args, terminal), check=check, processes=args.gpus)
+    if result.problems:  # before the table and the warnings, which may follow from them
+        complain("\n".join([*result.problems, *exclusion(result)]))
     if args.json:
         print_json(result.to_json())
     elif text := result.to_text():
         print_lines(text)
-    if result.problems:
-        complain("\n".join([*result.problems, *exclusion(result)]))
     return 1 if result.problems else 0
 
 

@@ -56,6 +56,7 @@ HIGH_RATE = (
     "usually draws noise"
 )
 HIGH_RANK = "adapter.rank = {rank}: 4 to 128 is usual; more makes the file large and takes memory"
+FINE = "No problems found."
 NO_NAME = "data.name is empty: say what the photos show, with --subject 'sks toy' or --style 'sks style'"
 
 
@@ -95,12 +96,13 @@ class Preflight:
         return [*abridge([*notes, *self.warnings]), *(self.plan.lines() if self.plan else [])]
 
     def to_text(self) -> str:
-        """A table of the photos, then the warnings, the notes and the plan, each under a title."""
+        """A table of the photos, then the warnings, the notes and the plan, each under a title, then the verdict."""
         notes = self.report.notes if self.report else []
         sections = {"warnings": abridge(self.warnings), "notes": abridge(notes)}
         sections |= {"the plan": self.plan.lines() if self.plan else []}
         parts = [self.report.table()] if self.report else []
         parts += ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines]
+        parts += [] if self.problems or self.warnings else [FINE]
         return "\n\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:

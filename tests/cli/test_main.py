@@ -337,7 +337,7 @@ def test_check_ends_with_the_plan(run: Run, photos: Path, tiny_sd1: Path) -> Non
     assert (code, err) == (0, "")
     for file in photos.iterdir():
         assert file.name in out
-    plan = out.partition("\nthe plan\n")[2].splitlines()
+    plan = out.partition("\nthe plan\n")[2].partition("\n\n")[0].splitlines()
     assert [line.strip().partition(":")[0] for line in plan] == [
         *("base", "photos", "in prompts", "adapter", "strength", "length", "note", "memory", "time")
     ]

@@ -1,6 +1,7 @@
 """Answers to errors of beginners: unknown flags, merging an unusual base into one file, rates of text encoders."""
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.cli import main as cli
 from lorakit.config import lr_schedule
 from lorakit.families import describe
+from lorakit.runs import preflight
+from lorakit.ui import texts
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,30 @@ def test_the_named_option_leaves_unreadable_photos_out(
     assert advice.startswith("lorakit: or leave these photos out: --set ")
     assert cli.main([*words, *shlex.split(advice.partition("photos out: ")[2])]) == 0
     assert "photos: 2 to train on" in capsys.readouterr().out
+
+
+def test_check_prints_problems_before_the_table_and_the_verdict_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, box in enumerate([(0, 0), (0, 80), (80, 0), (80, 80), (40, 40)]):
+        picture = Image.effect_noise((160, 160), 80).convert("RGB")
+        picture.paste((10, 200, 40 * number), (*box, box[0] + 70, box[1] + 70))
+        picture.save(tmp_path / f"{number}.png")
+    words = ["check", str(tmp_path), "--subject", "sks toy", "--set", "memory.device=cpu"]
+    assert cli.main(words) == 0
+    output = capsys.readouterr()
+    assert output.out.endswith("\n\nNo problems found.\n") and output.err == ""
+    assert texts.sayer("en")("photos.fine") == preflight.FINE
+    assert cli.main([*words, "--json"]) == 0
+    assert preflight.FINE not in capsys.readouterr().out
+    (tmp_path / "text.jpg").write_text("hello", encoding="utf-8")
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    assert cli.main(words) == 1
+    printed = capsys.readouterr().out
+    places = [
+        printed.index(part) for part in ("text.jpg: text, not a picture", "or leave these photos out", "unreadable")
+    ]
+    assert places == sorted(places) and preflight.FINE not in printed
 
 
 def test_an_unusual_base_is_merged_into_a_folder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,18 @@ def test_unreadable_files_are_errors_grouped_by_cause(photos: Path, base) -> Non
     assert sum("  unreadable  " in line for line in report.table().splitlines()) == 4
 
 
+def test_photos_that_cannot_be_read_give_errors_only(photos: Path, base) -> None:
+    """The number of photos and their captions are known only once they can be read."""
+    for number in range(3):
+        (photos / f"{number}.jpg").write_bytes(b"")
+    report = report_of(photos, base)
+    assert report.errors == ["0.jpg, 1.jpg, 2.jpg: empty, 0 bytes; copy it again from its source"]
+    assert report.warnings == report.notes == []
+    fill(photos, 1)
+    report = report_of(photos, base)
+    assert report.warnings == [] and len(report.notes) == 1
+
+
 def test_many_files_with_one_cause_are_one_line(photos: Path, base) -> None:
     for number in range(8):
         (photos / f"{number}.jpg").write_bytes(b"")

@@ -188,7 +188,8 @@ def _check_sizes(report: Report) -> None:
 
 def _check_folder(report: Report, config: DataConfig) -> None:
     readable = [item for item in report.items if item.readable]
-    if 0 < len(report.items) < MIN_PHOTOS:
+    # If some cannot be read, the errors say that; without them, the number of photos is not known yet.
+    if 0 < len(readable) == len(report.items) < MIN_PHOTOS:
         template = MORE_PICTURES if config.kind == "style" else MORE_PHOTOS
         report.warnings.append(Message(template, count(len(report.items), "photo"), *ADVISED_PHOTOS[config.kind]))
     folders = {item.relative.partition("/")[0] for item in report.items if "/" in item.relative}
