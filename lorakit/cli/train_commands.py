@@ -73,7 +73,7 @@ def add(command: Command) -> None:
         dest="checkpoint",
         default="",
         metavar="STEP",
-        help="checkpoint to continue from, e.g. step-000120 (default: the last)",
+        help="checkpoint to continue from: its step or its name, e.g. 120 or step-000120 (default: the last)",
     )
     resume.add_argument("--steps", metavar="COUNT", help="new number of steps of the whole run")
     _add_gpus(resume, "number of GPUs of this machine to train on")
