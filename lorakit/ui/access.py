@@ -68,11 +68,14 @@ class Roots:
         return folders
 
     def _folders(self) -> Iterator[Path]:
-        """The readable folders, level by level, without hidden folders and links."""
-        level = list(self.paths)
+        """The readable folders, each once, level by level, without hidden folders and links."""
+        level, visited = list(self.paths), set[Path]()
         for _ in range(LEVELS + 1):
             below: list[Path] = []
             for path in level:
+                if path in visited:  # a root inside another one
+                    continue
+                visited.add(path)
                 try:
                     entries = sorted(entry for entry in path.iterdir() if entry.is_dir())
                 except OSError:

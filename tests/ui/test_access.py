@@ -55,6 +55,8 @@ def test_folders_of_photos_are_suggested(home: Path):
     for place in ("dogs", ".ssh"):
         (home / "allowed" / place / "1.JPG").write_bytes(b"")
     assert Roots([home / "allowed"]).photo_folders() == [home / "allowed" / "dogs"]
+    # A root inside another one, as the folder of runs is, adds no folder twice.
+    assert Roots([home / "allowed", home / "allowed" / "dogs"]).photo_folders() == [home / "allowed" / "dogs"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
