@@ -171,6 +171,12 @@ def test_a_message_names_options_as_the_page_does(message: str, line: str):
     assert ("「" in texts.sayer("zh-Hant").explain(message)) == ("“" in line)
 
 
+def test_a_line_of_the_plan_says_where_an_option_is() -> None:
+    say = texts.sayer("en")
+    line = say.explain("45 steps, raised to train.min_steps = 400; data.name, --base", places=True)
+    assert line == ("45 steps, raised to “All options › Training › Min steps” = 400; “Trigger and name”, “Base model”")
+
+
 @pytest.mark.parametrize("method", config.ADAPTER_SECTIONS)
 def test_a_form_has_a_value_for_every_option_of_any_method(method: str) -> None:
     values = form.values(config.load(None, {"adapter.method": method, "train.steps": 1}))

@@ -438,7 +438,7 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
         ]
     )
     notices = "".join(f"<li>{escape(say.explain(line))}</li>" for line in warnings)
-    lines = "".join(f"<li>{escape(say.explain(line))}</li>" for line in plan.lines())
+    lines = "".join(f"<li>{escape(say.explain(line, places=True))}</li>" for line in plan.lines())
     return (
         f"<section class=lk-panel><h2>{escape(say('plan.title'))}</h2>{figures}"
         f"{f'<ul class=lk-warnings>{notices}</ul>' if notices else ''}<ul class=lk-lines>{lines}</ul></section>"

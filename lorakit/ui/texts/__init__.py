@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message, some
+from lorakit.runs import quickstart
 from lorakit.ui import form
 from lorakit.ui.texts.sentences import Sentences, meet
 
@@ -49,8 +50,12 @@ class Say:
         lines = text.splitlines() if isinstance(text, Message) else text.split("\n")
         return table.translated(text) or "\n".join(table.translated(line) or line for line in lines)
 
-    def explain(self, text: str) -> str:
-        """Translate a message. Replace option keys and flags with the labels of their fields, except in commands."""
+    def explain(self, text: str, *, places: bool = False) -> str:
+        """Translate a message. Replace option keys and flags with the labels of their fields, except in commands.
+
+        Args:
+            places: whether to name the sections of the page that these fields are in, too.
+        """
         say, names, text = self, table(self.language), TWICE.sub("", self.translate(text))
         result, end = "", 0
         for match in NAMES.finditer(text):
@@ -58,7 +63,10 @@ class Say:
             line = text[: match.start()].rpartition("\n")[2]
             if key not in names or (match[0].startswith("--") and "lorakit " in line):
                 continue
-            result = meet(meet(result, text[end : match.start()]), say("train.quoted", name=names[key]))
+            name, section = names[key], f"section.{match[0].partition('.')[0]}"
+            if places and section in names and match[0] not in (*quickstart.BASIC_OPTIONS, *quickstart.SET_BY_CALLER):
+                name = say("train.place", options=names["train.options"], section=names[section], name=name)
+            result = meet(meet(result, text[end : match.start()]), say("train.quoted", name=name))
             end = match.end()
         return meet(result, text[end:])
 
