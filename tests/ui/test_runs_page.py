@@ -216,5 +216,8 @@ def test_a_finished_run_shows_its_result_and_the_base(page: RunsPage, run: RunFo
     assert samples.index("The result and the base model") < samples.index("Samples")
     assert samples.count("/01.png") == samples.count("/02.png") == 2
     assert samples.count("<th scope=col>a &lt;toy&gt;</th>") == 2
+    assert "The pictures are of step" not in samples
+    run.update(state="stopped", step=3)
+    assert "The pictures are of step 2; the run ended at step 3." in look(page)["samples"]
     run.update(state="running")
     assert "The result" not in look(page)["samples"]

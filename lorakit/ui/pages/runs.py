@@ -412,7 +412,7 @@ def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> st
     steps = {*grids, *(int(path.parent.name[5:]) for path in run.checkpoints.glob("step-*/complete"))}
     if not steps:
         return widgets.quiet(say("run.no_samples")) if state.state in LIVE else ""
-    figures, result = [], "" if state.state in LIVE else _result(workspace, run, max(grids, default=0), say)
+    figures, result = [], "" if state.state in LIVE else _result(workspace, run, max(grids, default=0), state.step, say)
     for row, step in enumerate(sorted(steps, reverse=True)):
         title = say("compare.step", step=step) if step else say("compare.base")
         picture = viewer.button(workspace, grids[step], title, row, 0, side=SAMPLE_SIDE) if step in grids else ""
@@ -422,8 +422,13 @@ def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> st
     return f"{result}<h2>{title}</h2><div class=lk-samples tabindex=0 data-pictures>{''.join(figures)}</div>"
 
 
-def _result(workspace: Workspace, run: RunFolder, last: int, say: Say) -> str:
-    """HTML with the last pictures above those of the base, or "" if one of them is missing."""
+def _result(workspace: Workspace, run: RunFolder, last: int, end: int, say: Say) -> str:
+    """HTML with the last pictures above those of the base, or "" if one of them is missing.
+
+    Args:
+        last: step of the last pictures.
+        end: step at which the run ended.
+    """
     rows = []
     for row, step in enumerate((last, 0)):
         title = say("compare.step", step=step) if step else say("compare.base")
@@ -436,4 +441,5 @@ def _result(workspace: Workspace, run: RunFolder, last: int, say: Say) -> str:
         return ""
     heads = viewer.heads(run.sample_pictures(last))
     table = f"<table class=lk-compare>{heads}<tbody>{''.join(rows)}</tbody></table>"
-    return f"<h2>{escape(say('run.result'))}</h2><div class=lk-scroll tabindex=0 data-pictures>{table}</div>"
+    older = widgets.quiet(say("run.result_step", step=last, end=end)) if last < end else ""
+    return f"<h2>{escape(say('run.result'))}</h2>{older}<div class=lk-scroll tabindex=0 data-pictures>{table}</div>"
