@@ -129,6 +129,14 @@ def test_unreadable_files_are_errors_grouped_by_cause(photos: Path, base) -> Non
     assert sum("  unreadable  " in line for line in report.table().splitlines()) == 4
 
 
+def test_without_a_name_no_text_of_a_photo_is_reported(photos: Path, base) -> None:
+    fill(photos)
+    assert report_of(photos, base, name="").notes == []
+    (photos / "0.txt").write_text("a red toy")
+    report = report_of(photos, base, name="")
+    assert not any("are trained as" in line for line in report.warnings)
+
+
 def test_photos_that_cannot_be_read_give_errors_only(photos: Path, base) -> None:
     """The number of photos and their captions are known only once they can be read."""
     for number in range(3):

@@ -247,6 +247,17 @@ def test_a_page_of_photos(workspace: Workspace, train: TrainPage, tiny_sd1: Path
     assert previous["interactive"] and not following["interactive"]
 
 
+def test_the_text_of_a_photo_is_shown_once_it_has_a_name(workspace: Workspace, train: TrainPage, tiny_sd1: Path):
+    with gr.Blocks():
+        photos = PhotosPage(workspace, T)
+    for name, has_text in (("", False), ("sks toy", True)):
+        values, _ = answered(train, tiny_sd1, data__name=name)
+        config = train.config_of_photos(train.form_values(values))
+        summary, cards = photos.checked(str(workspace.roots.paths[0]), 0, config, SAY)
+        assert ("is trained as" in summary) == ("No caption. Trained with:" in cards) == has_text
+        assert "3 photos" in summary
+
+
 def test_no_folder_is_no_error(workspace: Workspace, train: TrainPage):
     with gr.Blocks():
         photos = PhotosPage(workspace, T)

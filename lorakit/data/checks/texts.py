@@ -87,7 +87,7 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
     )
     for own in concepts.of_photos([item.photo for item in report.items], config):
         items = [item for item in report.items if concepts.of_photo(item.photo, config) == own]
-        if any(item.readable for item in items):
+        if own.name and any(item.readable for item in items):  # else the texts are not known yet
             _check_captions(report, items, own)
         if counter is not None and own.trigger:
             report.trigger_findings += _trigger_findings(own.trigger, counter)

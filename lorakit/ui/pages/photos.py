@@ -14,7 +14,7 @@ from lorakit.config import Config, photo_edits
 from lorakit.config.photo_edits import NO_EDIT, WHOLE
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import abridge
-from lorakit.data import buckets, checks, photo_folder
+from lorakit.data import buckets, checks, concepts, photo_folder
 from lorakit.data.photo_folder import Photo
 from lorakit.runs import quickstart
 from lorakit.ui import form, widgets
@@ -219,7 +219,8 @@ def _card(
         facts.append(say("photos.cropped", share=round(100 * item.cropped)))
     problems = [thumbnail.problem] if thumbnail.problem else list(item.findings if item else [])
     lines = "".join(f"<li>{escape(say.explain(problem))}</li>" for problem in problems)
-    hint = escape(say("photos.no_caption", text=item.text)) if item and not photo.caption else ""
+    named = config is not None and concepts.of_photo(photo, config.data).name
+    hint = escape(say("photos.no_caption", text=item.text)) if item and named and not photo.caption else ""
     label = escape(say("photos.caption", name=photo.relative))
     mark = "left-out" if left_out else "bad" if thumbnail.problem else "warn" if problems else "fine"
     choice = escape(say("photos.bring_back") if left_out else say("photos.leave_out"))
