@@ -434,6 +434,7 @@ def _wire_folder(
     opened = gr.on(opening_events, choose, inputs, [field, excluded, edits, train.draft], **FOLLOW)
     for event in opening_events:
         widgets.clear_at(event, photos.message)
+    widgets.clear_at(photos.upload.upload, photos.summary)  # it may refuse the folder that was open before
     upload_outputs = [photos.message, photos.folder, field, photos.upload, train.draft]
     uploaded = polled(photos.workspace.tasks, [(photos.upload.upload, take_in)], inputs, upload_outputs)
     edited = photos.cards.select(edit, inputs, [excluded, edits, masked_loss, train.draft], **EACH)

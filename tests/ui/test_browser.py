@@ -295,6 +295,16 @@ def test_a_caption_stays_with_its_photo_when_another_folder_comes(person: Person
     assert (room / "A" / "00.txt").read_text() == "written for A\n" and not (room / "B" / "00.txt").exists()
 
 
+def test_an_upload_clears_the_refusal_of_an_older_folder_at_once(person: Person, room: Path):
+    page = person.page
+    person.choose("photos-folder", room / "nowhere")
+    page.locator("#photos-open").click()
+    person.says("photos-summary", "does not exist")
+    page.route("**/queue/join*", lambda route: None)  # the server's answer never comes
+    page.locator("#photos-upload input[type=file]").set_input_files(room / "photos" / "01.png")
+    page.wait_for_function("!document.querySelector('#photos-summary').innerText.trim()")
+
+
 def test_errors_are_shown_at_their_fields(person: Person, served, room: Path):
     page = person.page
     for path, message in (
