@@ -161,7 +161,7 @@ def test_the_front_end_names_no_option_and_trains_nothing():
         ("train.stepz is no option", "train.stepz is no option"),
         ("give it with --base", "give it with “Base model”"),
         ("give a VAE by model.vae (--vae)", "give a VAE by “VAE”"),
-        ("(`lorakit caption` does that)", "(“Captions: by a model, or all at once” does that)"),
+        ("(`lorakit caption` does that)", "(“Captions: write with a model, or edit all” does that)"),
         ("lorakit merge a --base BASE", "lorakit merge a --base BASE"),
         ("--base-model x: leave --no-base out", "--base-model x: leave --no-base out"),
     ],
