@@ -275,7 +275,9 @@ def answer_of_check(settings: config.Config, folder: Path, capsys: pytest.Captur
     capsys.readouterr()
     code = cli.main(["check", *arguments(settings, folder)])
     # Only terminal users type `--set`, so only the terminal advises how to exclude photos; the page has a button.
-    problems = [line for line in complaints(capsys.readouterr().err) if not line.startswith("or train without: ")]
+    problems = [
+        line for line in complaints(capsys.readouterr().err) if not line.startswith("or leave these photos out: ")
+    ]
     return code == 0, set(problems)
 
 
