@@ -58,7 +58,8 @@ class ComparePage:
         self.table = widgets.html(elem_id="compare-table", js_on_load=TAKE)
         with gr.Row(equal_height=False, visible=False) as self.choice:
             self.step = gr.Dropdown(choices=[], label=t("compare.mark_which"), filterable=False, elem_id="compare-step")
-            self.format = gr.Radio(choices=list(FORMATS), value=next(iter(FORMATS)), label=t("adapter.format"))
+            formats = list(FORMATS)
+            self.format = gr.Radio(formats, value=formats[0], label=t("adapter.format"), elem_id="compare-format")
             with gr.Column(min_width=160):
                 self.mark = gr.Button(t("compare.mark"), elem_id="compare-mark")
                 self.export = gr.Button(t("compare.export"), variant="primary", elem_id="compare-export")
