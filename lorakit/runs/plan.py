@@ -447,10 +447,10 @@ def _matmul_speed(seconds: float = 0.1) -> float:
 
 
 def _threads() -> int:
-    """The number of threads that will train: of OMP_NUM_THREADS, else all cores that this process may use."""
+    """The number of threads that can compute at once: OMP_NUM_THREADS, and at most the cores of this process."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(value) if value.isdecimal() and int(value) else available
+    return min(int(value), available) if value.isdecimal() and int(value) else available
 
 
 def _ram() -> int:

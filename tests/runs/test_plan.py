@@ -314,7 +314,7 @@ def test_the_speed_is_that_of_products_that_did_not_wait(monkeypatch: pytest.Mon
     assert plan._matmul_speed.__wrapped__(seconds=29) == 2 * 32 * 64**3
 
 
-@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("", 5), ("0", 5), ("4,2", 5)])
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("64", 5), ("", 5), ("0", 5), ("4,2", 5)])
 def test_the_threads_that_will_train_are_counted(monkeypatch: pytest.MonkeyPatch, value: str, threads: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(5)), raising=False)
