@@ -146,7 +146,7 @@ def test_results_go_to_any_url_of_fsspec_without_checkpoints(tmp_path, photos, m
     runs = tmp_path / "runs"
     command = ["batch", str(photos), "--output", str(runs), "--subject", "sks {folder}", "--base", "pocket"]
     assert cli.main([*command, "--results", "memory://june"]) == 2
-    assert "give --wait or --ray as well" in capsys.readouterr().err
+    assert "give --wait or --ray too" in capsys.readouterr().err
     for url, problem in (("nowhere://june", "Protocol not known: nowhere"), (str(photos / "Anna" / "0.png"), "exists")):
         assert cli.main([*command, "--wait", "--results", url]) == 1
         (line,) = capsys.readouterr().err.splitlines()
