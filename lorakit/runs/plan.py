@@ -46,6 +46,8 @@ PASSES, PASSES_WITH_CHECKPOINTING = 2.2, 2.95
 # On a CPU: the share of a large matrix product's speed that a UNet reaches, and the fixed cost of a layer's kernels in
 # a forward pass, in seconds. Fitted to a UNet of 132 layers at batch 1, 8 and 16, one thread of an EPYC of 2023.
 CPU_SHARE, CPU_LAYER_SECONDS = 0.55, 1.4e-4
+# Smaller latents gain little from a second thread: 105 steps of the bundled base took 47 s on one and 43 s on two.
+THREADED_SIDE = 32
 # Steps below which a run is said to be short: what the bundled base took, as docs/pocket.md tells it.
 MIN_STEPS = 200
 SHORT_RUN = Message(
@@ -363,7 +365,7 @@ def estimate_seconds(config: Config, info: BaseInfo, steps: int, draws_class: bo
     sides = [side // info.downscale for side in config.data.resolutions]
     flops = [forward_flop(info.family, info.layers, side, side, info.text_tokens) for side in sides]
     flop = sum(flops) / len(flops)
-    speed = CPU_SHARE * _threads() * _matmul_speed()
+    speed = CPU_SHARE * (_threads() if min(sides) >= THREADED_SIDE else 1) * _matmul_speed()
     overhead = CPU_LAYER_SECONDS * sum(name.startswith("unet.") for name in info.layers)
     passes = PASSES_WITH_CHECKPOINTING if config.memory.gradient_checkpointing else PASSES
     asks_base = train.prior == "teacher" or train.prior_target == "base"

@@ -303,6 +303,19 @@ def test_on_a_cpu_the_time_is_an_estimate_that_grows_with_the_work(sd15: Info, m
     assert result.lines()[-1].startswith("time: about ") and result.lines()[-1].endswith(" (estimate)")
 
 
+@pytest.mark.parametrize(("side", "speedup"), [(512, 4), (64, 1)])
+def test_small_pictures_gain_nothing_from_further_threads(
+    sd15: Info, monkeypatch: pytest.MonkeyPatch, side: int, speedup: int
+) -> None:
+    seconds = {}
+    monkeypatch.setattr(plan, "_matmul_speed", lambda: 1e9)  # slow, so that the fixed costs do not count
+    for threads in (1, 4):
+        monkeypatch.setattr(plan, "_threads", lambda threads=threads: threads)
+        result = make(sd15, [SQUARE], train__steps=100, memory__device="cpu", data__resolution=side)
+        seconds[threads] = result.seconds
+    assert seconds[1] / seconds[4] == pytest.approx(speedup, rel=0.02)
+
+
 def test_the_speed_of_this_machine_is_measured_quickly() -> None:
     assert 1e8 < plan._matmul_speed(seconds=0.02) < 1e14
 
