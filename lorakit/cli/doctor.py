@@ -14,12 +14,13 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from lorakit.cli.threads import available_cores, of_user
+from lorakit.cli.threads import of_user
 from lorakit.core import install, registry
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.messages import Message
 from lorakit.core.units import count
 from lorakit.runs import nvidia
+from lorakit.runs.launch import available_cores
 
 # Name of each extra -> (module, purpose). `optional_extras` adds the extras of optimizers.
 EXTRAS = {

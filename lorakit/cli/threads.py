@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-THREADS = "OMP_NUM_THREADS"
+from lorakit.runs.launch import THREADS, available_cores
+
 SAMPLE_SECONDS = 0.1
 # The number that `use_idle_cores` has set, if it has.
 _from_load: list[str] = []
@@ -33,10 +34,3 @@ def of_user() -> str:
 def idle_cores(busy: float, total: int) -> int:
     """Rounded number of idle cores, at least 1, if `total` cores have a load of `busy` percent."""
     return max(1, round(total * (1 - busy / 100)))
-
-
-def available_cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

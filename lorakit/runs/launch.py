@@ -162,6 +162,11 @@ def gpus_problem(config: Config, gpus: int) -> str | None:
     return Message("--gpus {gpus}: this machine has {what} that torch may use", gpus, what)
 
 
+def available_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start(processes: int, arguments: Sequence[str]) -> int:
     """Run `lorakit ARGUMENTS` in so many processes of this machine by torch's launcher; their exit code.
 

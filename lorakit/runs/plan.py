@@ -33,7 +33,7 @@ from lorakit.core.messages import Message, join
 from lorakit.core.units import count, duration, gibibytes, millions
 from lorakit.data import captions, holdout
 from lorakit.families.facts.distilled import complete
-from lorakit.runs import memory_estimate, nvidia, plan_lines, whole_model
+from lorakit.runs import launch, memory_estimate, nvidia, plan_lines, whole_model
 from lorakit.runs.plan_lines import run_length
 
 if TYPE_CHECKING:
@@ -450,8 +450,7 @@ def _matmul_speed(seconds: float = 0.1) -> float:
 
 def _threads() -> int:
     """The number of threads that can compute at once: OMP_NUM_THREADS, and at most the cores of this process."""
-    value = os.environ.get("OMP_NUM_THREADS", "")
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    value, available = os.environ.get(launch.THREADS, ""), launch.available_cores()
     return min(int(value), available) if value.isdecimal() and int(value) else available
 
 

@@ -55,7 +55,7 @@ class _Copy:
     end: float = 0.0
 
     def is_outdated(self, path: Path) -> bool:
-        """Whether the file must be staged anew: it was written again, its copy is gone, or an attempt is long ago."""
+        """Whether to stage the file again: it has changed, its copy is missing, or an attempt has failed long ago."""
         if self.target is None:
             return time.monotonic() - self.end > RETRY_SECONDS
         try:
