@@ -72,11 +72,11 @@ def test_a_chat_model_writes_its_answer_and_overwrites_on_request(llava, photos,
     (photos / "broken.jpg").unlink()
     assert caption(photos, "--with", llava, "--style", "sks style", "--prompt", "describe .", "--overwrite") == 0
     assert (photos / "c.txt").read_text() == f"sks style, {TEXT}\n"
-    (photos / "b.txt").write_text("mended by hand")
+    (photos / "b.txt").write_text("edited by hand")
     capsys.readouterr()
     assert caption(photos, "--undo") == 0
     assert (photos / "c.txt").read_text() == "my own words\nof two lines\n"
-    assert (photos / "b.txt").read_text() == "mended by hand" and "changed later: b.txt" in capsys.readouterr().out
+    assert (photos / "b.txt").read_text() == "edited by hand" and "changed later: b.txt" in capsys.readouterr().out
     assert caption(photos, "--undo") == 1
     assert "no change of captions to undo" in capsys.readouterr().err
 

@@ -308,6 +308,7 @@ def test_an_upload_clears_the_refusal_of_an_older_folder_at_once(person: Person,
     page.route("**/queue/join*", lambda route: None)  # the server's answer never comes
     page.locator("#photos-upload input[type=file]").set_input_files(room / "photos" / "01.png")
     page.wait_for_function("!document.querySelector('#photos-summary').innerText.trim()")
+    assert page.locator("#photos-summary").inner_text().strip() == ""
 
 
 def test_errors_are_shown_at_their_fields(person: Person, served, room: Path):

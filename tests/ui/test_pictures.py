@@ -12,8 +12,9 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
+from run_with_pictures import run_with_pictures  # noqa: E402
+
 from lorakit.core import image_grid  # noqa: E402
-from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.queue import Queue  # noqa: E402
 from lorakit.runs.run_folder import RunFolder  # noqa: E402
 from lorakit.ui import commands, language, texts  # noqa: E402
@@ -40,18 +41,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 @pytest.fixture
 def run(workspace: Workspace) -> RunFolder:
-    config = quickstart.config_for_answers(
-        {quickstart.PHOTOS: str(workspace.runs), quickstart.NAME: "sks toy"}, "quick"
-    )
-    run = RunFolder.create(replace(config, output=replace(config.output, folder=str(workspace.runs / "one"))))
-    for step in (0, 2, 4):
-        run.save_samples(step, [picture("a <toy>", step), picture("b", step + 1)], ["a <toy>", "b"])
-    (run.checkpoints / "step-000004").mkdir()
-    (run.checkpoints / "step-000004" / "complete").touch()
-    (run.path / "sks-toy.safetensors").write_bytes(b"")
-    run.update(state="done", step=6, steps=6, adapter="sks-toy.safetensors")
-    run.unlock()
-    return run
+    samples = {step: [picture("a <toy>", step), picture("b", step + 1)] for step in (0, 2, 4)}
+    return run_with_pictures(workspace, workspace.runs, samples, ["a <toy>", "b"])
 
 
 def test_the_viewer_returns_a_picture_unchanged(workspace: Workspace, run: RunFolder):

@@ -18,10 +18,10 @@ from waiting import SECONDS, wait_for
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
+from run_with_pictures import run_with_pictures  # noqa: E402
+
 from lorakit.core import image_grid  # noqa: E402
-from lorakit.runs import quickstart  # noqa: E402
 from lorakit.runs.queue import Job, Queue  # noqa: E402
-from lorakit.runs.run_folder import RunFolder  # noqa: E402
 from lorakit.ui import app, commands  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
@@ -35,15 +35,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A run with pictures and a checkpoint. No worker runs: the test is the worker."""
     monkeypatch.setattr(Queue, "start", lambda queue: None)
     workspace = Workspace(tmp_path / "runs", [tmp_path])
-    config = quickstart.config_for_answers({quickstart.PHOTOS: str(tmp_path), quickstart.NAME: "sks toy"}, "quick")
-    run = RunFolder.create(replace(config, output=replace(config.output, folder=str(workspace.runs / "one"))))
-    for step in (0, 4):
-        run.save_samples(step, [picture("a toy")], ["a toy"])
-    (run.checkpoints / "step-000004").mkdir()
-    (run.checkpoints / "step-000004" / "complete").touch()
-    (run.path / "sks-toy.safetensors").write_bytes(b"")
-    run.update(state="done", step=6, steps=6, adapter="sks-toy.safetensors")
-    run.unlock()
+    run_with_pictures(workspace, tmp_path, {step: [picture("a toy")] for step in (0, 4)}, ["a toy"])
     return workspace
 
 
