@@ -21,6 +21,8 @@ from lorakit.data.photo_folder import Photo
 SIDE = 256
 # Number of cached thumbnails, of about 15 KiB each.
 MAX_THUMBNAILS = 4000
+# Key of a cached thumbnail: path, time of the last change, size of the file, side of the thumbnail, edit.
+Key = tuple[Path, int, int, int, PhotoEdit]
 QUALITY = 80
 # Share of black that is blended over the parts of a photo outside its painted mask.
 UNLEARNED = 0.75
@@ -43,27 +45,52 @@ class Thumbnails:
     """Creates and caches thumbnails. Thread-safe."""
 
     def __init__(self, workers: int = 4):
-        self._cache: OrderedDict[tuple[Path, int, int, int, PhotoEdit], Thumbnail] = OrderedDict()
+        self._cache: OrderedDict[Key, Thumbnail] = OrderedDict()
+        self._pending: set[Key] = set()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="thumbnail")
 
     def get(self, path: Path, side: int = SIDE, edit: PhotoEdit = NO_EDIT) -> Thumbnail:
         """The thumbnail of a photo's current file. Its longer side has `side` pixels."""
         try:
-            status = path.stat()
+            key = _key(path, side, edit)
         except OSError as error:
             return Thumbnail(problem=f"{path.name}: {error.strerror or error}")
-        key = (path, status.st_mtime_ns, status.st_size, side, edit)
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
+        if (cached := self._cached(key)) is not None:
+            return cached
         thumbnail = _make(path, side, edit)
         with self._lock:
             self._cache[key] = thumbnail
             while len(self._cache) > MAX_THUMBNAILS:
                 self._cache.popitem(last=False)
         return thumbnail
+
+    def soon(self, path: Path, side: int = SIDE) -> Thumbnail | None:
+        """The cached thumbnail of a picture. If there is none, a thread creates it, and this returns None at once."""
+        try:
+            key = _key(path, side, NO_EDIT)
+        except OSError as error:
+            return Thumbnail(problem=f"{path.name}: {error.strerror or error}")
+        if (cached := self._cached(key)) is not None:
+            return cached
+        with self._lock:
+            if key not in self._pending:
+                self._pending.add(key)
+                self._pool.submit(self._create, key)
+        return None
+
+    def _create(self, key: Key) -> None:
+        try:
+            self.get(key[0], key[3], key[4])
+        finally:
+            with self._lock:
+                self._pending.discard(key)
+
+    def _cached(self, key: Key) -> Thumbnail | None:
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
 
     def several(
         self, photos: Sequence[Photo], progress: Callable[[int, int], object] = lambda count, total: None
@@ -78,6 +105,11 @@ class Thumbnails:
             thumbnails.append(thumbnail)
             progress(len(thumbnails), len(photos))
         return thumbnails
+
+
+def _key(path: Path, side: int, edit: PhotoEdit) -> Key:
+    status = path.stat()
+    return path, status.st_mtime_ns, status.st_size, side, edit
 
 
 def _make(path: Path, side: int, edit: PhotoEdit) -> Thumbnail:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,8 @@ from lorakit.ui.pages.runs import ENDED_SILENTLY, RunsPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 SAY = texts.sayer("en")
+# Seconds that a request may take.
+LONGEST = 5.0
 
 
 @pytest.fixture
@@ -150,6 +153,30 @@ def test_a_run_in_preparation_shows_its_phase_and_progress(page: RunsPage, run: 
     assert "正在繪製類別圖片：12 / 42" in look(page, say=texts.sayer("zh-Hant"))["status"]
     run.update(state="running")
     assert "12 of 42" not in look(page)["status"]
+
+
+def test_the_page_does_not_wait_for_its_pictures(page: RunsPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    """A slow disk may take longer for a picture than a request may take."""
+    gate, get = threading.Event(), page.workspace.thumbnails.get
+
+    def slowly(*arguments: object) -> object:
+        assert gate.wait(SECONDS)
+        return get(*arguments)
+
+    monkeypatch.setattr(page.workspace.thumbnails, "get", slowly)
+    for step in (0, 2):
+        run.save_samples(step, [Image.new("RGB", (16, 16))], ["a"])
+    run.update(state="done")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(look, page)
+        try:
+            samples = first.result(LONGEST)["samples"]
+        finally:
+            gate.set()
+    assert samples.count("data-picture=") == samples.count("lk-pending") == 4 and "<img" not in samples
+    wait_for(lambda: "lk-pending" not in look(page)["samples"])
+    assert look(page)["samples"].count('<img src="data:image/webp') == 4
+    assert look(page, first.result()["hashes"])["samples"] != gr.skip(), "the next poll sends the pictures"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from PIL import Image
 from lorakit import config as configuration
 from lorakit.config import sample_prompts
 from lorakit.config.photo_edits import NO_EDIT, PhotoEdit
-from lorakit.core import atomic, foreign_json, image_grid, names
+from lorakit.core import atomic, foreign_json, names
 from lorakit.core.errors import LorakitError
 from lorakit.core.registry import FORMATS
 from lorakit.data import photo_folder
@@ -356,14 +356,7 @@ def take_button(run: RunFolder, step: int, say: Say) -> str:
 
 def _recipes(run: RunFolder, step: int) -> list[Mapping[str, object]]:
     """The recipe in the metadata of each picture of a step. It is empty if the file has none."""
-    recipes: list[Mapping[str, object]] = []
-    for path in run.sample_pictures(step):
-        try:
-            recipe = foreign_json.loads(str(image_grid.read(path).info.get("lorakit", "{}")))
-        except (OSError, SyntaxError, ValueError):
-            recipe = {}
-        recipes.append(recipe if isinstance(recipe, Mapping) else {})
-    return recipes
+    return [viewer.recipe_of(path) for path in run.sample_pictures(step)]
 
 
 def _photos_of(run: RunFolder, workspace: Workspace) -> list[tuple[Path, np.ndarray]]:

@@ -415,7 +415,9 @@ def _samples(workspace: Workspace, run: RunFolder, state: State, say: Say) -> st
     figures, result = [], "" if state.state in LIVE else _result(workspace, run, max(grids, default=0), state.step, say)
     for row, step in enumerate(sorted(steps, reverse=True)):
         title = say("compare.step", step=step) if step else say("compare.base")
-        picture = viewer.button(workspace, grids[step], title, row, 0, side=SAMPLE_SIDE) if step in grids else ""
+        picture = ""
+        if step in grids:
+            picture = viewer.button(workspace, grids[step], title, row, 0, side=SAMPLE_SIDE, wait=False)
         text = escape(title) + compare.take_button(run, step, say)
         figures.append(f"<figure>{picture}<figcaption>{text}</figcaption></figure>")
     title = escape(say("run.samples"))
@@ -433,7 +435,7 @@ def _result(workspace: Workspace, run: RunFolder, last: int, end: int, say: Say)
     for row, step in enumerate((last, 0)):
         title = say("compare.step", step=step) if step else say("compare.base")
         cells = "".join(
-            f"<td>{viewer.button(workspace, path, title, row, column, side=RESULT_SIDE)}</td>"
+            f"<td>{viewer.button(workspace, path, title, row, column, side=RESULT_SIDE, wait=False)}</td>"
             for column, path in enumerate(run.sample_pictures(step))
         )
         rows.append(f"<tr><th scope=row>{escape(title)}</th>{cells}</tr>" if cells else "")

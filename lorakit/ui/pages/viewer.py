@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from lorakit.core import foreign_json, image_grid
 from lorakit.core.errors import LorakitError
@@ -130,7 +131,8 @@ def recipe_of(path: Path) -> Mapping[str, object]:
 @functools.lru_cache(maxsize=512)
 def _recipe_of(path: Path, changed: int) -> Mapping[str, object]:
     """As `recipe_of`. `changed` is the time of the last change, for the cache."""
-    return _recipe(image_grid.read(path).info)
+    with Image.open(path, formats=["PNG"]) as image:  # reads no pixels
+        return _recipe(image.info)
 
 
 def _recipe(info: Mapping[str | tuple[int, int], object]) -> Mapping[str, object]:
@@ -140,17 +142,21 @@ def _recipe(info: Mapping[str | tuple[int, int], object]) -> Mapping[str, object
         return {}
 
 
-def button(workspace: Workspace, path: Path, title: str, row: int, column: int, *, side: int) -> str:
+def button(workspace: Workspace, path: Path, title: str, row: int, column: int, *, side: int, wait: bool = True) -> str:
     """HTML of a button with a thumbnail that opens the viewer.
 
     Args:
         path: picture below the runs.
         row, column: place of the picture in its table, for the arrow keys.
         side: longer side of the thumbnail in pixels.
+        wait: whether to wait for the thumbnail. If not, the button has a placeholder until the thumbnail is cached.
     """
-    small = workspace.thumbnails.get(path, side)
+    small = workspace.thumbnails.get(path, side) if wait else workspace.thumbnails.soon(path, side)
     name = path.relative_to(workspace.runs).as_posix()
+    content = f'<span class=lk-pending role=img aria-label="{escape(title)}">…</span>'
+    if small is not None:
+        content = f'<img src="{small.address}" alt="{escape(title)}">'
     return (
         f'<button type=button class=lk-zoom data-picture="{escape(name)}" data-row="{row}" data-column="{column}">'
-        f'<img src="{small.address}" alt="{escape(title)}"></button>'
+        f"{content}</button>"
     )
