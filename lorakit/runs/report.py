@@ -49,19 +49,20 @@ def write(
     findings: Iterable[Finding],
     lessons: Sequence[str] = (),
 ) -> Path:
-    """Write curves.svg, contact-sheet.png and report.html of a run; the page's path.
+    """Write curves.svg, contact-sheet.png, report.json and report.html of a run; the page's path.
 
     Args:
         history: the validations, one dict for each.
         findings: of the self-check.
         lessons: of `lesson_lines`.
     """
+    findings = list(findings)
+    folder.write_report(map(vars, findings), lessons)
     atomic.write(folder.curves_file, charts.sheet(_charts(folder)))
     sheet = contact_sheet(folder)
     if sheet is not None:
         image_grid.save(sheet, folder.contact_sheet_file)
-    page = html(folder, config, plan, photos, history, findings, lessons)
-    atomic.write(folder.html_file, page)
+    atomic.write(folder.html_file, html(folder, config, plan, photos, history, findings, lessons))
     return folder.html_file
 
 

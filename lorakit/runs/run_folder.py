@@ -268,10 +268,11 @@ class RunFolder:
         """Write the plan as plain JSON values."""
         atomic.write(self.plan_file, json.dumps(json_value(plan), indent=1, ensure_ascii=False))
 
-    def write_report(self, findings: Iterable[dict[str, Any]]) -> None:
-        """Write the findings of the self-check, each a dict with name, passed and detail."""
+    def write_report(self, findings: Iterable[dict[str, Any]], lessons: Iterable[str] = ()) -> None:
+        """Write the findings of the self-check, each a dict with name, passed and detail, and the lessons of a run."""
         rows = [json_value(finding | key_of(finding["detail"])) for finding in findings]
         verdict = {"passed": all(finding["passed"] for finding in rows), "findings": rows}
+        verdict["lessons"] = [{"message": line, **key_of(line)} for line in lessons]
         atomic.write(self.report_file, json.dumps(verdict, indent=1, ensure_ascii=False))
 
     def save_samples(self, step: int, images: Sequence[Image.Image], prompts: Sequence[str]) -> Path:
@@ -486,8 +487,7 @@ def _this_process() -> tuple[int, float]:
 
 
 def alive(pid: int, started: float) -> bool:
-    """Whether the process that started at `started` (seconds since the epoch) still exists, not another of its
-    number."""
+    """Whether the process `pid` that started at `started` (seconds since the epoch) still exists."""
     try:
         process = psutil.Process(pid)
         # A zombie has ended and only waits to be noticed. The clock may have been set by a second or two meanwhile.

@@ -13,8 +13,9 @@ import tiny
 from PIL import Image
 
 from lorakit import config
+from lorakit.core.messages import Message, key_of
 from lorakit.data import checks
-from lorakit.runs import report
+from lorakit.runs import lessons, report
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training.selfcheck import Finding
 
@@ -105,6 +106,14 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.words.append(data)
+
+
+def test_the_lessons_are_in_both_reports(run):
+    lesson = Message(lessons.SHORT, 30, 0.8)
+    path = report.write(run.folder, run.config, run.plan, run.photos, run.history, FINDINGS, [lesson])
+    (line,) = json.loads(run.folder.report_file.read_text(encoding="utf-8"))["lessons"]
+    assert line == {"message": lesson, **key_of(lesson)} and "was too short" in lesson
+    assert str(lesson) in Reader(path.read_text(encoding="utf-8")).words
 
 
 def test_the_page_is_complete_and_needs_no_other_file(run):

@@ -322,7 +322,7 @@ def test_plan_and_report_are_saved(tmp_path):
     assert json.loads(run.plan_file.read_text()) == {"steps": 10, "modules": {"unet": [1, 2]}}
     finding = {"name": "kohya", "passed": True, "detail": "ok"}
     run.write_report([finding])
-    assert json.loads(run.report_file.read_text()) == {"passed": True, "findings": [finding]}
+    assert json.loads(run.report_file.read_text()) == {"passed": True, "findings": [finding], "lessons": []}
     run.write_report([finding, finding | {"passed": False}])
     assert json.loads(run.report_file.read_text())["passed"] is False
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from lorakit.core.errors import LorakitError  # noqa: E402
 from lorakit.core.events import Event  # noqa: E402
 from lorakit.core.messages import Message  # noqa: E402
 from lorakit.runs import quickstart  # noqa: E402
+from lorakit.runs.lessons import SHORT  # noqa: E402
 from lorakit.runs.run_folder import LogReader, RunFolder  # noqa: E402
 from lorakit.ui import address, language, texts, workspace as workspace_module  # noqa: E402
 from lorakit.ui.pages import compare  # noqa: E402
@@ -70,6 +72,16 @@ def test_the_self_check_is_translated(page: RunsPage, run: RunFolder):
     run.write_report([finding])
     assert "kohya 檔案：147 個模組中有 147 個，皆為有限且非零" in look(page, say=texts.sayer("zh-Hant"))["status"]
     assert "kohya file: 147 of 147 modules present" in look(page)["status"]
+
+
+@pytest.mark.parametrize("language", texts.LANGUAGES)
+def test_a_run_that_was_too_short_says_so(page: RunsPage, run: RunFolder, language: str):
+    say, lesson = texts.sayer(language), Message(SHORT, 60, 0.8)
+    run.write_report([], [lesson])
+    run.update(state="done")
+    status = look(page, say=say)["status"]
+    assert f"<h3>{say('run.lessons')}</h3>" in status and f"<li>{escape(say.translate(lesson))}</li>" in status
+    assert ("the run was too short; train at least twice as long" in status) == (language == "en")
 
 
 def test_an_interrupted_run_says_why_and_what_to_do(page: RunsPage, run: RunFolder):

@@ -387,17 +387,20 @@ def _doing(state: State, say: Say) -> str:
 
 
 def _findings(run: RunFolder, say: Say) -> str:
-    """HTML with the findings of the run's report on the exported files, or ""."""
+    """HTML with the findings of the run's report on the exported files and on what it learned, or ""."""
     try:
-        findings = foreign_json.loads(run.report_file.read_text(encoding="utf-8"))["findings"]
+        report = foreign_json.loads_table(run.report_file.read_text(encoding="utf-8"))
         items = "".join(
             f"<li class=lk-{'fine' if one['passed'] else 'bad'}><b>{'✓' if one['passed'] else '✕'}</b> "
             f"{escape(_finding(str(one['name']), from_json(str(one['detail']), one), say))}</li>"
-            for one in findings
+            for one in report["findings"]
         )
-    except (OSError, ValueError, KeyError, TypeError):
+        lessons = [from_json(str(one["message"]), one) for one in report.get("lessons", [])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
-    return f"<h3>{escape(say('run.checks'))}</h3><ul class=lk-readers>{items}</ul>" if items else ""
+    checks = f"<h3>{escape(say('run.checks'))}</h3><ul class=lk-readers>{items}</ul>" if items else ""
+    lines = "".join(f"<li>{escape(say.translate(line))}</li>" for line in lessons)
+    return checks + (f"<h3>{escape(say('run.lessons'))}</h3><ul class=lk-warnings>{lines}</ul>" if lines else "")
 
 
 def _finding(name: str, detail: str, say: Say) -> str:
