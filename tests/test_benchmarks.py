@@ -36,6 +36,7 @@ def test_gpu_loops_run_on_a_cpu_and_plot_draws_their_rows(
         assert images.width > 400 and len(images.getcolors(2**24) or []) > 2
 
 
+@pytest.mark.slow
 def test_figures_of_a_stopped_and_of_a_failed_part_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

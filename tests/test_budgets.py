@@ -273,6 +273,7 @@ def test_banned_words_stay_within_the_budget() -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_banned_words_in_tests_stay_within_the_budget() -> None:
     places = [
         f"{path.relative_to(ROOT)}:{identifier}"

@@ -166,6 +166,7 @@ def _names(line: str, label: str) -> set[str]:
     return set(line.removeprefix(label).removesuffix(".").split(", ")) - {"nothing", "the user"}
 
 
+@pytest.mark.slow
 def test_imported_modules_exist() -> None:
     """This includes imports for types, which never run. mypy ignores missing modules."""
     wrong = [

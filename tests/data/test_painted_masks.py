@@ -155,11 +155,13 @@ def test_too_many_strokes_are_refused_with_advice() -> None:
 def test_a_mask_of_a_large_photo_matches_its_strokes() -> None:
     """A large mask is painted at a smaller size and then enlarged. At most 0.2 % of its pixels differ."""
     size, edit = (6000, 4000), parse("turn 90, crop 10 0 100 60, paint 20 25 50 75 50, erase 5 50 50")
-    expected = capsule(size, 1200, 1500, 2000, 4500, 2000) & ~capsule(size, 300, 3000, 2000, 3000, 2000)
-    left, top, right, bottom = edit.geometry.box(size)
     mask = decode.painted_mask(edit, size)
-    assert set(np.unique(mask)) == {0, 255}
-    assert difference(mask, np.rot90(expected, -1)[top:bottom, left:right]) < 0.002
+    left, top, right, bottom = edit.geometry.box(size)
+    assert mask.shape == (bottom - top, right - left) and set(np.bincount(mask.ravel()).nonzero()[0]) == {0, 255}
+    # The test compares every fourth pixel of every fourth column of the photo before its turn by 90 degrees.
+    expected = capsule((1500, 1000), 300, 375, 500, 1125, 500) & ~capsule((1500, 1000), 75, 750, 500, 750, 500)
+    turned = np.rot90(expected, -1)[top // 4 : bottom // 4, left // 4 : right // 4]
+    assert difference(mask[::4, 3::4], turned) < 0.002
 
 
 def averages(mask: np.ndarray, box: tuple[float, float, float, float], side: tuple[int, int]) -> np.ndarray:

@@ -295,6 +295,7 @@ def test_a_trial_keeps_existing_gradients() -> None:
     assert torch.equal(small.flat.gradient, before) and len(small.messages) == 1
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_run_continues() -> None:
     import torch._inductor.config
 

@@ -115,6 +115,7 @@ def test_a_command_gets_folder_and_state_without_a_shell(tmp_path: Path):
     assert not list(Path.cwd().glob("injected")) and not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_notification_is_one_warning_within_the_time_limit(
     server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

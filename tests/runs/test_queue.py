@@ -17,6 +17,7 @@ def ended(queue: Queue) -> bool:
     return all(job.state not in ("waiting", "running") for job in queue.jobs())
 
 
+@pytest.mark.slow
 def test_a_failed_job_does_not_stop_the_others(tmp_path: Path):
     queue = Queue(tmp_path / "runs")
     for arguments in (["options"], ["export", str(tmp_path / "no.safetensors"), "--to", "peft"], ["options", "--json"]):

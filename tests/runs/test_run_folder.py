@@ -161,6 +161,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
 def test_a_kill_leaves_a_readable_folder_that_says_interrupted(tmp_path):
     for attempt in range(5):

@@ -160,6 +160,7 @@ def test_a_stopped_run_continues_to_the_same_bits_and_files(tiny_sd1: Path, phot
         checkpoint_export.read(files[0].parent)
 
 
+@pytest.mark.slow
 def test_a_model_is_saved_as_one_file_and_the_base_restored(tmp_path: Path) -> None:
     modules = small_models.small("sd1", tmp_path / "base")
     base = small_models.write(tmp_path / "base.safetensors", "sd1", modules, torch.float32)

@@ -259,6 +259,7 @@ def test_sdxl_learns_a_word_in_both_text_encoders(tiny_sdxl, photos, tmp_path, m
     assert path.is_file()
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_figures_of_the_log(plain):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

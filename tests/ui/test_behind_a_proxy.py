@@ -65,6 +65,7 @@ def proxy() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_the_page_works_below_a_path(front_end, chromium, proxy: ThreadingHTTPServer, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.effect_noise((96, 64), 80).convert("RGB").save(tmp_path / "photos" / "00.png")

@@ -105,6 +105,7 @@ def test_a_long_list_is_cut_and_counted(tools, folder):
     assert f"{ROWS + 2} captions" in message and "and 2 more" in table and "lawn &amp; &lt;b&gt;" in table
 
 
+@pytest.mark.slow
 def test_the_command_reports_captions_or_the_error_of_a_model(tools, folder):
     moves: list[tuple[int, int]] = []
     refusal = tools.write_all(str(folder), WISHES, None, ZH, lambda *move: moves.append(move))

@@ -61,6 +61,7 @@ def test_a_process_that_ended_before_its_conversion_is_replaced(
     assert commands.export(file, "peft", tmp_path / "a")[0].is_dir()
 
 
+@pytest.mark.slow
 def test_a_process_waits_as_soon_as_a_page_with_conversions_is_open(exporter: Exporter, tmp_path: Path):
     page = app.build(Workspace(tmp_path / "runs", [tmp_path]), language.Translations())
     visits = {event.fn.__qualname__: event.fn for event in page.fns.values() if event.fn}

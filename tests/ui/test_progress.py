@@ -44,6 +44,7 @@ def test_a_drawing_without_a_base_names_the_field_of_the_page(tmp_path: Path) ->
         assert field in text and "cat.pt" in text and "--base" not in text and not is_going
 
 
+@pytest.mark.slow
 def test_a_front_end_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as parent:
         args = app.parser().parse_args(["--end-with", str(parent.pid), "--port", "7991"])
