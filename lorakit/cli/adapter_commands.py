@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lorakit import config as configuration
 from lorakit.cli import threads
 from lorakit.cli.imports import model_imports
-from lorakit.cli.terminal import complain, print_json, print_lines, remark
+from lorakit.cli.terminal import complain, print_json, print_lines, remark, tell_step
 from lorakit.cli.train_commands import Command, add_model, add_prompts, read_overrides, read_prompts
 from lorakit.config import unquote
 from lorakit.core import safetensors_header
@@ -222,7 +222,9 @@ def run_export(args: argparse.Namespace) -> int:
     from lorakit.training import checkpoint_export
 
     source = Path(args.adapter)
+    tell_step(1)
     weights = checkpoint_export.read(source) if checkpoint_export.is_checkpoint(source) else formats.read(source)
+    tell_step(2)
     return _write(args, weights, adapter_file(source).stem, weights.metadata, [args.adapter])
 
 

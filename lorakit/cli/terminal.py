@@ -126,6 +126,12 @@ def complain(text: str) -> None:
     write(sys.stderr, messages.to_lines(text))
 
 
+def tell_step(number: int) -> None:
+    """Write the number of the step that begins to stderr, for the program that started this one."""
+    if os.environ.get(messages.KEYS):
+        write(sys.stderr, f"{messages.STEP_LINE}{number}\n")
+
+
 class Terminal:
     """Writes lines and a progress bar to one stream, and listens to the events of a run.
 

@@ -12,16 +12,21 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.core.errors import LorakitError
-from lorakit.core.messages import KEYS, Message, from_lines, join, to_lines
+from lorakit.core.messages import KEYS, STEP_LINE, Message, from_lines, join, to_lines
 from lorakit.runs import quickstart
+
+if TYPE_CHECKING:
+    from lorakit.ui.tasks import Steps
 
 # Timeout of a conversion in seconds. The largest adapters need a fraction of it.
 PATIENCE = 600
 # Seconds that a process waits for its conversion, and its exit code if none came.
-WAIT, UNUSED = 600, 75
+WAIT, UNUSED = 300, 75
+# Keys of the names of a conversion's steps. The process starts with the first one and reports each later one.
+CONVERSION = ("convert.starting", "convert.reading", "convert.writing")
 # app.py sets HF_HUB_OFFLINE to OFFLINE for the front end. `fetch` and `caption` use the user's own value, which is read
 # before that.
 OFFLINE, USERS = "1", os.environ.get("HF_HUB_OFFLINE", "0")
@@ -43,35 +48,38 @@ def without_proxies() -> Iterator[None]:
 
 
 class Exporter:
-    """Starts the processes that convert adapters, one ahead of time where a page expects a conversion. Thread-safe."""
+    """Starts the processes that convert adapters, one ahead of time where a page expects a conversion. Thread-safe.
+
+    There is one process at a time, because each takes about 230 MiB: it waits or converts.
+    """
 
     def __init__(self) -> None:
         self.ready: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        self._lock, self._conversion = threading.Lock(), threading.Lock()
 
     def prepare(self) -> None:
-        """Start a process that imports its libraries and waits, unless one waits already."""
+        """Start a process that imports its libraries and waits, unless there is a process already."""
         with self._lock:
-            self.ready = self._alive() or _exporting()
+            if not self._conversion.locked():
+                self.ready = self._alive() or _exporting()
 
-    def run(self, arguments: Sequence[str]) -> tuple[int, str, str]:
-        """Run a command of lorakit. Return the exit code, stdout and stderr.
+    def run(self, arguments: Sequence[str], step: Callable[[int], object]) -> tuple[int, str, str]:
+        """Run a command of lorakit after those that came before. Return the exit code, stdout and stderr.
+
+        Args:
+            step: called with the index of each step in `CONVERSION` that begins.
 
         Raises:
             TimeoutExpired: it took longer than `PATIENCE`.
         """
-        with self._lock:
-            process, self.ready = self._alive() or _exporting(), None
-        while True:
-            try:
-                out, errors = process.communicate(json.dumps(arguments) + "\n", PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                raise
-            if process.returncode != UNUSED:
-                return process.returncode, out, errors
-            process = _exporting()  # the one that waited ended before it got the arguments
+        with self._conversion:
+            while True:
+                with self._lock:
+                    process, self.ready = self._alive() or _exporting(), None
+                step(0)
+                code, out, errors = _converse(process, json.dumps(arguments) + "\n", step)
+                if code != UNUSED:  # else it ended before it got the arguments
+                    return code, out, errors
 
     def close(self) -> None:
         """End the process that waits."""
@@ -92,6 +100,35 @@ EXPORTER = Exporter()
 atexit.register(EXPORTER.close)
 
 
+def _converse(process: subprocess.Popen[str], text: str, step: Callable[[int], object]) -> tuple[int, str, str]:
+    """Write `text` to a process and wait for its end. Return the exit code, stdout and stderr without the steps."""
+    assert process.stdin and process.stdout and process.stderr
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(PATIENCE, end)
+    timer.start()
+    try:
+        with contextlib.suppress(OSError):  # it has ended
+            process.stdin.write(text)
+            process.stdin.flush()
+        errors = ""
+        for line in process.stderr:
+            if line.startswith(STEP_LINE):
+                step(int(line.removeprefix(STEP_LINE)))
+            else:
+                errors += line
+        out, _ = process.communicate()  # a few paths, which fit into the pipe until now
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise subprocess.TimeoutExpired(process.args, PATIENCE)
+    return process.returncode, out, errors
+
+
 def _exporting() -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "lorakit.cli.imports", str(WAIT), str(UNUSED)],
@@ -104,8 +141,17 @@ def _exporting() -> subprocess.Popen[str]:
     )
 
 
-def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> list[Path]:
+def export(
+    source: Path,
+    kind: str,
+    folder: Path,
+    dtype: str | None = None,
+    progress: Steps = lambda count, total, doing="": None,
+) -> list[Path]:
     """Write an adapter in another format. Return the written files and folders.
+
+    Args:
+        progress: called at the begin of each step of `CONVERSION`.
 
     Raises:
         LorakitError: the error of the command.
@@ -114,7 +160,9 @@ def export(source: Path, kind: str, folder: Path, dtype: str | None = None) -> l
     arguments = ["export", str(source), "--to", kind, "--output", str(folder), "--json"]
     arguments += ["--dtype", dtype] if dtype else []
     try:
-        code, out, errors = EXPORTER.run(arguments)
+        code, out, errors = EXPORTER.run(
+            arguments, lambda number: progress(number + 1, len(CONVERSION), CONVERSION[number])
+        )
     except subprocess.TimeoutExpired:
         raise LorakitError("{file}: not converted after {seconds} s", source.name, PATIENCE) from None
     if code:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import gradio as gr
 
@@ -26,10 +26,19 @@ from lorakit.ui.widgets import FOLLOW, say_for
 # of stored tasks.
 PATIENCE, EVERY, WORKERS, MAX_TASKS = 0.7, 1.0, 8, 50
 Progress = Callable[[int, int], object]
+
+
+class Steps(Protocol):
+    """A progress callback that can also name the current step."""
+
+    def __call__(self, count: int, total: int, doing: str = "") -> object:
+        """Set the progress. `doing` is the key of the step's name in the texts."""
+
+
 # Values of an event: component -> value.
 Values = dict[Any, Any]
 # Arguments: component -> value, the texts, the progress callback. Result: the values of the outputs.
-Work = Callable[[Values, Say, Progress], Sequence[Any]]
+Work = Callable[[Values, Say, Steps], Sequence[Any]]
 # A listener of Gradio, such as `button.click`, and the work to do on its event.
 Event = tuple[Callable[..., Any], Work]
 
@@ -37,13 +46,13 @@ Event = tuple[Callable[..., Any], Work]
 class Task:
     """Work that runs in a thread, and its progress."""
 
-    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Progress], Sequence[Any]]):
-        self.count, self.total, self.begin = 0, 0, time.monotonic()
+    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Steps], Sequence[Any]]):
+        self.count, self.total, self.doing, self.begin = 0, 0, "", time.monotonic()
         self.future: Future[Sequence[Any]] = pool.submit(work, self.progress)
 
-    def progress(self, count: int, total: int) -> None:
-        """Set the progress. `total` is 0 if it is unknown."""
-        self.count, self.total = count, total
+    def progress(self, count: int, total: int, doing: str = "") -> None:
+        """Set the progress, see `Steps`. `total` is 0 if it is unknown."""
+        self.count, self.total, self.doing = count, total, doing
 
     def line(self, say: Say) -> str:
         """The progress as HTML."""
@@ -52,6 +61,9 @@ class Task:
             return widgets.quiet(say("task.working", time=seconds))
         if not self.total:
             return widgets.quiet(say("task.so_far", count=self.count, time=seconds))
+        if self.doing:
+            step = say(self.doing)
+            return widgets.quiet(say("task.step", doing=step, count=self.count, total=self.total, time=seconds))
         return widgets.quiet(say("task.progress", count=self.count, total=self.total, time=seconds))
 
 
@@ -63,7 +75,7 @@ class Tasks:
         self._tasks: OrderedDict[int, Task] = OrderedDict()
         self._numbers, self._lock = itertools.count(1), threading.Lock()
 
-    def start(self, work: Callable[[Progress], Sequence[Any]]) -> int:
+    def start(self, work: Callable[[Steps], Sequence[Any]]) -> int:
         """Start a task and return its number. The oldest tasks are dropped if there are more than `MAX_TASKS`."""
         task = Task(self._pool, work)
         with self._lock:

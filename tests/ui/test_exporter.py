@@ -1,11 +1,16 @@
 """Adapters are converted by a process that has its libraries before anyone presses the button."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import save_file
+from waiting import wait_for
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
@@ -14,6 +19,7 @@ from lorakit.formats import inspect  # noqa: E402
 from lorakit.runs.run_folder import RunFolder  # noqa: E402
 from lorakit.ui import app, commands, language, texts  # noqa: E402
 from lorakit.ui.commands import Exporter  # noqa: E402
+from lorakit.ui.pages.adapter import AdapterPage  # noqa: E402
 from lorakit.ui.pages.compare import export_step  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
@@ -42,7 +48,9 @@ def test_the_process_that_waits_converts_and_says_what_is_wrong(exporter: Export
     first = exporter.ready
     exporter.prepare()
     assert exporter.ready is first is not None, "one waits"
-    (path,) = commands.export(file, "diffusers", tmp_path / "a")
+    steps: list[object] = []
+    (path,) = commands.export(file, "diffusers", tmp_path / "a", progress=lambda *facts: steps.append(facts))
+    assert steps == [(1, 3, "convert.starting"), (2, 3, "convert.reading"), (3, 3, "convert.writing")]
     assert path.name == "x-diffusers.safetensors" and inspect.inspect(path).readers["diffusers"].complete
     assert first.returncode == 0 and exporter.ready is None
     exporter.prepare()
@@ -62,6 +70,79 @@ def test_a_process_that_ended_before_its_conversion_is_replaced(
 
 
 @pytest.mark.slow
+def test_the_page_shows_the_step_of_a_conversion(exporter: Exporter, file: Path, tmp_path: Path):
+    with gr.Blocks():
+        page = AdapterPage(Workspace(tmp_path / "runs", [tmp_path]), language.Translations())
+    tasks, say, lines = page.workspace.tasks, texts.sayer("en"), []
+    number = tasks.start(lambda progress: page.write(str(file), "peft", "fp16", say, progress))
+    while (answer := tasks.look(number, say))[2]:
+        lines.append(answer[1])
+    assert any("Starting the conversion: step 1 of 3 …" in line for line in lines)
+    assert answer[0] is not None and "lk-good" in answer[0][0]
+
+
+def children() -> list[psutil.Process]:
+    """The processes of this one that convert or wait."""
+    return [child for child in psutil.Process().children() if "lorakit.cli.imports" in child.cmdline()]
+
+
+@pytest.mark.slow
+def test_there_is_one_process_at_a_time(exporter: Exporter, file: Path, tmp_path: Path):
+    counts = []
+
+    def step(*facts: object) -> None:
+        exporter.prepare()  # another page opens
+        counts.append(len(children()))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: exporter.prepare(), range(8)))
+        assert len(children()) == 1
+        folders = [tmp_path / str(number) for number in range(3)]
+        list(pool.map(lambda folder: commands.export(file, "peft", folder, progress=step), folders))
+    assert counts == [1] * 9 and exporter.ready is None and not children()
+
+
+SERVER = """
+import subprocess, sys
+from lorakit.ui import commands
+commands.EXPORTER.prepare()
+run = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)
+print(commands.EXPORTER.ready.pid, run.pid, flush=True)
+input()
+"""
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_the_process_ends_with_a_killed_server():
+    """The end of the server closes the pipe to the process, on each system."""
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        process, run = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
+        assert not has_ended(process) and process.ppid() == server.pid
+        server.kill()
+        try:
+            wait_for(lambda: has_ended(process))
+            assert not has_ended(run), "a run goes on, and it does not keep the pipe open"
+        finally:
+            run.kill()
+
+
+@pytest.mark.slow
+def test_a_process_that_nobody_uses_ends(exporter: Exporter, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(commands, "WAIT", 3)
+    exporter.prepare()
+    (process,) = children()
+    wait_for(lambda: has_ended(process))
+    assert exporter.ready is not None and exporter.ready.wait() == commands.UNUSED
+    exporter.prepare()
+    assert [child.pid for child in children()] == [exporter.ready.pid] != [process.pid]
+
+
 def test_a_process_waits_as_soon_as_a_page_with_conversions_is_open(exporter: Exporter, tmp_path: Path):
     page = app.build(Workspace(tmp_path / "runs", [tmp_path]), language.Translations())
     visits = {event.fn.__qualname__: event.fn for event in page.fns.values() if event.fn}
@@ -74,7 +155,7 @@ def test_a_process_waits_as_soon_as_a_page_with_conversions_is_open(exporter: Ex
 
 
 def test_a_format_that_the_run_wrote_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(commands, "export", lambda *arguments: pytest.fail(f"converted: {arguments}"))
+    monkeypatch.setattr(commands, "export", lambda *arguments, **more: pytest.fail(f"converted: {arguments}"))
     workspace = Workspace(tmp_path / "runs", [])
     run = RunFolder(workspace.runs / "one")
     (run.path / "toy-peft").mkdir(parents=True)

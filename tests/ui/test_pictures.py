@@ -98,7 +98,7 @@ def test_a_set_of_pictures_says_when_and_with_which_adapter(page: TryPage):
 def test_trying_an_adapter_queues_a_job_with_all_settings(page: TryPage, run: RunFolder):
     assert page.adapters() == ["one/sks-toy.safetensors", "one/checkpoints/step-000004"]
     settings = {"sample.seed": 1234567890, "sample.steps": 0}
-    assert page.start("one/sks-toy.safetensors", "a toy\n\n --x", [0.0, 0.75], "", settings, SAY) == ""
+    assert page.start("one/sks-toy.safetensors", "a toy\n\n --x", "", [0.0, 0.75], settings, SAY) == ""
     (job,) = page.workspace.queue.jobs()
     assert job.arguments[:2] == ("sample", str(run.path / "sks-toy.safetensors"))
     assert job.arguments[4:] == (
@@ -109,8 +109,8 @@ def test_trying_an_adapter_queues_a_job_with_all_settings(page: TryPage, run: Ru
 
 def test_a_checkpoint_is_exported_before_it_is_tried(page: TryPage, run: RunFolder, monkeypatch: pytest.MonkeyPatch):
     exported = []
-    monkeypatch.setattr(commands, "export", lambda *arguments: exported.append(arguments) or [run.path / "x"])
-    page.start("one/checkpoints/step-000004", "a", [1.0], "", {}, SAY)
+    monkeypatch.setattr(commands, "export", lambda *arguments, **more: exported.append(arguments) or [run.path / "x"])
+    page.start("one/checkpoints/step-000004", "a", "", [1.0], {}, SAY)
     assert exported[0][0] == run.checkpoints / "step-000004" and exported[0][2] == run.path / "exports" / "step-000004"
     assert page.workspace.queue.jobs()[0].arguments[1] == str(run.path / "x")
 
@@ -128,13 +128,13 @@ def test_a_checkpoint_is_exported_before_it_is_tried(page: TryPage, run: RunFold
 def test_a_failed_drawing_states_its_reason(
     page: TryPage, run: RunFolder, name: str, prompts: str, base: str, line: str
 ):
-    assert line in page.start(name, prompts, [1.0], base, {}, SAY) and not page.workspace.queue.jobs()
+    assert line in page.start(name, prompts, base, [1.0], {}, SAY) and not page.workspace.queue.jobs()
 
 
 def test_the_page_shows_which_run_the_job_waits_for_and_why_it_failed(page: TryPage, run: RunFolder):
     queue = page.workspace.queue
     queue.command(["train"], page.workspace.runs / "night")
-    page.start("one/sks-toy.safetensors", "a", [1.0], "", {}, SAY)
+    page.start("one/sks-toy.safetensors", "a", "", [1.0], {}, SAY)
     assert "Waiting for: night" in page.status(SAY)[0]
     first, job = queue.jobs()
     queue._write(replace(first, state="done"))

@@ -120,7 +120,7 @@ def page(chromium: Any, workspace: Workspace) -> Iterator[Page]:
 
 
 def test_a_grid(page: Page, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
-    worker, export = Worker(workspace), lambda *arguments: [workspace.runs / "one" / "sks-toy.safetensors"]
+    worker, export = Worker(workspace), lambda *arguments, **more: [workspace.runs / "one" / "sks-toy.safetensors"]
     page.tab(3)
     page.page.locator("#compare-table td img").first.wait_for()
     page.page.locator("#compare-draw > button").click()
@@ -141,7 +141,7 @@ def test_a_grid(page: Page, workspace: Workspace, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_trial(page: Page, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
-    worker, export = Worker(workspace), lambda *arguments: [workspace.runs / "one" / "sks-toy.safetensors"]
+    worker, export = Worker(workspace), lambda *arguments, **more: [workspace.runs / "one" / "sks-toy.safetensors"]
     page.tab(4)
     adapter = page.page.locator("#try-adapter input")
     adapter.fill("one/checkpoints/step-000004")

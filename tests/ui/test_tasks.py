@@ -15,7 +15,7 @@ from waiting import SECONDS
 
 from lorakit.ui import tasks as tasks_module, texts
 from lorakit.ui.server import Server
-from lorakit.ui.tasks import Tasks, polled
+from lorakit.ui.tasks import Steps, Tasks, polled
 
 SAY = texts.sayer("en")
 
@@ -114,3 +114,25 @@ def test_work_of_unknown_length_shows_its_progress():
     result, line, more = tasks.look(tasks.start(work), SAY)
     gate.set()
     assert result is None and "812 MiB so far" in line and more
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("en", "Writing the file: step 3 of 3 …"),
+        ("zh-Hant", "正在寫入檔案：第 3 步，共 3 步"),
+        ("zh-Hans", "正在写入文件：第 3 步，共 3 步"),
+        ("ja", "ファイルを書き込んでいます：3 / 3"),
+    ],
+)
+def test_the_line_names_the_step(language: str, text: str):
+    tasks, gate = Tasks(), threading.Event()
+
+    def work(progress: Steps) -> list[str]:
+        progress(3, 3, "convert.writing")
+        gate.wait(SECONDS)
+        return []
+
+    _, line, _ = tasks.look(tasks.start(work), texts.sayer(language))
+    gate.set()
+    assert text in line

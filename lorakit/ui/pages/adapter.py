@@ -14,7 +14,7 @@ from lorakit.core.registry import FORMATS
 from lorakit.formats import inspect
 from lorakit.formats.facts import health
 from lorakit.ui import commands, form, widgets
-from lorakit.ui.tasks import Progress, Values, polled
+from lorakit.ui.tasks import Progress, Steps, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW
 from lorakit.ui.workspace import Workspace
@@ -63,8 +63,8 @@ class AdapterPage:
         def look_upload(data: Values, say: Say, progress: Progress) -> list[Any]:
             return self.look("", data[self.upload], say)
 
-        def convert(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
-            return self.write(data[self.inspected], data[self.format], data[self.dtype], say)
+        def convert(data: Values, say: Say, progress: Steps) -> tuple[str, Any]:
+            return self.write(data[self.inspected], data[self.format], data[self.dtype], say, progress)
 
         outputs = [self.report, self.inspected, self.converting, self.message, self.file]
         tasks, convert_inputs = self.workspace.tasks, {self.inspected, self.format, self.dtype}
@@ -95,13 +95,15 @@ class AdapterPage:
         convertible = gr.update(visible=bool(report.format))
         return [report_card(report, say), str(file), convertible, "", hidden]
 
-    def write(self, inspected: str, kind: str, dtype: str, say: Say) -> tuple[str, Any]:
+    def write(
+        self, inspected: str, kind: str, dtype: str, say: Say, progress: Steps = lambda count, total, doing="": None
+    ) -> tuple[str, Any]:
         """Convert the inspected file. Return a message, and an update of the download component."""
         hidden = gr.update(visible=False)
         if not inspected:
             return widgets.problem(say("adapter.none")), hidden
         try:
-            files = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype)
+            files = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype, progress)
             staged = self.workspace.offered(files)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem))), hidden

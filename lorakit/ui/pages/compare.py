@@ -29,7 +29,7 @@ from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import commands, widgets
 from lorakit.ui.pages import viewer
 from lorakit.ui.pages.try_it import drawing_line
-from lorakit.ui.tasks import Progress, Values, polled
+from lorakit.ui.tasks import Progress, Steps, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace, is_adapter
@@ -99,8 +99,8 @@ class ComparePage:
         def mark(data: Values, say: Say, progress: Progress) -> tuple[str, str]:
             return self.mark_best(data[self.run], data[self.step], say), self.table_of(data[self.run], say)
 
-        def export(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
-            return export_step(self.workspace, data[self.run], data[self.step], data[self.format], say)
+        def export(data: Values, say: Say, progress: Steps) -> tuple[str, Any]:
+            return export_step(self.workspace, data[self.run], data[self.step], data[self.format], say, progress)
 
         def draw(data: Values, say: Say, progress: Progress) -> tuple[str, Any]:
             values = data[self.run], data[self.files], data[self.prompts], data[self.strengths]
@@ -311,7 +311,14 @@ def file_of_step(run: RunFolder, step: int) -> Path | None:
     return checkpoint if (checkpoint / "complete").is_file() else None
 
 
-def export_step(workspace: Workspace, name: str | None, step: int | None, kind: str, say: Say) -> tuple[str, Any]:
+def export_step(
+    workspace: Workspace,
+    name: str | None,
+    step: int | None,
+    kind: str,
+    say: Say,
+    progress: Steps = lambda count, total, doing="": None,
+) -> tuple[str, Any]:
     """Export the adapter of a step. Return a message, and an update of the download component.
 
     Args:
@@ -327,7 +334,7 @@ def export_step(workspace: Workspace, name: str | None, step: int | None, kind: 
             return widgets.problem(say("compare.not_there", step=step)), hidden
         own = _own_file(run, source, kind)
         place = workspace.unused(f"{run.path.name}/exports")
-        files = [own] if own else commands.export(source, kind or next(iter(FORMATS)), place)
+        files = [own] if own else commands.export(source, kind or next(iter(FORMATS)), place, progress=progress)
         staged = workspace.offered(files)
     except LorakitError as problem:
         return widgets.problem(say.translate(str(problem))), hidden

@@ -18,7 +18,7 @@ from lorakit.runs.run_folder import LIVE, RunFolder, State, read
 from lorakit.ui import address, widgets
 from lorakit.ui.pages import compare, run_log, viewer
 from lorakit.ui.pages.run_tools import RunTools, note_of
-from lorakit.ui.tasks import Progress, Values, polled
+from lorakit.ui.tasks import Steps, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -161,8 +161,8 @@ class RunsPage:
         def choose(event: gr.EventData) -> int:
             return int(event.step)
 
-        def take(data: Values, say: Say, progress: Progress) -> tuple[str, object]:
-            return compare.export_step(self.workspace, data[self.run_name], data[step], "", say)
+        def take(data: Values, say: Say, progress: Steps) -> tuple[str, object]:
+            return compare.export_step(self.workspace, data[self.run_name], data[step], "", say, progress)
 
         inputs, outputs = {self.run_name, step}, [self.taking, self.file]
         event = self.samples.select(choose, None, step, **EACH)

@@ -18,7 +18,7 @@ from lorakit.runs.queue import Job
 from lorakit.runs.run_folder import RunFolder
 from lorakit.ui import commands, form, widgets
 from lorakit.ui.pages import viewer
-from lorakit.ui.tasks import Progress, Values, polled
+from lorakit.ui.tasks import Progress, Steps, Values, polled
 from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, FOLLOW, say_for
 from lorakit.ui.workspace import Workspace
@@ -65,12 +65,11 @@ class TryPage:
         def pictures(data: Values, say: Say, progress: Progress) -> list[str]:
             return [self.drawings(say, progress)]
 
-        def draw(data: Values, say: Say, progress: Progress) -> tuple[str, object]:
+        def draw(data: Values, say: Say, progress: Steps) -> tuple[str, object]:
             strengths = [0.0, data[self.strength]] if data[self.with_base] else [data[self.strength]]
             settings = {"sample.seed": data[self.seed], "sample.steps": data[self.steps]}
-            problem = self.start(
-                data[self.adapter] or "", data[self.prompts] or "", strengths, data[self.base] or "", settings, say
-            )
+            name, prompts, base = (data[field] or "" for field in (self.adapter, self.prompts, self.base))
+            problem = self.start(name, prompts, base, strengths, settings, say, progress)
             return (problem, gr.skip()) if problem else (self.status(say)[0], gr.Timer(active=True))
 
         def look(request: gr.Request) -> list[object]:
@@ -93,7 +92,14 @@ class TryPage:
         return [path.relative_to(self.workspace.runs).as_posix() for path in (*self.workspace.adapters(), *newest)]
 
     def start(
-        self, name: str, prompts: str, strengths: Sequence[float], base: str, settings: dict[str, int | None], say: Say
+        self,
+        name: str,
+        prompts: str,
+        base: str,
+        strengths: Sequence[float],
+        settings: dict[str, int | None],
+        say: Say,
+        progress: Steps = lambda count, total, doing="": None,
     ) -> str:
         """Add a job that draws the pictures to the queue. Return an error message as HTML, or ""."""
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
@@ -102,7 +108,7 @@ class TryPage:
         if not lines:
             return widgets.problem(say("try.no_prompt"))
         try:
-            adapter, own_base = self._file(name)
+            adapter, own_base = self._file(name, progress)
             model = form.resolve_path(quickstart.BASE, base, self.workspace.roots) if base else own_base
         except LorakitError as problem:
             return widgets.problem(say.explain(str(problem)))
@@ -115,7 +121,7 @@ class TryPage:
         self.workspace.queue.start()
         return ""
 
-    def _file(self, name: str) -> tuple[Path, str]:
+    def _file(self, name: str, progress: Steps) -> tuple[Path, str]:
         """The adapter file, and the base of its run or "". A checkpoint is exported the first time.
 
         Raises:
@@ -131,7 +137,8 @@ class TryPage:
         if run is None or path.parent != RunFolder(run).checkpoints:
             return path, base
         place = run / "exports" / path.name
-        files = list(place.glob("*.safetensors")) or commands.export(path, next(iter(FORMATS)), place)
+        files = list(place.glob("*.safetensors"))
+        files = files or commands.export(path, next(iter(FORMATS)), place, progress=progress)
         return files[0], base
 
     def look(self, say: Say) -> list[object]:
