@@ -7,8 +7,8 @@ The photos are small JPEG files. Each run has a state and a log; the page shows 
 
     python benchmarks/front_end.py --journey
 
-counts the clicks, fields and seconds from five photos to an adapter and a picture drawn with it. It trains the bundled
-base with the shortest training that the page offers.
+counts the clicks, fields and seconds from five photos to an adapter, its file and a picture drawn with it. It trains
+the bundled base with the shortest training that the page offers.
 """
 
 from __future__ import annotations
@@ -121,6 +121,10 @@ def journey() -> list[tuple[str, float, str]]:
         person.click("#train-start")
         person.arrive("the first step", "#run-status section:not([data-step='0'])")
         person.arrive("the adapter, checked", "#run-status section[data-state=done]")
+        with page.expect_download() as file:
+            person.click("#run-download:enabled")
+        assert file.value.path().stat().st_size
+        person.arrive("its file, downloaded", "#run-download")
         person.click("#pages button[role=tab]:nth-of-type(5)")
         page.wait_for_timeout(1500)  # the page loads the choices
         person.click("#try-adapter input")
@@ -128,6 +132,8 @@ def journey() -> list[tuple[str, float, str]]:
         person.fill("#try-prompts textarea", "a photo of sks toy in the snow")
         person.click("#try-draw")
         person.arrive("a picture by it, beside the base's", "#try-pictures img")
+        trained = sum(seconds for _, seconds, _ in person.rows[3:])
+        person.rows.append(("journey: from Start training to that picture", trained, "s"))
         person.rows.append(("journey: from start to end", time.perf_counter() - person.start, "s"))
         browser.close()
         server.close()

@@ -224,7 +224,6 @@ def run_export(args: argparse.Namespace) -> int:
     source = Path(args.adapter)
     tell_step(1)
     weights = checkpoint_export.read(source) if checkpoint_export.is_checkpoint(source) else formats.read(source)
-    tell_step(2)
     return _write(args, weights, adapter_file(source).stem, weights.metadata, [args.adapter])
 
 
@@ -255,6 +254,7 @@ def run_resize(args: argparse.Namespace) -> int:
     from lorakit.formats.edit.resize_combine import resize
     from lorakit.formats.identify import adapter_file
 
+    tell_step(1)
     weights = resize(formats.read(Path(args.adapter)), rank=args.rank, energy=args.energy)
     name = f"{adapter_file(Path(args.adapter)).stem}-resized"
     return _write(args, weights, name, weights.metadata | {ALIAS: name, TITLE: name}, [args.adapter])
@@ -401,6 +401,7 @@ def _write(
     there = [] if args.force else occupied(folder, name, fmt)
     if there:
         raise LorakitError("{file} exists already: name another folder with --output, or give --force", there[0])
+    tell_step(2)
     say = functools.partial(print, file=sys.stderr)
     for kind in adapter_math.kinds(weights):
         if warning := compatibility.warning(kind, fmt):

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex, TypeVar
 
 Value = str | int | float
 # If this variable is set, commands also write the keys of their messages, in lines that start with KEY_LINE, and
-# `export` the numbers of its steps in lines with STEP_LINE.
+# `export` and `resize` the numbers of their steps in lines with STEP_LINE.
 KEYS, KEY_LINE, STEP_LINE = "LORAKIT_KEYS", "lorakit-key: ", "lorakit-step: "
 Own = TypeVar("Own", bound="Message")
 

@@ -146,18 +146,21 @@ def export(
     kind: str,
     folder: Path,
     dtype: str | None = None,
+    rank: int = 0,
     progress: Steps = lambda count, total, doing="": None,
 ) -> list[Path]:
     """Write an adapter in another format. Return the written files and folders.
 
     Args:
-        progress: called at the begin of each step of `CONVERSION`.
+        rank: largest rank of a layer in the new file; 0 keeps the ranks.
+        progress: called when a step of `CONVERSION` begins.
 
     Raises:
         LorakitError: the error of the command.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = ["export", str(source), "--to", kind, "--output", str(folder), "--json"]
+    arguments = ["resize", str(source), "--rank", str(rank)] if rank else ["export", str(source)]
+    arguments += ["--to", kind, "--output", str(folder), "--json"]
     arguments += ["--dtype", dtype] if dtype else []
     try:
         code, out, errors = EXPORTER.run(

@@ -35,7 +35,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exporter]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    shapes = {"lora_down.weight": (2, 768), "lora_up.weight": (320, 2)}
+    shapes = {"lora_down.weight": (4, 768), "lora_up.weight": (320, 4)}
     save_file(
         {f"{layer}.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "x.safetensors"
     )
@@ -74,11 +74,21 @@ def test_the_page_shows_the_step_of_a_conversion(exporter: Exporter, file: Path,
     with gr.Blocks():
         page = AdapterPage(Workspace(tmp_path / "runs", [tmp_path]), language.Translations())
     tasks, say, lines = page.workspace.tasks, texts.sayer("en"), []
-    number = tasks.start(lambda progress: page.write(str(file), "peft", "fp16", say, progress))
+    number = tasks.start(lambda progress: page.write(str(file), "peft", "fp16", 0, say, progress))
     while (answer := tasks.look(number, say))[2]:
         lines.append(answer[1])
     assert any("Starting the conversion: step 1 of 3 …" in line for line in lines)
     assert answer[0] is not None and "lk-good" in answer[0][0]
+
+
+@pytest.mark.slow
+def test_the_page_reduces_the_rank(exporter: Exporter, file: Path, tmp_path: Path):
+    with gr.Blocks():
+        page = AdapterPage(Workspace(tmp_path / "runs", [tmp_path]), language.Translations())
+    message, offered = page.write(str(file), "kohya", "fp16", 2, texts.sayer("en"))
+    assert "lk-good" in message and "x-resized.safetensors" in message
+    (component,) = inspect.inspect(Path(offered["value"][0])).components.values()
+    assert component.ranks == [2] and inspect.inspect(file).components["unet"].ranks == [4]
 
 
 def children() -> list[psutil.Process]:
@@ -143,6 +153,7 @@ def test_a_process_that_nobody_uses_ends(exporter: Exporter, monkeypatch: pytest
     assert [child.pid for child in children()] == [exporter.ready.pid] != [process.pid]
 
 
+@pytest.mark.slow
 def test_a_process_waits_as_soon_as_a_page_with_conversions_is_open(exporter: Exporter, tmp_path: Path):
     page = app.build(Workspace(tmp_path / "runs", [tmp_path]), language.Translations())
     visits = {event.fn.__qualname__: event.fn for event in page.fns.values() if event.fn}

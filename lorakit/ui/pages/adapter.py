@@ -50,6 +50,14 @@ class AdapterPage:
             )
             precisions = form.fields()[f"{configuration.SECTIONS[-1]}.dtype"].choices
             self.dtype = gr.Radio(choices=list(precisions), value=precisions[0], label=t("adapter.dtype"))
+            self.rank = gr.Number(
+                value=0,
+                minimum=0,
+                precision=0,
+                label=t("adapter.new_rank"),
+                info=t("adapter.new_rank_help"),
+                elem_id="adapter-rank",
+            )
             self.convert = gr.Button(t("adapter.convert"), variant="primary", elem_id="adapter-convert")
         self.message = widgets.html(elem_id="adapter-message")
         self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="adapter-file")
@@ -64,10 +72,11 @@ class AdapterPage:
             return self.look("", data[self.upload], say)
 
         def convert(data: Values, say: Say, progress: Steps) -> tuple[str, Any]:
-            return self.write(data[self.inspected], data[self.format], data[self.dtype], say, progress)
+            rank = max(0, int(data[self.rank] or 0))
+            return self.write(data[self.inspected], data[self.format], data[self.dtype], rank, say, progress)
 
         outputs = [self.report, self.inspected, self.converting, self.message, self.file]
-        tasks, convert_inputs = self.workspace.tasks, {self.inspected, self.format, self.dtype}
+        tasks, convert_inputs = self.workspace.tasks, {self.inspected, self.format, self.dtype, self.rank}
         events = [(self.inspect.click, look), (self.path.input, look), (self.upload.upload, look_upload)]
         polled(tasks, events, {self.path, self.upload}, outputs)
         polled(tasks, [(self.convert.click, convert)], convert_inputs, [self.message, self.file], **ACT)
@@ -96,14 +105,24 @@ class AdapterPage:
         return [report_card(report, say), str(file), convertible, "", hidden]
 
     def write(
-        self, inspected: str, kind: str, dtype: str, say: Say, progress: Steps = lambda count, total, doing="": None
+        self,
+        inspected: str,
+        kind: str,
+        dtype: str,
+        rank: int,
+        say: Say,
+        progress: Steps = lambda count, total, doing="": None,
     ) -> tuple[str, Any]:
-        """Convert the inspected file. Return a message, and an update of the download component."""
+        """Convert the inspected file. Return a message, and an update of the download component.
+
+        Args:
+            rank: largest rank of a layer in the new file; 0 keeps the ranks.
+        """
         hidden = gr.update(visible=False)
         if not inspected:
             return widgets.problem(say("adapter.none")), hidden
         try:
-            files = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype, progress)
+            files = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype, rank, progress)
             staged = self.workspace.offered(files)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem))), hidden
