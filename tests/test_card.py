@@ -22,7 +22,7 @@ FILES = (
     "engine/test_cuda_graphs.py",
     "engine/test_quantized_weight.py",
 )
-COUNT = 41
+COUNT = 38
 
 
 @pytest.mark.slow

@@ -155,8 +155,11 @@ def save_sd1(
     return save(pipeline, folder, ["text_encoder"])
 
 
-def save_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """Save a tiny SDXL: two text encoders, pooled text, six time ids, linear `proj_in`."""
+def save_sdxl(folder: Path, prediction_type: str = "epsilon", *, shallow: bool = False) -> Path:
+    """Save a tiny SDXL: two text encoders, pooled text, six time ids, linear `proj_in`.
+
+    If `shallow`, it has one layer per block and one transformer block per layer: 4 of 12 transformer blocks.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = save_tokenizer(folder / "tokenizer")
@@ -164,8 +167,8 @@ def save_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(32, 64),
-            layers_per_block=2,
-            transformer_layers_per_block=(1, 2),
+            layers_per_block=1 if shallow else 2,
+            transformer_layers_per_block=(1, 1 if shallow else 2),
             norm_num_groups=8,
             cross_attention_dim=64,
             attention_head_dim=(4, 8),

@@ -15,6 +15,7 @@ Kernel = TypeVar("Kernel", bound=Callable[..., torch.Tensor])
 # precision.
 TOLERANCE = 2e-2
 _allowed = {"triton": True}
+_installed: dict[str, bool] = {}  # package -> whether Python finds it; a search for a missing one takes 0.2 ms
 
 
 def allow_triton(allowed: bool) -> None:
@@ -46,4 +47,6 @@ def _agrees(kernel: Kernel, twin: Kernel, sample: Callable[[], tuple[object, ...
 
 
 def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    if package not in _installed:
+        _installed[package] = importlib.util.find_spec(package) is not None
+    return _installed[package]

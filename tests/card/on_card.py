@@ -52,7 +52,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {
         "sd1": tiny.save_sd1(folder / "sd1"),
-        "sdxl": tiny.save_sdxl(folder / "sdxl"),
+        "sdxl": tiny.save_sdxl(folder / "sdxl", shallow=True),
         "sd3": tiny_sd3.save_sd3(folder / "sd3"),
     }
 

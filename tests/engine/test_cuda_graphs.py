@@ -315,9 +315,11 @@ def test_a_graph_may_differ_as_much_as_two_steps_do(noise: float, off: float, ag
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("saving", SAVING)
-def test_a_cuda_graph_gives_the_steps_result(tiny_sd1, photos, tmp_path, dtype, saving):
+@pytest.mark.parametrize(
+    ("saving", "dtype"),
+    list(zip(SAVING, [torch.bfloat16, torch.float32, torch.bfloat16], strict=True)),
+)
+def test_a_cuda_graph_gives_the_steps_result(tiny_sd1, photos, tmp_path, saving, dtype):
     settings = run_config(tiny_sd1, photos, tmp_path, memory__device="cuda", **saving)
     capture, line = cuda_graphs.capturer(settings, torch.device("cuda"))
     assert capture is not None and "CUDA graph" in line
