@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 
 import gradio as gr
@@ -13,6 +14,7 @@ from lorakit.ui.guard import STATUS
 from lorakit.ui.widgets import say_for
 
 NUMBER, TEXT = (int, float), (str,)
+SURROGATE = re.compile("[\ud800-\udfff]")
 # Types that the page sends for each kind of component. None is always accepted.
 TYPES: dict[type, tuple[type, ...]] = {
     gr.Textbox: TEXT,
@@ -37,6 +39,20 @@ def fits(component: object, value: object) -> bool:
     return isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
+def encodable(value: object) -> object:
+    """The value with each half of a surrogate pair replaced, because UTF-8 has no form for it.
+
+    A browser sends one if a text was cut inside of an emoji.
+    """
+    if isinstance(value, str):
+        return SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [encodable(one) for one in value]
+    if isinstance(value, dict):
+        return {encodable(key): encodable(one) for key, one in value.items()}
+    return value
+
+
 class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
     """Blocks that check the types of a request's values, and send the texts of one language."""
 
@@ -58,11 +74,16 @@ class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
         Raises:
             Error: a value has a wrong type, or the function failed. The message is in the language of the request.
         """
-        request = kwargs.get("request")
+        request, event = kwargs.get("request"), kwargs.get("event_data")
+        if isinstance(event, gr.EventData):
+            event._data = encodable(event._data)
         say = say_for(request)
         function = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
         # Use a component's default for a missing value.
-        inputs = [*inputs, *(getattr(component, "value", None) for component in function.inputs[len(inputs) :])]
+        inputs = [
+            *map(encodable, inputs),
+            *(getattr(component, "value", None) for component in function.inputs[len(inputs) :]),
+        ]
         wrong = [
             f"{type(component).__name__} {number + 1}"
             for number, (component, value) in enumerate(zip(function.inputs, inputs, strict=False))

@@ -216,6 +216,7 @@ class Workspace:
         Raises:
             LorakitError: the name is empty, hidden or a path.
         """
+        name = str(name)  # a program may send a number or a table
         path = self.runs / name
         if not name or Path(name).name != name or name.startswith("."):
             raise LorakitError("{name!r} is no run", name)

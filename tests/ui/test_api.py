@@ -96,6 +96,7 @@ def test_captions_are_read_and_written(server: Server, room: Path):
     assert call(server, "captions", str(room / "photos")) == {"0.png": "", "1.png": "", "2.png": ""}
     assert call(server, "captions", "photos", {"1.png": "sks toy on grass"})["1.png"] == "sks toy on grass"
     assert (room / "photos" / "1.txt").read_text() == "sks toy on grass\n"
+    assert call(server, "captions", "photos", {"1.png": "a cat \ud83d"})["1.png"] == "a cat \ufffd"
     # If one name is wrong, no caption is written.
     assert call(server, "captions", "photos", {"0.png": "a", "9.png": "b"}) == "9.png: no such photo"
     assert not (room / "photos" / "0.txt").exists()
@@ -127,6 +128,11 @@ def test_a_run_is_queued_taken_out_and_resumed_by_gradios_client(server: Server,
         ("start", ["none", "x"], "none"),
         ("run", ["../one"], "'../one' is no run"),
         ("run", ["two"], "'two' is no run"),
+        ("run", ["half of an emoji: \ud83d"], "'half of an emoji: \ufffd' is no run"),
+        ("run", ["\0"], "is no run"),
+        ("stop", ["x" * 5000], "is not a run folder"),
+        ("start", ["x" * 5000, "x"], "x"),
+        ("start", ["\0", "x"], "enter the path of a folder"),
         ("stop", ["two"], "is not a run folder"),
         ("resume", ["one", True], "steps: must be a whole number"),
         ("samples", ["one", "last"], "step: must be a whole number"),
