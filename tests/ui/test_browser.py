@@ -148,7 +148,9 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     person.sees("done", "6")
     state = run_folder.read(run)
     assert inspect.inspect(run / state.adapter).trigger == "sks toy"
-    assert page.locator("#run-samples .lk-samples img").count() == len(list((run / "samples").glob("*.png"))) > 2
+    samples = len(list((run / "samples").glob("*.png")))
+    page.locator("#run-samples .lk-samples img").nth(samples - 1).wait_for()  # their thumbnails come later
+    assert page.locator("#run-samples .lk-samples img").count() == samples > 2
     assert page.locator("#run-curves svg").count() >= 2
     with page.expect_download() as download:
         page.locator("#run-download").click()
