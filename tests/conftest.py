@@ -125,7 +125,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             if not module.name.endswith("__main__"):
                 with contextlib.suppress(ImportError):
                     importlib.import_module(module.name)
-    set_imports_aside()
+    gc.freeze()  # without a collection before, which takes a second and frees little
     gc.enable()
 
 

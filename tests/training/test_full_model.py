@@ -62,7 +62,7 @@ def loss_step(family: Any, adapter: ModelWeights) -> Any:
     return SimpleNamespace(family=family, adapter=adapter, loss=loss, retry=0)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_layerwise_step_equals_a_plain_loop_with_all_gradients(tiny_sd1: Path, parts: int) -> None:
     options = {"train.steps": 3, "train.gradient_accumulation_steps": parts, "train.max_grad_norm": 0.1}
     settings = config.load(None, {"adapter.method": "full", "optimizer.learning_rate": 1e-3, **options})

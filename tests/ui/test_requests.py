@@ -45,23 +45,28 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "runs", [tmp_path])
 
 
-def test_every_event_that_can_be_long_is_polled(workspace: Workspace):
-    page = app.build(workspace, language.Translations())
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> gr.Blocks:
+    """The front end of an empty folder. It is not served."""
+    folder = tmp_path_factory.mktemp("page")
+    return app.build(Workspace(folder / "runs", [folder]), language.Translations())
+
+
+def test_every_event_that_can_be_long_is_polled(page: gr.Blocks):
     plain = {event.fn.__name__ for event in page.fns.values() if event.fn and not is_polled(event)}
     of_programs = {"start", "stop", "resume", "run", "captions", "samples"}
     assert plain - {"<lambda>"} - of_programs == PLAIN
 
 
-def test_a_slow_task_holds_no_request_of_the_page(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_task_holds_no_request_of_the_page(page: gr.Blocks, monkeypatch: pytest.MonkeyPatch):
     """The test sends each polled event, with work that does not end before all requests have returned."""
     gate, start = threading.Event(), Tasks.start
-    monkeypatch.setattr(tasks_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(tasks_module, "PATIENCE", 0.01)
 
     def slowly(self: Tasks, work: Callable[..., Sequence[object]]) -> int:
         return start(self, lambda progress: [gate.wait(SECONDS)])
 
     monkeypatch.setattr(Tasks, "start", slowly)
-    page = app.build(workspace, language.Translations())
     begins = [event for event in page.fns.values() if is_polled(event) and event.fn.__name__ == "begin"]
     assert len(begins) > 20
     request = SimpleNamespace(headers={})
