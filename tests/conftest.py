@@ -197,6 +197,16 @@ def short_validation() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def copied_modules() -> Iterator[None]:
+    """Read each component of a base once, by `short_run.copy_modules`."""
+    import short_run
+
+    with pytest.MonkeyPatch.context() as patch:
+        short_run.copy_modules(patch)
+        yield
+
+
 @pytest.fixture
 def attach() -> "Iterator[Callable[..., Adapter]]":
     """`adapters.attach` whose adapters are detached after the test, because tests share the bases."""

@@ -32,7 +32,7 @@ from lorakit.training.optimizer_step import OptimizerStep
 card: Any = getattr(torch.cuda, "card", None)
 counted = pytest.mark.skipif(card is None, reason="needs the make-believe card, which counts")
 pytestmark = [
-    pytest.mark.usefixtures("short_validation"),
+    pytest.mark.usefixtures("short_validation", "copied_modules"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"),
 ]
 # A real card multiplies in TF32, and AdamW turns small differences of gradients into large ones of weights.

@@ -17,6 +17,7 @@ from lorakit.engine import fused_blocks
 from lorakit.training import run as train
 from lorakit.training.optimizer_step import OptimizerStep
 
+pytestmark = pytest.mark.usefixtures("copied_modules")
 STEPS = 2
 # The engines add in different order, and AdamW turns a gradient near 0 into a whole step. So the tests compare the
 # norm of the difference, not single values.

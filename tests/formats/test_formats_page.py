@@ -133,10 +133,11 @@ def storage_rows(family: str, room: Path) -> list[str]:
     bases = {place: load(path) for place, path in places.items()}
     layers = bases["folder"][0].layers
     shapes = random_adapters.one_of_each_kind({n: layers[n] for n in layers if export_can_hold(n)})
+    outputs_before = {place: outputs(loaded) for place, (_, loaded) in bases.items()}
     for method in NAMES:
         weights = random_adapters.adapter(shapes, family, rank=2, alpha=1.0, method=method)
         for place, (info, loaded) in bases.items():
-            before = outputs(loaded)
+            before = outputs_before[place]
             applied = adapters.apply(loaded, weights)
             after = outputs(loaded)
             applied.detach()

@@ -30,7 +30,7 @@ QUICK = "sd1-lora"
 
 @pytest.fixture(scope="module")
 def golden_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], runs.Golden]:
-    """Return a function that runs without the self-check and writes each base only once."""
+    """Return a function that runs without the self-check, and writes and reads each base only once."""
     bases = tmp_path_factory.mktemp("bases")
 
     @functools.cache
@@ -40,6 +40,7 @@ def golden_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path]
     def run(name: str, folder: Path) -> runs.Golden:
         with pytest.MonkeyPatch.context() as patch:
             short_run.unchecked(patch)
+            short_run.copy_modules(patch)
             return runs.run(name, folder, base(name.split("-")[0]))
 
     return run

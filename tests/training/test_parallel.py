@@ -22,7 +22,7 @@ import two_processes
 from accelerate import PartialState
 from hypothesis import given, strategies
 from safetensors.torch import load_file
-from short_run import noise, run_config, unchecked
+from short_run import copy_modules, noise, run_config, unchecked
 from waiting import SECONDS
 
 from lorakit import config
@@ -72,6 +72,7 @@ def pair(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
     def train() -> int:
         sys.argv, os.environ["LORAKIT_CACHE"] = ["two_processes", str(folder)], str(folder / "cache")
+        copy_modules(pytest.MonkeyPatch())
         two_processes.main(folder)
         return 0
 

@@ -29,7 +29,7 @@ from lorakit.inference import sampling
 from lorakit.training import checkpoint, checkpoint_export, run as train
 from lorakit.training.loss_step import LossStep
 
-pytestmark = pytest.mark.usefixtures("short_validation")
+pytestmark = pytest.mark.usefixtures("short_validation", "copied_modules")
 
 
 @pytest.fixture(scope="module")

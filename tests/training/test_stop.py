@@ -51,7 +51,7 @@ def at(kind: str, step: int) -> Callable[[Event], bool]:
     return lambda event: (event.kind, event.step) == (kind, step)
 
 
-pytestmark = pytest.mark.usefixtures("short_validation")
+pytestmark = pytest.mark.usefixtures("short_validation", "copied_modules")
 
 
 @pytest.fixture
