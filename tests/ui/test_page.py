@@ -5,6 +5,7 @@ import http.client
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,25 @@ def test_a_value_of_another_type_gets_a_line(server: Server, kind: str, value: o
                       if name.lower() == kind)  # fmt: skip
     assert status == 422
     assert json.loads(body)["error"] == say("task.wrong_type", names=f"{place_name} {place + 1}")
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of WCAG 2."""
+    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize(("theme", "background"), [("", "#ffffff"), (".dark ", "#292524")])
+def test_the_lines_of_a_chart_stand_out(theme: str, background: str):
+    """WCAG 2 asks for a contrast of 3 between parts of a picture."""
+    style = (Path(app.__file__).parent / "style.css").read_text(encoding="utf-8")
+    (rules,) = re.findall(rf"^{re.escape(theme)}\.lk-charts \.lk-chart {{([^}}]*)}}", style, re.MULTILINE)
+    colours = dict(re.findall(r"(--lk-t\d): (#[0-9a-f]{6})", rules))
+    assert sorted(colours) == [f"--lk-t{number}" for number in range(1, 5)]
+    for colour in colours.values():
+        low, high = sorted((luminance(colour), luminance(background)))
+        assert (high + 0.05) / (low + 0.05) >= 3, colour
 
 
 def test_events_of_the_page_are_not_offered_to_programs(server: Server):
