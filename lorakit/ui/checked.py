@@ -11,7 +11,7 @@ from gradio.exceptions import Error
 
 from lorakit.core.errors import LorakitError
 from lorakit.ui.guard import STATUS
-from lorakit.ui.widgets import say_for
+from lorakit.ui.widgets import say_for, system_error
 
 NUMBER, TEXT = (int, float), (str,)
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -101,6 +101,8 @@ class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
         except Exception as problem:
             traceback.print_exception(problem)
             text = say("task.failed", error=type(problem).__name__)
+            if isinstance(problem, OSError):
+                text = system_error(problem, say)
             raise Error(text, print_exception=False) from None
 
 

@@ -101,6 +101,8 @@ class Tasks:
             if isinstance(error, LorakitError):
                 return None, widgets.problem(say.translate(str(error))), False
             traceback.print_exception(error)
+            if isinstance(error, OSError):
+                return None, widgets.problem(widgets.system_error(error, say)), False
             return None, widgets.problem(say("task.failed", error=type(error).__name__)), False
         return task.future.result(), "", False
 

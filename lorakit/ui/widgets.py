@@ -68,6 +68,12 @@ def problem(text: str) -> str:
     return f"<p class=lk-problem role=alert>{escape(text)}</p>"
 
 
+def system_error(error: OSError, say: Say) -> str:
+    """A line for an error of the system, such as a full disk or a folder that cannot be written to."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return say("task.system", reason=": ".join([error.strerror or str(error), *names[:1]]))
+
+
 def good(text: str) -> str:
     """A paragraph with a message of success. Screen readers read it when they are idle."""
     return f"<p class=lk-good role=status>✓ {escape(text)}</p>"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
@@ -19,10 +20,14 @@ CHINESE = "zh-TW,zh;q=0.9"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def server(room: Path) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", "")
-        room = tmp_path_factory.mktemp("page")
         server = app.serve(Workspace(room / "runs", [room]), app.parser().parse_args([]), block=False)
         yield server
         server.close()
@@ -88,6 +93,19 @@ def test_a_value_of_another_type_gets_a_line(server: Server, kind: str, value: o
                       if name.lower() == kind)  # fmt: skip
     assert status == 422
     assert json.loads(body)["error"] == say("task.wrong_type", names=f"{place_name} {place + 1}")
+
+
+@pytest.mark.parametrize("language", texts.LANGUAGES)
+def test_an_error_of_the_system_gets_a_line(server: Server, room: Path, language: str):
+    """The queue cannot make its folder. The same happens if the disk is full, or the folder is for reading only."""
+    (room / "runs" / ".queue").write_text("")
+    (room / "photos").mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64)).save(room / "photos" / "0.png")
+    locale = texts.source(language).about.locale
+    payload = {"data": ["photos", "sks toy"]}
+    status, body, _ = ask(server, "/gradio_api/run/start", payload, Accept_Language=locale)
+    reason = f"File exists: {room / 'runs' / '.queue'}"
+    assert status == 500 and json.loads(body)["error"] == texts.sayer(language)("task.system", reason=reason)
 
 
 def luminance(colour: str) -> float:

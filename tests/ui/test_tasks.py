@@ -97,6 +97,20 @@ def test_an_error_is_reported_and_ends_the_work(page: Page, capsys: pytest.Captu
     assert "ValueError: a reason" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(28, "No space left on device", "/runs/one/note.json"), "No space left on device: /runs/one/note.json"),
+        (OSError("no answer"), "no answer"),
+    ],
+)
+def test_an_error_of_the_system_says_which(page: Page, error: OSError, text: str):
+    page.result = error
+    page.gate.set()
+    page.call("begin", None, None)
+    assert f"The system refused this: {text}</p>" in page.end()[0]
+
+
 def test_a_page_of_an_older_program_gets_an_answer(page: Page):
     page.session = "another"
     (line, *_, timer), _ = page.call("look", None)
