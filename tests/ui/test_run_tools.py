@@ -189,3 +189,8 @@ def test_the_loss_of_two_runs_is_one_chart(page: RunsPage, run: RunFolder):
     chart = page.tools.overlay_of("one", "two", SAY)
     assert chart.count("<polyline") == 2 and "one" in chart and "two" in chart
     assert page.tools.overlay_of("one", "", SAY) == ""
+
+
+def test_a_note_that_cannot_be_written_says_why(page: RunsPage, run: RunFolder):
+    (run.path / "note.json").mkdir()
+    assert "The system refused this: Is a directory: " in page.tools.keep_note("one", "a", "b", SAY)

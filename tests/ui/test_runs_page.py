@@ -241,7 +241,10 @@ def test_resume_is_a_large_button_only_after_an_interruption(page: RunsPage, run
 
 def test_the_log_is_in_the_language_of_the_page(page: RunsPage, run: RunFolder):
     run.event("warning", message="blurred")
-    assert "! blurred" in look(page)["log"] and "! 模糊" in look(page, say=texts.sayer("zh-Hant"))["log"]
+    run.event("done", adapter="sks-toy.safetensors")
+    assert "! blurred" in look(page)["log"] and "done and checked" in look(page)["log"]
+    log = look(page, say=texts.sayer("zh-Hant"))["log"]
+    assert "! 模糊" in log and "完成，且已檢驗" in log and "done" not in log
 
 
 def test_a_finished_run_shows_its_result_and_the_base(page: RunsPage, run: RunFolder):

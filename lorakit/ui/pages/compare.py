@@ -57,7 +57,9 @@ class ComparePage:
         self.run = gr.Dropdown(choices=[], label=t("compare.run"), filterable=False, elem_id="compare-run")
         self.table = widgets.html(elem_id="compare-table", js_on_load=TAKE)
         with gr.Row(equal_height=False, visible=False) as self.choice:
-            self.step = gr.Dropdown(choices=[], label=t("compare.mark_which"), filterable=False, elem_id="compare-step")
+            self.step = gr.Dropdown(
+                choices=[], label=t("compare.mark_which"), filterable=False, min_width=220, elem_id="compare-step"
+            )
             formats = list(FORMATS)
             self.format = gr.Radio(formats, value=formats[0], label=t("adapter.format"), elem_id="compare-format")
             with gr.Column(min_width=160):

@@ -14,6 +14,8 @@ from lorakit.ui.texts import Say
 
 # Number of lines of the log that the page shows.
 LOG_LINES = 200
+# Text for the event of a run's end, which has no message.
+ENDED = "done and checked"
 
 
 def curves(run: RunFolder, state: State, say: Say, view: tuple[float, float]) -> str:
@@ -73,7 +75,7 @@ def _messages(log: Path) -> list[tuple[str, str]]:
     """The last messages in the log as (mark, message). The mark of warnings and errors is "! "."""
     events = _reader(log, "message", "warning", "error", "done").events()[-LOG_LINES:]
     marks = {"warning": "! ", "error": "! "}
-    return [(marks.get(e["event"], ""), from_json(str(e.get("message", e["event"])), e)) for e in events]
+    return [(marks.get(e["event"], ""), from_json(str(e.get("message", ENDED)), e)) for e in events]
 
 
 def log(run: RunFolder, output: str, say: Say) -> str:

@@ -182,8 +182,10 @@ class RunTools:
                 return widgets.problem(say("error.gone"))
             words = {"title": " ".join(title.split())[:80], "note": note[:MAX_TEXT]}
             atomic.write(path / NOTE, json.dumps(words, ensure_ascii=False))
-        except (LorakitError, OSError) as problem:
+        except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
+        except OSError as error:
+            return widgets.problem(widgets.system_error(error, say))
         return widgets.good(say("tools.kept"))
 
     def ask_save(self, name: str, say: Say) -> str:
@@ -239,8 +241,10 @@ class RunTools:
                 path.rename(target)
             else:  # the run ended before it created its folder
                 target.mkdir()
-        except (LorakitError, OSError) as problem:
+        except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
+        except OSError as error:
+            return widgets.problem(widgets.system_error(error, say))
         return widgets.good(say("tools.deleted", place=str(target)))
 
 

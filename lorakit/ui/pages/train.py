@@ -432,7 +432,7 @@ def plan_card(plan: Plan, warnings: Sequence[str], say: Say) -> str:
         [
             (say("plan.steps"), str(plan.steps), ""),
             (say("plan.time"), run_time, estimate if plan.seconds is not None else ""),
-            (say("plan.memory"), memory, f"{estimate}, {say('plan.device', device=plan.device)}"),
+            (say("plan.memory"), memory, say.translate(join(", ", (estimate, say("plan.device", device=plan.device))))),
             (say("plan.photos"), str(plan.photo_count), validation),
             (say("plan.trained"), weights, ""),
         ]
