@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import teach
-import text_prior
 
 from lorakit import config
 from lorakit.families.pocket import subjects
@@ -127,18 +126,11 @@ def main() -> None:
     )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="option of every run")
     parser.add_argument("--table", action="store_true", help="print the table of the results and do not train")
-    parser.add_argument(
-        "--text-prior", type=float, metavar="WEIGHT", help="add the term of benchmarks/text_prior.py to the loss"
-    )
     arguments = parser.parse_args()
-    added = list(arguments.set)
-    if arguments.text_prior:
-        text_prior.install(arguments.text_prior)
-        added.append(f"text-prior={arguments.text_prior:g}")
     rows = read(arguments.results)
     keys = {key(row) for row in rows}
     runs = [
-        {"recipe": " ".join((recipe, *added)), "name": name, "seed": seed, "captions": captions}
+        {"recipe": " ".join((recipe, *arguments.set)), "name": name, "seed": seed, "captions": captions}
         for seed in arguments.seeds
         for captions in arguments.captions
         for name in arguments.names

@@ -145,6 +145,8 @@ REACH_THE_WEIGHTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "optimizer.lr_scheduler": ("cosine", {}),
     "optimizer.warmup_steps": (2, {}),
     "optimizer.text_encoder_stop": (0.3, TEXT),
+    "optimizer.unet_start": (0.7, TEXT),
+    "train.text_prior_weight": (1.0, TEXT),
     "data.keep_tags": (2, {"data__shuffle_tags": True}),
     "data.tag_dropout": (0.6, {}),
     "data.caption_prefix": ("a sketch of", {}),

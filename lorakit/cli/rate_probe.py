@@ -108,10 +108,10 @@ def _measure(ready: Ready, steps: int, events: Events, stop: StopRequest) -> Ite
 
 
 def _rates(config: OptimizerConfig, multiple: float) -> OptimizerConfig:
-    """The config with its learning rates multiplied by `multiple`, without warm-up or schedule."""
+    """The config with its learning rates multiplied by `multiple`, no schedule, and all parts from the start."""
     names = ("learning_rate", "text_encoder_learning_rate", "text_encoder_2_learning_rate")
     rates = {name: rate * multiple for name in names if (rate := getattr(config, name)) is not None}
-    return replace(config, lr_scheduler="constant", warmup_steps=0, warmup_ratio=0.0, **rates)
+    return replace(config, lr_scheduler="constant", warmup_steps=0, warmup_ratio=0.0, unet_start=0.0, **rates)
 
 
 def _lines(rows: Sequence[tuple[float, float]], proposal: float | None) -> Iterator[str]:

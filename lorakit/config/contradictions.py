@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from lorakit.config import embedding, full, photo_edits, sample_prompts
 from lorakit.config.option import label, to_text, unquote
-from lorakit.config.schema import LENGTHS, AdapterConfig, Config, DataConfig, OptimizerConfig, TrainConfig
+from lorakit.config.schema import LENGTHS, Config, DataConfig, OptimizerConfig, TrainConfig
 from lorakit.core import names
 from lorakit.core.messages import Message, join
 from lorakit.core.names import DETERMINERS, slug
@@ -28,7 +28,7 @@ def problems(config: Config) -> list[str]:
         problems.append("train.min_steps has no effect without train.steps_per_image: leave it out")
     if optimizer.learning_rate == 0:
         problems.append("optimizer.learning_rate = 0 trains nothing: give a rate above 0")
-    problems += _text_encoder_problems(optimizer, adapter) + _factor_problems(config)
+    problems += _text_encoder_problems(config) + _factor_problems(config)
     is_named = bool(data.name) or not adapter.words_only
     if adapter.new_tokens and is_named and not re.fullmatch(r"[\w-]+", unquote(data.name).partition(" ")[0]):
         problems.append("adapter.new_tokens needs a trigger of letters and digits: begin data.name with one, 'sks dog'")
@@ -179,9 +179,10 @@ def _factor_problems(config: Config) -> list[str]:
     return problems
 
 
-def _text_encoder_problems(optimizer: OptimizerConfig, adapter: AdapterConfig) -> list[str]:
-    """Problems of text-encoder learning rates without a trained text encoder."""
-    problems = []
+def _text_encoder_problems(config: Config) -> list[str]:
+    """Problems of options for a trained text encoder that the run does not have, and of when each part is trained."""
+    optimizer, adapter = config.optimizer, config.adapter
+    problems: list[str] = []
     if optimizer.text_encoder_learning_rate == 0:
         problems.append(
             "optimizer.text_encoder_learning_rate = 0 trains no text encoder: leave it out, with "
@@ -192,12 +193,22 @@ def _text_encoder_problems(optimizer: OptimizerConfig, adapter: AdapterConfig) -
             "optimizer.text_encoder_learning_rate needs adapter.train_text_encoder = true or adapter.new_tokens"
         )
     if not adapter.trains_text:
-        names = ("text_encoder_2_learning_rate", "text_encoder_stop")
+        names = ("text_encoder_2_learning_rate", "text_encoder_stop", "unet_start")
         unused = [name for name in names if getattr(optimizer, name) != getattr(OptimizerConfig, name)]
         problems += [
             Message("optimizer.{name} needs adapter.train_text_encoder = true or adapter.new_tokens", name)
             for name in unused
         ]
+    if config.train.text_prior_weight and not adapter.train_text_encoder:
+        problems.append("train.text_prior_weight needs adapter.train_text_encoder = true")
+    if optimizer.unet_start and optimizer.unet_start >= optimizer.text_encoder_stop:
+        problems.append(
+            Message(
+                "optimizer.unet_start = {start:g}: nothing is trained between optimizer.text_encoder_stop = {stop:g} "
+                "and it; choose a lower value",
+                *(optimizer.unet_start, optimizer.text_encoder_stop),
+            )
+        )
     return problems
 
 

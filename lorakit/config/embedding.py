@@ -9,7 +9,7 @@ from lorakit.config.option import option
 from lorakit.config.schema import AdapterConfig, Config, OptimizerConfig, OutputConfig
 from lorakit.core.messages import Message
 
-_TEXT_RATES = ("text_encoder_learning_rate", "text_encoder_2_learning_rate", "text_encoder_stop")
+_TEXT_RATES = ("text_encoder_learning_rate", "text_encoder_2_learning_rate", "text_encoder_stop", "unet_start")
 NO_EFFECT = (
     "{key} has no effect with adapter.method = 'embedding', which trains the trigger's vectors alone: leave it out"
 )

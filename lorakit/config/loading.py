@@ -29,6 +29,9 @@ from lorakit.core.registry import METHODS, own_learning_rate
 
 DEFAULT_PRESET = "subject-pocket"
 BUNDLED = "pocket"  # a base that is not a path
+RATES = ("optimizer.learning_rate", "optimizer.text_encoder_learning_rate")
+# Options that need a trained text encoder.
+OF_TEXT_ENCODERS = ("optimizer.unet_start", "train.text_prior_weight")
 SINGLE_QUOTES = r"write a path of Windows in single quotes, as in folder = 'C:\Users\me\photos'"
 
 
@@ -130,7 +133,7 @@ def _keys_to_drop(preset: Mapping[str, object], overrides: Mapping[str, Any]) ->
         overridden_keys |= set(warmups)
     trains_text = preset.get("adapter.train_text_encoder") is True
     if trains_text and overrides.get("adapter.train_text_encoder") is False:
-        overridden_keys.add("optimizer.text_encoder_learning_rate")
+        overridden_keys |= {"optimizer.text_encoder_learning_rate", *OF_TEXT_ENCODERS}
     return overridden_keys
 
 
@@ -149,7 +152,7 @@ def from_tables(tables: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     own_rate = own_learning_rate(overrides.get("optimizer.name", flat.get("optimizer.name")))
     overridden_keys = _keys_to_drop(flat, overrides)
     if own_rate != own_learning_rate(flat.get("optimizer.name")):  # a rate and a factor are not comparable
-        overridden_keys |= {"optimizer.learning_rate", "optimizer.text_encoder_learning_rate"}
+        overridden_keys |= {*RATES, "optimizer.unet_start"}
     overridden_keys |= _other_method(flat, overrides)
     flat = {key: value for key, value in flat.items() if key not in overridden_keys}
     flat.update(overrides)
@@ -221,12 +224,12 @@ def _other_method(preset: Mapping[str, object], overrides: Mapping[str, object])
         return set()
     keys = {opt.key for opt in options(before)} - {opt.key for opt in options(method)}
     if METHODS[method].learning_rate != METHODS[before].learning_rate:
-        keys |= {f"optimizer.{name}" for name in ("learning_rate", "text_encoder_learning_rate")}
+        keys |= set(RATES)
     if METHODS[method].whole_model:  # options that store an adapter's frozen base in less memory
-        keys |= {"memory.base_storage", "memory.stream_base", "adapter.train_text_encoder"}
+        keys |= {"memory.base_storage", "memory.stream_base", "adapter.train_text_encoder", *OF_TEXT_ENCODERS}
     if METHODS[method].words_only:
         keys |= {key for key in preset if key.startswith(("train.prior", "train.class_", "output."))}
-        keys |= {"optimizer.text_encoder_2_learning_rate", "optimizer.text_encoder_stop"}
+        keys |= {"optimizer.text_encoder_2_learning_rate", "optimizer.text_encoder_stop", *OF_TEXT_ENCODERS}
     return keys
 
 

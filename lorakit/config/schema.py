@@ -104,16 +104,14 @@ class DataConfig:
     max_aspect: float = option(4.0, "Longer side over shorter, beyond which a photo is cropped.", low=1, high=8)
     caption_dropout: float = option(0.0, "Share of texts replaced by the bare instance prompt.", low=0, high=1)
     shuffle_tags: bool = option(
-        False, "Shuffle comma-separated tags; the trigger stays first, and all before three bars."
+        False, "Shuffle comma-separated tags; the trigger and all before three bars stay first."
     )
     keep_tags: int = option(0, "First tags that are neither shuffled nor dropped.", low=0, high=100)
     tag_dropout: float = option(0.0, "Chance of each other tag to be left out of a text.", low=0, high=0.95)
     caption_prefix: str = option("", "Words in front of every caption.")
     caption_suffix: str = option("", "Words behind every caption.")
     caption_lines: bool = option(False, "Each line of a caption file is a separate caption; one is drawn each time.")
-    caption_from_name: bool = option(
-        False, "A photo without a caption has its file name: 'red_car-2.png' is 'red car'."
-    )
+    caption_from_name: bool = option(False, "A photo without a caption has its file name: 'red_car.png' is 'red car'.")
     wildcards: bool = option(False, "Draw one of the words in {braces}, with bars between them, each time.")
     flip: bool = option(False, "Mirror photos as a variant. Leave it off if left and right matter.")
     crop_jitter: float = option(0.0, "Share of the side by which the crop is moved in a variant.", low=0, high=0.25)
@@ -241,14 +239,15 @@ class OptimizerConfig:
         {}, "More arguments of the optimizer, a table such as {betas = [0.9, 0.95]}."
     )
     learning_rate: float = option(1e-4, "Peak learning rate (a factor, usually 1, for prodigy).", low=0, high=10)
-    text_encoder_learning_rate: float | None = option(
-        None, "For text-encoder adapters. Unset: the same.", low=0, high=10
-    )
+    text_encoder_learning_rate: float | None = option(None, "For text encoders. Unset: the same.", low=0, high=10)
     text_encoder_2_learning_rate: float | None = option(
         None, "For the second text encoder and others after it. Unset: as the first.", above=0, high=10
     )
     text_encoder_stop: float = option(
         1.0, "Share of the run after which text encoders are left as they are.", above=0, high=1
+    )
+    unet_start: float = option(
+        0.0, "Share of the run before which the UNet is left as it is: the text encoder learns first.", low=0, high=0.9
     )
     loraplus_lr_ratio: float = option(
         1.0, "LoRA+: rate of the factor B by that of A; 16 is the paper's. 1: the same.", above=0, high=1000
@@ -297,6 +296,9 @@ class TrainConfig:
     prior_prompts: tuple[str, ...] = option(
         (), "Prompts of other things that must stay as they are, which the prior uses too."
     )
+    text_prior_weight: float = option(
+        0.0, "Weight of a term that keeps the text encoder's output for texts without the trigger.", low=0, high=100
+    )
     class_images: int = option(100, "Class images for prior = 'images'; made once and cached.", low=1, high=10000)
     loss: Literal["mse", "huber"] = option("mse", "Distance between prediction and target.")
     min_snr_gamma: float | None = option(None, "Min-SNR weighting (Hang et al. 2023); 5 is usual. Unset: off.", above=0)
@@ -315,9 +317,7 @@ class TrainConfig:
     timestep_low: float = option(0.0, "Share of the lowest noise levels to leave out.", low=0, high=0.99)
     timestep_high: float = option(1.0, "Share of the noise levels above which all are left out.", above=0, high=1)
     pyramid_noise: float = option(0.0, "Weight of coarser noise, for each halving. 0: none.", low=0, high=0.9)
-    noise_offset: float = option(
-        0.0, "Per-channel offset of the noise, for very dark or bright pictures.", low=0, high=1
-    )
+    noise_offset: float = option(0.0, "Per-channel offset of the noise, for dark or bright pictures.", low=0, high=1)
     max_weight_norm: float = option(
         0.0,
         "Each layer's change is scaled down to this norm after a step (kohya's scale_weight_norms); 0: no limit.",

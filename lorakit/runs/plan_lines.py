@@ -49,6 +49,8 @@ def layers(config: Config, selected: Sequence[str]) -> tuple[str, ...]:
     sizes = Counter((layer.rank, layer.effective_alpha, layer.scale) for layer in own)
     multiples = Counter(float(targets.last_match(config.optimizer.rates, name, 1.0)) for name in selected)
     lines = [*filter(None, [lr_schedule.text_rates(config.optimizer)])]
+    if start := config.optimizer.unet_start:
+        lines.append(Message("UNet: left as it is for the first {share:.0%} of the steps", start))
     if config.adapter.ranks or config.adapter.alphas:
         lines += [Message(LAYERS, number, rank, alpha, scale) for (rank, alpha, scale), number in sorted(sizes.items())]
     if config.optimizer.rates:

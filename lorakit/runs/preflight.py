@@ -281,7 +281,9 @@ def _optimizer_problems(config: Config) -> list[str]:
     if missing := registry.missing_package(optimizer.name):
         return [missing]
     rates = {optimizer.text_encoder_learning_rate, optimizer.text_encoder_2_learning_rate}
-    one_rate = rates <= {None, optimizer.learning_rate} and optimizer.text_encoder_stop == 1
+    one_rate = (
+        rates <= {None, optimizer.learning_rate} and optimizer.text_encoder_stop == 1 and not optimizer.unet_start
+    )
     one_rate = one_rate and optimizer.loraplus_lr_ratio == 1 and not optimizer.rates
     has_cuda = plan.may_be_cuda(config.memory.device)
     unmet = registry.unmet_needs(optimizer.name, has_cuda=has_cuda, one_rate=one_rate)

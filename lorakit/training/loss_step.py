@@ -63,6 +63,8 @@ class LossStep:
             purposes += ["class order"]
         if train.prior == "images":
             purposes += ["class order", *(f"class {purpose}" for purpose in PURPOSES)]
+        if train.text_prior_weight:
+            purposes += ["text order"]
         self.generators = {purpose: torch.Generator(family.device) for purpose in purposes}
         self._epoch = -1
         self._batches: list[Batch] = []
@@ -109,6 +111,8 @@ class LossStep:
             prediction_type, gamma = self.family.prediction, self.train.min_snr_gamma
             weight = prediction_type.loss_weights(term.timesteps, self.train.snr_weighting, gamma)
             total = total + term.factor * objective.loss(prediction, target, self.train.loss, weight, term.mask)
+        if self.train.text_prior_weight:
+            total = total + self.train.text_prior_weight * prior.text_distance(self, len(batch.entries))
         return total
 
     def _terms(self, batch: Batch) -> list[LossTerm]:

@@ -80,9 +80,12 @@ def peak(config: OptimizerConfig, group: str) -> float:
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int, group: str = "unet") -> float:
-    """The learning rate of a group at `step`. After `text_encoder_stop` that of text encoders is 0, at which no
-    optimizer moves."""
-    if group.startswith("text_encoder") and step >= config.text_encoder_stop * total_steps:
+    """The learning rate of a group at `step`. It is 0, at which no optimizer moves, for text encoders after
+    `text_encoder_stop` and for the denoiser before `unet_start`."""
+    if group.startswith("text_encoder"):
+        if step >= config.text_encoder_stop * total_steps:
+            return 0.0
+    elif step < config.unet_start * total_steps:
         return 0.0
     return peak(config, group) * lr_schedule.factor(config, step, total_steps)
 

@@ -21,6 +21,7 @@ from lorakit.data.dataset import Dataset
 from lorakit.inference import class_images, sampling
 from lorakit.inference.mode import polled
 from lorakit.training.parallel import SINGLE, Processes, Tasks
+from lorakit.training.prior import ReferenceTexts, random_texts
 
 if TYPE_CHECKING:
     from lorakit.core.events import Events
@@ -86,6 +87,7 @@ class Precomputed:
         class_latents: class images where `train.prior` is "images", else None.
         samples: inputs of the samples that the run draws.
         other_rows: int64 `[n]`, indices of `train.prior_prompts` in `class_texts`.
+        reference_texts: texts for `prior.text_distance` where `train.text_prior_weight` is set, else None.
     """
 
     dataset: Dataset
@@ -99,6 +101,7 @@ class Precomputed:
     class_latents: ClassLatents | None
     samples: SampleInputs
     other_rows: torch.Tensor = field(default_factory=functools.partial(torch.empty, 0, dtype=torch.int64))
+    reference_texts: ReferenceTexts | None = None
 
 
 def precompute(
@@ -129,36 +132,37 @@ def precompute(
     configs = concepts.of_photos(report.photos, config.data)
     without = [captions.class_text_of_any(text, configs) for text in dataset.texts]
     own_class = _own_class_texts(config, report)
-    others = config.train.prior_prompts
-    class_texts = list(dict.fromkeys([captions.class_prompt(configs[0]), *others, *without, *own_class.values()]))
+    class_texts = list(
+        dict.fromkeys([captions.class_prompt(configs[0]), *config.train.prior_prompts, *without, *own_class.values()])
+    )
     family.release("vae")
     class_latents = None
-    disabled = adapter.disabled() if adapter is not None else contextlib.nullcontext()
-    with disabled, polled(family.modules().values(), poll):
+    with adapter.disabled() if adapter else contextlib.nullcontext(), polled(family.modules().values(), poll):
         tokens, class_tokens = _tokens(config, family, dataset.texts, class_texts)
         conditions, class_conditions = embed(family, tokens), embed(family, class_tokens)
         samples = _samples(config, family, configs)
+        reference_texts = (
+            _reference_texts(config, family, class_tokens, tokens, configs) if config.train.text_prior_weight else None
+        )
         if own_class:
             class_latents = _own_class_latents(config, family, own_class, class_texts, encode_images, events)
         elif config.train.prior == "images":
             draw = functools.partial(processes.map, "draw")
-            pictures, rows = _class_images(config, family, class_texts, class_tokens, draw, events)
-            events.begin("encoding the class images", len(pictures))
-            class_latents = _encode_class(family, pictures, rows, config.data.resolution, encode_images)
+            class_latents = _class_latents(config, family, class_texts, class_tokens, draw, encode_images, events)
     family.release("vae", "text_encoders")
-    trains_text = config.adapter.trains_text
     return Precomputed(
         dataset=dataset,
         holdout=holdout,
         conditions=conditions,
-        tokens=tokens if trains_text else None,
+        tokens=tokens if config.adapter.trains_text else None,
         class_texts=class_texts,
         class_conditions=class_conditions,
-        class_tokens=class_tokens if trains_text else None,
+        class_tokens=class_tokens if config.adapter.trains_text else None,
         class_of=_places(without, class_texts, family.device),
         class_latents=class_latents,
         samples=samples,
-        other_rows=_places(others, class_texts, family.device),
+        other_rows=_places(config.train.prior_prompts, class_texts, family.device),
+        reference_texts=reference_texts,
     )
 
 
@@ -219,6 +223,19 @@ def _tokens(config: Config, family: Family, *lists: list[str]) -> Iterator[list[
     for texts in lists:
         parts = [family.tokens(texts[at : at + TEXTS], chunks) for at in range(0, len(texts), TEXTS)]
         yield [torch.cat(tables) for tables in zip(*parts, strict=True)]
+
+
+def _reference_texts(
+    config: Config,
+    family: Family,
+    class_tokens: list[torch.Tensor],
+    photo_tokens: list[torch.Tensor],
+    configs: Sequence[DataConfig],
+) -> ReferenceTexts:
+    """Texts without a trigger, and their embeddings by the base."""
+    triggers = [each.trigger for each in configs]
+    tokens = random_texts(family, class_tokens, photo_tokens, triggers, config.train.seed)
+    return ReferenceTexts(tokens, embed(family, tokens))
 
 
 def _samples(config: Config, family: Family, concept_configs: Sequence[DataConfig]) -> SampleInputs:
@@ -286,6 +303,21 @@ def _own_class_latents(
     text_rows = [class_texts.index(text) for text in own.values()]
     events.begin("encoding the class images", len(own))
     return _encode_class(family, [square(photo) for photo in own], text_rows, side, encode_images)
+
+
+def _class_latents(
+    config: Config,
+    family: Family,
+    class_texts: list[str],
+    class_tokens: list[torch.Tensor],
+    draw: Map,
+    encode_images: latents.EncodeImages,
+    events: Events,
+) -> ClassLatents:
+    """The latents of the class images that the base draws."""
+    pictures, rows = _class_images(config, family, class_texts, class_tokens, draw, events)
+    events.begin("encoding the class images", len(pictures))
+    return _encode_class(family, pictures, rows, config.data.resolution, encode_images)
 
 
 def _encode_class(

@@ -1,17 +1,39 @@
-"""Prior preservation: loss terms that keep the base's predictions for the class."""
+"""Prior preservation: loss terms that keep the base's predictions for the class, and the text encoders' output for
+texts without the trigger."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.core import rng
 from lorakit.training.objective import LossTerm
 
 if TYPE_CHECKING:
     from lorakit.data.dataset import Batch
+    from lorakit.families import Family
     from lorakit.families.conditioning import Conditioning
     from lorakit.training.loss_step import LossStep
+
+# Texts whose words are replaced at random, and the texts of a step for each photo.
+RANDOM_TEXTS = 128
+TEXTS_A_PHOTO = 2
+
+
+@dataclass(frozen=True)
+class ReferenceTexts:
+    """Texts without the trigger: the empty prompt, then `Precomputed.class_texts` and copies with random tokens.
+
+    Attributes:
+        tokens: the input of `Family.encode_tokens`, one row each.
+        conditions: their embeddings by the base.
+    """
+
+    tokens: list[torch.Tensor]
+    conditions: Conditioning
 
 
 def class_image_term(loss_step: LossStep, count: int) -> LossTerm:
@@ -60,6 +82,68 @@ def teacher_target(loss_step: LossStep, term: LossTerm) -> torch.Tensor:
     with torch.no_grad(), loss_step.adapter.disabled():
         target: torch.Tensor = loss_step.family.predict(term.noisy, term.timesteps, term.teacher)
     return target
+
+
+def random_texts(
+    family: Family,
+    class_tokens: Sequence[torch.Tensor],
+    photo_tokens: Sequence[torch.Tensor],
+    triggers: Sequence[str],
+    seed: int,
+) -> list[torch.Tensor]:
+    """Tokens of the empty prompt, of the class texts, and of `RANDOM_TEXTS` texts with random tokens.
+
+    Such a text is one of the class or of a photo, and a random share of its tokens, 0 to 1, is replaced. So are all
+    tokens of triggers. A replacement is any token of the vocabulary but these. So the term holds more than the few
+    texts of the run, and another word in the trigger's place is none.
+
+    Returns:
+        The input of `Family.encode_tokens`. An encoder that cannot be trained gets the text without random tokens.
+    """
+    draw = rng.generator(seed, 0, "reference texts")
+    texts = [torch.cat(pair) for pair in zip(class_tokens, photo_tokens, strict=True)]
+    # Half of them are photos' texts.
+    of_class, of_photos = len(class_tokens[0]), len(photo_tokens[0])
+    of_each = (of_class, RANDOM_TEXTS // 2), (of_photos, RANDOM_TEXTS - RANDOM_TEXTS // 2)
+    rows = torch.cat([torch.randint(among, (count,), generator=draw) for among, count in of_each])
+    rows[RANDOM_TEXTS // 2 :] += of_class
+    shares = torch.rand((RANDOM_TEXTS, 1), generator=draw)
+    replaced = torch.rand((RANDOM_TEXTS, class_tokens[0].shape[1]), generator=draw) < shares
+    chunks = class_tokens[0].shape[1] // family.tokens([""])[0].shape[1]
+    empty, named = family.tokens([""], chunks), family.tokens(triggers)
+    copies = [table[rows.to(table.device)] for table in texts]
+    encoders: list[Any] = list(family.modules().values())[1:]  # the inputs of encoders that cannot be trained come last
+    for place, encoder in enumerate(encoders):
+        ids = copies[place].cpu()
+        special = empty[place].unique().cpu()  # begin, end and padding
+        own = named[place].unique().cpu()
+        words = torch.arange(encoder.config.vocab_size)
+        words = words[~torch.isin(words, torch.cat([special, own]))]
+        random = words[torch.randint(len(words), ids.shape, generator=draw)]
+        at_random = (replaced | torch.isin(ids, own)) & ~torch.isin(ids, special)
+        copies[place] = torch.where(at_random, random, ids).to(copies[place].device)
+    return [torch.cat(tables) for tables in zip(empty, class_tokens, copies, strict=True)]
+
+
+def text_distance(loss_step: LossStep, count: int) -> torch.Tensor:
+    """The squared distance of the text encoders' output from the base's, relative to its square, as a mean, a scalar.
+
+    The texts are the empty prompt, by which guidance multiplies, and `TEXTS_A_PHOTO` random ones for each of `count`
+    photos. Hidden states `[B, T, D]` count one by one, as do pooled embeddings `[B, P]`.
+    """
+    reference = loss_step.encoded.reference_texts
+    assert reference is not None, "text_prior_weight comes with reference texts"
+    order, device = loss_step.generators["text order"], loss_step.family.device
+    rows = torch.randint(1, len(reference.conditions), (TEXTS_A_PHOTO * count,), generator=order, device=device)
+    rows = torch.cat([rows.new_zeros(1), rows])
+    now = loss_step.family.encode_tokens([table[rows] for table in reference.tokens], grad=True)
+    before = reference.conditions.index(rows)
+    parts = []
+    for name in ("encoder_hidden_states", "pooled"):
+        base, output = before.get(name), now.get(name)
+        if base is not None and output is not None:
+            parts.append(((output - base).square().sum(dim=-1) / base.square().sum(dim=-1)).mean())
+    return torch.stack(parts).mean()
 
 
 def _class_condition(loss_step: LossStep, text_rows: torch.Tensor, sizes: dict[str, torch.Tensor]) -> Conditioning:

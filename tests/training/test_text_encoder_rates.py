@@ -38,9 +38,35 @@ def test_each_text_encoder_has_its_rate_and_last_step(name: str) -> None:
         assert moves == ([True] * 3 if step < 2 else [True, False, False])
 
 
-@pytest.mark.parametrize(("name", "value"), [("stop", 0.5), ("2_learning_rate", 1e-5)])
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_the_unet_stays_as_it_is_before_its_first_step(name: str) -> None:
+    run_config = OptimizerConfig(name=name, learning_rate=1e-2, unet_start=0.4, text_encoder_stop=0.8, weight_decay=0.1)
+    groups = [(part, [torch.nn.Parameter(torch.ones(4, 4))]) for part in ("unet", "text_encoder")]
+    optimizer = optimizers.build(run_config, groups)
+    moves = []
+    for step in range(5):
+        optimizers.set_learning_rate(optimizer, run_config, step, 5)
+        before = [params[0].detach().clone() for _, params in groups]
+        for _, params in groups:
+            params[0].grad = torch.full((4, 4), 0.3)
+        optimizers.step(optimizer)
+        moves.append([not torch.equal(old, params[0]) for old, (_, params) in zip(before, groups, strict=True)])
+    assert moves == [[False, True], [False, True], [True, True], [True, True], [True, False]]
+
+
+def test_a_part_is_trained_at_any_time() -> None:
+    options = {"train.steps": 9, "adapter.train_text_encoder": True, "optimizer.text_encoder_stop": 0.5}
+    assert config.load(None, options | {"optimizer.unet_start": 0.4}).optimizer.unet_start == 0.4
+    message = r"unet_start = 0.5: nothing is trained between optimizer.text_encoder_stop = 0.5 and it"
+    with pytest.raises(ConfigError, match=message):
+        config.load(None, options | {"optimizer.unet_start": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("text_encoder_stop", 0.5), ("text_encoder_2_learning_rate", 1e-5), ("unet_start", 0.5)]
+)
 def test_options_of_text_encoders_need_a_trained_text_encoder(name: str, value: float) -> None:
-    option = {f"optimizer.text_encoder_{name}": value}
+    option = {f"optimizer.{name}": value}
     with pytest.raises(ConfigError, match=r"needs adapter.train_text_encoder = true or adapter.new_tokens"):
         config.load(None, {"train.steps": 1, **option})
     run_config = config.load(
