@@ -5,7 +5,7 @@ import pytest
 
 from lorakit import config
 from lorakit.runs import quickstart
-from lorakit.ui import form, texts
+from lorakit.ui import commands, form, texts
 from lorakit.ui.access import Roots
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +97,7 @@ def test_quality_is_a_factor_on_the_presets_length():
 
 def test_every_used_text_exists_and_every_text_is_used():
     code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "lorakit/ui").rglob("*.py"))
-    keys = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code))
+    keys = set(re.findall(r"\b(?:say|t)\(\s*[\"']([\w.]+)[\"']", code)) | {*commands.CONVERSION}
     prefixed = (
         "state.",
         "choice.",
