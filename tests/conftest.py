@@ -162,10 +162,10 @@ def tiny_sd1_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny SDXL pipeline with epsilon prediction. Tests share it and must not change it."""
+    """Folder of a tiny, shallow SDXL pipeline with epsilon prediction. Tests share it and must not change it."""
     import tiny
 
-    return tiny.save_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+    return tiny.save_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl", shallow=True)
 
 
 @pytest.fixture(scope="session")
