@@ -27,6 +27,7 @@ from lorakit.training import optimizers, run as train
 from lorakit.training.loss_step import LossStep
 from lorakit.training.precompute import precompute
 
+pytestmark = pytest.mark.usefixtures("copied_modules")
 PAGE = Path(__file__).parents[1] / "docs" / "silent-failures.md"
 
 

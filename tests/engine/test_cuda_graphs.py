@@ -24,6 +24,8 @@ from lorakit.training.loss_step import LossStep
 from lorakit.training.optimizer_step import OptimizerStep
 from lorakit.training.precompute import precompute
 
+pytestmark = pytest.mark.usefixtures("copied_modules")
+
 
 def stand_in(compute: cuda_graphs.Compute, generators: Any = ()) -> cuda_graphs.Compute:
     """Replay by calling `compute` again."""

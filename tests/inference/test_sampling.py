@@ -17,6 +17,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.core.events import Events
 from lorakit.inference import class_images, sampling
 
+pytestmark = pytest.mark.usefixtures("copied_modules")
 CPU, FLOAT = torch.device("cpu"), torch.float32
 QUICK = SampleConfig(steps=3, guidance=3.0, seed=5)
 PROMPTS = ["a photo of sks toy", "sks toy in the snow", "a toy"]

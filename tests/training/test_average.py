@@ -23,6 +23,7 @@ from lorakit.runs.run_folder import RunFolder
 from lorakit.training import checkpoint_export, run as train
 from lorakit.training.validation import Validation
 
+pytestmark = pytest.mark.usefixtures("copied_modules")
 DECAY, STEPS, LIMIT = 0.5, 4, 0.05
 
 

@@ -23,6 +23,8 @@ from lorakit.training import checkpoint_export, run as train
 from lorakit.training.whole_model import export, step
 from lorakit.training.whole_model.weights import ModelWeights
 
+pytestmark = pytest.mark.usefixtures("copied_modules")
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,6 +14,7 @@ from lorakit.families.prediction import Epsilon
 from lorakit.inference.mode import inference
 from lorakit.training import validation as evaluate
 
+pytestmark = pytest.mark.usefixtures("copied_modules")
 CHANNELS, SIDE = 4, 8
 
 
