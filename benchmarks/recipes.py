@@ -36,8 +36,16 @@ import teach
 from lorakit import config
 from lorakit.families.pocket import subjects
 
-# The prior of an earlier preset.
-BEFORE = ("train.prior_target=image", "train.prior_prompts=[]", "train.prior_loss_weight=1", "train.class_images=64")
+# An earlier preset: the text encoder and the UNet learn together, and no term keeps the text encoder's output.
+TOGETHER = ("optimizer.text_encoder_learning_rate=3e-3", "optimizer.unet_start=0", "train.text_prior_weight=0")
+# The one before it, with another prior.
+BEFORE = (
+    *TOGETHER,
+    "train.prior_target=image",
+    "train.prior_prompts=[]",
+    "train.prior_loss_weight=1",
+    "train.class_images=64",
+)
 # The prompts of the present preset's prior.
 KINDS = [f"a photo of a {kind}" for kind in teach.PRIOR_KINDS]
 PROMPTS, EMPTY_TOO = (f"train.prior_prompts={json.dumps(texts)}" for texts in (KINDS, [*KINDS, ""]))
@@ -53,10 +61,11 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "preset-before": (*BEFORE, "optimizer.text_encoder_learning_rate=1e-3"),
     "text-3e-3": BEFORE,
     "target-base": (*BEFORE, "train.prior_target=base"),
-    "empty-too": (EMPTY_TOO,),
-    "prompts": ("train.prior_loss_weight=1",),
-    "prompts-teacher": (PROMPTS, "train.prior=teacher"),
-    "prompts-teacher-weight-5": (PROMPTS, "train.prior=teacher", "train.prior_loss_weight=5"),
+    "together": TOGETHER,
+    "empty-too": (*TOGETHER, EMPTY_TOO),
+    "prompts": (*TOGETHER, "train.prior_loss_weight=1"),
+    "prompts-teacher": (*TOGETHER, PROMPTS, "train.prior=teacher"),
+    "prompts-teacher-weight-5": (*TOGETHER, PROMPTS, "train.prior=teacher", "train.prior_loss_weight=5"),
     "tokens": (*BEFORE, "train.prior_target=base", "adapter.new_tokens=2"),
     "word-beside": WORD,
     "word-unet-5e-4": (*WORD, "optimizer.learning_rate=5e-4"),

@@ -231,7 +231,10 @@ class Readings:
                 self._skip(number, loss)
                 continue
             self.skipped_in_a_row = 0
-            rate = optimizers.learning_rate(config.optimizer, number, total)
+            # Before `optimizer.unet_start` the text encoder's rate counts.
+            rate = optimizers.learning_rate(config.optimizer, number, total) or optimizers.learning_rate(
+                config.optimizer, number, total, "text_encoder"
+            )
             smoothed = self.mean.add(loss)
             figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "smoothed_loss": smoothed}
             if limited:

@@ -100,7 +100,7 @@ def random_texts(
     Returns:
         The input of `Family.encode_tokens`. An encoder that cannot be trained gets the text without random tokens.
     """
-    draw = rng.generator(seed, 0, "reference texts")
+    draw = rng.generator(seed, 0, "plain texts")
     texts = [torch.cat(pair) for pair in zip(class_tokens, photo_tokens, strict=True)]
     # Half of them are photos' texts.
     of_class, of_photos = len(class_tokens[0]), len(photo_tokens[0])

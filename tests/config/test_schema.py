@@ -224,6 +224,8 @@ def test_contradictions_are_reported_at_once() -> None:
         {"train.prior_loss_weight": 0.5, "train.prior": "teacher"},
         {"data.variants": 4, "data.flip": True},
         {"optimizer.text_encoder_learning_rate": 1e-5, "adapter.train_text_encoder": True},
+        {"train.text_prior_weight": 1.0, "adapter.train_text_encoder": True},
+        {"optimizer.unet_start": 0.5, "adapter.train_text_encoder": True},
         {"optimizer.text_encoder_learning_rate": 1e-5, "adapter.new_tokens": 2, "data.name": "sks toy"},
     ],
 )
@@ -398,6 +400,7 @@ SCHEDULES = {
     "lr_decay_ratio": "wsd",
 }
 COMPANIONS: dict[str, dict[str, Any]] = {
+    **{name: {"adapter.train_text_encoder": True} for name in ("optimizer.unet_start", "train.text_prior_weight")},
     **{name: {"adapter.train_text_encoder": True} for name in TEXT_RATES},
     **{f"optimizer.{name}": {"optimizer.lr_scheduler": schedule} for name, schedule in SCHEDULES.items()},
     **{"adapter.new_tokens": {"data.name": "sks toy"}, "data.keep_tags": {"data.shuffle_tags": True}},

@@ -10,6 +10,7 @@ from short_run import noise, run_config
 from lorakit import config
 from lorakit.config import ConfigError, OptimizerConfig
 from lorakit.runs import preflight
+from lorakit.runs.run_folder import RunFolder
 from lorakit.training import optimizers, run as train
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -84,3 +85,14 @@ def test_adapter_files_are_written_at_intervals(tiny_sd1, tmp_path):
     assert names == ["sks-toy-step-000002.safetensors", "sks-toy-step-000004.safetensors", "sks-toy.safetensors"]
     second, last = (load_file(result.folder / name) for name in names[::2])
     assert second.keys() == last.keys() and any(not torch.equal(second[name], last[name]) for name in last)
+
+
+@pytest.mark.slow
+def test_the_log_has_the_text_encoders_rate_before_the_unet_starts(tiny_sd1, tmp_path):
+    (tmp_path / "photos").mkdir()
+    noise(tmp_path / "photos", 2)
+    options = {"adapter__train_text_encoder": True, "optimizer__learning_rate": 1e-2, "optimizer__unet_start": 0.5}
+    options |= {"optimizer__text_encoder_learning_rate": 1e-3}
+    result = train.train(run_config(tiny_sd1, tmp_path / "photos", tmp_path / "run", 4, **options))
+    rates = [event["learning_rate"] for event in RunFolder(result.folder).events("step")]
+    assert rates == [1e-3, 1e-3, 1e-2, 1e-2]
