@@ -36,19 +36,17 @@ import teach
 from lorakit import config
 from lorakit.families.pocket import subjects
 
-# An earlier preset: the text encoder and the UNet learn together, and no term keeps the text encoder's output.
-TOGETHER = ("optimizer.text_encoder_learning_rate=3e-3", "optimizer.unet_start=0", "train.text_prior_weight=0")
-# The one before it, with another prior.
-BEFORE = (
-    *TOGETHER,
-    "train.prior_target=image",
-    "train.prior_prompts=[]",
-    "train.prior_loss_weight=1",
-    "train.class_images=64",
-)
+# The prior of an earlier preset.
+BEFORE = ("train.prior_target=image", "train.prior_prompts=[]", "train.prior_loss_weight=1", "train.class_images=64")
 # The prompts of the present preset's prior.
 KINDS = [f"a photo of a {kind}" for kind in teach.PRIOR_KINDS]
 PROMPTS, EMPTY_TOO = (f"train.prior_prompts={json.dumps(texts)}" for texts in (KINDS, [*KINDS, ""]))
+# The text encoder learns the trigger before the UNet starts, and its output for other texts is kept.
+TEXT_FIRST = (
+    "optimizer.text_encoder_learning_rate=1e-2",
+    "optimizer.unet_start=0.4",
+    "train.text_prior_weight=1",
+)
 # The trigger has its own embedding vectors, and the adapter trains only the UNet.
 WORD = (
     "adapter.train_text_encoder=false",
@@ -61,12 +59,12 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "preset-before": (*BEFORE, "optimizer.text_encoder_learning_rate=1e-3"),
     "text-3e-3": BEFORE,
     "target-base": (*BEFORE, "train.prior_target=base"),
-    "together": TOGETHER,
-    "empty-too": (*TOGETHER, EMPTY_TOO),
-    "prompts": (*TOGETHER, "train.prior_loss_weight=1"),
-    "prompts-teacher": (*TOGETHER, PROMPTS, "train.prior=teacher"),
-    "prompts-teacher-weight-5": (*TOGETHER, PROMPTS, "train.prior=teacher", "train.prior_loss_weight=5"),
+    "empty-too": (EMPTY_TOO,),
+    "prompts": ("train.prior_loss_weight=1",),
+    "prompts-teacher": (PROMPTS, "train.prior=teacher"),
+    "prompts-teacher-weight-5": (PROMPTS, "train.prior=teacher", "train.prior_loss_weight=5"),
     "tokens": (*BEFORE, "train.prior_target=base", "adapter.new_tokens=2"),
+    "text-first": TEXT_FIRST,
     "word-beside": WORD,
     "word-unet-5e-4": (*WORD, "optimizer.learning_rate=5e-4"),
     "word-unet-2e-4": (*WORD, "optimizer.learning_rate=2e-4"),

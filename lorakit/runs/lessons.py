@@ -77,7 +77,7 @@ def too_short(history: Sequence[Mapping[str, float]], optimizer: OptimizerConfig
 
     The fall for the same sum of learning rates is compared: from the first validation to the second quarter of them,
     and from there to the third. After that the learning rate of most schedules is too small to compare, so of the last
-    quarter only the last error counts: it must be the lowest.
+    quarter only the last error counts: it must be the lowest. Validations before the UNet's first step do not count.
 
     Args:
         history: the validations, one dict for each with "step" and "mse"; too few of them say nothing.
@@ -85,6 +85,9 @@ def too_short(history: Sequence[Mapping[str, float]], optimizer: OptimizerConfig
     if len(history) < 4 or history[-1]["step"] < len(history):
         return []
     total = int(history[-1]["step"])
+    history = [entry for entry in history if entry["step"] >= optimizer.unet_start * total]
+    if len(history) < 4:
+        return []
     places = [0, len(history) // 4, 3 * len(history) // 4]
     errors, steps = ([history[place]["mse"] for place in places], [int(history[place]["step"]) for place in places])
     early, late = (

@@ -56,10 +56,10 @@ def test_a_probe_needs_at_least_twelve_steps(tmp_path, capsys) -> None:
 
 
 def test_rates_of_text_encoders_rise_too_and_have_no_schedule() -> None:
-    optimizer = config.load("subject-pocket").optimizer
+    optimizer = config.load("subject-pocket", {"optimizer.unet_start": 0.4}).optimizer
     rates = rate_probe._rates(optimizer, 0.5)
-    assert (rates.learning_rate, rates.text_encoder_learning_rate) == (5e-4, 5e-3)
-    assert optimizer.unet_start > 0 and rates.unet_start == 0
+    assert (rates.learning_rate, rates.text_encoder_learning_rate) == (5e-4, 1.5e-3)
+    assert rates.unet_start == 0
     assert rates.text_encoder_2_learning_rate is None
     assert (rates.lr_scheduler, rates.warmup_ratio, rates.warmup_steps) == ("constant", 0.0, 0)
 

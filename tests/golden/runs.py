@@ -96,7 +96,6 @@ def _settings(name: str, base: str, photos: Path, output: Path) -> tuple[str | N
         # The preset's values when the results were recorded.
         prior = {"train.prior_target": "image", "train.prior_prompts": (), "train.prior_loss_weight": 1.0}
         own = {"train.class_images": 8, "train.batch_size": 4, "optimizer.text_encoder_learning_rate": None}
-        own |= {"optimizer.unet_start": 0.0, "train.text_prior_weight": 0.0}
         return "subject-pocket", shared | warmup | prior | own
     family, method = name.split("-")
     own = METHODS["dora" if method == "rslora" else method]
