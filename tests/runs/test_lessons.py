@@ -135,3 +135,10 @@ def test_a_run_whose_error_still_falls_was_too_short(every, errors, is_short):
             f"at the end of the {every * len(errors)} steps" in lines[0] and "train at least twice as long" in lines[0]
         )
         assert "太短" in texts.sayer("zh-Hant").translate(lines[0])
+
+
+def test_validations_before_the_unet_starts_do_not_count():
+    errors = (0.4594, 0.4494, 0.3365, 0.3114, 0.3105)  # it starts at step 160 of 400
+    history = [{"step": 80 * number, "mse": error} for number, error in enumerate(errors, 1)]
+    assert lessons.too_short(history, OptimizerConfig(lr_scheduler="cosine"))
+    assert not lessons.too_short(history, OptimizerConfig(lr_scheduler="cosine", unet_start=0.4))
