@@ -142,7 +142,8 @@ def text_distance(loss_step: LossStep, count: int) -> torch.Tensor:
     for name in ("encoder_hidden_states", "pooled"):
         base, output = before.get(name), now.get(name)
         if base is not None and output is not None:
-            parts.append(((output - base).square().sum(dim=-1) / base.square().sum(dim=-1)).mean())
+            base = base.float()
+            parts.append(((output.float() - base).square().sum(dim=-1) / base.square().sum(dim=-1)).mean())
     return torch.stack(parts).mean()
 
 

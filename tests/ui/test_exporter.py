@@ -1,5 +1,6 @@
 """Adapters are converted by a process that has its libraries before anyone presses the button."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,7 +94,12 @@ def test_the_page_reduces_the_rank(exporter: Exporter, file: Path, tmp_path: Pat
 
 def children() -> list[psutil.Process]:
     """The processes of this one that convert or wait."""
-    return [child for child in psutil.Process().children() if "lorakit.cli.imports" in child.cmdline()]
+    matches = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # another test's has ended
+            if "lorakit.cli.imports" in child.cmdline():
+                matches.append(child)
+    return matches
 
 
 @pytest.mark.slow
