@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 # Time limit, long enough for a busy machine.
 SECONDS = 600.0
+# Seconds that a request of the front end may take.
+REQUEST_SECONDS = 5.0
 
 
 def wait_for(condition: Callable[[], object]) -> None:

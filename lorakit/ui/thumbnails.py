@@ -52,12 +52,9 @@ class Thumbnails:
 
     def get(self, path: Path, side: int = SIDE, edit: PhotoEdit = NO_EDIT) -> Thumbnail:
         """The thumbnail of a photo's current file. Its longer side has `side` pixels."""
-        try:
-            key = _key(path, side, edit)
-        except OSError as error:
-            return Thumbnail(problem=f"{path.name}: {error.strerror or error}")
-        if (cached := self._cached(key)) is not None:
-            return cached
+        key = self._look_up(path, side, edit)
+        if isinstance(key, Thumbnail):
+            return key
         thumbnail = _make(path, side, edit)
         with self._lock:
             self._cache[key] = thumbnail
@@ -67,12 +64,9 @@ class Thumbnails:
 
     def soon(self, path: Path, side: int = SIDE) -> Thumbnail | None:
         """The cached thumbnail of a picture. If there is none, a thread creates it, and this returns None at once."""
-        try:
-            key = _key(path, side, NO_EDIT)
-        except OSError as error:
-            return Thumbnail(problem=f"{path.name}: {error.strerror or error}")
-        if (cached := self._cached(key)) is not None:
-            return cached
+        key = self._look_up(path, side, NO_EDIT)
+        if isinstance(key, Thumbnail):
+            return key
         with self._lock:
             if key not in self._pending:
                 self._pending.add(key)
@@ -86,11 +80,17 @@ class Thumbnails:
             with self._lock:
                 self._pending.discard(key)
 
-    def _cached(self, key: Key) -> Thumbnail | None:
+    def _look_up(self, path: Path, side: int, edit: PhotoEdit) -> Thumbnail | Key:
+        """The cached thumbnail, or one with the reason why the file cannot be read. Without either, the key to create
+        one."""
+        try:
+            key = _key(path, side, edit)
+        except OSError as error:
+            return Thumbnail(problem=f"{path.name}: {error.strerror or error}")
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
-            return self._cache.get(key)
+            return self._cache.get(key, key)
 
     def several(
         self, photos: Sequence[Photo], progress: Callable[[int, int], object] = lambda count, total: None

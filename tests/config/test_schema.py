@@ -392,7 +392,8 @@ def test_no_path_of_the_machine_is_in_the_metadata() -> None:
 # -- every option -----------------------------------------------------------------------------------------------------
 
 # Other options that an option needs, so that it may change.
-TEXT_RATES = [f"optimizer.text_encoder_{name}" for name in ("learning_rate", "2_learning_rate", "stop")]
+OF_TEXT_ENCODERS = [f"optimizer.text_encoder_{name}" for name in ("learning_rate", "2_learning_rate", "stop")]
+OF_TEXT_ENCODERS += ["optimizer.unet_start", "train.text_prior_weight"]
 SCHEDULES = {
     "min_lr_ratio": "wsd",
     "lr_cycles": "cosine_with_restarts",
@@ -400,8 +401,7 @@ SCHEDULES = {
     "lr_decay_ratio": "wsd",
 }
 COMPANIONS: dict[str, dict[str, Any]] = {
-    **{name: {"adapter.train_text_encoder": True} for name in ("optimizer.unet_start", "train.text_prior_weight")},
-    **{name: {"adapter.train_text_encoder": True} for name in TEXT_RATES},
+    **{name: {"adapter.train_text_encoder": True} for name in OF_TEXT_ENCODERS},
     **{f"optimizer.{name}": {"optimizer.lr_scheduler": schedule} for name, schedule in SCHEDULES.items()},
     **{"adapter.new_tokens": {"data.name": "sks toy"}, "data.keep_tags": {"data.shuffle_tags": True}},
     "data.more_folders": {"data.concepts": "one"},

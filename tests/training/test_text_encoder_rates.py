@@ -16,6 +16,28 @@ from lorakit.training import optimizers, run as train
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 
+Groups = list[tuple[str, list[torch.nn.Parameter]]]
+
+
+def groups_of(*parts: str) -> Groups:
+    return [(part, [torch.nn.Parameter(torch.ones(4, 4))]) for part in parts]
+
+
+def moves(
+    run_config: OptimizerConfig, optimizer: torch.optim.Optimizer, groups: Groups, steps: int
+) -> list[list[bool]]:
+    """Whether each group moves in each step of a run."""
+    rows = []
+    for step in range(steps):
+        optimizers.set_learning_rate(optimizer, run_config, step, steps)
+        before = [params[0].detach().clone() for _, params in groups]
+        for _, params in groups:
+            params[0].grad = torch.full((4, 4), 0.3)
+        optimizers.step(optimizer)
+        rows.append([not torch.equal(old, params[0]) for old, (_, params) in zip(before, groups, strict=True)])
+    return rows
+
+
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_each_text_encoder_has_its_rate_and_last_step(name: str) -> None:
     run_config = OptimizerConfig(
@@ -25,34 +47,18 @@ def test_each_text_encoder_has_its_rate_and_last_step(name: str) -> None:
         text_encoder_2_learning_rate=1e-4,
         text_encoder_stop=0.5,
     )
-    groups = [(part, [torch.nn.Parameter(torch.ones(4, 4))]) for part in ("unet", "text_encoder", "text_encoder_2")]
+    groups = groups_of("unet", "text_encoder", "text_encoder_2")
     optimizer = optimizers.build(run_config, groups)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3, 1e-4]
-    before: list[torch.Tensor] = []
-    for step in range(4):
-        optimizers.set_learning_rate(optimizer, run_config, step, 4)
-        before = [params[0].detach().clone() for _, params in groups]
-        for _, params in groups:
-            params[0].grad = torch.full((4, 4), 0.3)
-        optimizers.step(optimizer)
-        moves = [not torch.equal(old, params[0]) for old, (_, params) in zip(before, groups, strict=True)]
-        assert moves == ([True] * 3 if step < 2 else [True, False, False])
+    assert moves(run_config, optimizer, groups, 4) == 2 * [[True] * 3] + 2 * [[True, False, False]]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_the_unet_stays_as_it_is_before_its_first_step(name: str) -> None:
     run_config = OptimizerConfig(name=name, learning_rate=1e-2, unet_start=0.4, text_encoder_stop=0.8, weight_decay=0.1)
-    groups = [(part, [torch.nn.Parameter(torch.ones(4, 4))]) for part in ("unet", "text_encoder")]
-    optimizer = optimizers.build(run_config, groups)
-    moves = []
-    for step in range(5):
-        optimizers.set_learning_rate(optimizer, run_config, step, 5)
-        before = [params[0].detach().clone() for _, params in groups]
-        for _, params in groups:
-            params[0].grad = torch.full((4, 4), 0.3)
-        optimizers.step(optimizer)
-        moves.append([not torch.equal(old, params[0]) for old, (_, params) in zip(before, groups, strict=True)])
-    assert moves == [[False, True], [False, True], [True, True], [True, True], [True, False]]
+    groups = groups_of("unet", "text_encoder")
+    rows = moves(run_config, optimizers.build(run_config, groups), groups, 5)
+    assert rows == [[False, True], [False, True], [True, True], [True, True], [True, False]]
 
 
 def test_a_part_is_trained_at_any_time() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from waiting import SECONDS
+from waiting import REQUEST_SECONDS, SECONDS
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
@@ -30,7 +30,7 @@ PLAIN = {
     "save_caption", "show", "take", "visit",
 }  # fmt: skip
 # Time limit of a request in milliseconds, long enough for a busy machine.
-LONGEST = 5000
+LONGEST = 1000 * REQUEST_SECONDS
 
 
 def is_polled(event: Any) -> bool:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from waiting import SECONDS, wait_for
+from waiting import REQUEST_SECONDS, SECONDS, wait_for
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
@@ -30,8 +30,6 @@ from lorakit.ui.pages.runs import ENDED_SILENTLY, RunsPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 SAY = texts.sayer("en")
-# Seconds that a request may take.
-LONGEST = 5.0
 
 
 @pytest.fixture
@@ -182,7 +180,7 @@ def test_the_page_does_not_wait_for_its_pictures(page: RunsPage, run: RunFolder,
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(look, page)
         try:
-            samples = first.result(LONGEST)["samples"]
+            samples = first.result(REQUEST_SECONDS)["samples"]
         finally:
             gate.set()
     assert samples.count("data-picture=") == samples.count("lk-pending") == 4 and "<img" not in samples

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from PIL import Image
-from waiting import SECONDS, wait_for
+from waiting import REQUEST_SECONDS, SECONDS, wait_for
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
@@ -27,7 +27,7 @@ from lorakit.ui.workspace import Workspace  # noqa: E402
 
 pytestmark = pytest.mark.slow
 # Milliseconds that a request may take here, and how a line ends that has waited longer than that.
-LONGEST, LONGER = 5000, r" … ([6-9]|\d\d) s"
+LONGEST, LONGER = 1000 * REQUEST_SECONDS, r" … ([6-9]|\d\d) s"
 
 
 @pytest.fixture
