@@ -12,6 +12,8 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
+from gradio.context import Context
+
 from lorakit.ui import app, texts
 from lorakit.ui.server import Server
 from lorakit.ui.workspace import Workspace
@@ -28,6 +30,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(room: Path) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", "")
+        # Gradio counts the components of a process; the ids of a second page are longer, and so is the page.
+        patch.setattr(Context, "id", 0)
         server = app.serve(Workspace(room / "runs", [room]), app.parser().parse_args([]), block=False)
         yield server
         server.close()
