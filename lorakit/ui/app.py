@@ -27,7 +27,7 @@ from lorakit.core.errors import LorakitError
 from lorakit.runs import quickstart
 from lorakit.ui import access, address, language, texts, widgets
 from lorakit.ui.api import Api
-from lorakit.ui.checked import Page
+from lorakit.ui.checked import HANDLERS, Page
 from lorakit.ui.guard import Guard
 from lorakit.ui.pages import viewer
 from lorakit.ui.pages.adapter import AdapterPage
@@ -40,7 +40,7 @@ from lorakit.ui.pages.try_it import TryPage
 from lorakit.ui.server import Server
 from lorakit.ui.tasks import Event, Progress, Values, polled
 from lorakit.ui.texts import Say
-from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
+from lorakit.ui.widgets import ACT, EACH, FOLLOW, Details, say_for
 from lorakit.ui.workspace import Workspace
 
 USER = "lorakit"
@@ -156,6 +156,7 @@ def serve(workspace: Workspace, args: argparse.Namespace, *, block: bool = True)
         css_paths=STYLE,
         ssr_mode=False,
         pwa=False,
+        app_kwargs={"exception_handlers": HANDLERS},
         root_path=args.public or os.environ.get("GRADIO_ROOT_PATH", ""),
     )
     server.start()
@@ -260,7 +261,7 @@ def _wire_reuse(tools: RunTools, train: TrainPage, folder: gr.Dropdown, tabs: gr
     def reuse(name: str, request: gr.Request) -> list[object]:
         return fill(name, "{}", say_for(request))
 
-    def remedy(name: str, request: gr.Request, event: gr.EventData) -> list[object]:
+    def remedy(name: str, request: gr.Request, event: Details) -> list[object]:
         return fill(name, str(event.settings), say_for(request))
 
     every = [train.widgets[key] for key in train.keys]
@@ -366,7 +367,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         result = photos.checked(data[photos.folder] or "", data[photos.first], config_of(data), say, progress)
         return result if number == data[photos.requests].number else [gr.skip(), gr.skip()]
 
-    def save_caption(request: gr.Request, event: gr.EventData) -> str:
+    def save_caption(request: gr.Request, event: Details) -> str:
         return photos.save_caption(event.file, event.text, say_for(request))
 
     tasks = photos.workspace.tasks
@@ -416,7 +417,7 @@ def _wire_folder(
             return message, gr.skip(), gr.skip(), None, gr.skip()
         return message, place, place, None, _draft(photos, train, data | {photos.folder: place})
 
-    def edit(data: Values, event: gr.EventData) -> list[object]:
+    def edit(data: Values, event: Details) -> list[object]:
         changes = {excluded: data[excluded] or "", edits: data[edits] or ""}
         if event.act == "exclude":
             folder = data[photos.folder] or ""
@@ -456,7 +457,7 @@ def _wire_concepts(
         changes = {concepts: "folders" if data[concepts] == "ask" else data[concepts], more_folders: lines}
         return [message, None, "", *changes.values(), _draft(photos, train, data | changes)]
 
-    def remove_folder(data: Values, event: gr.EventData) -> list[object]:
+    def remove_folder(data: Values, event: Details) -> list[object]:
         lines = part.remove(data[more_folders] or "", event.name)
         changes = {concepts: data[concepts] if lines else "ask", more_folders: lines}
         return [*changes.values(), _draft(photos, train, data | changes)]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import gradio as gr
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from gradio.blocks import BlockFunction
 from gradio.exceptions import Error
+from gradio.route_utils import FnIndexInferError
 
 from lorakit.core.errors import LorakitError
+from lorakit.core.messages import Message
 from lorakit.ui.guard import STATUS
 from lorakit.ui.widgets import say_for, system_error
 
 NUMBER, TEXT = (int, float), (str,)
+NO_EVENT = "there is no such event or endpoint"
+EVENT_ROUTE = re.compile("/(run|api|call|call/v2)/[^/]+/?$|/(queue/join|component_server)/?$")
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Types that the page sends for each kind of component. None is always accepted.
 TYPES: dict[type, tuple[type, ...]] = {
@@ -53,6 +62,11 @@ def encodable(value: object) -> object:
     return value
 
 
+def _part(value: object, limit: int = 200) -> str:
+    """The first line of a text, shortened."""
+    return next(iter(str(value).splitlines()), "")[:limit]
+
+
 class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
     """Blocks that check the types of a request's values, and send the texts of one language."""
 
@@ -77,8 +91,12 @@ class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
         request, event = kwargs.get("request"), kwargs.get("event_data")
         if isinstance(event, gr.EventData):
             event._data = encodable(event._data)
+        if isinstance(request, list):  # the request says that it is a batch, and no event takes batches
+            request = kwargs["request"] = request[0]
         say = say_for(request)
         function = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
+        if function.fn is None:  # only the browser runs it
+            raise _refusal(request, say.translate(NO_EVENT))
         # Use a component's default for a missing value.
         inputs = [
             *map(encodable, inputs),
@@ -105,6 +123,20 @@ class Page(gr.Blocks):  # type: ignore[misc]  # Gradio has no types
                 text = system_error(problem, say)
             raise Error(text, print_exception=False) from None
 
+    async def preprocess_data(self, *args: object, **kwargs: object) -> object:
+        """See `gr.Blocks.preprocess_data`.
+
+        Raises:
+            LorakitError: a component does not accept its value.
+        """
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except OSError:
+            raise
+        except Exception as problem:
+            reason = _part(problem.__cause__ or problem)
+            raise LorakitError("the request has a value that its field cannot have ({reason})", reason) from problem
+
 
 def _refusal(request: object, text: str) -> Error:
     """An error for an invalid request: the guard answers it with status 422."""
@@ -112,3 +144,48 @@ def _refusal(request: object, text: str) -> Error:
     if http_request is not None:
         http_request.scope[STATUS] = 422
     return Error(text, print_exception=False)
+
+
+def _answer(request: Request, code: int, message: str) -> JSONResponse:
+    text = say_for(request).translate(message)
+    return JSONResponse({"error": text, "detail": text}, code)  # Gradio's clients read one or the other
+
+
+async def _refuse_body(request: Request, problem: Exception) -> JSONResponse:
+    """Answer a request whose body is not JSON, or not what the route takes."""
+    assert isinstance(problem, RequestValidationError)
+    first = problem.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    line = Message("the request is wrong at {place}: {reason}", place, _part(first["msg"]))
+    return _answer(request, 422, line)
+
+
+async def _refuse_event(request: Request, problem: Exception) -> JSONResponse:
+    """Answer a request for an unknown event, for which Gradio's routes raise a KeyError.
+
+    Raises:
+        Exception: `problem`, if the route takes no event.
+    """
+    if EVENT_ROUTE.search(request.url.path):
+        return _answer(request, 404, NO_EVENT)
+    raise problem
+
+
+async def _refuse_arguments(request: Request, problem: Exception) -> JSONResponse:
+    """Answer a request with missing or unknown arguments, for which Gradio's route raises a TypeError.
+
+    Raises:
+        Exception: `problem`, if the route takes no named arguments.
+    """
+    if "/call/v2/" in request.url.path:
+        return _answer(request, 422, Message("the request is wrong at {place}: {reason}", "body", _part(problem)))
+    raise problem
+
+
+# Handlers of the errors that Gradio's routes raise before `Page.process_api`, which would be answered with status 500.
+HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Any]]] = {
+    RequestValidationError: _refuse_body,
+    FnIndexInferError: _refuse_event,
+    KeyError: _refuse_event,
+    TypeError: _refuse_arguments,
+}

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from lorakit.core.errors import LorakitError
 from lorakit.ui import texts
 from lorakit.ui.form import Field
 from lorakit.ui.texts import Say
@@ -26,6 +27,32 @@ FOLLOW: dict[str, Any] = {
 }
 ACT: dict[str, Any] = FOLLOW | {"trigger_mode": "once"}
 EACH: dict[str, Any] = FOLLOW | {"trigger_mode": "multiple"}
+
+
+# Name of a value that a script of the page sends with an event -> its types.
+DETAILS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("act", "photo", "file", "text", "name", "run", "settings"), (str,)),
+    **dict.fromkeys(("box", "points"), (list,)),
+    **dict.fromkeys(("brush", "ratio", "step"), (int, float)),
+}
+
+
+class Details(gr.EventData):  # type: ignore[misc]  # Gradio has no types
+    """The values that a script of the page sends with an event, as attributes, see `DETAILS`."""
+
+    def __getattr__(self, name: str) -> Any:
+        """The value.
+
+        Raises:
+            LorakitError: the request does not have it, or its type is wrong.
+        """
+        if name not in DETAILS:
+            raise AttributeError(name)
+        value = self._data.get(name) if isinstance(self._data, dict) else None
+        parts = value if isinstance(value, list) else []
+        if not isinstance(value, DETAILS[name]) or not all(isinstance(part, (int, float)) for part in parts):
+            raise LorakitError("the request has no {name}, or one of the wrong kind", name)
+        return value
 
 
 def clear_at(event: Callable[..., object], place: gr.HTML) -> None:

@@ -146,6 +146,85 @@ def test_wrong_values_are_refused_with_one_line(server: Server, name: str, value
     assert isinstance(answer, str) and line in answer and "Traceback" not in answer
 
 
+def answer_to(server: Server, path: str, body: bytes, language: str = "en") -> tuple[int, dict[str, object]]:
+    """Return the status and the JSON answer of a POST request."""
+    headers = {"Content-Type": "application/json", "Accept-Language": language}
+    try:
+        request = urllib.request.Request(f"{server.address}{path}", body, headers)
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+PREFIX = "/gradio_api"
+NO_EVENT = "there is no such event or endpoint"
+UNKNOWN = b'{"data": [], "fn_index": 9999, "session_hash": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "line"),
+    [
+        ("/run/captions", b"{}", 422, "the request is wrong at body.data: Field required"),
+        ("/run/captions", b'{"data": "x"}', 422, "the request is wrong at body.data: Input should be a valid list"),
+        ("/run/captions", b"[]", 422, "the request is wrong at body: Input should be a valid dictionary or object"),
+        ("/run/captions", b"{", 422, "the request is wrong at body.1: JSON decode error"),
+        ("/run/captions", b"NaN", 422, "the request is wrong at body: Input should be a valid dictionary or object"),
+        ("/run/captions", b"", 422, "the request is wrong at body: Field required"),
+        ("/run/captions", b'{"data": [[]], "batched": true}', 422, "photos: must be a text"),
+        ("/run/captions", b'{"data": [7], "fn_index": -1}', 404, NO_EVENT),
+        ("/run/nothing", b'{"data": []}', 404, NO_EVENT),
+        ("/run/predict", UNKNOWN, 404, NO_EVENT),
+        ("/queue/join", b'{"session_hash": "a"}', 422, "the request is wrong at body.data: Field required"),
+        ("/queue/join", b'{"data": []}', 400, "Session hash not found."),
+        ("/queue/join", UNKNOWN, 404, NO_EVENT),
+        ("/call/captions", b"{}", 422, "the request is wrong at body.data: Field required"),
+        ("/call/nothing", b'{"data": []}', 404, NO_EVENT),
+        ("/call/v2/captions", b"{}", 422, "the request is wrong at body: No value provided for required argument"),
+        ("/call/v2/captions", b'{"x": 1}', 422, "the request is wrong at body: Parameter `x` is not a valid key-word"),
+        ("/call/v2/nothing", b"{}", 404, NO_EVENT),
+        ("/component_server", b'{"session_hash": "a", "component_id": 0, "fn_name": "x", "data": 1}', 404, NO_EVENT),
+        ("/cancel", b"{}", 422, "the request is wrong at body.session_hash: Field required"),
+    ],
+)
+def test_malformed_requests_are_refused_with_one_line(server: Server, path: str, body: bytes, status: int, line: str):
+    code, answer = answer_to(server, f"{PREFIX}{path}", body)
+    text = answer.get("error") or answer["detail"]
+    assert code == status and isinstance(text, str) and text.startswith(line) and "\n" not in text
+
+
+def test_malformed_requests_are_refused_in_the_language_of_the_request(server: Server):
+    for path, body in (("/run/captions", b"{}"), ("/run/nothing", b'{"data": []}')):
+        code, answer = answer_to(server, f"{PREFIX}{path}", body, "ja")
+        assert code in (404, 422) and not str(answer["error"]).isascii()
+
+
+WRONG_DETAILS = {
+    "step": "x",
+    "act": "crop",
+    "photo": "0.png",
+    "box": [1],
+    "file": 3,
+    "name": {},
+    "settings": 3,
+    "run": [],
+}
+
+
+@pytest.mark.parametrize("details", [None, {}, "x", [1], WRONG_DETAILS], ids=str)
+def test_no_event_of_the_page_fails_without_its_values(server: Server, details: object):
+    """Each event of the page gets no values, no number of which fits, and wrong details."""
+    with urllib.request.urlopen(f"{server.address}/config") as answer:
+        events = json.load(answer)["dependencies"]
+    failures = []
+    for event in events:
+        for values in ([], [None] * len(event["inputs"]), ["x"] * (len(event["inputs"]) + 1)):
+            body = {"data": values, "fn_index": event["id"], "session_hash": "s", "event_data": details}
+            code, text = answer_to(server, f"{PREFIX}/run/predict", json.dumps(body).encode())
+            failures += [(event["api_name"], values[:1], text)] if code not in (200, 404, 422) else []
+    assert not failures
+
+
 def test_a_run_that_has_ended_needs_more_steps(server: Server, room: Path):
     file = room / "runs" / "one" / "state.json"
     text = file.read_text()

@@ -31,7 +31,7 @@ from lorakit.ui.pages import viewer
 from lorakit.ui.pages.try_it import drawing_line
 from lorakit.ui.tasks import Progress, Steps, Values, polled
 from lorakit.ui.texts import Say
-from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
+from lorakit.ui.widgets import ACT, EACH, FOLLOW, Details, say_for
 from lorakit.ui.workspace import Workspace, is_adapter
 
 CELL = 320
@@ -120,7 +120,7 @@ class ComparePage:
         polled(tasks, [(self.mark.click, mark)], {self.run, self.step}, [self.message, self.table], **ACT)
         export_inputs = {self.run, self.step, self.format}
 
-        def choose(event: gr.EventData) -> int:
+        def choose(event: Details) -> int:
             return int(event.step)
 
         take = self.table.select(choose, None, self.step, **EACH)

@@ -427,7 +427,13 @@ class PhotosPage:
                 picture on the page.
             brush: the stroke's width in percent of the longer side of the picture on the page, and this picture's
                 aspect ratio (width / height).
+
+        Raises:
+            LorakitError: the numbers do not fit the edit.
         """
+        length = len(numbers or WHOLE)
+        if length != len(WHOLE) if act == "crop" else length % 2 or brush[1] <= 0:
+            raise LorakitError("the request has numbers that do not fit {act}", act)
         edits = form.table_of(quickstart.EDITS, lines)
         try:
             edit = photo_edits.parse(edits.get(name, ""))

@@ -20,7 +20,7 @@ from lorakit.ui.pages import compare, run_log, viewer
 from lorakit.ui.pages.run_tools import RunTools, note_of
 from lorakit.ui.tasks import Steps, Values, polled
 from lorakit.ui.texts import Say
-from lorakit.ui.widgets import ACT, EACH, FOLLOW, say_for
+from lorakit.ui.widgets import ACT, EACH, FOLLOW, Details, say_for
 from lorakit.ui.workspace import Workspace
 
 # Seconds between two reads of the run folders.
@@ -131,7 +131,7 @@ class RunsPage:
             )
             return [name if isinstance(name, str) or not linked_name else linked_name, *others]
 
-        def choose(event: gr.EventData) -> tuple[str, str, int]:
+        def choose(event: Details) -> tuple[str, str, int]:
             return event.run, "", 0  # reset the number of steps, which belongs to the previous run
 
         def with_words(act: Callable[[str, Say], str]) -> Callable[[str, gr.Request], str]:
@@ -158,7 +158,7 @@ class RunsPage:
         """Connect the buttons that download a checkpoint's file."""
         step = gr.State(0)
 
-        def choose(event: gr.EventData) -> int:
+        def choose(event: Details) -> int:
             return int(event.step)
 
         def take(data: Values, say: Say, progress: Steps) -> tuple[str, object]:
