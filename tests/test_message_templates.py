@@ -31,6 +31,48 @@ PLURALS = {"core/units.py": 1}
 WORDS = re.compile(r"[A-Za-z]{2,}[,:;]? [a-z]{2,}|[a-z]{3,} $|^ [a-z]{3,}|^[;:] [a-z]")
 COMMAND = re.compile(r"(lorakit|pipx|uv|--[a-z-]+)( |$)| -m pip ")
 
+# A number before a plural noun, such as "{count} photos" or "{count} of {all} photos are". At 1 it is wrong English.
+# Write "photos: {count}", or take `units.count`.
+NOUNS = (
+    "adapters|batches|blocks|captions|cards|channels|checkpoints|embeddings|epochs|files|folders|images|jobs|layers|lines|"
+    "modules|names|photos|pictures|points|processes|programs|prompts|resolutions|rows|runs|samples|steps|tags|tensors|"
+    "texts|threads|times|tokens|vectors|weights|words"
+)
+NUMBER = r"\{(count|all|number|some|total|tokens|steps|photos|modules)(:[^}]*)?\}"
+PLURAL_AT_ONE = re.compile(rf"{NUMBER} ([a-z'-]+ )?({NOUNS})\b|\}} of {NUMBER} ([a-z'-]+ )?({NOUNS}) (are|have|were)\b")
+# Templates whose number is never 1, by their beginnings.
+NEVER_ONE = (
+    " at {count} resolutions",
+    " at each of {count} resolutions",
+    " of {count} photos",
+    " of {count:.3g} photos",
+    "CLIP reads {limit} of {count} tokens",
+    "average: exported, drawn and validated is the average of about the last {count} steps",
+    "demo: {count} photos of",
+    "holds {count} pictures",
+    "makes latents of {count} channels",
+    "more than {count} files",
+    "processes: {processes}, each with {parts} of the {all} batches",
+    "tokenizer {folder} knows {count} words",
+    "{name} of base {path} knows {count} words",
+    "{option} = {own} on each of {processes} processes makes {all} batches",
+    "its text has {tokens} tokens",
+    "optimizer.lr_decay_ratio = {share",
+    "texts: all are padded to {tokens} tokens",
+    "the bundled picture classifier finds",
+    "the trigger {word} has {tokens} tokens",
+    "the trigger's vectors begin as",
+    "the validation error still fell at the end of the {steps} steps",
+    "validation: fewer than {count} photos",
+    "validation: {count} of {all} photos held out",
+    "{count} captions, of which one is drawn",
+    "{count} steps go",
+    "{count:.2g} steps go",
+    "{count} times",
+    "{names}: the same file, counted",
+    "{name}/ {count} times",
+)
+
 Node = ast.AST
 
 
@@ -299,6 +341,33 @@ def literals(path: Path) -> Iterator[str]:
             yield node.value
             with contextlib.suppress(ValueError):
                 yield as_key(node.value)
+
+
+def wrong_at_one(text: str) -> bool:
+    """Return whether a template has a number before a plural noun, and the number can be 1."""
+    return bool(PLURAL_AT_ONE.search(text)) and not text.startswith(NEVER_ONE)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_wrong"),
+    [
+        ("{count} photos added.", True),
+        ("{count:,} more texts are cut off", True),
+        ("{some} of {all} photos have a mask", True),
+        ("photos added: {count}", False),
+        ("{count} of {all} applied", False),
+        ("{steps}{size}, each of {photos} seen {times}", False),
+    ],
+)
+def test_plurals_after_a_number_are_found(text: str, is_wrong: bool) -> None:
+    assert wrong_at_one(text) is is_wrong
+
+
+def test_messages_with_a_number_are_right_at_one() -> None:
+    by_count = {f"{{count}} {noun}" for noun in NOUNS.split("|")}  # `units.count` takes them from 2 on
+    every = {text for path in sources() for text in {*all_messages(path), *literals(path)} if "\n" not in text}
+    every |= set(texts.source("en").texts.values())
+    assert sorted(filter(wrong_at_one, every - by_count)) == []
 
 
 def test_each_message_has_a_line_in_chinese() -> None:

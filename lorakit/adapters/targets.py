@@ -90,7 +90,7 @@ def _unmatched(option: str, patterns: Mapping[str, float], layers: Sequence[str]
         if matches and not matches & left:
             problems.append(
                 Message(
-                    "{option}: {pattern!r} has no effect, as later patterns match all of its {count} layers",
+                    "{option}: {pattern!r} has no effect, as later patterns match all of its layers ({count})",
                     option,
                     pattern,
                     len(matches),
@@ -99,7 +99,7 @@ def _unmatched(option: str, patterns: Mapping[str, float], layers: Sequence[str]
         elif not matches:
             problems.append(
                 Message(
-                    "{option}: {pattern!r} matches none of the {count} adapted layers; {hint}",
+                    "{option}: {pattern!r} matches none of the adapted layers ({count}); {hint}",
                     *(option, pattern, len(layers), near(pattern, layers)),
                 )
             )

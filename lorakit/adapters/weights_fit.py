@@ -70,10 +70,10 @@ def require(
         count = len(next(iter(vectors.values())))
         if (word, count) != (trigger, config.new_tokens):
             raise LorakitError(
-                "the adapter to start from has {count} vectors for {word!r}: set adapter.new_tokens = "
-                "{count} and begin data.name with {word!r}",
-                count,
+                "the adapter to start from learned the word {word!r} with adapter.new_tokens = {count}: set that, and "
+                "begin data.name with {word!r}",
                 word,
+                count,
             )
 
 

@@ -77,7 +77,9 @@ def run_batch(args: argparse.Namespace) -> int:
         rest = Message(", {count} are done or in progress", len(rows) - count) if count < len(rows) else ""
         if not args.json:
             print_lines(
-                Message("{count} runs are queued{rest}; see: lorakit batch status {folder}", count, rest, quote(runs))
+                Message(
+                    "runs in the queue: {count}{rest}; see: lorakit batch status {folder}", count, rest, quote(runs)
+                )
             )
             return 0
     else:

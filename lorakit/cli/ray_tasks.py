@@ -68,7 +68,7 @@ def run(
                 else Message("ended with code {code}, see {name}.log", code, names[ended])
             )
         except ray.exceptions.RayError as error:
-            problem = Message("lost {count} times ({error})", RETRIES + 1, type(error).__name__)
+            problem = Message("lost, tries: {count} ({error})", RETRIES + 1, type(error).__name__)
         say(Message("{name}: {result}; {count} left", names[ended], problem or "done", len(left)))
         end(names[ended])
 

@@ -34,7 +34,10 @@ def grid(
     if len(images) != len(rows) * len(columns) or not any(images):
         raise ValueError(
             Message(
-                "{count} pictures do not fill {rows} rows and {columns} columns", len(images), len(rows), len(columns)
+                "the number of pictures, {count}, does not fill {rows} rows and {columns} columns",
+                len(images),
+                len(rows),
+                len(columns),
             )
         )
     font = ImageFont.load_default(FONT_SIZE)

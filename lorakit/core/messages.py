@@ -129,7 +129,9 @@ def abridge(lines: Iterable[str], limit: int = 5) -> list[str]:
         result += group if len(group) <= limit + 1 else group[:limit]
         if (rest := len(group) - limit) > 1:
             cause = str(group[limit]).partition(": ")[2]
-            result.append(Message("{count} more lines like the last are in lorakit check --json: {cause}", rest, cause))
+            result.append(
+                Message("lorakit check --json has the other lines like the last ({count}): {cause}", rest, cause)
+            )
     return result
 
 

@@ -81,5 +81,5 @@ def some_lines(lines: list[str], limit: int = 5) -> list[str]:
     cause = last.values["cause"] if isinstance(last, Message) and "cause" in last.values else last.partition(": ")[2]
     return [
         *lines[:limit],
-        Message("{count} more lines like the last are in lorakit check --json: {cause}", len(lines) - limit, cause),
+        Message("lorakit check --json has the other lines like the last ({count}): {cause}", len(lines) - limit, cause),
     ]

@@ -29,7 +29,7 @@ def describe_split(count: int, validation_count: int, share: float) -> str:
     """A message about how many of `count` photos are for validation."""
     if validation_count:
         return Message(
-            "validation: {count} of {all} photos are held out and never trained on",
+            "validation: {count} of {all} photos held out, never trained on",
             validation_count,
             count,
         )

@@ -21,6 +21,7 @@ from lorakit.core import atomic, safetensors_header
 from lorakit.core.cache_dir import cache_dir
 from lorakit.core.errors import LorakitError
 from lorakit.core.messages import Message
+from lorakit.core.units import count
 from lorakit.data import augment, buckets, captions, concepts, decode, holdout, masks
 from lorakit.data.augment import Variant
 from lorakit.data.dataset import Dataset, LatentBucket
@@ -163,14 +164,15 @@ class _Encoder:
         rows = self.hits + self.encoded
         sizes = Message(" at {count} resolutions", len(config.resolutions)) if config.lower_resolutions else ""
         variants = " with their variants" if config.variants > 1 else ""
-        of = Message(" ({count} photos{variants}{sizes})", photo_count, variants, sizes) if rows > photo_count else ""
+        photos = count(photo_count, "photo")
+        of = Message(" ({photos}{variants}{sizes})", photos, variants, sizes) if rows > photo_count else ""
         if self.folder is None:
             return Message("latents: {encoded} encoded{of}", self.encoded, of)
         suffix = (
             Message("; {count} on disk were damaged and are encoded again", len(self.damaged)) if self.damaged else ""
         )
         return Message(
-            "latents: {hits} hits, {encoded} encoded{of}, kept in {folder}{suffix}",
+            "latents: {hits} from the cache, {encoded} encoded{of}, kept in {folder}{suffix}",
             *(self.hits, self.encoded, of, self.folder, suffix),
         )
 

@@ -120,7 +120,7 @@ def scan(
     if not result.photos:
         refused = [_no_photos_message(path, other_files, deep_folders), *result.warnings]
         if result.class_photos:
-            refused.append(Message("{count} class images are no photos of the subject", len(result.class_photos)))
+            refused.append(Message("class images are no photos of the subject: {count}", len(result.class_photos)))
         raise LorakitError(join("; ", refused))
     photo_names |= {name.rpartition(".")[0] for name in photo_names}
     for source in dict.fromkeys(source for source, _ in metadata.values()):

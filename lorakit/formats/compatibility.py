@@ -427,7 +427,7 @@ def _refused(
     if consumer.unknown_limit is not None:
         tensors = sum(len(by_stem[name].parts) if name in by_stem else 1 for name in unknown)
         if tensors > consumer.unknown_limit:
-            return Message("{tensors} tensors have names it has no rule for, e.g. {unknown}", tensors, unknown[0])
+            return Message("tensors with names it has no rule for: {tensors}, e.g. {unknown}", tensors, unknown[0])
     return ""
 
 

@@ -356,7 +356,7 @@ def _adapter(
     components, scales = _components(modules, shapes, alphas, scalings)
     defects = compatibility.module_defects(modules, shapes)
     first = next((join(": ", item) for item in defects.items()), "")
-    broken = Message("{count} of {all} modules are broken, {first}", len(defects), len(modules), first)
+    broken = Message("broken modules: {count} of {all}, {first}", len(defects), len(modules), first)
     common |= {"defects": broken if first else ""}
     ranks = {rank for component in components.values() for rank in component.ranks}
     readers = compatibility.read_report(shapes, family, alphas=alphas, metadata=metadata, folder=folder)
@@ -386,8 +386,8 @@ def _part_notes(modules: Mapping[str, identify.Module], shapes: identify.Shapes)
     if scalars := sum("scalar" in module.parts for module in modules.values()):
         notes.append(
             Message(
-                "{scalars} modules have a scalar, which other programs ignore: lorakit export "
-                "multiplies it into their factors",
+                "modules with a scalar, which other programs ignore: {scalars}; lorakit export "
+                "multiplies it into the factors",
                 scalars,
             )
         )

@@ -95,9 +95,9 @@ def _component(path: Path) -> str:
 
 OTHER_KIND = "{path}: this is an adapter for {other}; lorakit has no base of that kind"
 OTHER_LAYERS = (
-    "{path}: this is an adapter for {other} with {count} names of layers that lorakit does not read, e.g. {strange}"
+    "{path}: this is an adapter for {other} with names of layers that lorakit does not read ({count}), e.g. {strange}"
 )
-NO_LAYER = "{path}: {count} names are of no layer of Stable Diffusion and of no part that lorakit reads, e.g. {strange}"
+NO_LAYER = "{path}: names of no layer of Stable Diffusion and of no part that lorakit reads: {count}, e.g. {strange}"
 
 
 def _weights(
@@ -182,7 +182,7 @@ def _require_parts(path: Path, modules: Iterable[identify.Module]) -> None:
         name, method = next(iter(strange.items()))
         has_title = method != identify.UNKNOWN and identify.PARTS.get(method) == set()
         what = Message("{method}, which lorakit does not read", method) if has_title else "no method that lorakit reads"
-        raise LorakitError("{path}: {count} tensors are of {what}, e.g. {name}", path, len(strange), what, name)
+        raise LorakitError("{path}: tensors of {what}: {count}, e.g. {name}", path, what, len(strange), name)
 
 
 def _has_rank_0(module: identify.Module, shapes: identify.Shapes) -> bool:

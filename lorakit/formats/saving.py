@@ -70,7 +70,7 @@ def save(
         see = Message("see lorakit inspect {path}", quote(destination(Path(folder), name, formats[0])))
         say(
             Message(
-                "export: {count} layers, such as {partly}, are not read by every program: {see}",
+                "export: layers that not every program reads: {count}, such as {partly}; {see}",
                 len(partly),
                 partly[0],
                 see,

@@ -152,7 +152,7 @@ def gpus_problem(config: Config, gpus: int) -> str | None:
     if gpus < 1:
         return Message("--gpus {gpus}: give the number of cards to train on", gpus)
     if (count := world().count) not in (1, gpus):
-        return Message("--gpus {gpus}: the launcher has started {count} processes; leave --gpus out", gpus, count)
+        return Message("--gpus {gpus}: the launcher started the processes ({count}); leave --gpus out", gpus, count)
     if config.memory.device == "cpu" or gpus == 1 or count > 1:
         return None
     cards = len(nvidia.visible())

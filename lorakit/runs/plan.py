@@ -142,8 +142,9 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
-        weights = "{part} {count} modules ({weights} weights)"
-        trained = join(", ", [Message(weights, part, m, millions(p)) for part, (m, p) in self.modules.items()])
+        weights = "{part} {modules} ({weights} weights)"
+        parts = [(part, count(number, "module"), millions(size)) for part, (number, size) in self.modules.items()]
+        trained = join(", ", [Message(weights, *values) for values in parts])
         holdout = "photos: {count} to train on, {held} held out for validation"
         validation = holdout if self.holdout_count else "photos: {count} to train on, none held out"
         photos = [self.photo_count, *([self.holdout_count] if self.holdout_count else [])]

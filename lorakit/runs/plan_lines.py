@@ -55,7 +55,7 @@ def layers(config: Config, selected: Sequence[str]) -> tuple[str, ...]:
         lines += [Message(LAYERS, number, rank, alpha, scale) for (rank, alpha, scale), number in sorted(sizes.items())]
     if config.optimizer.rates:
         lines += [
-            Message("rates: {count} layers at {multiple:g} of the learning rate", number, each)
+            Message("rates: {multiple:g} of the learning rate for {layers}", each, count(number, "layer"))
             for each, number in sorted(multiples.items())
         ]
     return tuple(lines)
@@ -88,7 +88,7 @@ def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[in
         steps = math.ceil(train.epochs * batches / parts)
         accumulated = Message(" / {count} accumulated", parts) if parts > 1 else ""
         epochs, rest = steps * parts / batches, train.epochs * batches % parts
-        trained = Message(" ({epochs:.4g} epochs)", epochs) if rest else ""
+        trained = Message(" (epochs: {epochs:.4g})", epochs) if rest else ""
         return steps, Message(
             "{epochs} x {batches} of {photos}{at}{accumulated} = {steps}{trained}",
             *(
@@ -105,8 +105,9 @@ def run_length(config: Config, repeats: Sequence[int], batches: int) -> tuple[in
     at = Message(" at each of {count} resolutions", resolutions) if resolutions > 1 else ""
     low, high = (train.steps * parts / batches * number for number in (min(repeats), max(repeats)))
     lower, upper = (str(round(number)) if number >= 100 else f"{number:.3g}" for number in (low, high))
-    times = Message("{low} to {high}", lower, upper) if low < high else lower
-    template = "{steps}{size}, each of {photos} seen {times} times{at}"
+    number = Message("{low} to {high}", lower, upper) if low < high else lower
+    times = "once" if number == "1" else Message("{count} times", number)
+    template = "{steps}{size}, each of {photos} seen {times}{at}"
     return train.steps, Message(template, count(train.steps, "step"), size, photos, times, at)
 
 
@@ -120,13 +121,13 @@ def triggers(config: Config, report: Report) -> str:
 def prior(config: Config, report: Report) -> str:
     """The prior preservation of a run and its cost; "" without one."""
     if config.train.prior == "images" and report.class_photos:
-        return Message("{count} class images of your own, none is drawn", len(report.class_photos))
+        return Message("your own class images ({count}), none is drawn", len(report.class_photos))
     if config.train.prior == "images":
         texts = [captions.class_prompt(each) for each in concepts.of_photos(report.photos, config.data)]
         text = '", "'.join(shorten(each, 60) for each in list(dict.fromkeys(texts))[:MAX_CONCEPTS])
         number, others = config.train.class_images, len(config.train.prior_prompts)
-        images = Message('{count} class images, which the base draws of "{text}"', number, text)
-        more = Message(" and of {count} other prompts", others) if others else ""
+        images = Message('class images ({count}), which the base draws of "{text}"', number, text)
+        more = Message(" and of other prompts ({count})", others) if others else ""
         return Message("{images}{more}; later runs use them again", images, more)
     is_teacher = config.train.prior == "teacher"
     return "the base as teacher, which makes a step about twice as long" if is_teacher else ""

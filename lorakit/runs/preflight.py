@@ -429,7 +429,7 @@ def _prior_findings(config: Config, report: checks.Report) -> list[str]:
         return []
     return [
         Message(
-            "{count} class images are not trained as the subject and not used: train.prior = 'images' uses them",
+            "class images, not trained as the subject and not used: {count}; train.prior = 'images' uses them",
             len(report.class_photos),
         )
     ]

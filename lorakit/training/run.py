@@ -74,10 +74,10 @@ class Result:
 
 
 FINISHED = (
-    "{path} is finished: all {count} steps are done and {adapter} is written; to train longer: lorakit resume {folder} "
+    "{path} is finished at step {count} and {adapter} is written; to train longer: lorakit resume {folder} "
     "--steps {more}"
 )
-DROPPED = "dropout left {count} of {total} layers out of every step, so they change nothing: train longer to reach them"
+DROPPED = "dropout left layers out of every step, {count} of {total}: they change nothing; train longer to reach them"
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def resume(
     if newest is not None:
         at_end = checkpoint.step_of(newest) >= ready.plan.steps
         more = Message(
-            "all {count} steps are done, and the files are written again; --steps trains longer", ready.plan.steps
+            "at step {count}, the last one, the files are written again; --steps trains longer", ready.plan.steps
         )
         events.say(more if at_end else Message("continuing from {checkpoint}", newest.name))
     return _run(ready, run, listeners, stop, newest)
@@ -233,7 +233,7 @@ def _compare_lengths(run: RunFolder, ready: Ready, step: int, events: Events) ->
     rates = [optimizers.learning_rate(optimizer, step, total) for total in (before, after)]
     old = f"{rates[0]:.3g}"
     change = Message(", not {old}: {schedule} now ends at step {end}", old, optimizer.lr_scheduler, after)
-    line = "the run now has {after} steps, not {before}; the learning rate at step {step} is {rate:.3g}{change}"
+    line = "the run now ends at step {after}, not {before}; the learning rate at step {step} is {rate:.3g}{change}"
     events.say(
         Message(line, after, before, step, rates[1], change if rates[0] != rates[1] else ""),
         warning=rates[0] != rates[1],

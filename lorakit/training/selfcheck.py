@@ -150,7 +150,7 @@ def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Seq
         right = Message("vectors: {count} present, finite and as trained", count)
         return [Finding(f"{name} file", not wrong, some(map(str, wrong), 3, "; ") if wrong else right)]
     if not wrong:
-        text = "{some} of {count} modules present, finite and not zero"
+        text = "modules present, finite and not zero: {some} of {count}"
         return [Finding(f"{name} file", True, Message(text, len(announced), len(announced)))]
     zero = sum(finding.problem.startswith("zero") for finding in wrong)
     if zero == len(announced):
@@ -182,7 +182,7 @@ def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWei
             wrong.append(Message("{layer}: {problem}", layer, problem))
     pipeline.unload_lora_weights()
     count = len(weights.layers)
-    right = Message("{some} of {count} modules applied, each as trained", count, count)
+    right = Message("modules applied, each as trained: {some} of {count}", count, count)
     return Finding(f"{name} in diffusers", not wrong, some(wrong, 3, "; ") if wrong else right)
 
 

@@ -14,6 +14,7 @@ from lorakit.adapters.average import OptimizerAverage, WeightAverage
 from lorakit.config import optimizer_builder
 from lorakit.core.messages import Message
 from lorakit.core.registry import METHODS, resolve
+from lorakit.core.units import count
 from lorakit.engine import device as devices, device_memory, fused_blocks
 from lorakit.engine.cuda_graphs import SLOWER
 from lorakit.runs import memory_estimate
@@ -52,9 +53,9 @@ class Model:
     photo_validation: Validation
 
 
-TRAINED = "training {component}: {modules} modules, {parameters:,} parameters"
+TRAINED = "training {component}: {modules}, {parameters:,} parameters"
 UNKNOWN_BLOCK = "the UNet has a block that lorakit cannot fuse ({block}): memory.engine = 'plain' is used. {slower}"
-RECOMPUTED = "memory: {count} blocks of the UNet are computed again in the backward pass, for what is free"
+RECOMPUTED = "memory: blocks of the UNet that are computed again in the backward pass, for what is free: {count}"
 INIT_WORD = (
     "the trigger's vectors begin as {vectors} of the {count} tokens of {word!r}: adapter.new_tokens = {count} takes all"
 )
@@ -86,7 +87,7 @@ def trainable(
         )
     )
     for component, (modules, parameters) in adapter.describe().items():
-        say(Message(TRAINED, component, modules, parameters))
+        say(Message(TRAINED, component, count(modules, "module"), parameters))
     if line := _lost_tokens(config, adapter):
         say(line)
     if config.train.init_from:

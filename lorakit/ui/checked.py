@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import gradio as gr
 from fastapi import Request
@@ -183,7 +182,7 @@ async def _refuse_arguments(request: Request, problem: Exception) -> JSONRespons
 
 
 # Handlers of the errors that Gradio's routes raise before `Page.process_api`, which would be answered with status 500.
-HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Any]]] = {
+HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[JSONResponse]]] = {
     RequestValidationError: _refuse_body,
     FnIndexInferError: _refuse_event,
     KeyError: _refuse_event,

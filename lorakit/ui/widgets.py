@@ -186,13 +186,14 @@ def widget(field: Field, value: Any, t: gr.I18n, **more: Any) -> Any:
     return gr.Textbox(value=widget_value, lines=3 if field.kind == "lines" else 1, **common)
 
 
-def answer_event(component: Any) -> Any:
+def answer_event(component: Any) -> Callable[..., object]:
     """The event that a change of a widget triggers.
 
     For a text field it is `change`, because Gradio triggers `input` only for keys that print a character. Pasting,
     deleting and input methods, e.g. for Chinese, do not trigger `input`.
     """
-    return component.change if isinstance(component, gr.Textbox) else component.input
+    listener: Callable[..., object] = component.change if isinstance(component, gr.Textbox) else component.input
+    return listener
 
 
 def element_id(key: str) -> str:

@@ -120,7 +120,7 @@ def test_rates_by_pattern_multiply(sd1: Any, attach: Any) -> None:
     [
         (
             {"adapter.ranks": {"attn2": 8}},
-            r"adapter\.ranks: 'attn2' matches none of the \d+ adapted layers; '\*attn2\*'",
+            r"adapter\.ranks: 'attn2' matches none of the adapted layers \(\d+\); '\*attn2\*'",
         ),
         (
             {"optimizer.rates": {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": 0.5}},

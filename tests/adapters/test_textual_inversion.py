@@ -107,7 +107,9 @@ def test_unfit_vectors_and_missing_words_are_refused(sd1: Any, attach: Any) -> N
     weights = adapter.weights()
     adapter.detach()
     plain = attach(sd1, LoraConfig(rank=2))
-    with pytest.raises(LorakitError, match=r"has 2 vectors for 'sks': set adapter.new_tokens = 2 and begin data.name"):
+    with pytest.raises(
+        LorakitError, match=r"learned the word 'sks' with adapter.new_tokens = 2: set that, and begin data.name"
+    ):
         plain.load(weights)
     plain.detach()
     wide = replace(weights, embeddings={"sks": {"text_encoder": torch.zeros(2, 768)}})

@@ -77,7 +77,7 @@ def test_errors_of_ray_become_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     names: list[str] = []
     ray_tasks.run(tmp_path, rows, "local", lines.append, names.append)
     assert names == ["anna", "ben"]
-    assert lines == ["anna: ended with code 3, see anna.log; 1 left", "ben: lost 6 times (Lost); 0 left"]
+    assert lines == ["anna: ended with code 3, see anna.log; 1 left", "ben: lost, tries: 6 (Lost); 0 left"]
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_faults_in_a_later_line_are_found(photos: Path, base: Any) -> None:
     assert long.tokens > 225 and long.cut and report.chunks == 3
     assert "(of:1.3) is trained as letters" in weighted.findings and "caption without the trigger" in weighted.findings
     assert "left or right in its text" in left.findings and len(report.errors) == 1
-    assert "3 of 3 caption files have several lines: 6 captions, of which one is drawn each time" in report.notes
+    assert "caption files with several lines: 3 of 3; 6 captions, of which one is drawn each time" in report.notes
 
 
 def test_several_lines_read_as_one_text_get_a_note(photos: Path, base: Any) -> None:
@@ -63,7 +63,7 @@ def test_several_lines_read_as_one_text_get_a_note(photos: Path, base: Any) -> N
     report = check(photos, base)
     assert report.items[0].text == "a sks toy on a beach"
     assert (
-        "1 of 2 caption files have several lines: one text each; with data.caption_lines = true each line is a caption"
+        "caption files with several lines: 1 of 2; one text each; with data.caption_lines = true each line is a caption"
         in report.notes
     )
 
@@ -72,7 +72,7 @@ def test_a_caption_from_a_file_name_is_not_missing(photos: Path, base: Any) -> N
     fill(photos, "sks toy", "")
     (photos / "1.png").rename(photos / "red_sks toy.png")
     assert not [line for line in check(photos, base, caption_from_name=True).warnings if "no caption" in line]
-    assert [line for line in check(photos, base).warnings if "1 of 2 photos have no caption" in line]
+    assert [line for line in check(photos, base).warnings if "photos without a caption: 1 of 2" in line]
 
 
 def test_an_unclosed_wildcard_is_scanned_in_linear_time() -> None:

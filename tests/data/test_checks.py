@@ -162,7 +162,7 @@ def test_a_mask_of_another_size_is_an_error(photos: Path, base) -> None:
     Image.new("L", (10, 10)).save(photos / "0.mask.png")
     assert report_of(photos, base).errors == ["0.png: 0.mask.png: mask is 10 x 10, its photo 96 x 96: make them equal"]
     Image.new("L", (96, 96)).save(photos / "0.mask.png")
-    assert "1 of 5 photos have a mask; train.masked_loss = true uses it" in report_of(photos, base).notes
+    assert "photos with a mask: 1 of 5; train.masked_loss = true uses the masks" in report_of(photos, base).notes
 
 
 def test_duplicates_are_reported(photos: Path, base) -> None:
@@ -214,8 +214,8 @@ def test_missing_captions_and_triggers_are_reported(photos: Path, base) -> None:
         "a photo of a sks toy", "sks toy, on a table", "a photo of a sks toy",
     ]  # fmt: skip
     assert report.warnings == [
-        '3 of 5 photos have no caption and are trained as "a photo of a sks toy": 2.png, 3.png, 4.png',
-        '1 of 2 captions are without the trigger sks; "sks toy, " is put in front: 1.png',
+        'photos without a caption: 3 of 5, trained as "a photo of a sks toy": 2.png, 3.png, 4.png',
+        'captions without the trigger sks: 1 of 2; "sks toy, " is put in front: 1.png',
     ]
     assert report.items[1].findings == ["caption without the trigger"]
     assert report.items[2].findings == ["no caption"]
@@ -323,7 +323,7 @@ def test_many_near_duplicates_are_abridged(photos: Path, base) -> None:
     report = checks.check(DataConfig(folder=str(photos), name="sks toy", resolution=64), base)
     lines = [line for line in report.warnings if "look almost the same" in line]
     assert lines[0] == "0a.png, 0b.jpg: look almost the same" and len(lines) == 6
-    assert lines[-1] == "4 more lines like the last are in lorakit check --json: look almost the same"
+    assert lines[-1] == "lorakit check --json has the other lines like the last (4): look almost the same"
     assert sum(bool(item.findings) for item in report.items) == 9
 
 

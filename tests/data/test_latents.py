@@ -104,10 +104,10 @@ def test_photos_of_one_size_are_encoded_in_batches_in_order(build: Builder, phot
     build(disk_config)
     fill(photos, 11)  # two of them are in the cache, between the others
     batch_sizes, _ = build(disk_config, at_once=2)
-    assert "2 hits, 9 encoded" in build.messages[-1]
+    assert "2 from the cache, 9 encoded" in build.messages[-1]
     assert sorted(build.encoder.batch_sizes) == [1, 1, 1, 2, 2, 2]
     actual, _ = build(disk_config, at_once=2)
-    assert "11 hits, 0 encoded" in build.messages[-1] and build.encoder.batch_sizes == []
+    assert "11 from the cache, 0 encoded" in build.messages[-1] and build.encoder.batch_sizes == []
     for one, *others in zip(alone.buckets, batch_sizes.buckets, actual.buckets, strict=True):
         for other in others:
             assert torch.equal(one.mean, other.mean) and torch.equal(one.std, other.std)
@@ -246,7 +246,7 @@ def test_holdout_photos_are_never_trained_on(build: Builder, photos: Path) -> No
     data = DataConfig(name="sks toy", resolution=64, flip=True, variants=2)
     dataset, holdout = build(data, TrainConfig(holdout=0.1))
     assert holdout is not None
-    assert build.messages[0] == "validation: 2 of 20 photos are held out and never trained on"
+    assert build.messages[0] == "validation: 2 of 20 photos held out, never trained on"
     validation_names = {photo.relative for photo in holdout.photos}
     trained = {photo.relative for photo in dataset.photos}
     assert len(validation_names) == 2
@@ -268,7 +268,7 @@ def test_holdout_photos_are_never_trained_on(build: Builder, photos: Path) -> No
     [
         (9, 0.5, "validation: fewer than 10 photos, none is held out; it uses training photos"),
         (10, 0.0, "validation: no photo is held out (train.holdout = 0); it uses training photos"),
-        (10, 0.01, "validation: 1 of 10 photos are held out and never trained on"),
+        (10, 0.01, "validation: 1 of 10 photos held out, never trained on"),
     ],
 )
 def test_the_split_is_reported(build: Builder, photos: Path, count: int, holdout: float, line: str) -> None:
@@ -305,9 +305,9 @@ def test_only_what_changed_is_encoded_again(build: Builder, photos: Path, tmp_pa
     fill(photos, 20)
     before = marked.digests(photos)
     first, _ = build(DISK)
-    assert build.messages[-1] == f"latents: 0 hits, 20 encoded, kept in {tmp_path / 'kept' / 'latents'}"
+    assert build.messages[-1] == f"latents: 0 from the cache, 20 encoded, kept in {tmp_path / 'kept' / 'latents'}"
     build(DISK)
-    assert build.messages[-1].startswith("latents: 20 hits, 0 encoded")
+    assert build.messages[-1].startswith("latents: 20 from the cache, 0 encoded")
     assert build.encoder.pictures == []
     assert marked.digests(photos) == before  # the photos' folder stays unchanged
 
@@ -315,7 +315,7 @@ def test_only_what_changed_is_encoded_again(build: Builder, photos: Path, tmp_pa
     marked.save(photos / "00.png", marked.picture(63, 64, 64))
     os.utime(photos / "00.png", ns=(times.st_atime_ns, times.st_mtime_ns))  # an edit that keeps name and time
     second, _ = build(DISK)
-    assert build.messages[-1].startswith("latents: 19 hits, 1 encoded")
+    assert build.messages[-1].startswith("latents: 19 from the cache, 1 encoded")
     assert [marked.number_of(picture) for picture in build.encoder.pictures] == [63]
     row = second.names(1).index("00.png")
     assert not torch.equal(first.buckets[1].mean[row], second.buckets[1].mean[row])
@@ -343,7 +343,7 @@ def test_a_changed_option_or_base_is_a_cache_miss(build: Builder, photos: Path, 
     build(replace(DISK, **change), identity=identity)
     # Variant 0 is the plain photo and is in the cache; every other variant is new.
     hits = 3 if "variants" in change else 0
-    assert build.messages[-1].startswith(f"latents: {hits} hits, 3 encoded")
+    assert build.messages[-1].startswith(f"latents: {hits} from the cache, 3 encoded")
 
 
 def test_renamed_photos_are_cache_hits(build: Builder, photos: Path) -> None:
@@ -351,7 +351,7 @@ def test_renamed_photos_are_cache_hits(build: Builder, photos: Path) -> None:
     build(DISK)
     (photos / "00.png").rename(photos / "renamed.png")
     build(DISK)
-    assert build.messages[-1].startswith("latents: 3 hits, 0 encoded")
+    assert build.messages[-1].startswith("latents: 3 from the cache, 0 encoded")
 
 
 def flipped(at: float) -> Callable[[bytes], bytes]:
@@ -377,10 +377,10 @@ def test_a_damaged_latent_is_encoded_again(
     assert len(files) == 2
     files[0].write_bytes(damage(files[0].read_bytes()))
     build(DISK)
-    assert build.messages[-1].startswith("latents: 1 hits, 1 encoded")
+    assert build.messages[-1].startswith("latents: 1 from the cache, 1 encoded")
     assert build.messages[-1].endswith("; 1 on disk were damaged and are encoded again")
     build(DISK)
-    assert build.messages[-1].startswith("latents: 2 hits, 0 encoded") and "; " not in build.messages[-1]
+    assert build.messages[-1].startswith("latents: 2 from the cache, 0 encoded") and "; " not in build.messages[-1]
 
 
 def test_the_cache_is_private_and_complete(build: Builder, photos: Path, tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_a_latent_that_is_not_finite_names_its_photo(
     finally:
         Encoder.__call__ = real
     build(DISK)
-    assert build.messages[-1].startswith("latents: 1 hits, 2 encoded")
+    assert build.messages[-1].startswith("latents: 1 from the cache, 2 encoded")
 
 
 def test_a_photo_that_disappeared_is_named(build: Builder, photos: Path) -> None:

@@ -74,5 +74,5 @@ def test_many_similar_lines_are_abridged() -> None:
     others = [Message("{names}: {cause}", f"{n}.png", f"cause {n}") for n in range(9)]
     result = abridge([*lines, "no base", *others])
     assert result[:5] == lines[:5] and result[6:] == ["no base", *others]
-    assert result[5] == "195 more lines like the last are in lorakit check --json: not read, it is empty"
+    assert result[5] == "lorakit check --json has the other lines like the last (195): not read, it is empty"
     assert abridge(lines[:6]) == lines[:6]

@@ -97,7 +97,7 @@ def test_the_loss_counts_only_the_painted_part(
     report, dataset = build(photos, base, lines.append, edits=edits)
     (bucket,) = dataset.buckets
     assert "with a mask painted in data.edits: a.png, b.png" in report.notes
-    assert "1 hits, 1 encoded" in lines[-1]  # a latent depends on the turn, not on the mask
+    assert "1 from the cache, 1 encoded" in lines[-1]  # a latent depends on the turn, not on the mask
     rows = {int(photo): row for row, photo in enumerate(bucket.photo)}
     mask = torch.stack([bucket.mask[rows[0], 0], bucket.mask[rows[1], 0]])
     side = mask.shape[-1]
@@ -125,7 +125,7 @@ def test_a_painted_mask_counts_as_one_and_an_empty_one_is_refused(photos: Path, 
         "(data.exclude)"
     ]
     assert [row["mask"] for row in report.to_json()["photos"]] == [True, False]
-    assert "1 of 2 photos have a mask; train.masked_loss = true uses it" in report.notes
+    assert "photos with a mask: 1 of 2; train.masked_loss = true uses the masks" in report.notes
     with pytest.raises(LorakitError, match=r"a\.png: its mask is black all over"):
         build(photos, base, edits=edits)
     painted, other = (photo_folder.scan(photos, edits={"a.png": e}).photos for e in ("paint 9 5 5", "paint 9 5 6"))

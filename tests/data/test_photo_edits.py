@@ -105,8 +105,8 @@ def test_an_edited_photo_is_checked_and_encoded_as_another_photo(
 
     first, pixels, _ = encoded()
     second, other, line = encoded(edits={"a.png": "crop 25 0 75 50", "c.png": "turn 90"})
-    assert "0 hits, 1 encoded" in line  # the latent of the whole photo is not used for its part
-    assert "1 hits" in encoded()[2]
+    assert "0 from the cache, 1 encoded" in line  # the latent of the whole photo is not used for its part
+    assert "1 from the cache" in encoded()[2]
     assert not torch.equal(pixels, other)
     assert (second.items[0].width, second.items[0].height) == (48, 32)
     assert "turned or cropped by data.edits: a.png" in second.notes

@@ -116,5 +116,5 @@ def test_check_takes_prompts_and_removes_quotes(
     assert '"text": "a photo of a sks dog"' in printed and "'sks" not in printed.replace("around 'sks dog'", "")
     assert "data.name: the quotes around 'sks dog' are left out" in printed
     assert "sample.prompts: the quotes around 'a, b' are left out" in printed
-    assert "1 of 5 texts have what web UIs read as weights or commands" in printed
-    assert "such as (smile:1.3): 0.png" in printed
+    assert "texts with what web UIs read as weights or commands" in printed
+    assert "such as (smile:1.3): 1 of 5 (0.png)" in printed

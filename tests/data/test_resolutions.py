@@ -201,7 +201,7 @@ def test_own_class_images_are_named_in_the_plan(photos: Path, name: str) -> None
     fill(photos, (64, 64), (80, 80))
     (photos / name).mkdir()
     fill(photos / name, (64, 64), (64, 64), (64, 64))
-    line = "prior: 3 class images of your own, none is drawn"
+    line = "prior: your own class images (3), none is drawn"
     assert line in preflight(config_of(photos, train__prior="images")).lines()
     assert line not in preflight(config_of(photos)).lines()
 

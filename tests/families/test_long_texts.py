@@ -121,7 +121,7 @@ def test_check_reports_long_texts_their_cost_and_truncation(tiny_sd1: Path, tmp_
     photos = fill(tmp_path / "photos")
     result = preflight(settings(tiny_sd1, photos))
     assert result.problems == () and result.report is not None and result.plan is not None
-    note = "1 of 4 texts have more than 75 tokens: they are read in up to 3 chunks of 75, as web UIs read them"
+    note = "texts of more than 75 tokens: 1 of 4, read in up to 3 chunks of 75, as web UIs read them"
     assert note in result.report.notes and result.report.chunks == 3
     (price,) = [line for line in result.plan.notes if line.startswith("texts:")]
     assert "padded to 231 tokens" in price and "than with 77" in price

@@ -155,7 +155,7 @@ def test_a_style_and_lcm_are_combined_into_one_file(tmp_path):
     messages = []
     both = combine([(style, 1.0), (resize(lcm, rank=4), 0.5)])
     path = save(both, tmp_path, "both", ["kohya"], "fp32", {}, say=messages.append)["kohya"]
-    assert "export: 1 layers, such as unet.conv_in, are not read by every program" in messages[0]
+    assert "export: layers that not every program reads: 1, such as unet.conv_in" in messages[0]
     assert torch.allclose(
         read(path).layers["unet.conv_in"].delta(), 0.5 * lcm.layers["unet.conv_in"].delta(), atol=1e-6
     )

@@ -73,7 +73,7 @@ def test_a_scalar_multiplies_the_change(tmp_path: Path, method: str, conv: bool)
     np.testing.assert_allclose(layer.delta().reshape(delta.shape).numpy(), delta.detach().numpy(), atol=1e-6)
     report = inspect(file)
     np.testing.assert_allclose(report.strength.modules[module.lora_name], float(layer.delta().norm()), rtol=1e-4)
-    assert "1 modules have a scalar" in report.to_text()
+    assert "modules with a scalar, which other programs ignore: 1" in report.to_text()
     raw["scalar"] = torch.ones(2)
     save_file({f"{module.lora_name}.{name}": tensor.detach().contiguous() for name, tensor in raw.items()}, file)
     with pytest.raises(LorakitError, match=r"the scalar of .* is not one number beside factors"):

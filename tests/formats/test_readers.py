@@ -338,8 +338,8 @@ def test_biases_of_peft_are_scaled_as_the_factors_are(tmp_path):
 
 
 REFUSED = {
-    "1 tensors are of no method that lorakit reads, e.g. .*hra_u": parts(hra_u=(4, 120)),
-    "1 tensors are of no method that lorakit reads, e.g. .*scale": LORA | parts(scale=()),
+    "tensors of no method that lorakit reads: 1, e.g. .*hra_u": parts(hra_u=(4, 120)),
+    "tensors of no method that lorakit reads: 1, e.g. .*scale": LORA | parts(scale=()),
     "of no part that lorakit reads, e.g. .*to_q.bias": {
         f"{DOTTED}.lora_A.weight": (4, 64),
         f"{DOTTED}.bias": (64,),

@@ -152,7 +152,7 @@ DOWN, UP = f"{STEM}.lora_down.weight", f"{STEM}.lora_up.weight"
 GOOD = {DOWN: torch.ones(4, 8), UP: torch.ones(8, 4)}
 UP1 = torch.ones(1)
 REFUSED = {
-    "1 names are of no layer of Stable Diffusion and of no part that lorakit reads, e.g. lora_unet_flux_blocks_0": {
+    "names of no layer of Stable Diffusion and of no part that lorakit reads: 1, e.g. lora_unet_flux_blocks_0": {
         **GOOD,
         "lora_unet_flux_blocks_0.lora_down.weight": torch.ones(4, 8),
     },
@@ -160,7 +160,7 @@ REFUSED = {
     f"the factors of {STEM} do not fit together": {DOWN: torch.ones(4, 8), UP: torch.ones(8, 3)},
     f"the alpha of {STEM} is not one number": {**GOOD, f"{STEM}.alpha": torch.ones(2)},
     f"the DoRA magnitude of {STEM} does not fit": {**GOOD, f"{STEM}.dora_scale": torch.ones(7, 1)},
-    f"1 tensors are of no method that lorakit reads, e.g. {STEM}.lora_extra": {**GOOD, f"{STEM}.lora_extra": UP1},
+    f"tensors of no method that lorakit reads: 1, e.g. {STEM}.lora_extra": {**GOOD, f"{STEM}.lora_extra": UP1},
     f"{STEM}.lora_up.weight holds NaN or infinity": {DOWN: GOOD[DOWN], UP: GOOD[UP] * float("nan")},
     f"{STEM}.alpha holds NaN or infinity": {**GOOD, f"{STEM}.alpha": torch.tensor(float("inf"))},
     "is there twice, the second time as lora_unet_middle_block_1_proj_in": {

@@ -44,7 +44,7 @@ def test_dead_and_outlying_layers_are_reported(tmp_path):
     tensors[ups[1]] *= 100
     save_file(tensors, path)
     text = inspect(path).to_text()
-    assert f"LOOK: 1 of 6 modules are zero, such as {ups[0].partition('.')[0]}; 1 of 6 modules stand out" in text
+    assert f"LOOK: modules of zeros: 1 of 6, such as {ups[0].partition('.')[0]}; modules that stand out: 1 of 6" in text
     save_file({name: tensor * (not name.endswith("up.weight")) for name, tensor in tensors.items()}, path)
     assert "LOOK: every module is zero: it changes nothing" in inspect(path).to_text()
 

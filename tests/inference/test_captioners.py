@@ -125,7 +125,7 @@ def test_a_tagger_gets_the_colour_channels_in_order(photos, tmp_path, capsys):
     for network, table, message in (
         (b"no network", None, "model.onnx cannot be loaded"),
         (None, "a,b\n1,2\n", "not a table with the columns name and category"),
-        (None, "name,category\none,0\n", "names 1 tags, and the network has 5"),
+        (None, "name,category\none,0\n", "has another number of tags, 1, than the network, 5"),
     ):
         other = Path(shutil.copytree(model, tmp_path / message[:9]))
         (other / "model.onnx").write_bytes(network or (model / "model.onnx").read_bytes())

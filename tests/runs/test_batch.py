@@ -111,7 +111,7 @@ def test_a_batch_starts_continues_and_reports_its_results(tmp_path, photos, monk
     runs = tmp_path / "runs"
     command = ["batch", str(photos), "--output", str(runs), "--subject", "sks {folder}", "--base", "pocket"]
     assert cli.main(command) == 0
-    assert "2 runs are queued; see: lorakit batch status " in capsys.readouterr().out
+    assert "runs in the queue: 2; see: lorakit batch status " in capsys.readouterr().out
     queue = Queue(runs)
     assert [(job.verb, Path(job.folder).name) for job in queue.jobs()] == [("train", "anna"), ("train", "ben")]
     assert config.load(runs / "anna.toml").data.name == "sks Anna"

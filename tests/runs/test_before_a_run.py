@@ -60,16 +60,16 @@ def test_a_configured_length_is_not_raised() -> None:
         (
             {"train.prior_prompts": ()},
             0,
-            'prior: 96 class images, which the base draws of "a photo of a dog"; later runs use them again',
+            'prior: class images (96), which the base draws of "a photo of a dog"; later runs use them again',
         ),
         (
             {"data.class_prompt": "a corgi"},
             0,
-            'prior: 96 class images, which the base draws of "a corgi" and of 11 other prompts; '
+            'prior: class images (96), which the base draws of "a corgi" and of other prompts (11); '
             "later runs use them again",
         ),
         ({"train.prior": "teacher"}, 0, "prior: the base as teacher, which makes a step about twice as long"),
-        ({}, 3, "prior: 3 class images of your own, none is drawn"),
+        ({}, 3, "prior: your own class images (3), none is drawn"),
         ({"train.prior": "none"}, 0, ""),
     ],
 )

@@ -80,7 +80,7 @@ def test_gpus_that_contradict_the_launcher_are_refused(settings, monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     assert launch.world() == launch.World(0, 0, 8)
-    assert launch.gpus_problem(settings, 4) == "--gpus 4: the launcher has started 8 processes; leave --gpus out"
+    assert launch.gpus_problem(settings, 4) == "--gpus 4: the launcher started the processes (8); leave --gpus out"
     assert launch.gpus_problem(settings, 8) is None
 
 

@@ -173,5 +173,6 @@ def test_vectors_of_another_word_are_a_problem(
     trained = adapters.attach(families.load(info, "cpu", torch.float32), section, trigger="zyx").weights()
     formats.save(trained, tmp_path, "word", ("kohya",), "fp32", {})
     assert problems(train__init_from=str(tmp_path / "word.safetensors")) == (
-        "the adapter to start from has 2 vectors for 'zyx': set adapter.new_tokens = 2 and begin data.name with 'zyx'",
+        "the adapter to start from learned the word 'zyx' with adapter.new_tokens = 2: set that, and begin data.name "
+        "with 'zyx'",
     )

@@ -103,7 +103,7 @@ SQUARE = (512, 512)
         (
             {"train__epochs": 10, "train__batch_size": 5, "train__gradient_accumulation_steps": 3},
             14,
-            "10 epochs x 4 batches of 16 photos / 3 accumulated = 14 steps (10.5 epochs)",
+            "10 epochs x 4 batches of 16 photos / 3 accumulated = 14 steps (epochs: 10.5)",
         ),
         (
             {"train__epochs": 3, "train__gradient_accumulation_steps": 4},
@@ -152,7 +152,7 @@ def test_a_warm_up_as_long_as_the_run_is_reported(sd15: Info, steps: int, proble
 def test_one_photo_is_written_in_the_singular(sd15: Info) -> None:
     assert make(sd15, [SQUARE], train__steps_per_image=25).length == "1 photo x 25 steps each = 25 steps"
     assert make(sd15, [SQUARE], train__epochs=1).length == "1 epoch x 1 batch of 1 photo = 1 step"
-    assert make(sd15, [SQUARE], train__steps=1).length == "1 step, each of 1 photo seen 1 times"
+    assert make(sd15, [SQUARE], train__steps=1).length == "1 step, each of 1 photo seen once"
 
 
 def test_holdout_photos_are_not_trained_on(sd15: Info) -> None:

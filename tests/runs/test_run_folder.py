@@ -349,7 +349,7 @@ def test_a_grid_has_each_picture_at_its_position():
         row, column = divmod(number, 2)
         at = (left + column * (200 + image_grid.GAP) + 100, image_grid.GAP + row * (200 + image_grid.GAP) + 100)
         assert grid.getpixel(at) == image.getpixel((0, 0))
-    with pytest.raises(ValueError, match="3 pictures do not fill 2 rows and 2 columns"):
+    with pytest.raises(ValueError, match="the number of pictures, 3, does not fill 2 rows and 2 columns"):
         image_grid.grid(images[:3], ["above", "below"], ["left", "right"])
 
 

@@ -49,10 +49,10 @@ def test_resume_goes_back_to_the_newest_complete_checkpoint(tiny_sd1, tmp_path, 
     assert "continuing from step-000002" in lines
     # A resume without changes writes nothing; a change of output formats writes the files again.
     content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(LorakitError, match=r"is finished: all 3 steps are done .* lorakit resume .* --steps 4"):
+    with pytest.raises(LorakitError, match=r"is finished at step 3 .* lorakit resume .* --steps 4"):
         train.resume(folder)
     assert content == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     lines.clear()
     print_message = lambda event: lines.append(event.facts.get("message", ""))  # noqa: E731
     train.resume(folder, overrides={"output.formats": ("peft",)}, listeners=[print_message])
-    assert "all 3 steps are done, and the files are written again; --steps trains longer" in lines
+    assert "at step 3, the last one, the files are written again; --steps trains longer" in lines

@@ -36,7 +36,7 @@ def test_an_extended_run_equals_a_run_planned_that_long(tiny_sd1, tmp_path):
     result = train.resume(
         folder, overrides=more, listeners=[lambda event: lines.append(event.facts.get("message", ""))]
     )
-    assert "the run now has 4 steps, not 2; the learning rate at step 2 is 0.01" in lines
+    assert "the run now ends at step 4, not 2; the learning rate at step 2 is 0.01" in lines
     longer, planned = load_file(result.adapter), load_file(straight.adapter)
     assert longer.keys() == planned.keys() and all(torch.equal(longer[name], planned[name]) for name in planned)
     assert result.exports.keys() == {"kohya", "peft"} and result.steps == 4
@@ -57,9 +57,9 @@ def test_a_stretched_schedule_is_reported(tmp_path):
         ready.plan = type("Plan", (), {"steps": total})
         train._compare_lengths(Folder, ready, 100, events)
     assert lines == [
-        "warning: the run now has 200 steps, not 100; the learning rate at step 100 is 5e-05, not 0: "
+        "warning: the run now ends at step 200, not 100; the learning rate at step 100 is 5e-05, not 0: "
         "cosine now ends at step 200",
-        "message: the run now has 200 steps, not 100; the learning rate at step 100 is 0.0001",
+        "message: the run now ends at step 200, not 100; the learning rate at step 100 is 0.0001",
     ]
 
 

@@ -114,7 +114,7 @@ def test_a_stop_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch
     assert encoded == [0, 1, 2]
     assert not checkpoint.complete(tmp_path / "run" / "checkpoints")
     result, lines = resumed(tmp_path / "run")
-    assert any(line.startswith("latents: 2 hits, 2 encoded") for line in lines)
+    assert any(line.startswith("latents: 2 from the cache, 2 encoded") for line in lines)
     assert result.steps == STEPS and kinds(tmp_path / "run", "step") == list(range(1, STEPS + 1))
 
 

@@ -122,7 +122,7 @@ def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
     (room / "bad.jpg").write_text("not a picture")
     files = [*sorted((room / "photos").iterdir())[:4], room / "bad.jpg"]
     page.locator("#photos-upload input[type=file]").set_input_files(files)
-    person.says("photos-message", "4 photos added.")
+    person.says("photos-message", "Photos added: 4.")
     person.says("photos-message", "bad.jpg: text, not a picture")
     page.locator(".lk-card img").nth(3).wait_for()
     (upload,) = (room / "runs" / "uploads").iterdir()

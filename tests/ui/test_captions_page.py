@@ -63,14 +63,14 @@ def captions_of(folder: Path) -> dict[str, str]:
 def test_a_previewed_change_is_applied_and_undone(tools, folder, change, expected):
     before, named = captions_of(folder), settings(data__name="sks dog")
     message, table, button = tools.preview(str(folder), change, named, SAY)
-    assert "captions would change" in message and button["interactive"] is True
+    assert "Captions that would change" in message and button["interactive"] is True
     assert captions_of(folder) == before
-    assert "captions changed." in tools.change_all(str(folder), change, named, SAY)
+    assert "Captions changed: " in tools.change_all(str(folder), change, named, SAY)
     after = captions_of(folder)
     assert {name: after[name] for name in expected} == expected and "d" not in after
     for name, text in after.items():
         assert (text == before[name]) is (f"<td>{name}.png</td>" not in table)
-    assert "captions restored." in tools.undo_last(str(folder), SAY)
+    assert "Captions restored: " in tools.undo_last(str(folder), SAY)
     assert captions_of(folder) == before
     assert "沒有可復原的說明文字修改" in tools.undo_last(str(folder), ZH)
 
@@ -113,7 +113,10 @@ def test_the_command_reports_captions_or_the_error_of_a_model(tools, folder):
     (folder / "d.txt").write_text("now each has one")
     everything = settings(data__name="sks 'dog'", data__exclude=("b.png", 'a"b*'), memory__device="cpu")
     message = tools.write_all(str(folder), WISHES, everything, SAY)
-    assert "0 captions written. 3 photos already had a caption" in message and not tools._processes
+    assert (
+        "Captions written: 0. Photos that already had a caption and were not changed: 3." in message
+        and not tools._processes
+    )
     (folder / "d.txt").unlink()
     outside = str(Path(__file__).parent)
     assert "is outside of" in tools.write_all(str(folder), WISHES | {"model": outside}, None, SAY)

@@ -65,11 +65,11 @@ def look(page: RunsPage, hashes: dict[str, object] | None = None, say: texts.Say
 
 
 def test_the_self_check_is_translated(page: RunsPage, run: RunFolder):
-    detail = Message("{some} of {count} modules present, finite and not zero", 147, 147)
+    detail = Message("modules present, finite and not zero: {some} of {count}", 147, 147)
     finding = {"name": "kohya file", "passed": True, "detail": detail}
     run.write_report([finding])
     assert "kohya 檔案：147 個模組中有 147 個，皆為有限且非零" in look(page, say=texts.sayer("zh-Hant"))["status"]
-    assert "kohya file: 147 of 147 modules present" in look(page)["status"]
+    assert "kohya file: modules present, finite and not zero: 147 of 147" in look(page)["status"]
 
 
 @pytest.mark.parametrize("language", texts.LANGUAGES)

@@ -219,7 +219,11 @@ def _check_folder(report: Report, config: DataConfig) -> None:
     masks = sum(item.photo.has_mask for item in report.items)
     if masks:
         report.notes.append(
-            Message("{some} of {count} photos have a mask; train.masked_loss = true uses it", masks, len(report.items))
+            Message(
+                "photos with a mask: {some} of {count}; train.masked_loss = true uses the masks",
+                masks,
+                len(report.items),
+            )
         )
     if config.flip and config.kind == "subject":
         report.notes.append("data.flip: the subject is learned mirrored too; leave it off where its sides differ")

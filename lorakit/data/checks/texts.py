@@ -24,19 +24,18 @@ LEFT_OR_RIGHT = (
     "{photo}: its text says left or right, which data.flip makes untrue; set data.flip = false or change the text"
 )
 LONG_TEXTS = (
-    "{count} of {all} texts have more than {room} tokens: they are read in up to {chunks} chunks of {room}, as web UIs "
-    "read them"
+    "texts of more than {room} tokens: {count} of {all}, read in up to {chunks} chunks of {room}, as web UIs read them"
 )
 LONG_TRIGGER = (
     "the trigger {word} has {tokens} tokens; adapter.new_tokens learns a word of {room} at most: choose a shorter one"
 )
 SYNTAX = (
-    "{count} of {all} texts have what web UIs read as weights or commands and training reads as letters, such as "
-    "{example}: {names}"
+    "texts with what web UIs read as weights or commands and training reads as letters, such as {example}: "
+    "{count} of {all} ({names})"
 )
 BRACES = (
-    "{count} of {all} texts have a brace that begins or ends no {{a|b}} and is trained as a letter, such as "
-    '"{example}": {names}'
+    "texts with a brace that begins or ends no {{a|b}} and is trained as a letter, such as "
+    '"{example}": {count} of {all} ({names})'
 )
 
 
@@ -73,17 +72,19 @@ def check_texts(report: Report, config: DataConfig, counter: captions.TokenCount
     if counter is not None and long:
         report.chunks = -(-min(counter.limit, max(item.tokens for item in long)) // counter.room)
     if counter is not None and report.chunks > 1:
-        report.notes.append(Message(LONG_TEXTS, len(long), len(report.items), counter.room, report.chunks))
+        report.notes.append(Message(LONG_TEXTS, counter.room, len(long), len(report.items), report.chunks))
     if syntax:
         report.warnings.append(
-            Message(SYNTAX, len(syntax), len(report.items), syntax[0][1], names(item for item, _ in syntax))
+            Message(SYNTAX, syntax[0][1], len(syntax), len(report.items), names(item for item, _ in syntax))
         )
     if loose:
         report.warnings.append(
-            Message(BRACES, len(loose), len(report.items), shorten(loose[0][1], 60), names(item for item, _ in loose))
+            Message(BRACES, shorten(loose[0][1], 60), len(loose), len(report.items), names(item for item, _ in loose))
         )
     report.warnings += (
-        cuts if len(cuts) < 7 else [*cuts[:5], Message("{count} more texts are too long and cut off", len(cuts) - 5)]
+        cuts
+        if len(cuts) < 7
+        else [*cuts[:5], Message("further texts that are too long and cut off: {count}", len(cuts) - 5)]
     )
     for own in concepts.of_photos([item.photo for item in report.items], config):
         items = [item for item in report.items if concepts.of_photo(item.photo, config) == own]
@@ -123,10 +124,8 @@ def _check_captions(report: Report, items: list[Item], config: DataConfig) -> No
     elif no_caption:
         for item in no_caption:
             item.findings.append("no caption")
-        count = Message("{count} of {all} photos have no caption", len(no_caption), len(items))
-        report.warnings.append(
-            Message('{photos} and are trained as "{prompt}": {names}', count, prompt, names(no_caption))
-        )
+        count = Message("photos without a caption: {count} of {all}", len(no_caption), len(items))
+        report.warnings.append(Message('{photos}, trained as "{prompt}": {names}', count, prompt, names(no_caption)))
     caption_count = len(items) - len(no_caption)
     no_trigger = [
         item
@@ -137,8 +136,8 @@ def _check_captions(report: Report, items: list[Item], config: DataConfig) -> No
         item.findings.append("caption without the trigger")
     if no_trigger:
         count = Message(
-            "{count} of {all} captions are without the trigger {trigger}",
-            *(len(no_trigger), caption_count, config.trigger),
+            "captions without the trigger {trigger}: {count} of {all}",
+            *(config.trigger, len(no_trigger), caption_count),
         )
         report.warnings.append(
             Message('{captions}; "{name}, " is put in front: {names}', count, config.name, names(no_trigger))
@@ -153,7 +152,7 @@ def _check_captions(report: Report, items: list[Item], config: DataConfig) -> No
         option = "" if config.caption_lines else "; with data.caption_lines = true each line is a caption"
         report.notes.append(
             Message(
-                "{count} of {all} caption files have several lines: {effect}{option}",
+                "caption files with several lines: {count} of {all}; {effect}{option}",
                 *(len(several), caption_count, effect, option),
             )
         )

@@ -57,7 +57,7 @@ class Strength:
         if self.dead:
             lines.append(
                 Message(
-                    "{count} of {all} modules are zero, such as {dead}",
+                    "modules of zeros: {count} of {all}, such as {dead}",
                     len(self.dead),
                     len(self.modules),
                     self.dead[0],
@@ -67,7 +67,7 @@ class Strength:
             stem, times = max(self.outliers.items(), key=lambda item: item[1])
             lines.append(
                 Message(
-                    "{count} of {all} modules stand out: {stem} by {times:.0f} times",
+                    "modules that stand out: {count} of {all}; {stem} by {times:.0f} times",
                     len(self.outliers),
                     len(self.modules),
                     stem,

@@ -128,8 +128,8 @@ def load(folder: Path, options: CaptionOptions, memory: MemoryConfig) -> ImageTe
     if info["missing_keys"]:
         absent = sorted(info["missing_keys"])
         raise LorakitError(
-            "captioner {model}: its weights lack {count} tensors, such as {name}; get the model again",
-            *(folder, len(absent), absent[0]),
+            "captioner {model}: its weights lack tensors, such as {name} ({count} in all); get the model again",
+            *(folder, absent[0], len(absent)),
         )
     return ImageTextModel(model.to(device).eval(), processor, tokenizer, options)
 

@@ -61,7 +61,10 @@ class Tagger:
         (probabilities,) = self.session.run(None, {self._input: self.pixels(image)})[0]
         if len(probabilities) != len(self.tags):
             raise LorakitError(
-                "{tags} names {count} tags, and the network has {outputs}", TAGS, len(self.tags), len(probabilities)
+                "{tags} has another number of tags, {count}, than the network, {outputs}",
+                TAGS,
+                len(self.tags),
+                len(probabilities),
             )
         limits = {CHARACTER: self.options.character_threshold, GENERAL: self.options.threshold}
         order = sorted(range(len(self.tags)), key=lambda n: (self.tags[n].category != CHARACTER, -probabilities[n]))

@@ -174,7 +174,7 @@ def _weights_finding(name: str, family: Family, weights: TrainedModel) -> Findin
         trained, copy = expected[weight].float(), there[weight].float()
         if trained.shape != copy.shape or not torch.allclose(copy, trained, rtol=rounding, atol=SMALLEST):
             wrong.append(Message("{weight}: not as trained", weight))
-    right = Message("{count} of {count} weights read again, each as trained", len(expected))
+    right = Message("weights read again, each as trained: {count} of {count}", len(expected))
     return Finding(f"{name} weights", not wrong, some(wrong, 3, "; ") if wrong else right)
 
 
