@@ -148,16 +148,20 @@ def file_findings(name: str, path: Path, weights: AdapterWeights, announced: Seq
     if not weights.layers:
         count = sum(len(rows) for vectors in weights.embeddings.values() for rows in vectors.values())
         right = Message("vectors: {count} present, finite and as trained", count)
-        return [Finding(f"{name} file", not wrong, some(map(str, wrong), 3, "; ") if wrong else right)]
+        return [Finding(Message("{format} file", name), not wrong, some(map(str, wrong), 3, "; ") if wrong else right)]
     if not wrong:
         text = "modules present, finite and not zero: {some} of {count}"
-        return [Finding(f"{name} file", True, Message(text, len(announced), len(announced)))]
+        return [Finding(Message("{format} file", name), True, Message(text, len(announced), len(announced)))]
     zero = sum(finding.problem.startswith("zero") for finding in wrong)
     if zero == len(announced):
         return [
-            Finding(f"{name} file", False, "the adapter has no effect: every module is zero; was the learning rate 0?")
+            Finding(
+                Message("{format} file", name),
+                False,
+                "the adapter has no effect: every module is zero; was the learning rate 0?",
+            )
         ]
-    return [Finding(f"{name} file", False, some(map(str, wrong), 3, "; "))]
+    return [Finding(Message("{format} file", name), False, some(map(str, wrong), 3, "; "))]
 
 
 def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWeights, tolerance: float) -> Finding:
@@ -183,7 +187,7 @@ def read_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWei
     pipeline.unload_lora_weights()
     count = len(weights.layers)
     right = Message("modules applied, each as trained: {some} of {count}", count, count)
-    return Finding(f"{name} in diffusers", not wrong, some(wrong, 3, "; ") if wrong else right)
+    return Finding(Message("{format} in diffusers", name), not wrong, some(wrong, 3, "; ") if wrong else right)
 
 
 def read_word_by_diffusers(name: str, path: Path, family: Family, weights: AdapterWeights) -> Finding:
@@ -205,7 +209,7 @@ def read_word_by_diffusers(name: str, path: Path, family: Family, weights: Adapt
         tokens = [token, *(f"{token}_{number}" for number in range(1, len(ids)))]  # diffusers' names of further vectors
         pipeline.unload_textual_inversion(tokens=tokens, tokenizer=tokenizer, text_encoder=model)
     right = Message("text encoders that have the word as trained: {count}", len(vectors))
-    return Finding(f"{name} in diffusers", not wrong, some(wrong, 3, "; ") if wrong else right)
+    return Finding(Message("{format} in diffusers", name), not wrong, some(wrong, 3, "; ") if wrong else right)
 
 
 @contextlib.contextmanager
@@ -242,7 +246,8 @@ def compare(
         error = (read - trained).norm() / (trained - before).norm().clamp_min(1e-30)
         right = Message(RIGHT, effect, error)
         detail = join("; ", [finding.problem for finding in wrong]) if wrong else right
-        findings.append(Finding(f"{name} {part}", not wrong, detail))
+        title = "{format} unet" if part == "unet" else "{format} text encoder"
+        findings.append(Finding(Message(title, name), not wrong, detail))
     return findings
 
 

@@ -1,5 +1,6 @@
 """Tests of the self-check at the end of a run: a right file passes every check, each wrong one fails at least one."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from lorakit import adapters, config, families, formats
 from lorakit.core import safetensors_header
+from lorakit.core.messages import Message
 from lorakit.training import selfcheck
+from lorakit.ui import texts
 
 SIZE, PROMPT = (64, 64), "a photo of sks toy"
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -95,3 +98,10 @@ def test_diffusers_detects_a_wrong_scale(trained: dict[str, Any], tmp_path: Path
     save_file(tensors, path)
     finding = selfcheck.read_by_diffusers("kohya", path, trained["load"](), trained["weights"], 1e-3)
     assert not finding.passed and "delta W is off by 50 %" in finding.detail
+
+
+@pytest.mark.parametrize("language", ["zh-Hant", "zh-Hans", "ja"])
+def test_each_check_is_translated_in_the_log(trained: dict[str, Any], tmp_path: Path, language: str) -> None:
+    for finding in findings(trained, tmp_path, lambda tensors: None):
+        line = texts.sayer(language).translate(Message("ok: {name}: {detail}", finding.name, finding.detail))
+        assert not re.search(r"\b(ok|file|in|unet|text|encoder|modules|output)\b", line), line

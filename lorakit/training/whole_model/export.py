@@ -175,7 +175,7 @@ def _weights_finding(name: str, family: Family, weights: TrainedModel) -> Findin
         if trained.shape != copy.shape or not torch.allclose(copy, trained, rtol=rounding, atol=SMALLEST):
             wrong.append(Message("{weight}: not as trained", weight))
     right = Message("weights read again, each as trained: {count} of {count}", len(expected))
-    return Finding(f"{name} weights", not wrong, some(wrong, 3, "; ") if wrong else right)
+    return Finding(Message("{format} weights", name), not wrong, some(wrong, 3, "; ") if wrong else right)
 
 
 def _file_dtypes(info: BaseInfo) -> set[torch.dtype]:
