@@ -39,7 +39,7 @@ TYPES: dict[type, tuple[type, ...]] = {
 
 def fits(component: object, value: object) -> bool:
     """Whether the value has a type that the page sends for this component."""
-    types = TYPES.get(type(component))
+    types = (list,) if getattr(component, "multiselect", False) else TYPES.get(type(component))
     if value is None or types is None:
         return True
     if isinstance(value, list) and list in types:

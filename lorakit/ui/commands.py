@@ -148,11 +148,13 @@ def export(
     dtype: str | None = None,
     rank: int = 0,
     progress: Steps = lambda count, total, doing="": None,
+    others: Sequence[str] = (),
 ) -> list[Path]:
     """Write an adapter in another format. Return the written files and folders.
 
     Args:
         rank: largest rank of a layer in the new file; 0 keeps the ranks.
+        others: adapters to combine it with, as `lorakit combine` takes them. The ranks add up, so `rank` must be 0.
         progress: called when a step of `CONVERSION` begins.
 
     Raises:
@@ -160,6 +162,7 @@ def export(
     """
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["resize", str(source), "--rank", str(rank)] if rank else ["export", str(source)]
+    arguments = ["combine", str(source), *others] if others else arguments
     arguments += ["--to", kind, "--output", str(folder), "--json"]
     arguments += ["--dtype", dtype] if dtype else []
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from waiting import wait_for
 
 gr = pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
@@ -90,6 +90,41 @@ def test_the_page_reduces_the_rank(exporter: Exporter, file: Path, tmp_path: Pat
     assert "lk-good" in message and "x-resized.safetensors" in message
     (component,) = inspect.inspect(Path(offered["value"][0])).components.values()
     assert component.ranks == [2] and inspect.inspect(file).components["unet"].ranks == [4]
+
+
+@pytest.mark.slow
+def test_the_page_combines_adapters(exporter: Exporter, file: Path, tmp_path: Path):
+    with gr.Blocks():
+        page = AdapterPage(Workspace(tmp_path / "runs", [tmp_path]), language.Translations())
+    say = texts.sayer("en")
+    message, offered = page.write(str(file), "kohya", "fp32", 0, say, others=[f"{file.name}=0.5", str(file)])
+    assert "lk-good" in message and "combined.safetensors" in message
+    before, after = load_file(file), load_file(offered["value"][0])
+    layer = next(name for name in before if name.endswith("lora_up.weight"))
+    down = layer.replace("lora_up", "lora_down")
+    scale = float(after[layer.replace("lora_up.weight", "alpha")]) / len(after[down])
+    # The file itself, half of it, and the file once more.
+    assert np.allclose(scale * after[layer] @ after[down], 2.5 * before[layer] @ before[down], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("others", "rank", "line"),
+    [
+        (["x.safetensors"], 2, "Combine first"),
+        (["/etc/passwd"], 0, "is outside of"),
+        (["/etc/passwd=0.5"], 0, "is outside of"),
+        (["x.safetensors=much"], 0, "write ADAPTER=STRENGTH"),
+        (["none.safetensors"], 0, "none.safetensors"),
+    ],
+)
+@pytest.mark.slow
+def test_what_cannot_be_combined_is_refused(
+    exporter: Exporter, file: Path, tmp_path: Path, others: list[str], rank: int, line: str
+):
+    with gr.Blocks():
+        page = AdapterPage(Workspace(tmp_path / "runs", [tmp_path]), language.Translations())
+    message, _ = page.write(str(file), "kohya", "fp16", rank, texts.sayer("en"), others=others)
+    assert "lk-problem" in message and line in message
 
 
 def children() -> list[psutil.Process]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ class AdapterPage:
                 info=t("adapter.new_rank_help"),
                 elem_id="adapter-rank",
             )
+            self.others = gr.Dropdown(
+                choices=self.adapters(),
+                value=[],
+                multiselect=True,
+                allow_custom_value=True,
+                label=t("adapter.others"),
+                info=t("adapter.others_help"),
+                elem_id="adapter-others",
+            )
             self.convert = gr.Button(t("adapter.convert"), variant="primary", elem_id="adapter-convert")
         self.message = widgets.html(elem_id="adapter-message")
         self.file = gr.File(label=t("adapter.file"), visible=False, elem_id="adapter-file")
@@ -72,20 +82,20 @@ class AdapterPage:
             return self.look("", data[self.upload], say)
 
         def convert(data: Values, say: Say, progress: Steps) -> tuple[str, Any]:
-            rank = max(0, int(data[self.rank] or 0))
-            return self.write(data[self.inspected], data[self.format], data[self.dtype], rank, say, progress)
+            rank, others = max(0, int(data[self.rank] or 0)), data[self.others] or []
+            return self.write(data[self.inspected], data[self.format], data[self.dtype], rank, say, progress, others)
 
         outputs = [self.report, self.inspected, self.converting, self.message, self.file]
-        tasks, convert_inputs = self.workspace.tasks, {self.inspected, self.format, self.dtype, self.rank}
+        tasks, convert_inputs = self.workspace.tasks, {self.inspected, self.format, self.dtype, self.rank, self.others}
         events = [(self.inspect.click, look), (self.path.input, look), (self.upload.upload, look_upload)]
         polled(tasks, events, {self.path, self.upload}, outputs)
         polled(tasks, [(self.convert.click, convert)], convert_inputs, [self.message, self.file], **ACT)
 
         def visit() -> object:
             commands.EXPORTER.prepare()
-            return gr.update(choices=self.adapters())
+            return [gr.update(choices=self.adapters())] * 2
 
-        tab.select(visit, None, self.path, **FOLLOW)
+        tab.select(visit, None, [self.path, self.others], **FOLLOW)
 
     def adapters(self) -> list[str]:
         """The adapter files of all runs, newest first."""
@@ -112,22 +122,39 @@ class AdapterPage:
         rank: int,
         say: Say,
         progress: Steps = lambda count, total, doing="": None,
+        others: Sequence[str] = (),
     ) -> tuple[str, Any]:
         """Convert the inspected file. Return a message, and an update of the download component.
 
         Args:
             rank: largest rank of a layer in the new file; 0 keeps the ranks.
+            others: adapters to combine it with: "path" or "path=strength".
         """
         hidden = gr.update(visible=False)
         if not inspected:
             return widgets.problem(say("adapter.none")), hidden
+        if rank and others:
+            return widgets.problem(say("adapter.one_at_a_time")), hidden
         try:
-            files = commands.export(Path(inspected), kind, self.workspace.unused("converted"), dtype, rank, progress)
+            others = [self._below_the_roots(other) for other in others]
+            place = self.workspace.unused("converted")
+            files = commands.export(Path(inspected), kind, place, dtype, rank, progress, others)
             staged = self.workspace.offered(files)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem))), hidden
         names = ", ".join(str(path) for path in files)
         return widgets.good(say("adapter.converted", name=names)), gr.update(visible=bool(staged), value=staged or None)
+
+    def _below_the_roots(self, other: str) -> str:
+        """ "path=strength" with the full path.
+
+        Raises:
+            LorakitError: the path is outside of the roots.
+        """
+        path, equals, strength = other.rpartition("=")
+        if not equals or Path(other).exists():
+            path, strength = other, "1"
+        return f"{self.workspace.roots.resolve(path)}={strength}"
 
 
 def report_card(report: inspect.Report, say: Say) -> str:
