@@ -16,7 +16,7 @@ from lorakit.ui import commands
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = commands.OFFLINE
 
-with commands.without_proxies():
+with commands.without_proxies(), commands.without_stubs():
     import gradio as gr
 
 from starlette.middleware import Middleware

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import os
 import socket
 import threading
@@ -14,10 +15,11 @@ import pytest
 pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
 import gradio as gr
+from gradio import component_meta
 
 from lorakit.core.errors import LorakitError
 from lorakit.families import hub
-from lorakit.ui import app, commands
+from lorakit.ui import app, commands, server as server_module
 from lorakit.ui.server import Server, listen
 
 DEAD = "127.0.0.1:9"
@@ -56,6 +58,18 @@ def test_gradio_is_imported_without_the_environments_proxies(monkeypatch: pytest
         httpx.Client().close()  # importing Gradio also creates a client
         assert "ALL_PROXY" not in os.environ
     assert os.environ["ALL_PROXY"] == f"socks5://{DEAD}"
+
+
+def test_gradio_is_imported_without_parsing_its_sources(monkeypatch: pytest.MonkeyPatch):
+    parsed = list[str]()
+    monkeypatch.setattr(component_meta, "extract_class_source_code", lambda _, name: parsed.append(name) or ("", 1))
+    with commands.without_stubs():
+        component_meta.create_or_modify_pyi(gr.Button, "Button", [])
+        assert inspect.getfile(Server) == server_module.__file__
+    assert parsed == []
+    with pytest.raises(ValueError, match="class source code"):
+        component_meta.create_or_modify_pyi(gr.Button, "Button", [])
+    assert parsed == ["Button"]
 
 
 def test_a_base_behind_a_socks_proxy_names_the_missing_package():
