@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 import lorakit
 from lorakit.cli.imports import import_bitsandbytes
@@ -25,15 +24,12 @@ from lorakit.cli.imports import import_bitsandbytes
 if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
 
-torch.set_num_threads(1)
 # The plan has another line on a busy machine; tests/runs/test_plan.py reads it.
 os.getloadavg = lambda: (0.0, 0.0, 0.0)
 # Tests do not need files to survive a power cut. Waiting for the disk took a third of a short run's time.
 os.fsync = lambda _: None
 # The import of the tests creates no garbage, and garbage collection took a quarter of its time.
 gc.disable()
-# The commands also do this before they import models.
-import_bitsandbytes()
 # Processes that tests start import lorakit from this tree, not an installed one.
 ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -95,6 +91,12 @@ FOREIGN = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # this process only starts the workers, and they wait for it
+    import torch
+
+    torch.set_num_threads(1)
+    import_bitsandbytes()  # the commands also do this before they import models
     # Workers measure coverage from the start of the session. An import before it takes half the time.
     if config.pluginmanager.hasplugin("_cov") and hasattr(config, "workerinput"):
         for name in FOREIGN:
@@ -170,6 +172,8 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sd1(tiny_sd1: Path) -> Any:
+    import torch
+
     from lorakit import families
 
     return families.load(families.describe(tiny_sd1), "cpu", torch.float32)
@@ -177,6 +181,8 @@ def sd1(tiny_sd1: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def sdxl(tiny_sdxl: Path) -> Any:
+    import torch
+
     from lorakit import families
 
     return families.load(families.describe(tiny_sdxl), "cpu", torch.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+pytest.importorskip("lorakit.ui.app", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
 from packaging.specifiers import SpecifierSet
 

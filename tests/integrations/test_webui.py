@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("gradio", reason="the front end needs gradio: pip install 'lorakit[ui]'")
+pytest.importorskip("lorakit.ui.app", reason="the front end needs gradio: pip install 'lorakit[ui]'")
 
 from lorakit.adapters.weights import AdapterWeights, LoraLayer
 from lorakit.core.errors import LorakitError
