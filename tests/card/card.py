@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.machinery
 import importlib.util
 import os
 import subprocess
@@ -29,9 +28,10 @@ def build(folder: Path, compiler: str) -> Path:
     from torch.utils import cpp_extension
 
     includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
-    command = [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-w", *includes, str(SOURCE)]
+    options = ["-O0", "-std=c++20", "-fPIC", "-shared", "-w"]
+    command = [compiler, *options, *includes, str(SOURCE)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    facts = (SOURCE.read_text(encoding="utf-8"), torch.__version__, sys.version, version, command)
+    facts = (SOURCE.read_text(encoding="utf-8"), torch.__version__, sys.version, version, options)
     library = folder / f"device-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     if not library.is_file():
         folder.mkdir(exist_ok=True)
@@ -39,6 +39,21 @@ def build(folder: Path, compiler: str) -> Path:
         subprocess.run([*command, "-o", str(temporary)], check=True)
         temporary.replace(library)
     return library
+
+
+class Card:
+    """Functions of the library. Each takes a number, by default 0, and returns a number, except `pools`."""
+
+    def __init__(self, functions: ctypes.PyDLL):
+        self._functions = functions
+        self.pools = functions.card_pools
+        self.pools.restype = ctypes.py_object
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._functions, f"card_{name}")
+        function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64
+        setattr(self, name, lambda number=0: function(number))
+        return getattr(self, name)
 
 
 def present(library: Path) -> Any:
@@ -51,18 +66,15 @@ def present(library: Path) -> Any:
     assert module_spec is not None and module_spec.origin is not None
     for name in ("libc10.so", "libtorch_cpu.so", "libtorch.so", "libtorch_python.so"):
         ctypes.CDLL(str(Path(module_spec.origin).parent / "lib" / name), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    functions = ctypes.PyDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     # Import these before the card is visible: with a card, they would look for parts of CUDA that it does not have.
     import bitsandbytes  # noqa: F401
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, T5EncoderModel  # noqa: F401
 
-    loader = importlib.machinery.ExtensionFileLoader("device", str(library))
-    spec = importlib.util.spec_from_loader("device", loader)
-    assert spec is not None
-    card: Any = importlib.util.module_from_spec(spec)
-    loader.exec_module(card)
+    card = Card(functions)
+    card.present()
     _play_cuda(torch, card)
     # The plan reads torch's version to see whether torch can use CUDA. This torch can.
     from lorakit.runs import plan
@@ -115,7 +127,7 @@ def _play_cuda(torch: Any, card: Any) -> None:
     cuda.mem_get_info = lambda *_: (card.room() - card.reserved(), 2**34)
     cuda.Stream, cuda.stream, cuda.set_stream = graphs.Stream, graphs.On, graphs.set_stream
     cuda.current_stream = lambda *_: graphs.current[0]
-    cuda.is_current_stream_capturing = card.capturing
+    cuda.is_current_stream_capturing = lambda: bool(card.capturing())
     cuda.CUDAGraph, cuda.graph = graphs.Graph, graphs.Capture
     cuda.graph_pool_handle = lambda: next(graphs.numbers)
     torch.empty = empty_or_pinned

@@ -11,7 +11,7 @@
 // With ATen.h the compilation would take twice as long.
 #define TORCH_ASSERT_ONLY_METHOD_OPERATORS
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/Generator.h>
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -204,8 +204,8 @@ struct CUDAHooks final : CUDAHooksInterface {
 
 // -- synchronization, captures and delayed copies --------------------------------------------------------------------
 
-// Generators that the graph has registered.
-std::vector<Generator> known;
+// Generators of the next capture, and generators of the latest capture.
+std::vector<Generator> registered = {default_generator()}, known;
 int64_t waited = 0, copied = 0;
 bool waiting_is_an_error = false;
 // Whether the capture has failed because of an operation that is not permitted in it.
@@ -225,10 +225,9 @@ void draws_from(const Generator& generator) {
 }
 
 // As in torch up to 2.12, a failed capture does not undo any of this.
-void begin(std::vector<Generator> generators, int64_t pool) {
-  generators.push_back(default_generator());
-  for (const Generator& each : generators) of_card(each).capturing = true;
-  known = std::move(generators);
+void begin(int64_t pool) {
+  known = std::exchange(registered, {default_generator()});
+  for (const Generator& each : known) of_card(each).capturing = true;
   auto found = memory.pools.find(pool);
   TORCH_INTERNAL_ASSERT(found == memory.pools.end() || found->second.graphs > 0, "it->second->use_count > 0");
   memory.pools[pool].graphs++;
@@ -545,35 +544,58 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
-PYBIND11_MODULE(device, m) {
-  c10::SetAllocator(DeviceType::CUDA, &allocator);
-  m.def("live", [] { return memory.live; }, "bytes that are allocated");
-  m.def("peak", [] { return memory.peak; }, "most of them since `reset_peak`");
-  m.def("reset_peak", [] { memory.peak = memory.live; memory.reserved_peak = memory.reserved; });
-  m.def("reserved", [] { return memory.reserved; }, "bytes that are allocated or cached");
-  m.def("reserved_peak", [] { return memory.reserved_peak; });
-  m.def("pools", [] {
-    std::map<int64_t, std::pair<int64_t, int64_t>> sizes;  // pool -> bytes reserved, bytes allocated
-    for (const auto& [pool, each] : memory.pools) sizes[pool] = {each.live, each.live};
-    for (const auto& [bin, bytes] : memory.cached) if (sizes.count(bin.first)) sizes[bin.first].first += bytes;
-    return sizes;
-  });
-  m.def("empty_cache", &empty_cache);
-  m.def("on_stream", [](int64_t number) { memory.stream = number; });
-  m.def("waiting_is_an_error", [](bool on) { return std::exchange(waiting_is_an_error, on); });
-  m.def("room", [] { return memory.room < 0 ? int64_t(1) << 34 : memory.room; });
-  m.def("set_room", [](int64_t bytes) { memory.room = bytes; }, "bytes of the card; -1: no end");
-  m.def("waited", [] { return waited; }, "how often the host waited for the card");
-  m.def("copied", [] { return copied; }, "bytes copied from the host");
-  m.def("begin", &begin);
-  m.def("capturing", [] { return recording != nullptr; });
-  m.def("end", &end);
-  m.def("end_allocation", &end_allocation);
-  m.def("release_pool", &release_pool);
-  m.def("captures", [] { return tapes.size(); }, "how many have succeeded");
-  m.def("replay", &replay);
-  m.def("forget", [](size_t number) { tapes[number] = nullptr; });
-  m.def("aside", [](bool on) { return std::exchange(aside, on); });
-  m.def("promised", [] { return promised.size(); });
-  m.def("keep_promises", &keep_promises);
+// -- functions for Python --------------------------------------------------------------------------------------------
+
+// card.py calls them with ctypes. With pybind11 the compilation would take a third longer.
+template <typename Act>
+auto raising(const Act& act) -> decltype(act()) {
+  try {
+    return act();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return 0;
+  }
+}
+
+#define VALUE(name, expression) \
+  extern "C" int64_t card_##name(int64_t number) { return raising([&]() -> int64_t { return expression; }); }
+#define ACT(name, expression) VALUE(name, (expression, 0))
+
+ACT(present, c10::SetAllocator(DeviceType::CUDA, &allocator))
+VALUE(live, memory.live)  // bytes that are allocated
+VALUE(peak, memory.peak)  // most of them since `reset_peak`
+ACT(reset_peak, (memory.peak = memory.live, memory.reserved_peak = memory.reserved))
+VALUE(reserved, memory.reserved)  // bytes that are allocated or cached
+VALUE(reserved_peak, memory.reserved_peak)
+ACT(empty_cache, empty_cache())
+ACT(on_stream, memory.stream = number)
+ACT(waiting_is_an_error, waiting_is_an_error = number)
+VALUE(room, memory.room < 0 ? int64_t(1) << 34 : memory.room)
+ACT(set_room, memory.room = number)  // bytes of the card; -1: no end
+VALUE(waited, waited)  // how often the host waited for the card
+VALUE(copied, copied)  // bytes copied from the host
+ACT(register_generator, registered.push_back(THPGenerator_Unwrap(reinterpret_cast<PyObject*>(number))))
+ACT(begin, begin(number))
+VALUE(capturing, recording != nullptr)
+VALUE(end, end(number))
+ACT(end_allocation, end_allocation(number))
+ACT(release_pool, release_pool(number))
+VALUE(captures, tapes.size())  // how many have succeeded
+ACT(replay, replay(number))
+ACT(forget, tapes[number] = nullptr)
+ACT(aside, aside = number)
+VALUE(promised, promised.size())
+ACT(keep_promises, keep_promises(number))
+
+// Pool, bytes reserved, bytes allocated.
+extern "C" PyObject* card_pools() {
+  PyObject* pools = PyList_New(0);
+  for (const auto& [pool, each] : memory.pools) {
+    int64_t bytes = each.live;
+    for (const auto& [bin, cached] : memory.cached) bytes += bin.first == pool ? cached : 0;
+    PyObject* row = Py_BuildValue("LLL", pool, bytes, each.live);
+    PyList_Append(pools, row);
+    Py_DECREF(row);
+  }
+  return pools;
 }

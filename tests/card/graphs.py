@@ -99,7 +99,9 @@ class Capture:
     def __enter__(self) -> None:
         card.empty_cache()
         self.on.__enter__()
-        card.begin(self.graph.generators, self.graph.handle)
+        for generator in self.graph.generators:
+            card.register_generator(id(generator))
+        card.begin(self.graph.handle)
 
     def __exit__(self, *_: object) -> None:
         self.graph.number = card.end(self.graph.handle)
@@ -107,8 +109,7 @@ class Capture:
 
 
 def snapshot() -> list[dict[str, Any]]:
-    pools = card.pools().items()
-    return [{"segment_pool_id": (0, pool), "total_size": a, "allocated_size": b} for pool, (a, b) in pools]
+    return [{"segment_pool_id": (0, pool), "total_size": a, "allocated_size": b} for pool, a, b in card.pools()]
 
 
 def set_sync_debug_mode(mode: str | int) -> None:
