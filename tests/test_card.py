@@ -23,7 +23,7 @@ FILES = (
     "engine/test_cuda_graphs.py",
     "engine/test_quantized_weight.py",
 )
-COUNT = 38
+COUNT = 33
 
 
 def cache_folder() -> Path | None:
