@@ -368,7 +368,7 @@ def _wire_photos(page: gr.Blocks, photos: PhotosPage, tab: gr.Tab, train: TrainP
         return result if number == data[photos.requests].number else [gr.skip(), gr.skip()]
 
     def save_caption(request: gr.Request, event: Details) -> str:
-        return photos.save_caption(event.file, event.text, say_for(request))
+        return photos.save_caption(event.file, event.text, event.before, say_for(request))
 
     tasks = photos.workspace.tasks
     restored = [photos.folder, train.quality, train.marks, train.preset, *every]

@@ -31,7 +31,7 @@ EACH: dict[str, Any] = FOLLOW | {"trigger_mode": "multiple"}
 
 # Name of a value that a script of the page sends with an event -> its types.
 DETAILS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("act", "photo", "file", "text", "name", "run", "settings"), (str,)),
+    **dict.fromkeys(("act", "photo", "file", "text", "before", "name", "run", "settings"), (str,)),
     **dict.fromkeys(("box", "points"), (list,)),
     **dict.fromkeys(("brush", "ratio", "step"), (int, float)),
 }

@@ -182,6 +182,18 @@ class Workspace:
         upload = uploads.take_in(files, place, progress)
         return place if place.is_dir() else None, upload
 
+    def caption_of(self, photo: Path) -> str:
+        """The text in the file `name.txt` beside a photo, or "" if there is none.
+
+        Raises:
+            LorakitError: the file is outside of the roots.
+        """
+        try:
+            file = self.roots.resolve(photo.parent / f"{photo.stem}.txt")
+            return " ".join(file.read_text(encoding="utf-8", errors="replace").split())
+        except OSError:
+            return ""
+
     def save_caption(self, photo: Path, text: str) -> Path:
         """Write a photo's caption into the file `name.txt` beside it, and return the file's path.
 

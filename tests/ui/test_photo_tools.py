@@ -103,6 +103,20 @@ def test_a_photo_with_500_strokes_takes_no_more(workspace: Workspace) -> None:
         assert ("A photo can have 500 strokes. Undo one, or put name.mask.png beside" in html) == (count == 500)
 
 
+def test_a_caption_that_somebody_else_changed_is_named(workspace: Workspace) -> None:
+    with gr.Blocks():
+        page = PhotosPage(workspace, T)
+    photo = workspace.roots.paths[0] / "a.png"
+    assert "lk-problem" not in page.save_caption(str(photo), "a cat", "", SAY)
+    assert "lk-problem" not in page.save_caption(str(photo), "a dog", "a  cat", SAY)
+    # Another page, which still shows no caption, saves one.
+    message = page.save_caption(str(photo), "a toy", "", SAY)
+    assert "It replaces “a dog”" in message and photo.with_suffix(".txt").read_text() == "a toy\n"
+    assert "lk-problem" not in page.save_caption(str(photo), "a toy", "a horse", SAY), "the same text"
+    for outside in ("/", "", "/etc/passwd", "x\0"):
+        assert "lk-problem" in page.save_caption(outside, "x", "", SAY)
+
+
 def test_folders_are_added_with_name_and_weight_and_taken_away(workspace: Workspace) -> None:
     cats = str(workspace.roots.paths[1])
     with gr.Blocks():

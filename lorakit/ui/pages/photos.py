@@ -44,7 +44,8 @@ const mark = (field) => {
 const save = (field) => {
   if (!unsaved.delete(field.dataset.file)) return;
   mark(field);
-  trigger('submit', {file: field.dataset.file, text: field.value});
+  trigger('submit', {file: field.dataset.file, text: field.value, before: field.defaultValue});
+  field.defaultValue = field.value;
 };
 element.addEventListener('input', ({target}) => {
   if (!target.dataset.photo) return;
@@ -471,10 +472,18 @@ class PhotosPage:
         edits = form.table_of(quickstart.EDITS, lines)
         return form.table_text({name: edit for name, edit in edits.items() if name.startswith(names)})
 
-    def save_caption(self, file: str, text: str, say: Say) -> str:
-        """Save the caption of a photo, even if the page now shows another folder. Return a message."""
+    def save_caption(self, file: str, text: str, before: str, say: Say) -> str:
+        """Save the caption of a photo, even if the page now shows another folder. Return a message.
+
+        Args:
+            before: the caption that the page showed. If the file has another one, somebody else changed it.
+        """
         try:
+            former = self.workspace.caption_of(Path(file))
             target = self.workspace.save_caption(Path(file), text)
         except LorakitError as problem:
             return widgets.problem(say.translate(str(problem)))
-        return widgets.good(say("photos.saved", name=f"{target.parent.name}/{Path(file).name}"))
+        message = widgets.good(say("photos.saved", name=f"{target.parent.name}/{Path(file).name}"))
+        if former and former not in (" ".join(before.split()), " ".join(text.split())):
+            message += widgets.problem(say("photos.replaced", text=former, name=target.name))
+        return message
