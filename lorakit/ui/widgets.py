@@ -18,10 +18,12 @@ from lorakit.ui.texts import Say
 # that it opens and closes, and an event can be lost while a stream closes. A page that polls its run every second
 # eventually loses one. A second event during the first one waits and is sent with the page's newest values (FOLLOW), is
 # dropped, as for a second click (ACT), or is sent at once (EACH). These events are private; api.py has the endpoints
-# for other programs.
+# for other programs. No component shows the progress of an event: the browser would search the page for each of them,
+# at each event.
 FOLLOW: dict[str, Any] = {
     "queue": False,
     "show_progress": "hidden",
+    "show_progress_on": [],
     "trigger_mode": "always_last",
     "api_visibility": "private",
 }

@@ -137,6 +137,13 @@ def test_events_of_the_page_are_not_offered_to_programs(server: Server):
     assert not information["unnamed_endpoints"]
 
 
+def test_no_event_shows_its_progress(server: Server):
+    """Gradio updates the state of each component with progress at each event, and looks for it in the whole page."""
+    events = json.loads(ask(server, "/config")[1])["dependencies"]
+    private = [event for event in events if event["backend_fn"] and event["api_visibility"] == "private"]
+    assert len(private) > 100 and [event for event in private if event["show_progress_on"] != []] == []
+
+
 def test_no_script_declares_a_name_of_gradio(server: Server):
     """A script that declares one of these names does not run."""
     reserved = "element|trigger|props|server|upload|watch"

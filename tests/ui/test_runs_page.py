@@ -26,7 +26,7 @@ from lorakit.runs.lessons import SHORT  # noqa: E402
 from lorakit.runs.run_folder import LogReader, RunFolder  # noqa: E402
 from lorakit.ui import address, language, texts, workspace as workspace_module  # noqa: E402
 from lorakit.ui.pages import compare  # noqa: E402
-from lorakit.ui.pages.runs import ENDED_SILENTLY, RunsPage  # noqa: E402
+from lorakit.ui.pages.runs import ENDED_SILENTLY, EVERY, EVERY_IDLE, RunsPage  # noqa: E402
 from lorakit.ui.workspace import Workspace  # noqa: E402
 
 SAY = texts.sayer("en")
@@ -60,8 +60,18 @@ def kill(run: RunFolder) -> None:
 
 def look(page: RunsPage, hashes: dict[str, object] | None = None, say: texts.Say = SAY) -> dict[str, object]:
     names = ["run", "hashes", "list", "work", "status", "stop", "resume", "steps", "cancel", "download", "samples",
-             "curves", "log", "message", "cards", "view"]  # fmt: skip
+             "curves", "log", "message", "cards", "view", "timer"]  # fmt: skip
     return dict(zip([*names, *page.tools.parts], page.poll("one", hashes or {}, say), strict=True))
+
+
+def test_the_page_reads_less_often_while_no_run_is_under_way(page: RunsPage, run: RunFolder):
+    first = look(page)
+    assert first["timer"]["value"] == EVERY and "value" not in look(page, first["hashes"])["timer"]
+    run.update(state="done")
+    then = look(page, first["hashes"])
+    assert then["timer"]["value"] == EVERY_IDLE > EVERY
+    page.workspace.queue.resume(run.path, 8)
+    assert look(page, then["hashes"])["timer"]["value"] == EVERY, "a job waits"
 
 
 def test_the_self_check_is_translated(page: RunsPage, run: RunFolder):

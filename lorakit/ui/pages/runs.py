@@ -23,8 +23,8 @@ from lorakit.ui.texts import Say
 from lorakit.ui.widgets import ACT, EACH, FOLLOW, Details, say_for
 from lorakit.ui.workspace import Workspace
 
-# Seconds between two reads of the run folders.
-EVERY = 1.0
+# Seconds between two reads of the run folders: while a run is live or waits, and otherwise.
+EVERY, EVERY_IDLE = 1.0, 5.0
 # Number of lines of the process's own output that the page shows.
 OUTPUT_LINES = 60
 # Seconds without a write after which the page shows the time of a run's last write.
@@ -77,6 +77,7 @@ class RunsPage:
         self.workspace, self.run_name = workspace, run_name
         # Hash of each part of the page in the browser, so that only changes are sent.
         self.screen_hashes = gr.State({})
+        self.timer = gr.Timer(EVERY, render=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
                 self.list = widgets.html(elem_id="runs-list", js_on_load=CHOOSE)
@@ -140,7 +141,8 @@ class RunsPage:
 
             return handler
 
-        looks = [gr.Timer(EVERY).tick, page.load, self.run_name.change, self.message.change, self.tools.message.change]
+        self.timer.render()  # not in the page's tab, whose components exist only after it was opened
+        looks = [self.timer.tick, page.load, self.run_name.change, self.message.change, self.tools.message.change]
         looks += [self.smoothing.release, self.start.input]
         gr.on(looks, poll, [self.run_name, self.screen_hashes, self.smoothing, self.start], self.outputs, **FOLLOW)
         self.list.select(choose, None, [self.run_name, self.message, self.steps], **EACH)
@@ -175,7 +177,7 @@ class RunsPage:
         return [
             self.run_name, self.screen_hashes, self.list, self.work, self.status, self.stop, self.resume, self.steps,
             self.cancel, self.download, self.samples, self.curves, self.log, self.message, self.cards, self.view,
-            *self.tools.parts.values(),
+            self.timer, *self.tools.parts.values(),
         ]  # fmt: skip
 
     def poll(
@@ -201,6 +203,8 @@ class RunsPage:
         parts = {"list": _list(runs, titles, current_name, idle, say), "work": idle, "cards": self._cards(say)}
         parts |= self._run(current_name, dict(runs).get(current_name), say, view)
         parts |= self.tools.visible(current_name, dict(runs).get(current_name))
+        moves = any(state.state in (*LIVE, "waiting") for _, state in runs)
+        parts["timer"] = EVERY if moves else EVERY_IDLE
         hashes: dict[str, object] = {part: hash(str(value)) for part, value in parts.items()}
         # A button's message is removed when the run changes its state.
         state = f"{current_name} {dict(runs)[current_name].state}" if current_name else ""
@@ -213,6 +217,8 @@ class RunsPage:
             part: gr.update(visible=updates[part]) if isinstance(updates[part], bool) else updates[part]
             for part in ("work", "stop", "steps", "cancel", "view", *self.tools.parts)
         }
+        if isinstance(updates["timer"], float):
+            updates["timer"] = gr.update(value=updates["timer"])
         if isinstance(updates["resume"], str):  # the button's variant, or "" to hide it
             variant = updates["resume"]
             updates["resume"] = gr.update(visible=bool(variant), variant=variant or "primary")
@@ -229,7 +235,7 @@ class RunsPage:
             updates["list"], visible["work"], updates["status"], visible["stop"], updates["resume"], visible["steps"],
             visible["cancel"], updates["download"], updates["samples"], updates["curves"], updates["log"],
             "" if outdated else gr.skip(), updates["cards"], visible["view"],
-            *(visible[part] for part in self.tools.parts),
+            updates["timer"], *(visible[part] for part in self.tools.parts),
         ]  # fmt: skip
 
     def _cards(self, say: Say) -> str:
