@@ -1,5 +1,6 @@
 """The front end in a real browser, with real training processes of the bundled model."""
 
+import json
 import os
 import signal
 import time
@@ -8,9 +9,11 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from browser import load, open_page
 from PIL import Image
 from waiting import SECONDS, wait_for
 
@@ -22,26 +25,19 @@ from lorakit.ui import texts
 
 pytestmark = pytest.mark.slow
 TABS = ("photos", "train", "runs", "compare", "try", "adapter")
-# Poll every three seconds: polls every second use as much processor time as the run.
-SLOW_CLOCK = """const every = window.setInterval;
-window.setInterval = (act, wait, ...rest) => every(act, wait === 1000 ? 3000 : wait, ...rest);"""
 
 
 class Person:
     """A user with a browser. `requests` has the address of each request of the page."""
 
     def __init__(self, chromium, address: str, **options):
-        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-US"} | options)
-        self.context.add_init_script(SLOW_CLOCK)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(SECONDS * 1000)
         self.requests: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.open(address)
+        listeners = {"request": lambda request: self.requests.append(request.url)}
+        self.page = open_page(chromium, address, listeners, **options)
+        self.context = self.page.context
 
     def open(self, address: str) -> None:
-        self.page.goto(address)
-        self.page.locator("body[data-ready]").wait_for()
+        load(self.page, address)
 
     def tab(self, name: str) -> None:
         self.page.locator("#pages button[role=tab]").nth(TABS.index(name)).click()
@@ -109,11 +105,99 @@ def served(front_end, room: Path):
     return front_end(room, "--max-upload", "1")
 
 
-@pytest.fixture
+@pytest.fixture(scope="class")
 def person(chromium, served) -> Iterator[Person]:
+    """A page, which the tests of a class share. It is closed after them, because an open page polls."""
     someone = Person(chromium, served.address)
     yield someone
     someone.context.close()
+
+
+class TestWithoutRuns:
+    """These come first: a process that the page of an adapter starts is then used by the test that exports one."""
+
+    def test_errors_are_shown_at_their_fields(self, person: Person, room: Path):
+        page = person.page
+        for path, message in (
+            (room / "empty", "0 images in"),
+            (room.parent, "is outside of"),
+            (room / "nowhere", "does not exist"),
+        ):
+            person.choose("photos-folder", path)
+            page.locator("#photos-open").click()
+            person.says("photos-summary", message)
+        (room / "large.jpg").write_bytes(b"\xff" * 1_100_000)
+        page.locator("#photos-upload input[type=file]").set_input_files(room / "large.jpg")
+        page.get_by_text("exceed the maximum allowed size").first.wait_for()
+        person.tab("train")
+        person.choose("option-data-folder", room / "photos")
+        person.fill("data.name", "sks toy")
+        person.says("train-plan", "14 to train on")
+        page.locator("#train-options > button").click()
+        person.fill("adapter.rank", "0")
+        person.says("option-adapter-rank", "must be between 1 and 1024")
+        person.says("train-plan", "must be between 1 and 1024")
+        assert page.locator("#train-start").is_disabled()
+        person.fill("adapter.rank", "4")
+        person.says("option-adapter-rank", "Changed from the preset")
+        person.says("train-changed", "Rank: 8 → 4")
+        # A reload restores the answers and opens the same page.
+        person.open(page.url)
+        page.locator("#option-data-name").wait_for()
+        page.wait_for_function("document.querySelector('#option-data-name :is(input, textarea)').value === 'sks toy'")
+        page.locator("#train-options > button").click()
+        person.says("train-changed", "Rank: 8 → 4")
+        person.says("train-plan", "rank 4")
+        person.choose("option-model-base", room / "photos")
+        person.says("option-model-base", "model_index.json")
+        person.choose("option-model-base", "pocket")
+        person.choose("option-data-folder", room / "empty")
+        person.says("train-plan", "0 images in")
+        # The page shows the changes of a preset before it is applied.
+        page.locator("#preset input").click()
+        page.get_by_role("option", name="style-sdxl", exact=True).click()
+        person.says("preset-difference", "Rank")
+        assert page.locator("#option-adapter-rank input").input_value() == "4"
+        page.locator("#preset-apply").click()
+        person.says("preset-difference", "The preset changes nothing.")
+        assert page.locator("#option-adapter-rank input").input_value() != "4"
+        person.tab("adapter")
+        person.choose("adapter-path", "/etc/passwd")
+        person.says("adapter-report", "is outside of")
+
+    def test_a_caption_stays_with_its_photo_when_another_folder_comes(self, person: Person, room: Path):
+        """A caption is saved for the photo for which it was typed, even if the page shows another folder by then."""
+        for name, colour in (("A", "red"), ("B", "blue")):
+            (room / name).mkdir()
+            Image.new("RGB", (64, 64), colour).save(room / name / "00.png")
+        person.tab("photos")
+        field = person.page.locator("textarea[data-photo='00.png']")
+        person.choose("photos-folder", room / "A")
+        field.wait_for()
+        field.fill("written for A")
+        person.choose("photos-folder", room / "B")
+        person.page.locator(f"textarea[data-file='{room}/B/00.png']").wait_for()
+        assert field.input_value() == ""
+        assert person.page.locator(".lk-save").is_hidden()
+        person.choose("photos-folder", room / "A")
+        person.page.locator(f"textarea[data-file='{room}/A/00.png']").wait_for()
+        assert field.input_value() == "written for A"
+        # The field names the other folder, but the page still shows the cards of the first one.
+        person.page.locator("#photos-folder input").fill(str(room / "B"))
+        person.page.locator(".lk-save").click()
+        person.page.locator(f"textarea[data-file='{room}/B/00.png']").wait_for()
+        person.says("photos-caption-message", "Caption of A/00.png saved.")
+        assert (room / "A" / "00.txt").read_text() == "written for A\n" and not (room / "B" / "00.txt").exists()
+
+    def test_an_upload_clears_the_refusal_of_an_older_folder_at_once(self, person: Person, room: Path):
+        page = person.page
+        person.tab("photos")
+        person.choose("photos-folder", room / "nowhere")  # opens it; a second answer could come after the upload
+        person.says("photos-summary", "does not exist")
+        page.route("**/run/predict*", lambda route: None)  # the server's answer never comes
+        page.locator("#photos-upload input[type=file]").set_input_files(room / "photos" / "01.png")
+        page.wait_for_function("!document.querySelector('#photos-summary').innerText.trim()")
+        assert page.locator("#photos-summary").inner_text().strip() == ""
 
 
 def test_from_upload_to_a_converted_adapter(person: Person, served, room: Path):
@@ -202,30 +286,34 @@ def compare_and_export(person: Person, run: Path) -> None:
 
 def test_a_run_outlives_the_front_end_and_is_killed_resumed_and_stopped(chromium, front_end, served, room: Path):
     first = front_end(room)
-    person = Person(chromium, first.address)
-    person.tab("train")
-    person.choose("option-data-folder", room / "photos")
-    person.fill("data.name", "sks toy")
-    person.page.locator("#train-options > button").click()
-    person.page.locator("#option-train-prior input[value=none]").check()
-    person.answer(train__steps=50_000, train__batch_size=1, sample__steps=1, train__save_every=5, train__holdout=0)
-    name = person.start()
+    options = {"train.steps": 50_000, "train.batch_size": 1, "train.prior": "none", "train.holdout": 0,
+               "train.save_every": 5, "sample.steps": 1}  # fmt: skip
+    name = ask(first.address, "start", str(room / "photos"), "sks toy", "pocket", "balanced", options)["run"]
     run = room / "runs" / name
-    person.sees("running")
-    wait_for(lambda: run_folder.read(run).step >= 10 and list(run.glob("checkpoints/*/complete")))
-    # While the run is suspended, the first front end, a second one and a second browser show the same step.
+    wait_for(lambda: list(run.glob("checkpoints/*/complete")) and run_folder.read(run).step >= 10)
+    # While the run is suspended, the front end that started it, another one and two browsers show the same step.
     with suspended(run_folder.read(run).pid):
         step = str(run_folder.read(run).step)
-        person.sees("running", step)
-        sees_buttons(person, visible=("run-save-now", "run-sample-now", "run-notify"), hidden=("run-delete",))
+        answer = ask(first.address, "run", name)
+        assert (answer["state"], str(answer["step"])) == ("running", step)
         first.stop()
-        person.open(served.address)
+        person = Person(chromium, served.address)
         person.tab("runs")
         person.sees("running", step)
         assert person.page.locator("[data-run][aria-current]").get_attribute("data-run") == name
-        other = Person(chromium, served.address, locale="zh-TW")
+        sees_buttons(person, visible=("run-save-now", "run-sample-now", "run-notify"), hidden=("run-delete",))
+        # Each run of the list can be opened.
+        oldest = min(person.runs())
+        person.page.locator(f'[data-run="{oldest}"]').click()
+        person.page.locator("#run-status h2").get_by_text(oldest).wait_for()
+        person.page.wait_for_url(lambda url: "tab=runs" in url and f"run={oldest}" in url)
+        # The address is a link to that run and works in another browser.
+        other = Person(chromium, person.page.url, locale="zh-TW")
+        other.page.locator("#run-status h2").get_by_text(oldest).wait_for()
+        for browser in (person, other):
+            browser.page.locator(f'[data-run="{name}"]').click()
+            browser.sees("running", step)
         other.page.get_by_role("tab", name="執行紀錄", exact=True).click()
-        other.sees("running", step)
         other.page.locator("#run-status").get_by_text("執行中", exact=True).wait_for()
     # The front end that started the run has ended, and the run continues. The log stays scrolled to its end.
     wait_for(lambda: run_folder.read(run).step > int(step))
@@ -249,19 +337,22 @@ def test_a_run_outlives_the_front_end_and_is_killed_resumed_and_stopped(chromium
     assert inspect.inspect(run / stopped.adapter).trigger == "sks toy"
     person.page.locator("#run-resume").wait_for()
     sees_buttons(person, visible=("run-delete",), hidden=("run-save-now", "run-sample-now", "run-notify"))
-    # Each run of the list can be opened.
-    oldest = min(person.runs())
-    person.page.locator(f'[data-run="{oldest}"]').click()
-    person.page.locator("#run-status h2").get_by_text(oldest).wait_for()
-    person.page.wait_for_url(lambda url: "tab=runs" in url and f"run={oldest}" in url)
-    # The address is a link to that run and works in another browser.
-    other.open(person.page.url)
-    other.page.locator("#run-status h2").get_by_text(oldest).wait_for()
+    for browser in (person, other):
+        browser.context.close()
+
+
+def ask(address: str, name: str, *values: object) -> Any:
+    """Return the answer of an endpoint for other programs."""
+    data = json.dumps({"data": values}).encode()
+    request = urllib.request.Request(f"{address}/gradio_api/run/{name}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["data"][0]
 
 
 def sees_buttons(person: Person, *, visible: tuple[str, ...], hidden: tuple[str, ...]) -> None:
     """Open "Settings, notes and more" of a run, and check which buttons are visible."""
-    person.page.locator("#run-tools > button").click()
+    if not person.page.locator("#run-tools > button.open").count():
+        person.page.locator("#run-tools > button").click()
     for name in visible:
         person.page.locator(f"#{name}").wait_for()
     for name in hidden:
@@ -276,90 +367,6 @@ def suspended(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-def test_a_caption_stays_with_its_photo_when_another_folder_comes(person: Person, room: Path):
-    """A caption is saved for the photo for which it was typed, even if the page shows another folder by then."""
-    for name, colour in (("A", "red"), ("B", "blue")):
-        (room / name).mkdir()
-        Image.new("RGB", (64, 64), colour).save(room / name / "00.png")
-    field = person.page.locator("textarea[data-photo='00.png']")
-    person.choose("photos-folder", room / "A")
-    field.wait_for()
-    field.fill("written for A")
-    person.choose("photos-folder", room / "B")
-    person.page.locator(f"textarea[data-file='{room}/B/00.png']").wait_for()
-    assert field.input_value() == ""
-    assert person.page.locator(".lk-save").is_hidden()
-    person.choose("photos-folder", room / "A")
-    person.page.locator(f"textarea[data-file='{room}/A/00.png']").wait_for()
-    assert field.input_value() == "written for A"
-    # The field names the other folder, but the page still shows the cards of the first one.
-    person.page.locator("#photos-folder input").fill(str(room / "B"))
-    person.page.locator(".lk-save").click()
-    person.page.locator(f"textarea[data-file='{room}/B/00.png']").wait_for()
-    person.says("photos-caption-message", "Caption of A/00.png saved.")
-    assert (room / "A" / "00.txt").read_text() == "written for A\n" and not (room / "B" / "00.txt").exists()
-
-
-def test_an_upload_clears_the_refusal_of_an_older_folder_at_once(person: Person, room: Path):
-    page = person.page
-    person.choose("photos-folder", room / "nowhere")  # opens it; a second answer could come after the upload
-    person.says("photos-summary", "does not exist")
-    page.route("**/queue/join*", lambda route: None)  # the server's answer never comes
-    page.locator("#photos-upload input[type=file]").set_input_files(room / "photos" / "01.png")
-    page.wait_for_function("!document.querySelector('#photos-summary').innerText.trim()")
-    assert page.locator("#photos-summary").inner_text().strip() == ""
-
-
-def test_errors_are_shown_at_their_fields(person: Person, served, room: Path):
-    page = person.page
-    for path, message in (
-        (room / "empty", "0 images in"),
-        (room.parent, "is outside of"),
-        (room / "nowhere", "does not exist"),
-    ):
-        person.choose("photos-folder", path)
-        page.locator("#photos-open").click()
-        person.says("photos-summary", message)
-    (room / "large.jpg").write_bytes(b"\xff" * 1_100_000)
-    page.locator("#photos-upload input[type=file]").set_input_files(room / "large.jpg")
-    page.get_by_text("exceed the maximum allowed size").first.wait_for()
-    person.tab("train")
-    person.choose("option-data-folder", room / "photos")
-    person.fill("data.name", "sks toy")
-    person.says("train-plan", "14 to train on")
-    page.locator("#train-options > button").click()
-    person.fill("adapter.rank", "0")
-    person.says("option-adapter-rank", "must be between 1 and 1024")
-    person.says("train-plan", "must be between 1 and 1024")
-    assert page.locator("#train-start").is_disabled()
-    person.fill("adapter.rank", "4")
-    person.says("option-adapter-rank", "Changed from the preset")
-    person.says("train-changed", "Rank: 8 → 4")
-    # A reload restores the answers and opens the same page.
-    person.open(page.url)
-    page.locator("#option-data-name").wait_for()
-    page.wait_for_function("document.querySelector('#option-data-name :is(input, textarea)').value === 'sks toy'")
-    page.locator("#train-options > button").click()
-    person.says("train-changed", "Rank: 8 → 4")
-    person.says("train-plan", "rank 4")
-    person.choose("option-model-base", room / "photos")
-    person.says("option-model-base", "model_index.json")
-    person.choose("option-model-base", "pocket")
-    person.choose("option-data-folder", room / "empty")
-    person.says("train-plan", "0 images in")
-    # The page shows the changes of a preset before it is applied.
-    page.locator("#preset input").click()
-    page.get_by_role("option", name="style-sdxl", exact=True).click()
-    person.says("preset-difference", "Rank")
-    assert page.locator("#option-adapter-rank input").input_value() == "4"
-    page.locator("#preset-apply").click()
-    person.says("preset-difference", "The preset changes nothing.")
-    assert page.locator("#option-adapter-rank input").input_value() != "4"
-    person.tab("adapter")
-    person.choose("adapter-path", "/etc/passwd")
-    person.says("adapter-report", "is outside of")
 
 
 def test_each_page_works_with_the_keyboard_and_fits_a_phone(chromium, served, room: Path):
@@ -391,15 +398,24 @@ def missed_by_keyboard(page, name: str) -> set[str]:
     page.keyboard.press("Enter")
     reachable = set(page.evaluate(REACHABLE))
     assert reachable, name
-    reached = set()
-    for _ in range(3 * len(reachable) + 10):
-        page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.dataset.reach"))
-    return reachable - reached
+    missed, presses = reachable, 0
+    while missed and presses < 3 * len(reachable) + 10:
+        batch = max(5, len(missed))
+        for _ in range(batch):
+            page.keyboard.press("Tab")
+        presses += batch
+        missed = reachable - set(page.evaluate("window.reached"))
+    return missed
 
 
-# Marks all elements of the open page that a user can operate, and returns the marks.
+# Marks all elements of the open page that a user can operate, and returns the marks. From then on, `reached` has the
+# marks of the elements that get the focus.
 REACHABLE = """() => {
+  if (!window.reached) {
+    document.addEventListener('focusin', ({target}) => window.reached.push(target.dataset.reach ?? ''));
+  }
+  window.reached = [];
+  document.querySelectorAll('[data-reach]').forEach((one) => one.removeAttribute('data-reach'));
   const shown = [...document.querySelectorAll('#pages :is(button, input, textarea, select, summary)')].filter(
     (one) => one.checkVisibility({visibilityProperty: true}) && !one.disabled && one.type !== 'file'
       && one.tabIndex >= 0 && !(one.type === 'radio' && !one.checked));

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import open_page
 from PIL import Image
 from waiting import REQUEST_SECONDS, SECONDS
 
@@ -99,6 +100,7 @@ def gate(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[thre
     captions = {"captions": {}, "had_one": 3, "failed": {}, "stopped": False}
     monkeypatch.setattr(checks, "check", slowly(checks.check))
     monkeypatch.setattr(quickstart, "must_be_fetched", lambda name, vae=False: name == "owner/name")
+    monkeypatch.setattr(commands.EXPORTER, "prepare", lambda: None)  # `export` below starts no process
     monkeypatch.setattr(commands, "fetch", slowly(lambda *arguments, **more: None))
     monkeypatch.setattr(commands, "export", slowly(lambda *arguments, **more: [file]))
     monkeypatch.setattr(commands, "caption", slowly(lambda *arguments, **more: captions))
@@ -110,8 +112,6 @@ def gate(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[thre
 def test_a_browser_shows_long_work_without_a_long_request(chromium: Any, workspace: Workspace, gate: threading.Event):
     root, lengths = workspace.roots.paths[0], dict[str, float]()
     server = app.serve(workspace, app.parser().parse_args([]), block=False)
-    page = chromium.new_context(locale="en-US", viewport={"width": 1280, "height": 900}).new_page()
-    page.set_default_timeout(1000 * SECONDS)
 
     def record(request: Any) -> None:
         lengths[request.url] = max(lengths.get(request.url, 0.0), request.timing["responseEnd"])
@@ -123,10 +123,8 @@ def test_a_browser_shows_long_work_without_a_long_request(chromium: Any, workspa
     def wait_for_line(element: str, text: str | re.Pattern[str] = "Working") -> None:
         page.locator(f"#{element}").get_by_text(text).first.wait_for()
 
-    page.on("requestfinished", record)
+    page = open_page(chromium, server.address, {"requestfinished": record})
     try:
-        page.goto(server.address)
-        page.locator("body[data-ready]").wait_for()
         choose("photos-folder", root / "photos")
         page.locator("#photos-cards .lk-card").first.wait_for()
         # The check shows either the number of its photo or the seconds of its work.

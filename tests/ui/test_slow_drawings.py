@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from browser import load, open_page
 from PIL import Image
 from waiting import REQUEST_SECONDS, SECONDS, wait_for
 
@@ -30,13 +31,16 @@ pytestmark = pytest.mark.slow
 LONGEST, LONGER = 1000 * REQUEST_SECONDS, r" … ([6-9]|\d\d) s"
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """A run with pictures and a checkpoint. No worker runs: the test is the worker."""
-    monkeypatch.setattr(Queue, "start", lambda queue: None)
-    workspace = Workspace(tmp_path / "runs", [tmp_path])
-    run_with_pictures(workspace, tmp_path, {step: [picture("a toy")] for step in (0, 4)}, ["a toy"])
-    return workspace
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A run with pictures and a checkpoint. No worker runs: the test is the worker. No process converts adapters."""
+    folder = tmp_path_factory.mktemp("drawings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Queue, "start", lambda queue: None)
+        patch.setattr(commands.EXPORTER, "prepare", lambda: None)
+        workspace = Workspace(folder / "runs", [folder])
+        run_with_pictures(workspace, folder, {step: [picture("a toy")] for step in (0, 4)}, ["a toy"])
+        yield workspace
 
 
 def picture(prompt: str) -> Image.Image:
@@ -92,12 +96,8 @@ class Page:
     """A browser that shows the front end, and the length of the longest request so far."""
 
     def __init__(self, chromium: Any, address: str):
-        self.page = chromium.new_context(locale="en-US", viewport={"width": 1280, "height": 900}).new_page()
-        self.page.set_default_timeout(1000 * SECONDS)
         self.longest, self.request = 0.0, ""
-        self.page.on("requestfinished", self._record)
-        self.page.goto(address)
-        self.page.locator("body[data-ready]").wait_for()
+        self.page = open_page(chromium, address, {"requestfinished": self._record})
 
     def _record(self, request: Any) -> None:
         if request.timing["responseEnd"] > self.longest:
@@ -110,8 +110,9 @@ class Page:
         self.page.locator(f"#{element}").get_by_text(re.compile(text)).first.wait_for()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(chromium: Any, workspace: Workspace) -> Iterator[Page]:
+    """The page of both tests."""
     server = app.serve(workspace, app.parser().parse_args([]), block=False)
     page = Page(chromium, server.address)
     yield page
@@ -159,8 +160,7 @@ def test_a_trial(page: Page, workspace: Workspace, monkeypatch: pytest.MonkeyPat
     page.page.locator("#try-pictures img").first.wait_for()
     # A browser that comes later waits for the pictures too.
     with blocked(monkeypatch, workspace.thumbnails, "get", workspace.thumbnails.get, "/tries/"):
-        page.page.reload()
-        page.page.locator("body[data-ready]").wait_for()
+        load(page.page, page.page.url)
         page.tab(4)
         page.says("try-pictures", "Working: 1 of 1" + LONGER)
     page.page.locator("#try-pictures img").first.wait_for()
