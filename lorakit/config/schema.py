@@ -455,6 +455,7 @@ class Config:
 
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Config))
+DEFAULTS = Config()
 # Error messages that are used before a run, and again where parts of lorakit are used without a run.
 DEVICE_MISSING = (
     "memory.device = {device!r}: torch {version} finds no such device here; "
@@ -474,7 +475,7 @@ def section_type(section: str, method: str = "lora") -> type:
     """The dataclass of a section; `adapter` is a tagged union on `method`."""
     if section == "adapter":
         return ADAPTER_SECTIONS[method]
-    return type(getattr(Config(), section))
+    return type(getattr(DEFAULTS, section))
 
 
 @functools.cache
