@@ -23,7 +23,7 @@ from lorakit.formats import compatibility, verify
 from lorakit.formats.edit.merge_folder import merge_folder
 from lorakit.training import selfcheck
 
-pytestmark = pytest.mark.usefixtures("short_validation")
+pytestmark = pytest.mark.usefixtures("short_validation", "copied_modules")
 
 METHOD = '''
 """LoRA-FA (arXiv 2308.03303): A stays as it was drawn, B is trained."""
@@ -186,8 +186,10 @@ def lorakit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return run
 
 
-def check_train_export_inspect(lorakit: Callable[..., str], place: Path, to: str, **options: str) -> dict[str, str]:
-    """Run the four commands with two steps on the bundled base.
+def check_train_export_inspect(
+    lorakit: Callable[..., str], base: Path, place: Path, to: str, **options: str
+) -> dict[str, str]:
+    """Run the four commands with two steps on a tiny base.
 
     Return the plan, and the output of `inspect` for the trained and the exported adapter.
     """
@@ -196,7 +198,7 @@ def check_train_export_inspect(lorakit: Callable[..., str], place: Path, to: str
     settings = {"data.name": "sks toy", "data.resolution": "64", "train.steps": "2", "sample.steps": "1", **options}
     settings |= {"memory.device": "cpu", "sample.prompts": "a toy", "output.dtype": "fp32", "sample.every": "2"}
     settings |= {"sample.at_start": "false", "sample.at_end": "false", "train.validate_at_end": "false"}
-    settings |= {"train.validate_every": "2"}
+    settings |= {"train.validate_every": "2", "model.base": str(base)}
     settings |= {"adapter.target_modules": "attention", "adapter.train_text_encoder": "false", "train.batch_size": "1"}
     common = [word for name, value in settings.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
     plan = lorakit("check", photos, *common)
@@ -211,13 +213,16 @@ def check_train_export_inspect(lorakit: Callable[..., str], place: Path, to: str
 def test_a_method_is_one_file_and_one_line(
     module: Callable[[str, str], None],
     lorakit: Callable[..., str],
+    tiny_sd1: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module("lora_fa", METHOD)
     spec = MethodSpec("lora_fa:METHOD", "lora_fa:trained_weights", section="lora_fa:Section", begins_from_base=True)
     monkeypatch.setitem(registry.METHODS.own, "lora_fa", spec)
-    output = check_train_export_inspect(lorakit, tmp_path, "diffusers", adapter__method="lora_fa", adapter__rank="4")
+    output = check_train_export_inspect(
+        lorakit, tiny_sd1, tmp_path, "diffusers", adapter__method="lora_fa", adapter__rank="4"
+    )
     assert "adapter: lora_fa, unet" in output["plan"]
     assert "lora_fa" in output["trained"] and "lora_fa" in output["exported"]
     with pytest.raises(ConfigError, match=r"train\.init_from makes no sense with adapter\.method = 'lora_fa'"):
@@ -294,10 +299,10 @@ def test_a_method_with_a_wrong_spec_fails(
 
 @pytest.mark.slow
 def test_a_method_with_its_own_layers_is_one_file_and_one_line(
-    column_scale: Callable[[MethodSpec], None], lorakit: Callable[..., str], tmp_path: Path
+    column_scale: Callable[[MethodSpec], None], lorakit: Callable[..., str], tiny_sd1: Path, tmp_path: Path
 ) -> None:
     column_scale(OWN_SPEC)
-    output = check_train_export_inspect(lorakit, tmp_path, "kohya", adapter__method="column_scale")
+    output = check_train_export_inspect(lorakit, tiny_sd1, tmp_path, "kohya", adapter__method="column_scale")
     assert "adapter: column_scale, unet" in output["plan"]
     assert "column_scale" in output["trained"] and "column_scale" in output["exported"]
 
@@ -306,6 +311,7 @@ def test_a_method_with_its_own_layers_is_one_file_and_one_line(
 def test_an_optimizer_is_one_function_and_one_line(
     module: Callable[[str, str], None],
     lorakit: Callable[..., str],
+    tiny_sd1: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -314,7 +320,7 @@ def test_an_optimizer_is_one_function_and_one_line(
     monkeypatch.setitem(registry.OPTIMIZERS.own, "momentum_sgd", spec)
     options = {"optimizer__name": "momentum_sgd", "optimizer__args__nesterov": "true", "adapter__rank": "4"}
     options |= {"optimizer__learning_rate": "0.1", "optimizer__warmup_steps": "0"}  # two steps of SGD
-    output = check_train_export_inspect(lorakit, tmp_path, "diffusers", **options)
+    output = check_train_export_inspect(lorakit, tiny_sd1, tmp_path, "diffusers", **options)
     assert "ss_optimizer = momentum_sgd" in output["trained"]
     assert "bytes of state" not in output["plan"]
 
@@ -323,12 +329,15 @@ def test_an_optimizer_is_one_function_and_one_line(
 def test_a_format_is_one_file_and_one_line(
     module: Callable[[str, str], None],
     lorakit: Callable[..., str],
+    tiny_sd1: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module("plain_format", FORMAT)
     monkeypatch.setitem(registry.FORMATS.own, "plain", "plain_format:SPEC")
-    output = check_train_export_inspect(lorakit, tmp_path, "kohya", output__formats="plain", adapter__rank="4")
+    output = check_train_export_inspect(
+        lorakit, tiny_sd1, tmp_path, "kohya", output__formats="plain", adapter__rank="4"
+    )
     assert "plain, F32" in output["trained"] and "kohya, F16" in output["exported"]
     assert json.loads(lorakit("check", tmp_path / "photos", "--json", *CHECK, "--set", "output.formats=plain"))["plan"]
 
