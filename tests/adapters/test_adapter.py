@@ -49,8 +49,10 @@ def test_another_seed_gives_other_weights(sd1: Any, attach: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("name", "text"), [("sd1", False), ("sd1", True), ("sdxl", True)])
+@pytest.mark.parametrize(
+    ("name", "text", "method"),
+    [("sd1", False, "lora"), ("sd1", True, "lora"), *(("sdxl", True, method) for method in METHODS)],
+)
 def test_every_reported_layer_learns_with_and_without_checkpointing(
     request: pytest.FixtureRequest, attach: Any, name: str, method: str, text: bool
 ) -> None:
@@ -95,8 +97,9 @@ def test_gradients_are_the_same_with_checkpointing_and_blocks_run_twice(sd1: Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", torch.float32), *((method, torch.bfloat16) for method in METHODS)]
+)
 def test_the_base_keeps_its_precision_and_the_adapter_float32(tiny_sd1: Path, method: str, dtype: torch.dtype) -> None:
     family = new_base(tiny_sd1, dtype)
     config = METHODS[method](rank=2, target_modules="linear+conv", train_text_encoder=True)

@@ -22,8 +22,9 @@ TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize(
+    ("name", "method"), [*(("sd1", method) for method in METHODS), ("sdxl", "lora"), ("sdxl", "dora")]
+)
 def test_applied_weights_do_what_the_trained_adapter_did(
     request: pytest.FixtureRequest, attach: Any, name: str, method: str
 ) -> None:

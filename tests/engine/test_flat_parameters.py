@@ -166,12 +166,13 @@ def gradients_of(adapter: Any) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in own]
 
 
-CASES = [(method, {}) for method in METHODS] + [("lora", {"train_text_encoder": True, "new_tokens": 2, "alpha": 2.0})]
+TEXT = {"train_text_encoder": True, "new_tokens": 2, "alpha": 2.0}
+CASES = [("tiny_sd1", method, {}) for method in METHODS]
+CASES += [("tiny_sdxl", "lora", {}), *((base, "lora", TEXT) for base in ("tiny_sd1", "tiny_sdxl"))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "more"), CASES)
-@pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sdxl"])
+@pytest.mark.parametrize(("base", "method", "more"), CASES)
 def test_flattening_keeps_an_adapters_gradients_and_names(method: str, more: Any, base: str, request: Any) -> None:
     target = request.getfixturevalue(base)
     config = ADAPTER_SECTIONS[method](method=method, rank=4, **more)
@@ -197,9 +198,15 @@ def test_flattening_keeps_an_adapters_gradients_and_names(method: str, more: Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("modules", ["attention", "linear+conv"])
-@pytest.mark.parametrize("alpha", [4.0, 2.0])
+@pytest.mark.parametrize(
+    ("alpha", "modules", "dtype"),
+    [  # every pair of values
+        (4.0, "attention", torch.bfloat16),
+        (4.0, "linear+conv", torch.float16),
+        (2.0, "attention", torch.float16),
+        (2.0, "linear+conv", torch.bfloat16),
+    ],
+)
 def test_in_half_precision_gradients_equal_autograds(
     tiny_sd1: Any, dtype: torch.dtype, modules: Any, alpha: float
 ) -> None:

@@ -221,9 +221,9 @@ def test_a_quantized_base_has_the_predicted_size_and_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "config", [LoraConfig(rank=4, target_modules="linear+conv"), LoraConfig(method="dora", rank=4)]
+    ("kind", "config"),
+    [("nf4", LoraConfig(rank=4, target_modules="linear+conv")), ("int8", LoraConfig(method="dora", rank=4))],
 )
 def test_an_adapter_has_the_gradients_of_the_dequantized_base(tiny_sd1: Path, kind: str, config: LoraConfig) -> None:
     """Gradients equal those of a base with the dequantized weights, also with checkpointing."""
@@ -286,9 +286,9 @@ def test_a_streamed_layer_equals_a_resident_one(kind: str, number: int) -> None:
     assert quantized.requests >= 2 and quantized.bytes_copied == quantized.misses * streamed.weight.storage_nbytes
 
 
-# Each adapter method once, and each storage and precision with the methods whose layers differ most.
-LEARNED = [(method, "full", torch.bfloat16) for method in adapter_methods()]
-LEARNED += [("lora", "full", torch.float32), ("dora", "full", torch.float32)]
+# Each adapter method, storage and precision once; DoRA in half precision with nf4.
+LEARNED = [(method, "full", torch.float32) for method in adapter_methods()]
+LEARNED += [("lora", "full", torch.bfloat16)]
 LEARNED += [("lora", "int8", torch.float32), ("dora", "nf4", torch.bfloat16)]
 
 
@@ -381,7 +381,7 @@ def test_a_streamed_weight_cannot_be_changed() -> None:
         layer.weight += 1
 
 
-WIDTH = 512
+WIDTH = 256
 
 
 @pytest.mark.gpu
