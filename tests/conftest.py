@@ -3,8 +3,11 @@
 import contextlib
 import gc
 import importlib
+import itertools
 import os
 import pkgutil
+import re
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a waiting thread of a test with two threads must not use a core
@@ -77,6 +80,8 @@ LONGEST = (
 )
 
 COUNTED = pytest.StashKey[bool]()
+IMPORTED = pytest.StashKey[int]()  # number of imported modules that garbage collection skips
+NUMBERS = itertools.count()
 FOREIGN = (
     "peft",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
@@ -131,19 +136,34 @@ def pytest_collection_finish(session: pytest.Session) -> None:
                 with contextlib.suppress(ImportError):
                     importlib.import_module(module.name)
     gc.freeze()  # without a collection before, which takes a second and frees little
+    session.stash[IMPORTED] = len(sys.modules)
     gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if nextitem is not None and nextitem.path != item.path:
-        set_imports_aside()
+        set_imports_aside(item.session)
 
 
-def set_imports_aside() -> None:
-    """Exclude imported modules from garbage collection: each collection in a run took 0.3 to 0.7 s."""
-    gc.collect()
-    gc.freeze()
+def set_imports_aside(session: pytest.Session) -> None:
+    """Exclude imported modules from garbage collection: each collection in a run took 0.3 to 0.7 s.
+
+    Most files import none of their own, and then the full collection is left out.
+    """
+    if len(sys.modules) >= session.stash.get(IMPORTED, 0) + 20:
+        gc.collect()
+        gc.freeze()
+        session.stash[IMPORTED] = len(sys.modules)
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the test. Unlike pytest's own, it has no symbolic link from its name without the number."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.getbasetemp() / f"{name}{next(NUMBERS)}"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 @pytest.fixture(scope="session")
