@@ -178,12 +178,16 @@ def _guard(args: argparse.Namespace) -> list[Middleware]:
 
 
 def _theme() -> gr.themes.Base:
-    """The theme. It uses the system's fonts, so that the browser downloads none."""
+    """The theme. It uses the system's fonts, so that the browser downloads none.
+
+    It names no font for Chinese or Japanese: the browser takes one of the page's language. A full stop after Latin
+    letters has the form of the font.
+    """
     return gr.themes.Base(
         primary_hue="teal",
         neutral_hue="stone",
         radius_size="md",
-        font=["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK TC", "PingFang TC", "sans-serif"],
+        font=["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "sans-serif"],
         font_mono=["ui-monospace", "Cascadia Mono", "Menlo", "monospace"],
     ).set(
         # Gradio's grey has a contrast of 2.6 to 1 on white; text needs 4.5.

@@ -152,3 +152,7 @@ def test_no_script_declares_a_name_of_gradio(server: Server):
     assert not [
         s for s in scripts if re.search(rf"\b(?:const|let|var|function)\s+(?:[\w$, ={{}}]*\b)?({reserved})\b\s*=", s)
     ]
+
+
+def test_no_font_of_one_language_is_named_for_all():
+    assert not re.search(r"(CJK|PingFang|Hiragino|YaHei|JhengHei)", app._theme().font)

@@ -66,6 +66,8 @@ class AdapterPage:
                 allow_custom_value=True,
                 label=t("adapter.others"),
                 info=t("adapter.others_help"),
+                scale=2,
+                min_width=480,
                 elem_id="adapter-others",
             )
             self.convert = gr.Button(t("adapter.convert"), variant="primary", elem_id="adapter-convert")
