@@ -16,7 +16,7 @@ from lorakit.inference import sampling
 from lorakit.runs.run_folder import RunFolder
 from lorakit.training import run as train
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_validation")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("copied_modules", "unchecked")]
 SUBJECT = "zib"
 TRAINED_SCENES = ("beach", "meadow", "table", "brick")
 NEW_SCENES = ("snow", "city", "underwater")
@@ -59,7 +59,7 @@ def base_share() -> float:
     return share_of_the_subject(None)
 
 
-def trained(photos: Path, folder: Path, **prior: object) -> train.Result:
+def trained(photos: Path, folder: Path, **changes: object) -> train.Result:
     """Train a run that is shorter than the preset's and has a higher learning rate."""
     settings = {
         "data.folder": str(photos),
@@ -67,17 +67,15 @@ def trained(photos: Path, folder: Path, **prior: object) -> train.Result:
         "optimizer.learning_rate": 3e-3,
         "train.steps": 40,
         "train.holdout": 0.0,
-        "train.validate_every": 40,
+        "train.validate_every": 100,
         "train.validate_at_end": False,
         "train.save_every": 40,
-        "sample.every": 40,
+        "sample.every": 100,
         "sample.at_start": False,
         "sample.at_end": False,
-        "sample.prompts": ("a photo of a sks toy",),
-        "sample.steps": 2,
         "output.folder": str(folder),
     }
-    settings |= {f"train.{name}": value for name, value in prior.items()}
+    settings |= {f"train.{name}": value for name, value in changes.items()}
     return train.train(config.load("subject-pocket", settings))
 
 
@@ -94,10 +92,10 @@ def test_the_subject_is_learned_with_its_trigger_and_the_loss_goes_down(photos, 
 def test_a_broken_trainer_teaches_nothing(photos, base_share, tmp_path, monkeypatch):
     """Each picture of a batch gets its neighbour's target. The run ends without an error and learns nothing.
 
-    It has no prior, so that the prior cannot be the reason.
+    It has no prior, so that the prior cannot be the reason. With the right targets, this run's share is 1.
     """
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     right = VPrediction.target  # the bundled base has v-prediction
     monkeypatch.setattr(VPrediction, "target", lambda *arguments: right(*arguments).roll(1, 0))
-    result = trained(photos, tmp_path / "run", prior="none")
+    result = trained(photos, tmp_path / "run", prior="none", batch_size=4)
     assert share_of_the_subject(result.adapter) < base_share + LUCK
