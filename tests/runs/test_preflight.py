@@ -320,12 +320,12 @@ def test_check_train_and_the_front_end_give_one_answer(
     folders = [str(good), str(good), str(good), str(broken), str(sides), str(here / "nowhere")]
     (here / "some.safetensors").write_bytes(b"no adapter")
     accepted = 0
-    for requests in answers(random.Random(13), bases, folders, 150):
+    for requests in answers(random.Random(2), bases, folders, 75):
         train = answer_of_train(requests)
         assert answer_of_check(requests, here, capsys) == train, requests
         assert answer_of_page(requests) == train, requests
         accepted += train[0]
-    assert 15 < accepted < 135, "both answers were given often"
+    assert 7 < accepted < 68, "both answers were given often"
 
 
 @pytest.fixture
