@@ -340,12 +340,12 @@ def test_biases_of_peft_are_scaled_as_the_factors_are(tmp_path):
 REFUSED = {
     "tensors of no method that lorakit reads: 1, e.g. .*hra_u": parts(hra_u=(4, 120)),
     "tensors of no method that lorakit reads: 1, e.g. .*scale": LORA | parts(scale=()),
-    "of no part that lorakit reads, e.g. .*to_q.bias": {
+    "of no part that lorakit reads: [12], e.g. .*to_q.bias": {
         f"{DOTTED}.lora_A.weight": (4, 64),
         f"{DOTTED}.bias": (64,),
         f"{DOTTED}.lora_B.weight": (64, 4),
     },
-    "of no part that lorakit reads, e.g. .*lora_A.one": {
+    "of no part that lorakit reads: [12], e.g. .*lora_A.one": {
         f"{DOTTED}.lora_{s}.{n}.weight": (64, 64) for s in "AB" for n in ("one", "two")
     },
 }

@@ -175,7 +175,7 @@ def test_weights_that_lack_tensors_are_refused(blip, tmp_path):
     weights = load_file(other / "model.safetensors")
     del weights["text_decoder.bert.embeddings.word_embeddings.weight"]
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LorakitError, match=r"its weights lack \d+ tensors, such as text_decoder"):
+    with pytest.raises(LorakitError, match=r"its weights lack tensors, such as text_decoder.* \(1 in all\)"):
         image_text.load(other, CaptionOptions(), CPU)
 
 

@@ -102,7 +102,7 @@ def test_a_long_list_is_cut_and_counted(tools, folder):
         Image.new("RGB", (8, 8)).save(folder / f"x{number}.png")
         (folder / f"x{number}.txt").write_text("grass & <b>")
     message, table, _ = tools.preview(str(folder), Change("replace", "grass", "lawn"), None, SAY)
-    assert f"{ROWS + 2} captions" in message and "and 2 more" in table and "lawn &amp; &lt;b&gt;" in table
+    assert f"change: {ROWS + 2}." in message and "and 2 more" in table and "lawn &amp; &lt;b&gt;" in table
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_folders_are_added_with_name_and_weight_and_taken_away(workspace: Worksp
     with gr.Blocks():
         part, page = ConceptFolders(workspace, T), PhotosPage(workspace, T)
     message, lines = part.add("", cats, " zib  cat ", 3.0, SAY)
-    assert "zib cat: 1 photos." in message and lines == f'{{"3_zib cat" = "{cats}"}}'
+    assert "zib cat: photos added: 1." in message and lines == f'{{"3_zib cat" = "{cats}"}}'
     for path, name, problem in (
         (cats, "Zib cat", "already has the name Zib cat"),
         ("", "x", "Enter a folder"),
@@ -133,7 +133,7 @@ def test_folders_are_added_with_name_and_weight_and_taken_away(workspace: Worksp
         assert problem in message and same == lines
     config = config_of(workspace, more_folders=lines, concepts="folders", name="sks toy")
     summary, cards, *_, table = page.show(str(workspace.roots.paths[0]), 0, config, SAY)
-    assert "3 photos" in summary and 'data-exclude="3_zib cat/a.png"' in cards
+    assert "Photos: 3" in summary and 'data-exclude="3_zib cat/a.png"' in cards
     assert " ".join(re.sub("<[^>]*>", " ", table).split()) == (
         "Name Weight Photos Folder on this machine sks toy × 1 2 toys zib cat × 3 1 cats Remove"
     )
