@@ -16,7 +16,7 @@ import json
 import logging
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorakit import adapters, config
 from lorakit.adapters import targets
@@ -36,7 +37,7 @@ from lorakit.families import tiled_vae
 from lorakit.runs import memory_estimate, plan
 from lorakit.training.optimizer_step import OptimizerStep
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 # Name, resolution, batch, target modules, gradient checkpointing, storage of the base (and "streamed" if it is).
 # A number for gradient checkpointing is a memory limit in GiB, which decides how many blocks use it.
 CASES = [
@@ -75,6 +76,10 @@ VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
+
+# Width, layers and activation function of the text encoders. The last output is not counted, nor its projection.
+CLIP_L, OPEN_CLIP_H, OPEN_CLIP_G = (768, 12, "quick_gelu"), (1024, 23, "gelu"), (1280, 32, "gelu")
+TEXT_ENCODERS = {"sd15": [CLIP_L], "sd21": [OPEN_CLIP_H], "sdxl": [CLIP_L, OPEN_CLIP_G]}
 
 
 @dataclass
@@ -157,6 +162,12 @@ def main() -> None:
         for what, count in encoding(side).items():
             print(f"autoencoder, {what} {side} px: {count / GIB:.2f} GiB, {count / side**2:.0f} bytes a pixel")
             rows.append({"name": f"{what} {side} px", "value": count / GIB, "unit": "GiB", "ratio": None})
+    for name, modules in [(name, modules) for name in TEXT_ENCODERS for modules in ("attention", "linear")]:
+        counted, predicted = reading(name, run_config(512, 1, modules, False, "full"))
+        print(f"{name}, {modules}: a text takes {counted / MIB:.1f} MiB, predicted {predicted / MIB:.1f}")
+        rows.append(
+            {"name": f"text, {name}, {modules}", "value": counted / MIB, "unit": "MiB", "ratio": predicted / counted}
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
@@ -190,7 +201,7 @@ def predict(name: str, settings: config.Config) -> int:
 
 def outlined(name: str, settings: config.Config) -> tuple[Any, dict[str, tuple[int, int]]]:
     """Return the facts of a base on which its memory depends, and component -> (adapted layers, trained weights)."""
-    family = {"sd15": "sd1"}.get(name, name)
+    family = {"sd15": "sd1", "sd21": "sd2"}.get(name, name)
     info = SimpleNamespace(family=family, layers=layers(name), downscale=8, text_tokens=77, bytes={})
     selected = targets.select(info.family, info.layers, settings.adapter.target_modules, False)
     return info, plan.count_weights(selected, info.layers, settings.adapter)
@@ -221,6 +232,54 @@ def encoding(side: int) -> dict[str, int]:
                     (vae.encode if what == "encoding" else vae.decode)(picture)
                 peaks[f"{what}{strip}"] = live.peak - before
     return peaks
+
+
+def reading(name: str, settings: config.Config) -> tuple[int, int]:
+    """Return the bytes that trained text encoders save for the backward pass for each text: counted and predicted."""
+    settings = replace(settings, adapter=replace(settings.adapter, train_text_encoder=True))
+    dtype = devices.PRECISIONS[settings.memory.mixed_precision]
+    encoders = {}
+    for number, (width, depth, activation) in enumerate(TEXT_ENCODERS[name]):
+        shape = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=width // 64,
+            hidden_act=activation,
+        )
+        with torch.device("meta"):
+            encoders["text_encoder" + "_2" * number] = CLIPTextModel(shape).to(dtype).eval().requires_grad_(False)
+    info, _ = outlined(name, settings)
+    info.layers |= {
+        canonical(key, path): tuple(layer.weight.shape)
+        for key, encoder in encoders.items()
+        for path, layer in encoder.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    unet = outline(name, settings, dtype)
+    family = SimpleNamespace(
+        info=info, denoiser=unet, text_encoders=encoders, plain=False, modules=lambda: {"unet": unet, **encoders}
+    )
+    adapters.attach(family, settings.adapter)
+    counted = 0
+    with fake(), common.attention_as_on_a_card():
+        for encoder in encoders.values():
+            del encoder.get_submodule("embeddings").position_ids  # a buffer on the meta device
+            give_values(encoder)
+            places, live = torch.arange(77)[None], {}
+            for texts in (1, 2):
+                with Live() as live[texts]:
+                    states = encoder(torch.zeros(texts, 77, dtype=torch.long), position_ids=places)[0]
+                    result = states.sum()
+                    del states
+                    live[texts].peak = live[texts].now
+                    del result
+            counted += live[2].peak - live[1].peak
+    selected = targets.select(info.family, info.layers, settings.adapter.target_modules, True)
+    modules = plan.count_weights(selected, info.layers, settings.adapter)
+    without = {key: value for key, value in modules.items() if key == "unet"}
+    predicted = [memory_estimate.training(settings, info, each, "cuda")["activations"] for each in (modules, without)]
+    return counted, predicted[0] - predicted[1]
 
 
 def measure(name: str, settings: config.Config, *, real: bool = False) -> dict[str, int]:
@@ -301,7 +360,7 @@ def give_values(module: Any) -> None:
                 part._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
             elif old is not None:
                 part._parameters[name] = torch.nn.Parameter(fill(old), requires_grad=old.requires_grad)
-        assert not [name for name, buffer in part._buffers.items() if buffer is not None], "a UNet has no buffers"
+        assert not [name for name, buffer in part._buffers.items() if buffer is not None], "no buffers are expected"
 
 
 def layers(name: str) -> dict[str, tuple[int, ...]]:

@@ -224,7 +224,7 @@ def attention_problem(candidate: Attention, device: torch.device, dtype: torch.d
 def gradient_checkpointing(family: Family, blocks: Collection[str], *, random: bool = False) -> None:
     """Recompute these blocks of the UNet in the backward pass instead of saving their activations.
 
-    Text encoders are left out: 77 tokens take little memory.
+    Text encoders are left out: docs/memory.md has what a text takes.
 
     Args:
         blocks: their paths in the UNet, see `memory_estimate.recomputed_blocks`.

@@ -31,6 +31,11 @@ SAVE_LESS_FACTORS = {"attention": (1.15, 2.1), "linear": (1.22, 3.2), "linear+co
 SAVE_ALL_FACTORS = {"attention": (1.75, 3.4), "linear": (1.95, 3.4), "linear+conv": (2.05, 3.4)}
 # The same for the outputs of layers that are in no block, and for the inputs of recomputed blocks.
 OUTSIDE, INPUTS = 0.9, 0.6
+# The same for the outputs of a trained text encoder's layers, which save all and are never recomputed. These are of
+# CLIP's quick GELU; a GELU saves less.
+TEXT_FACTORS = {"attention": 1.7, "linear": 2.3, "linear+conv": 2.3}
+# Random texts of `train.text_prior_weight` in a step for each photo.
+RANDOM_TEXTS_A_PHOTO = 2
 # A block that can be recomputed, by its path in the UNet.
 BLOCK = re.compile(r"(?:.+\.)?(?:transformer_blocks|resnets)\.\d+")
 # Share of the window of streamed weights that is filled at the peak: where pictures are largest weights are smallest.
@@ -66,13 +71,13 @@ def training(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, in
     return {
         "base": rest["base"],
         "adapter and optimizer": rest["adapter and optimizer"],
-        "activations": _activations(config, _blocks(config, info), device, recomputed),
+        "activations": _activations(config, _blocks(config, info), device, recomputed) + rest["texts"],
         "runtime": rest["runtime"],
     }
 
 
 def _rest(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:
-    """Memory of a training step in addition to the activations."""
+    """Memory of a training step in addition to the activations of the UNet."""
     width = _width(config, device)
     # The text encoders and the VAE leave a GPU once they have run; on a CPU there is nowhere to go.
     base_bytes = _unet(config, info, device)[0]
@@ -90,8 +95,23 @@ def _rest(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]]
         "base": base_bytes,
         # The weight itself, its gradient and its average are float32.
         "adapter and optimizer": round(own),
+        "texts": _text_activations(config, info, modules, device),
         "runtime": round(RUNTIME_BYTES[device]),
     }
+
+
+def _text_activations(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> int:
+    """Bytes that trained text encoders save for the backward pass, if no two texts of a step are equal."""
+    outputs = sum(
+        shape[0]
+        for name, shape in info.layers.items()
+        if (component := name.partition(".")[0]) != "unet" and component in modules and ".layers." in name
+    )
+    tokens = info.text_tokens if registry.family_of(info.family).chunked_texts else info.max_tokens
+    train = config.train
+    texts = train.batch_size * (1 if train.prior == "none" else 2)
+    texts += 1 + RANDOM_TEXTS_A_PHOTO * train.batch_size if train.text_prior_weight else 0
+    return round(TEXT_FACTORS[config.adapter.target_modules] * outputs * tokens * texts * _width(config, device))
 
 
 def peaks(config: Config, info: BaseInfo, modules: Mapping[str, tuple[int, int]], device: str) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.core import rng
+from lorakit.runs.memory_estimate import RANDOM_TEXTS_A_PHOTO
 from lorakit.training.objective import LossTerm
 
 if TYPE_CHECKING:
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from lorakit.families.conditioning import Conditioning
     from lorakit.training.loss_step import LossStep
 
-# Texts whose words are replaced at random, and the texts of a step for each photo.
+# Texts whose words are replaced at random.
 RANDOM_TEXTS = 128
-TEXTS_A_PHOTO = 2
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,13 @@ def random_texts(
 def text_distance(loss_step: LossStep, count: int) -> torch.Tensor:
     """The squared distance of the text encoders' output from the base's, relative to its square, as a mean, a scalar.
 
-    The texts are the empty prompt, by which guidance multiplies, and `TEXTS_A_PHOTO` random ones for each of `count`
-    photos. Hidden states `[B, T, D]` count one by one, as do pooled embeddings `[B, P]`.
+    The texts are the empty prompt, by which guidance multiplies, and `RANDOM_TEXTS_A_PHOTO` random ones for each of
+    `count` photos. Hidden states `[B, T, D]` count one by one, as do pooled embeddings `[B, P]`.
     """
     reference = loss_step.encoded.reference_texts
     assert reference is not None, "text_prior_weight comes with reference texts"
     order, device = loss_step.generators["text order"], loss_step.family.device
-    rows = torch.randint(1, len(reference.conditions), (TEXTS_A_PHOTO * count,), generator=order, device=device)
+    rows = torch.randint(1, len(reference.conditions), (RANDOM_TEXTS_A_PHOTO * count,), generator=order, device=device)
     rows = torch.cat([rows.new_zeros(1), rows])
     now = loss_step.family.encode_tokens([table[rows] for table in reference.tokens], grad=True)
     before = reference.conditions.index(rows)
