@@ -213,11 +213,16 @@ WRONG_DETAILS = {
 
 @pytest.mark.parametrize("details", [None, {}, "x", [1], WRONG_DETAILS], ids=str)
 def test_no_event_of_the_page_fails_without_its_values(server: Server, details: object):
-    """Each event of the page gets no values, no number of which fits, and wrong details."""
+    """Each event of the page gets no values, no number of which fits, and wrong details.
+
+    An event that reads no details answers in one way to all of them, so it gets one kind.
+    """
     with urllib.request.urlopen(f"{server.address}/config") as answer:
         events = json.load(answer)["dependencies"]
+    reads_details = [event for event in events if event["collects_event_data"]]
+    assert reads_details
     failures = []
-    for event in events:
+    for event in events if details is None else reads_details:
         for values in ([], [None] * len(event["inputs"]), ["x"] * (len(event["inputs"]) + 1)):
             body = {"data": values, "fn_index": event["id"], "session_hash": "s", "event_data": details}
             code, text = answer_to(server, f"{PREFIX}/run/predict", json.dumps(body).encode())
