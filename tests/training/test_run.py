@@ -53,13 +53,13 @@ def options(base: Path, photos: Path, folder: Path, **changes: object) -> dict[s
         "data.resolution": 64,
         "adapter.rank": 2,
         "optimizer.learning_rate": 1e-2,
-        "train.steps": 6,
+        "train.steps": 4,
         "train.batch_size": 2,
         "train.prior": "none",
-        "train.save_every": 3,
-        "train.validate_every": 6,
+        "train.save_every": 2,
+        "train.validate_every": 4,
         "train.validate_at_end": False,
-        "sample.every": 6,
+        "sample.every": 4,
         "sample.at_start": False,
         "sample.at_end": False,
         "sample.steps": 2,
@@ -109,7 +109,7 @@ def same_adapter(result: train.Result, other: train.Result) -> bool:
 def test_a_run_gives_a_checked_adapter_and_keeps_the_photos_unchanged(plain):
     result = plain
     assert set(result.exports) == {"kohya", "diffusers", "peft"}
-    assert result.steps == 6 and len(events(result.folder, "step")) == 6
+    assert result.steps == 4 and len(events(result.folder, "step")) == 4
     assert all(finding.passed for finding in result.findings)
     assert {"kohya unet", "diffusers unet", "peft unet"} <= {finding.name for finding in result.findings}
     tensors = load_file(result.adapter)
@@ -117,12 +117,12 @@ def test_a_run_gives_a_checked_adapter_and_keeps_the_photos_unchanged(plain):
     ups = [name for name in tensors if name.endswith("lora_up.weight")]
     assert ups and all(tensors[name].abs().sum() > 0 for name in ups)
     state = json.loads((result.folder / "state.json").read_text(encoding="utf-8"))
-    assert state["state"] == "done" and state["step"] == 6
+    assert state["state"] == "done" and state["step"] == 4
     for name in ("config.toml", "plan.json", "report.html", "report.json", "curves.svg"):
         assert (result.folder / name).stat().st_size > 0, name
-    assert [event["step"] for event in events(result.folder, "sample")] == [0, 6]
+    assert [event["step"] for event in events(result.folder, "sample")] == [0, 4]
     with Image.open(result.exports["kohya"].with_suffix(".png")) as preview:
-        with Image.open(result.folder / "samples" / "step-000006" / "01.png") as last:
+        with Image.open(result.folder / "samples" / "step-000004" / "01.png") as last:
             assert preview.tobytes() == last.tobytes() and "parameters" in last.info
         assert preview.info == {"Software": "lorakit"}, "the prompt is nobody's business"
 
@@ -145,6 +145,7 @@ def test_a_users_preview_stays_and_a_runs_is_replaced(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_a_resolved_config_repeats_the_run_bit_by_bit(plain, photos, tmp_path):
     places = {"data.folder": str(shutil.copytree(photos, tmp_path / "photos")), "output.folder": str(tmp_path / "two")}
     repeat = train.train(config.load(plain.folder / "config.toml", places))
@@ -154,7 +155,7 @@ def test_a_resolved_config_repeats_the_run_bit_by_bit(plain, photos, tmp_path):
 @pytest.mark.slow
 def test_an_effect_as_small_as_rounding_fails_the_check(tiny_sd1, photos, tmp_path):
     with pytest.raises(LorakitError, match=r"self-check failed.*no effect on its output: ") as caught:
-        run(tiny_sd1, photos, tmp_path / "run", optimizer__learning_rate=1e-8)
+        run(tiny_sd1, photos, tmp_path / "run", optimizer__learning_rate=1e-8, train__steps=1)
     assert "\n" not in str(caught.value)
     assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["state"] == "failed"
 
@@ -185,7 +186,7 @@ def test_a_word_is_learned_with_the_adapter_and_checked(photos, tmp_path):
         photos,
         tmp_path / "run",
         adapter__new_tokens=2,
-        train__steps=3,
+        train__steps=1,
         train__holdout=0.0,
         sample__prompts=("a photo of a sks toy",),
         output__formats=("kohya", "diffusers", "peft"),
@@ -228,19 +229,20 @@ def test_both_kinds_of_prior_change_the_adapter(plain, tiny_sd1, photos, tmp_pat
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_sdxl_trains_with_both_text_encoders(tiny_sdxl, photos, tmp_path):
-    result = run(tiny_sdxl, photos, tmp_path / "run", adapter__train_text_encoder=True)
+    result = run(tiny_sdxl, photos, tmp_path / "run", adapter__train_text_encoder=True, train__steps=1)
     assert {name.split("_")[1] for name in load_file(result.adapter)} == {"unet", "te1", "te2"}
 
 
 @pytest.mark.slow
 def test_sdxl_learns_a_word_in_both_text_encoders(tiny_sdxl, photos, tmp_path, monkeypatch):
-    folder, changes = tmp_path / "cut", {"adapter__new_tokens": 2, "train__steps": 4, "train__save_every": 2}
+    folder, changes = tmp_path / "cut", {"adapter__new_tokens": 2, "train__steps": 2, "train__save_every": 1}
     with monkeypatch.context() as patch:
-        interrupted_after(2, patch)
+        interrupted_after(1, patch)
         with pytest.raises(Cut):
             run(tiny_sdxl, photos, folder, **changes)
     result = train.resume(folder)
     assert all(finding.passed for finding in result.findings)
+    unchecked(monkeypatch)
     straight = run(tiny_sdxl, photos, tmp_path / "straight", **changes)
     name = result.adapter.stem
     vectors = load_file(folder / f"{name}-embedding" / "sks.safetensors")
@@ -266,8 +268,8 @@ def test_tensorboard_has_the_figures_of_the_log(plain):
     board = EventAccumulator(str(plain.folder / "tensorboard" / "sks-toy")).Reload()
     logged = {event["step"]: event["loss"] for event in events(plain.folder, "step")}
     scalars = {scalar.step: scalar.value for scalar in board.Scalars("step/loss")}
-    assert scalars == pytest.approx(logged) and len(scalars) == 6
-    assert [scalar.step for scalar in board.Scalars("validation/prior_drift")] == [6]
+    assert scalars == pytest.approx(logged) and len(scalars) == 4
+    assert [scalar.step for scalar in board.Scalars("validation/prior_drift")] == [4]
 
 
 def test_missing_tensorboard_is_reported(tiny_sd1, photos, tmp_path, monkeypatch):
@@ -278,12 +280,12 @@ def test_missing_tensorboard_is_reported(tiny_sd1, photos, tmp_path, monkeypatch
 
 
 EVERYTHING_RANDOM = {
-    "train__steps": 12,
-    "train__save_every": 2,
-    "train__validate_every": 6,
+    "train__steps": 6,
+    "train__save_every": 1,
+    "train__validate_every": 3,
     "train__gradient_accumulation_steps": 2,
     "optimizer__lr_scheduler": "cosine",
-    "optimizer__warmup_steps": 3,
+    "optimizer__warmup_steps": 2,
     "adapter__dropout": 0.1,
     "adapter__train_text_encoder": True,
 }
@@ -299,7 +301,7 @@ def straight(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("cuts", [(10,), (4, 8)])
+@pytest.mark.parametrize("cuts", [(5,), (2, 4)])
 def test_resume_is_bit_equal_to_an_uninterrupted_run(straight, tiny_sd1, photos, tmp_path, monkeypatch, cuts):
     folder = tmp_path / "cut"
     for number, cut in enumerate(cuts):
@@ -311,7 +313,7 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(straight, tiny_sd1, photos,
 
     assert same_adapter(straight, resumed)
     rates = [[(e["step"], e["learning_rate"]) for e in events(f, "step")] for f in (straight.folder, resumed.folder)]
-    assert dict(rates[0]) == dict(rates[1]) and len(dict(rates[0])) == 12
+    assert dict(rates[0]) == dict(rates[1]) and len(dict(rates[0])) == 6
 
 
 @pytest.mark.slow
@@ -345,6 +347,7 @@ def test_only_one_base_is_in_memory_at_a_time(tiny_sd1, photos, tmp_path, monkey
 
     monkeypatch.setattr(families, "load", counted)
     settings = {"output__formats": ("kohya", "diffusers", "peft"), "memory__gradient_checkpointing": checkpointing}
+    settings |= {"train__steps": 2}
     gc.disable()  # so that no object is freed by chance
     try:
         run(tiny_sd1, photos, tmp_path / "run", **settings)
@@ -363,8 +366,8 @@ def test_sampling_and_validation_do_not_disturb_training(plain, tiny_sd1, photos
 
 
 def updates_in(precision: str, base: Path, photos: Path, folder: Path) -> torch.Tensor:
-    """Return the up factors after twelve steps."""
-    result = run(base, photos, folder, train__steps=12, train__save_every=12, memory__mixed_precision=precision)
+    """Return the up factors after four steps."""
+    result = run(base, photos, folder, train__save_every=4, memory__mixed_precision=precision)
     tensors = load_file(result.adapter)
     return torch.cat([tensors[name].flatten() for name in sorted(tensors) if "lora_up" in name])
 
@@ -452,7 +455,7 @@ def test_each_epoch_has_every_photo_once_with_caption_and_trigger(tiny_sd1, phot
         return instance(self, batch)
 
     monkeypatch.setattr(LossStep, "_instance_term", spy)
-    run(tiny_sd1, photos, tmp_path / "run", train__steps=None, train__epochs=2)
+    run(tiny_sd1, photos, tmp_path / "run", train__steps=None, train__epochs=2, train__validate_every=100)
     assert sorted(names) == sorted([f"{n}.png" for n in range(5)] * 2)
     assert all("sks" in text.split() for text in texts)
     by_name = dict(zip(names, texts, strict=True))

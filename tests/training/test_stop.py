@@ -23,7 +23,9 @@ from lorakit.core.events import Event
 from lorakit.runs import run_folder
 from lorakit.training import checkpoint, run
 
-STEPS = 6
+STEPS = 4
+# Two steps without samples and validations, for tests of a stop before the first step.
+BRIEF = {"train__steps": 2, "sample__at_start": False, "sample__at_end": False, "train__validate_at_end": False}
 
 
 class StopAt:
@@ -71,7 +73,7 @@ def straight(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> run.Re
 
 
 def settings(base: Path, photos: Path, folder: Path, **changes: Any) -> config.Config:
-    changes_of_test = {"train__validate_every": 3, "train__save_every": 3, "sample__every": 3, "train__prior": "none"}
+    changes_of_test = {"train__validate_every": 2, "train__save_every": 2, "sample__every": 2, "train__prior": "none"}
     changes_of_test |= {"sample__at_start": True, "sample__at_end": True, "train__validate_at_end": True}
     return run_config(base, photos, folder, STEPS, **changes_of_test | changes)
 
@@ -102,7 +104,7 @@ def resumed(folder: Path) -> tuple[run.Result, list[str]]:
 @pytest.mark.usefixtures("unchecked")
 def test_a_stop_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch):
     """The photos encoded so far are in the cache, and the resumed run encodes only the rest."""
-    run_config = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk")
+    run_config = settings(tiny_sd1, photos, tmp_path / "run", data__cache="disk", **BRIEF)
     encoded = []
 
     def stop() -> bool:
@@ -115,16 +117,16 @@ def test_a_stop_while_photos_are_encoded(tiny_sd1, photos, tmp_path, monkeypatch
     assert not checkpoint.complete(tmp_path / "run" / "checkpoints")
     result, lines = resumed(tmp_path / "run")
     assert any(line.startswith("latents: 2 from the cache, 2 encoded") for line in lines)
-    assert result.steps == STEPS and kinds(tmp_path / "run", "step") == list(range(1, STEPS + 1))
+    assert result.steps == 2 and kinds(tmp_path / "run", "step") == [1, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_stop_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
-    stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run"), says("latents: "))
+    stop, listener = stopped(settings(tiny_sd1, photos, tmp_path / "run", **BRIEF), says("latents: "))
     assert stop.step == 0
     assert listener.lines()[-1] == "stopping: class images and latents that are complete are kept"
-    assert resumed(tmp_path / "run")[0].steps == STEPS
+    assert resumed(tmp_path / "run")[0].steps == 2
 
 
 @pytest.mark.slow
@@ -132,7 +134,8 @@ def test_a_stop_while_texts_are_encoded(tiny_sd1, photos, tmp_path):
 def test_a_stop_while_class_images_are_drawn(tiny_sd1, photos, tmp_path):
     """Pictures of the first text are in the cache, and the run stops without drawing those of the second."""
     (photos / "0.txt").write_text("a sks toy in the snow", encoding="utf-8")
-    run_config = settings(tiny_sd1, photos, tmp_path / "run", train__prior="images", train__class_images=6)
+    class_images = {"train__prior": "images", "train__class_images": 6}
+    run_config = settings(tiny_sd1, photos, tmp_path / "run", **BRIEF | class_images)
     cache = tmp_path / "cache" / "class-images"
     with pytest.raises(Stopped) as stop:
         run.train(run_config, stop=lambda: len(list(cache.rglob("*.png"))) == 3)
@@ -150,13 +153,13 @@ def test_a_stop_while_samples_are_drawn_before_the_first_step(tiny_sd1, photos, 
     assert not list((tmp_path / "run").glob("*.safetensors")), "an adapter without a step is not exported"
     assert not kinds(tmp_path / "run", "sample")
     resumed(tmp_path / "run")
-    assert kinds(tmp_path / "run", "sample") == [0, 3, STEPS]
+    assert kinds(tmp_path / "run", "sample") == [0, 2, STEPS]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("condition", "step"),
-    [(at("sample", 0), 1), (at("progress", 3), 3), (at("checkpoint", 3), 3), (at("step", STEPS), STEPS)],
+    [(at("sample", 0), 1), (at("progress", 2), 2), (at("checkpoint", 2), 2), (at("step", STEPS), STEPS)],
     ids=["step", "validation", "samples", "last validation"],
 )
 def test_a_stop_while_training(tiny_sd1, straight, photos, tmp_path, condition, step):
@@ -182,7 +185,7 @@ def test_a_stop_during_the_self_check(tiny_sd1, photos, tmp_path):
     stop, _ = stopped(settings(tiny_sd1, photos, tmp_path / "run"), checking)
     assert stop.step == STEPS
     result, _ = resumed(tmp_path / "run")
-    assert kinds(tmp_path / "run", "sample") == [0, 3, STEPS] and result.adapter.is_file()
+    assert kinds(tmp_path / "run", "sample") == [0, 2, STEPS] and result.adapter.is_file()
 
 
 @pytest.mark.slow
@@ -195,19 +198,19 @@ def test_the_stop_file_ends_encoding(tiny_sd1, photos, tmp_path):
             folder.request_stop()
 
     with pytest.raises(Stopped) as caught:
-        run.train(settings(tiny_sd1, photos, folder.path), listeners=[touch])
+        run.train(settings(tiny_sd1, photos, folder.path, **BRIEF), listeners=[touch])
     assert caught.value.step == 0
-    assert resumed(folder.path)[0].steps == STEPS
+    assert resumed(folder.path)[0].steps == 2
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_stopped_resume_reports_its_step(tiny_sd1, photos, tmp_path):
-    stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 3))
+    stopped(settings(tiny_sd1, photos, tmp_path / "run"), at("checkpoint", 2))
     listener = StopAt(says("latents: "))
-    with pytest.raises(Stopped, match="stopped after step 3"):
+    with pytest.raises(Stopped, match="stopped after step 2"):
         run.resume(tmp_path / "run", listeners=[listener], stop=listener.stop)
-    assert run_folder.read(tmp_path / "run").step == 3
+    assert run_folder.read(tmp_path / "run").step == 2
 
 
 @pytest.mark.slow
@@ -216,7 +219,7 @@ def test_the_library_does_not_change_signal_handlers(tiny_sd1, photos, tmp_path)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     during = []
     run.train(
-        settings(tiny_sd1, photos, tmp_path / "run"),
+        settings(tiny_sd1, photos, tmp_path / "run", train__steps=1),
         listeners=[lambda event: during.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))],
     )
     assert set(during) == {before}
