@@ -347,10 +347,9 @@ def test_only_one_base_is_in_memory_at_a_time(tiny_sd1, photos, tmp_path, monkey
 
     monkeypatch.setattr(families, "load", counted)
     settings = {"output__formats": ("kohya", "diffusers", "peft"), "memory__gradient_checkpointing": checkpointing}
-    settings |= {"train__steps": 2}
     gc.disable()  # so that no object is freed by chance
     try:
-        run(tiny_sd1, photos, tmp_path / "run", **settings)
+        run(tiny_sd1, photos, tmp_path / "run", train__steps=2, **settings)
     finally:
         gc.enable()
     assert others == [0, 0, 0, 0]
