@@ -20,7 +20,15 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> Any:
     return import_module(name)
 
 
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the models of the GPU benchmarks one layer per block."""
+    parts = script(monkeypatch, "gpu_parts")
+    monkeypatch.setattr(parts.common, "unet_config", parts.shallow)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_gpu_loops_run_on_a_cpu_and_plot_draws_their_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +99,7 @@ def test_the_table_of_scale_has_the_bytes_of_an_adapters_gradients(monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
     ("option", "loops"),
     [
