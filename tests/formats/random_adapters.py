@@ -1,6 +1,7 @@
 """Adapters with random weights, and reference formulas of delta W in numpy that are independent of lorakit."""
 
 import gzip
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ def lokr(shape: tuple[int, ...], rank: int, alpha: float, generator: torch.Gener
     return LokrLayer((torch.randn(a, c, generator=generator),), w2, alpha, kernel if is_full else ())
 
 
+@cache
 def cut(width: int) -> tuple[int, int]:
     """Return the two factors of `width` that are nearest to each other."""
     return min(((n, width // n) for n in range(1, width + 1) if width % n == 0 and n * n <= width), key=lambda p: p[1])
