@@ -383,7 +383,7 @@ def in_full_precision(tiny_sd1: Path, photos: Path, tmp_path_factory: pytest.Tem
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_base_in_half_precision_trains_a_similar_adapter(in_full_precision, tiny_sd1, photos, tmp_path, precision):
     half = updates_in(precision, tiny_sd1, photos, tmp_path / "run")
-    assert torch.cosine_similarity(in_full_precision, half, dim=0) > 0.9
+    assert torch.cosine_similarity(in_full_precision, half, dim=0) > 0.98
 
 
 def test_out_of_memory_in_a_step_gives_advice(tiny_sd1, photos, tmp_path, monkeypatch):
