@@ -78,6 +78,9 @@ LONGEST = (
     "test_comfyui.py",
     "test_notebook.py",
 )
+# Its audit hook stays in the process. While the hook runs for a thread that coverage begins to trace, Python lets no
+# other thread begin, and that one's test fails. So no tests with threads follow.
+LAST = "test_crashes.py"
 
 COUNTED = pytest.StashKey[bool]()
 IMPORTED = pytest.StashKey[int]()  # number of imported modules that garbage collection skips
@@ -110,7 +113,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    order = {name: place for place, name in enumerate(LONGEST)} | {LAST: len(LONGEST) + 1}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
     # Python 3.11 takes up to twice as long with coverage, so it is measured for the first case of each fast test only.
     cases = Counter[str]()
     for item in items:

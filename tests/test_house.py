@@ -412,7 +412,7 @@ def readme_commands() -> list[str]:
 def test_readme_begins_with_the_two_lines_that_set_up() -> None:
     demo, tests = readme_commands()[:2]
     assert demo.endswith(".venv/bin/lorakit demo") and "-c constraints.txt" in demo
-    assert tests.endswith(".venv/bin/python -m pytest -n 3 --dist loadfile")
+    assert tests.endswith(".venv/bin/python -m pytest -n 2 --dist loadfile")
     assert "-c constraints.txt" in tests and "[test,ui]" in tests
 
 
