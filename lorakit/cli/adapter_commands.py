@@ -267,7 +267,7 @@ def run_combine(args: argparse.Namespace) -> int:
     from lorakit.formats.edit.resize_combine import combine
 
     args.name = args.name.removesuffix(".safetensors")
-    sources = [_with_strength(text) for text in args.adapters]
+    sources = [configuration.split_strength(text) for text in args.adapters]
     parts = [(formats.read(path), strength) for path, strength in sources]
     triggers = dict.fromkeys(weights.metadata.get(TRIGGER, "") for weights, _ in parts)
     metadata = meta.shared([weights.metadata for weights, _ in parts])
@@ -353,21 +353,6 @@ def run_install_adapter(args: argparse.Namespace) -> int:
         remark(f"{host.title}: {host.then.format(folder=files['adapter'].parent.absolute())}")
     _tell(args, files)
     return 0
-
-
-def _with_strength(text: str) -> tuple[Path, float]:
-    """Split `ADAPTER=STRENGTH` into path and strength. The strength is 1 if `text` is an existing path.
-
-    Raises:
-        LorakitError: the strength is no number.
-    """
-    path, equals, strength = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(path), float(strength)
-    except ValueError:
-        raise LorakitError("{text}: write ADAPTER=STRENGTH, e.g. toy.safetensors=0.7", text) from None
 
 
 def _write(

@@ -22,7 +22,7 @@ from lorakit.config.schema import (
     options,
     section_type,
 )
-from lorakit.core.errors import ConfigError, MissingFile
+from lorakit.core.errors import ConfigError, LorakitError, MissingFile
 from lorakit.core.messages import Message
 from lorakit.core.names import expand
 from lorakit.core.registry import METHODS, own_learning_rate
@@ -246,6 +246,21 @@ def _join_tables(flat: Mapping[str, object], by_key: Mapping[str, Option]) -> di
         else:
             tables[key] = value
     return tables
+
+
+def split_strength(text: str) -> tuple[Path, float]:
+    """Split `ADAPTER=STRENGTH` into path and strength. The strength is 1 if `text` is an existing path.
+
+    Raises:
+        LorakitError: the strength is no number.
+    """
+    path, equals, strength = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(strength)
+    except ValueError:
+        raise LorakitError("{text}: write ADAPTER=STRENGTH, e.g. toy.safetensors=0.7", text) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:

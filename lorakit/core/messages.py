@@ -16,6 +16,8 @@ Value = str | int | float
 # If this variable is set, commands also write the keys of their messages, in lines that start with KEY_LINE, and
 # `export` and `resize` the numbers of their steps in lines with STEP_LINE.
 KEYS, KEY_LINE, STEP_LINE = "LORAKIT_KEYS", "lorakit-key: ", "lorakit-step: "
+# Ends a list of messages that has been cut.
+OTHER_LINES = "lorakit check --json has the other lines like the last ({count}): {cause}"
 Own = TypeVar("Own", bound="Message")
 
 
@@ -129,9 +131,7 @@ def abridge(lines: Iterable[str], limit: int = 5) -> list[str]:
         result += group if len(group) <= limit + 1 else group[:limit]
         if (rest := len(group) - limit) > 1:
             cause = str(group[limit]).partition(": ")[2]
-            result.append(
-                Message("lorakit check --json has the other lines like the last ({count}): {cause}", rest, cause)
-            )
+            result.append(Message(OTHER_LINES, rest, cause))
     return result
 
 

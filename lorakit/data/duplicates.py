@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lorakit.core.messages import Message
+from lorakit.core.messages import OTHER_LINES, Message
 
 # Two photos look the same if they differ by at most this many bits of a 256-bit difference hash, and by this mean
 # colour difference (of 255) of 16 x 16 thumbnails. Copies saved at quality 50 or cropped by 1 % had up to 23 bits and
@@ -79,7 +79,4 @@ def some_lines(lines: list[str], limit: int = 5) -> list[str]:
         return lines
     last = lines[-1]
     cause = last.values["cause"] if isinstance(last, Message) and "cause" in last.values else last.partition(": ")[2]
-    return [
-        *lines[:limit],
-        Message("lorakit check --json has the other lines like the last ({count}): {cause}", len(lines) - limit, cause),
-    ]
+    return [*lines[:limit], Message(OTHER_LINES, len(lines) - limit, cause)]

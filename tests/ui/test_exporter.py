@@ -103,7 +103,7 @@ def test_the_page_combines_adapters(exporter: Exporter, file: Path, tmp_path: Pa
     layer = next(name for name in before if name.endswith("lora_up.weight"))
     down = layer.replace("lora_up", "lora_down")
     scale = float(after[layer.replace("lora_up.weight", "alpha")]) / len(after[down])
-    # The file itself, half of it, and the file once more.
+    # The first file at strength 1, and two copies of it at 0.5 and 1.
     assert np.allclose(scale * after[layer] @ after[down], 2.5 * before[layer] @ before[down], rtol=1e-4)
 
 

@@ -138,7 +138,8 @@ class AdapterPage:
         if rank and others:
             return widgets.problem(say("adapter.one_at_a_time")), hidden
         try:
-            others = [self._below_the_roots(other) for other in others]
+            resolve = self.workspace.roots.resolve
+            others = [f"{resolve(path)}={strength}" for path, strength in map(configuration.split_strength, others)]
             place = self.workspace.unused("converted")
             files = commands.export(Path(inspected), kind, place, dtype, rank, progress, others)
             staged = self.workspace.offered(files)
@@ -146,17 +147,6 @@ class AdapterPage:
             return widgets.problem(say.translate(str(problem))), hidden
         names = ", ".join(str(path) for path in files)
         return widgets.good(say("adapter.converted", name=names)), gr.update(visible=bool(staged), value=staged or None)
-
-    def _below_the_roots(self, other: str) -> str:
-        """ "path=strength" with the full path.
-
-        Raises:
-            LorakitError: the path is outside of the roots.
-        """
-        path, equals, strength = other.rpartition("=")
-        if not equals or Path(other).exists():
-            path, strength = other, "1"
-        return f"{self.workspace.roots.resolve(path)}={strength}"
 
 
 def report_card(report: inspect.Report, say: Say) -> str:
